@@ -1,0 +1,20 @@
+//! Compiles the `.proto` files without protoc and keeps the descriptor set for reflection.
+
+use std::path::PathBuf;
+
+use prost::Message;
+
+const PROTOS: &[&str] = &[
+    "mortise/vmm/v1/vmm.proto",
+    "mortise/device/v1/device.proto",
+    "mortise/node/v1/node.proto",
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(PROTOS, ["proto"])?;
+    let out = PathBuf::from(std::env::var("OUT_DIR")?).join("mortise.bin");
+    std::fs::write(out, descriptors.encode_to_vec())?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}

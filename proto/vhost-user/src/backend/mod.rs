@@ -1,0 +1,85 @@
+//! The device's end of vhost-user.
+//!
+//! A daemon implements [`Device`] (what the device is) and [`QueueHandler`] (what one of its
+//! queues does); [`Server`] owns the listening socket and serves sessions one after another.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::ring::Ring;
+
+/// One virtio device, served to one frontend at a time. Outlives sessions.
+pub trait Device: Send + Sync + 'static {
+    /// Device-type feature bits. The session adds `VIRTIO_F_VERSION_1`,
+    /// `VIRTIO_RING_F_EVENT_IDX`, `VIRTIO_RING_F_INDIRECT_DESC` and
+    /// `VHOST_USER_F_PROTOCOL_FEATURES` by itself.
+    fn features(&self) -> u64;
+    /// Queues the device has at most.
+    fn num_queues(&self) -> u16;
+    /// What GET_QUEUE_NUM answers; differs from `num_queues` for network devices.
+    fn advertised_queue_num(&self) -> u64 {
+        u64::from(self.num_queues())
+    }
+    /// Ring size limit, a power of two.
+    fn max_queue_size(&self) -> u16 {
+        1024
+    }
+    /// The whole device configuration space (Virtio 1.2 section 5.x.4) as it is now.
+    fn config(&self) -> Vec<u8>;
+    /// The driver wrote `data` at `offset`.
+    ///
+    /// # Errors
+    /// Any error is answered to the frontend as a refusal; the session goes on.
+    fn write_config(&self, offset: u32, data: &[u8]) -> io::Result<()> {
+        let _ = (offset, data);
+        Err(io::Error::from(io::ErrorKind::PermissionDenied))
+    }
+    /// A ring becomes active: build what serves it. Called on the ring's own thread.
+    /// `features` are the acknowledged feature bits.
+    ///
+    /// # Errors
+    /// A failure is logged and leaves the ring stopped.
+    fn start_queue(&self, index: u16, features: u64) -> io::Result<Box<dyn QueueHandler>>;
+    /// The frontend reset the device or a session ended: forget driver-set state.
+    fn reset(&self) {}
+}
+
+/// Why [`QueueHandler::process`] runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// The driver kicked, or the ring was just started.
+    Kick,
+    /// One of [`QueueHandler::event_fds`] is readable; its position there.
+    Event(usize),
+}
+
+/// What serves one ring; owned by the ring's thread, so nothing in it is locked.
+pub trait QueueHandler {
+    /// Descriptors other than the kick that make `process` run when readable
+    /// (an io_uring's eventfd, a tap). At most 8; asked again after each `process`
+    /// only through `wants_event`.
+    fn event_fds(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+    /// Whether event `index` is to be polled now; lets a handler stop listening to a
+    /// level-triggered descriptor (a tap) while its ring has no buffers.
+    fn wants_event(&self, index: usize) -> bool {
+        let _ = index;
+        true
+    }
+    /// Makes all the progress possible without blocking: pops chains, submits, completes.
+    ///
+    /// # Errors
+    /// A ring error means the driver broke the ring: the worker stops it and signals the
+    /// error eventfd. The daemon and its other rings go on.
+    fn process(&mut self, ring: &mut Ring, wake: Wake) -> Result<(), crate::ring::RingError>;
+    /// Completes what is in flight before the ring stops, until `deadline` at most.
+    /// Returns how many requests are still in flight.
+    fn drain(&mut self, ring: &mut Ring, deadline: Instant) -> usize {
+        let _ = (ring, deadline);
+        0
+    }
+}

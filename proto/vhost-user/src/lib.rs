@@ -1,0 +1,13 @@
+//! The vhost-user protocol, both ends, and everything a device daemon shares.
+//!
+//! - [`backend`]: listening socket, sessions, ring workers. A daemon implements [`backend::Device`].
+//! - [`frontend`]: one connection with deadlines, and replay of a whole handshake.
+//! - [`ring`]: split virtqueues as seen by the device.
+//! - [`memory`]: the frontend's memory table, mapped.
+//! - [`inflight`]: the shared in-flight region, laid out as in the specification.
+
+pub mod backend;
+
+
+
+
