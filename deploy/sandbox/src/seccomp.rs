@@ -100,20 +100,17 @@ impl Profile {
         forbidden: SeccompAction,
     ) -> Result<Vec<BpfProgram>, seccompiler::BackendError> {
         let Syscalls { allowed, refused } = &self.syscalls;
-        let refused = refused
-            .iter()
-            .filter(|(syscall, _)| !allowed.contains_key(syscall));
         let mut main_rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
         for (&syscall, condition) in allowed {
             main_rules.insert(syscall, condition.rules()?);
         }
         let mut by_errno: BTreeMap<u32, BTreeMap<i64, Vec<SeccompRule>>> = BTreeMap::new();
-        for (&syscall, &errno) in refused {
-            main_rules.insert(syscall, Vec::new());
-            by_errno
-                .entry(errno)
-                .or_default()
-                .insert(syscall, Vec::new());
+        for (&syscall, refusal) in refused {
+            if !allowed.contains_key(&syscall) {
+                main_rules.insert(syscall, Vec::new());
+                let rules = by_errno.entry(refusal.errno).or_default();
+                rules.insert(syscall, refusal.when.rules()?);
+            }
         }
         let mut programs = Vec::with_capacity(by_errno.len() + 1);
         for (errno, rules) in by_errno {
@@ -164,7 +161,7 @@ impl Mode {
 #[derive(Clone, Debug, Default)]
 pub struct Syscalls {
     allowed: BTreeMap<i64, Condition>,
-    refused: BTreeMap<i64, u32>,
+    refused: BTreeMap<i64, Refusal>,
 }
 
 impl Syscalls {
@@ -199,8 +196,17 @@ impl Syscalls {
     /// call, from whatever set, wins.
     pub fn refuse(mut self, syscalls: &[i64], errno: i32) -> Self {
         for &syscall in syscalls {
-            self.refused.insert(syscall, errno.unsigned_abs());
+            let refusal = Refusal::new(Condition::Always, errno);
+            self.refused.insert(syscall, refusal);
         }
+        self
+    }
+
+    /// Makes `syscall` fail with `errno` when all of `args` hold and lets it pass otherwise; any
+    /// rule that allows the call, from whatever set, wins.
+    pub fn refuse_if(mut self, syscall: i64, args: &[Arg], errno: i32) -> Self {
+        let when = Condition::AnyOf(BTreeSet::from([args.to_vec()]));
+        self.refused.insert(syscall, Refusal::new(when, errno));
         self
     }
 
@@ -240,6 +246,22 @@ pub enum Arg {
         /// What those bits must be.
         value: u64,
     },
+}
+
+/// A system call that fails with `errno` in the case `when`.
+#[derive(Clone, Debug)]
+struct Refusal {
+    when: Condition,
+    errno: u32,
+}
+
+impl Refusal {
+    fn new(when: Condition, errno: i32) -> Self {
+        Self {
+            when,
+            errno: errno.unsigned_abs(),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]

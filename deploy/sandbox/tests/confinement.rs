@@ -90,7 +90,13 @@ fn internet_socket_kills_and_unix_socket_passes() {
 #[test]
 fn opening_a_file_is_refused_and_threads_still_start() {
     if in_child() {
+        let open = File::open("/proc/self/status").unwrap();
         profile().apply_to_all_threads().unwrap();
+        open.metadata().unwrap();
+        let error = std::fs::metadata("/").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        let error = std::fs::remove_file("/does-not-exist").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
         let error = File::open("/proc/self/status").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
         let sum: usize = (0..8)

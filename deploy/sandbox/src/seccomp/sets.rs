@@ -74,8 +74,16 @@ pub fn base() -> Syscalls {
         .allow_if(libc::SYS_prctl, &[Arg::Int(0, libc::PR_SET_NAME as u32)])
         .allow_if(libc::SYS_prctl, &[Arg::Int(0, libc::PR_SET_VMA as u32)])
         // By descriptor, not by path: fstat of newer C libraries, File::metadata.
-        .allow_if(libc::SYS_newfstatat, &[with(3, libc::AT_EMPTY_PATH as u64)])
-        .allow_if(libc::SYS_statx, &[with(2, libc::AT_EMPTY_PATH as u64)])
+        .refuse_if(
+            libc::SYS_newfstatat,
+            &[without(3, libc::AT_EMPTY_PATH as u64)],
+            libc::EACCES,
+        )
+        .refuse_if(
+            libc::SYS_statx,
+            &[without(2, libc::AT_EMPTY_PATH as u64)],
+            libc::EACCES,
+        )
         .allow_ioctls(&[libc::FIONBIO, libc::FIOCLEX, libc::FIONREAD, libc::TCGETS])
         // glibc's allocator and Rust's runtime look into /proc and /sys on the side.
         .refuse(
