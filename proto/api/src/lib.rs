@@ -1,6 +1,12 @@
 //! What Mortise's processes say to one another: messages and services generated from
 //! `proto/api/proto`, and what every server of them shares.
 
+pub mod connect;
+pub mod fds;
+pub mod listen;
+pub mod metrics;
+pub mod serve;
+
 /// Generated from `mortise/vmm/v1/vmm.proto`: the control socket of `vmm-core`.
 #[allow(missing_docs, clippy::all)]
 pub mod vmm {
