@@ -21,12 +21,17 @@ pub struct MsiRoute(pub u32);
 
 /// What a PCI function needs of the machine to be interrupt- and doorbell-driven.
 pub trait InterruptFabric: Send + Sync {
-    /// Reserves a route (a GSI above the IOAPIC's pins) and ties `irqfd` to it.
+    /// Reserves a route (a GSI above the IOAPIC's pins) for `irqfd`. It starts masked.
     ///
     /// # Errors
     /// The KVM ioctl's error, or `StorageFull` when all routes are taken.
     fn add_msi_route(&self, irqfd: &EventFd) -> io::Result<MsiRoute>;
-    /// Points the route at `message`; `None` masks it: the interrupt is then not delivered.
+    /// Points the route at `message` and ties `irqfd` to it; `None` masks the route.
+    ///
+    /// While it is masked nobody may read `irqfd` (on KVM: it is deassigned, not merely left
+    /// without a routing entry): signals stay counted in it, which is what makes an MSI-X
+    /// vector pending. Unmasking delivers them, once (on KVM: assigning an irqfd that is
+    /// readable injects).
     ///
     /// # Errors
     /// The KVM ioctl's error.

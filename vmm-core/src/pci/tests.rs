@@ -1,0 +1,1 @@
+//! ECAM, BAR sizing and moves, MSI-X masking.

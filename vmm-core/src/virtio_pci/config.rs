@@ -1,0 +1,208 @@
+//! What a device request says: `tag=disk0,type=blk,socket=PATH[,queues=N][,queue-size=N]...`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Ring size when the request names none.
+const DEFAULT_QUEUE_SIZE: u16 = 256;
+/// Split rings have at most this many descriptors (Virtio 1.2 section 2.7).
+const MAX_QUEUE_SIZE: u16 = 32768;
+/// Most queues a device can have: doorbells and MSI-X table share one 32 KiB BAR.
+pub const MAX_QUEUES: u16 = 128;
+/// Most bytes of configuration space a vhost-user message carries.
+pub const MAX_CONFIG_LEN: u16 = 256;
+/// The device type is added to 0x1040 to make a PCI device ID (Virtio 1.2 section 4.1.2).
+const MAX_DEVICE_TYPE: u16 = 0x3f;
+
+/// A virtio device number (Virtio 1.2 chapter 5), and all that a transport needs to know of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DeviceType(u16);
+
+impl DeviceType {
+    /// Network card.
+    pub const NET: Self = Self(1);
+    /// Block device.
+    pub const BLK: Self = Self(2);
+    /// Entropy source.
+    pub const RNG: Self = Self(4);
+    /// Socket device.
+    pub const VSOCK: Self = Self(19);
+    /// File system.
+    pub const FS: Self = Self(26);
+
+    const NAMES: [(&str, Self); 5] =
+        [("net", Self::NET), ("blk", Self::BLK), ("rng", Self::RNG), ("vsock", Self::VSOCK), ("fs", Self::FS)];
+
+    /// The virtio device number.
+    #[must_use]
+    pub fn number(self) -> u16 {
+        self.0
+    }
+
+    /// PCI class code: base class, subclass, programming interface.
+    #[must_use]
+    pub fn pci_class(self) -> u32 {
+        match self {
+            Self::NET => 0x02_00_00,
+            Self::BLK | Self::FS => 0x01_80_00,
+            Self::VSOCK => 0x07_80_00,
+            _ => 0xff_00_00,
+        }
+    }
+
+    /// Queues when neither request nor backend say how many.
+    #[must_use]
+    pub fn default_queues(self) -> u16 {
+        match self {
+            Self::NET | Self::FS => 2,
+            Self::VSOCK => 3,
+            _ => 1,
+        }
+    }
+
+    /// Bytes of device configuration space when the request does not say: the fields that
+    /// drivers read without a feature bit that asks for more (Virtio 1.2 sections 5.x.4).
+    #[must_use]
+    pub fn default_config_len(self) -> u16 {
+        match self {
+            Self::BLK => 60,
+            Self::NET => 12,
+            Self::VSOCK => 8,
+            Self::FS => 40,
+            _ => 0,
+        }
+    }
+}
+
+impl FromStr for DeviceType {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        if let Some((_, device_type)) = Self::NAMES.iter().find(|(name, _)| *name == text) {
+            return Ok(*device_type);
+        }
+        match text.parse() {
+            Ok(number) if (1..=MAX_DEVICE_TYPE).contains(&number) => Ok(Self(number)),
+            _ => Err(ConfigError::DeviceType(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for DeviceType {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match Self::NAMES.iter().find(|(_, device_type)| device_type == self) {
+            Some((name, _)) => formatter.write_str(name),
+            None => write!(formatter, "{}", self.0),
+        }
+    }
+}
+
+/// One vhost-user device of the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VhostUserDeviceConfig {
+    /// Name of the device in this machine, for people.
+    pub tag: String,
+    /// What the guest finds.
+    pub device_type: DeviceType,
+    /// Where the backend listens.
+    pub socket: PathBuf,
+    /// Virtqueues; `None` asks the backend.
+    pub queues: Option<u16>,
+    /// Largest ring the driver may set up, a power of two.
+    pub queue_size: u16,
+    /// Bytes of device configuration space; `None` takes the device type's usual length.
+    pub config_size: Option<u16>,
+    /// Device configuration space for a backend that does not serve one itself.
+    pub config: Vec<u8>,
+}
+
+/// A device request that cannot be used.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Not `key=value`.
+    #[error("device parameter {0:?} is not key=value")]
+    NoValue(String),
+    /// Nobody knows this key.
+    #[error("unknown device parameter {0:?}: use tag, type, socket, queues, queue-size, config-size, config-hex or config-str")]
+    UnknownKey(String),
+    /// A key is missing.
+    #[error("device parameter {0}= is missing")]
+    Missing(&'static str),
+    /// Not a device type.
+    #[error("device type {0:?} is not known: use blk, net, fs, vsock, rng or a virtio device number from 1 to 63")]
+    DeviceType(String),
+    /// A number out of range.
+    #[error("device parameter {key}={value} is not possible: {expected}")]
+    Value {
+        /// The parameter.
+        key: &'static str,
+        /// What it was set to.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+}
+
+impl FromStr for VhostUserDeviceConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let (mut tag, mut device_type, mut socket) = (None, None, None);
+        let (mut queues, mut queue_size, mut config_size, mut config) = (None, DEFAULT_QUEUE_SIZE, None, Vec::new());
+        for parameter in text.split(',') {
+            let (key, value) = parameter.split_once('=').ok_or_else(|| ConfigError::NoValue(parameter.to_owned()))?;
+            match key {
+                "tag" => tag = Some(value.to_owned()),
+                "type" => device_type = Some(value.parse()?),
+                "socket" => socket = Some(PathBuf::from(value)),
+                "queues" => {
+                    queues = Some(number("queues", value, "give 1 to 128", |count| (1..=MAX_QUEUES).contains(&count))?);
+                }
+                "queue-size" => {
+                    queue_size = number("queue-size", value, "give a power of two from 2 to 32768", |size| {
+                        size.is_power_of_two() && (2..=MAX_QUEUE_SIZE).contains(&size)
+                    })?;
+                }
+                "config-size" => {
+                    config_size =
+                        Some(number("config-size", value, "give 0 to 256 bytes", |size| size <= MAX_CONFIG_LEN)?);
+                }
+                "config-hex" => config = bytes_of_hex(value)?,
+                "config-str" => config = value.as_bytes().to_owned(),
+                _ => return Err(ConfigError::UnknownKey(key.to_owned())),
+            }
+        }
+        if config.len() > usize::from(MAX_CONFIG_LEN) {
+            let expected = "configuration space has at most 256 bytes";
+            return Err(ConfigError::Value { key: "config", value: format!("({} bytes)", config.len()), expected });
+        }
+        Ok(Self {
+            tag: tag.filter(|tag: &String| !tag.is_empty()).ok_or(ConfigError::Missing("tag"))?,
+            device_type: device_type.ok_or(ConfigError::Missing("type"))?,
+            socket: socket.filter(|path| !path.as_os_str().is_empty()).ok_or(ConfigError::Missing("socket"))?,
+            queues,
+            queue_size,
+            config_size,
+            config,
+        })
+    }
+}
+
+fn number(
+    key: &'static str,
+    value: &str,
+    expected: &'static str,
+    possible: impl Fn(u16) -> bool,
+) -> Result<u16, ConfigError> {
+    let number = value.parse().ok().filter(|number| possible(*number));
+    number.ok_or_else(|| ConfigError::Value { key, value: value.to_owned(), expected })
+}
+
+fn bytes_of_hex(value: &str) -> Result<Vec<u8>, ConfigError> {
+    let bytes = (value.is_ascii() && value.len().is_multiple_of(2)).then(|| {
+        (0..value.len()).step_by(2).map(|at| u8::from_str_radix(&value[at..at + 2], 16).ok()).collect::<Option<Vec<_>>>()
+    });
+    let expected = "give an even number of hexadecimal digits";
+    bytes.flatten().ok_or_else(|| ConfigError::Value { key: "config-hex", value: value.to_owned(), expected })
+}
