@@ -1,0 +1,202 @@
+//! The initramfs of test guests and of nested hosts.
+//!
+//! Guest: `/init` is the static `guest` binary; `/modules` are loaded by it in the order of
+//! `/modules/order`. Nested host: `/init` is this lab binary, with busybox for everything else.
+
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::artifacts::{self, Artifacts, Program, modules};
+use crate::cpio::Cpio;
+use crate::job::Job;
+use crate::{tool, workspace};
+
+/// Inside nested hosts.
+pub(crate) const GUEST_KERNEL: &str = "/boot/vmlinux";
+/// Inside nested hosts.
+pub(crate) const GUEST_BZIMAGE: &str = "/boot/vmlinuz";
+/// Inside nested hosts.
+pub(crate) const GUEST_INITRD: &str = "/boot/guest.cpio";
+/// Inside nested hosts: what `/init` runs.
+pub(crate) const JOB_FILE: &str = "/lab/job.json";
+/// Inside nested hosts and guests: module files, one a line, in loading order.
+pub(crate) const MODULE_ORDER: &str = "/modules/order";
+
+const GUEST_MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtiofs",
+    "virtio_rng",
+];
+const HOST_MODULES: &[&str] = &[
+    "kvm",
+    "kvm_amd",
+    "tun",
+    "bridge",
+    "loop",
+    "fuse",
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+];
+
+/// A program to have in a nested host.
+#[derive(Clone, Debug)]
+pub(crate) struct Tool {
+    /// In `/usr/bin`.
+    pub(crate) name: String,
+    pub(crate) program: Program,
+}
+
+impl Tool {
+    /// A static binary of ours.
+    pub(crate) fn of_binary(binary: &workspace::Binary) -> Result<Self> {
+        let file = workspace::stripped(&binary.file)?;
+        Ok(Self {
+            name: binary.name.clone(),
+            program: Program {
+                file,
+                library_dirs: Vec::new(),
+            },
+        })
+    }
+
+    /// A program of this machine: a path, or a name to look up.
+    pub(crate) fn of_system(name: &str) -> Result<Self> {
+        let file = if name.contains('/') {
+            Some(PathBuf::from(name))
+        } else {
+            tool::find(name)
+        };
+        let file = file.filter(|file| file.is_file()).with_context(|| {
+            format!("{name} is neither a package of this workspace nor an installed program")
+        })?;
+        let name = file
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        Ok(Self {
+            name,
+            program: Program {
+                file,
+                library_dirs: Vec::new(),
+            },
+        })
+    }
+}
+
+/// Builds the guest's initramfs; cached until kernel or guest binary change.
+pub(crate) fn guest(artifacts: &Artifacts) -> Result<PathBuf> {
+    let binaries = workspace::build(&["build", "--package", "guest"])?;
+    let binary = binaries.first().context("cargo built no guest binary")?;
+    let init = workspace::stripped(&binary.file)?;
+    let path =
+        workspace::lab_subdir("guest")?.join(format!("guest-{}.cpio", artifacts.kernel.release));
+    if newer(&path, &[&init, &artifacts.kernel.vmlinux]) {
+        return Ok(path);
+    }
+    let partial = path.with_extension(format!("partial-{}", std::process::id()));
+    let mut cpio = create(&partial)?;
+    cpio.copy("init", &init)?;
+    cpio.copy("bin/busybox", &artifacts.busybox)?;
+    cpio.symlink("bin/sh", "busybox")?;
+    for dir in ["proc", "sys", "dev", "mnt", "tmp"] {
+        cpio.directory(dir)?;
+    }
+    add_modules(&mut cpio, artifacts, GUEST_MODULES)?;
+    cpio.finish()?;
+    fs::rename(&partial, &path)?;
+    Ok(path)
+}
+
+/// Builds a nested host's initramfs at `path`.
+pub(crate) fn nested_host(
+    path: &Path,
+    artifacts: &Artifacts,
+    tools: &[Tool],
+    files: &[(PathBuf, String)],
+    job: &Job,
+) -> Result<()> {
+    let mut cpio = create(path)?;
+    let lab = std::env::current_exe().context("cannot find the lab's own binary")?;
+    cpio.copy("init", &workspace::stripped(&lab)?)?;
+    cpio.copy("bin/busybox", &artifacts.busybox)?;
+    cpio.symlink("bin/sh", "busybox")?;
+    for dir in [
+        "proc", "sys", "dev", "mnt", "tmp", "run", "root", "sbin", "var/lib", "usr/bin",
+    ] {
+        cpio.directory(dir)?;
+    }
+    cpio.bytes(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
+    )?;
+    cpio.bytes("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
+    cpio.bytes("etc/hosts", 0o644, b"127.0.0.1 localhost\n")?;
+    add_modules(&mut cpio, artifacts, HOST_MODULES)?;
+    cpio.copy(GUEST_KERNEL, &artifacts.kernel.vmlinux)?;
+    cpio.copy(GUEST_BZIMAGE, &artifacts.kernel.bzimage)?;
+    cpio.copy(GUEST_INITRD, &guest(artifacts)?)?;
+    let mut packed = std::collections::BTreeSet::new();
+    for tool in tools {
+        cpio.copy(&format!("usr/bin/{}", tool.name), &tool.program.file)
+            .with_context(|| format!("cannot pack {}", tool.program.file.display()))?;
+        for (place, file) in artifacts::libraries(&tool.program)? {
+            if packed.insert(place.clone()) {
+                cpio.copy(&place, &file)
+                    .with_context(|| format!("cannot pack {}", file.display()))?;
+            }
+        }
+    }
+    for (from, to) in files {
+        cpio.copy(to, from)
+            .with_context(|| format!("cannot pack {}", from.display()))?;
+    }
+    cpio.bytes(JOB_FILE, 0o644, &serde_json::to_vec(job)?)?;
+    cpio.finish()?;
+    Ok(())
+}
+
+fn create(path: &Path) -> Result<Cpio<BufWriter<File>>> {
+    let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+    Ok(Cpio::new(BufWriter::with_capacity(1 << 20, file)))
+}
+
+fn add_modules(
+    cpio: &mut Cpio<BufWriter<File>>,
+    artifacts: &Artifacts,
+    wanted: &[&str],
+) -> Result<()> {
+    let mut order = String::new();
+    for module in modules::resolve(&artifacts.kernel.modules_dir, wanted)? {
+        let path = format!("/modules/{}.ko", module.name);
+        cpio.bytes(&path, 0o644, &module.image)?;
+        order.push_str(&path);
+        order.push('\n');
+    }
+    cpio.bytes(MODULE_ORDER, 0o644, order.as_bytes())?;
+    Ok(())
+}
+
+/// Whether `made` is younger than all it was made from, this lab included.
+fn newer(made: &Path, sources: &[&Path]) -> bool {
+    let modified = |path: &Path| {
+        fs::metadata(path)
+            .and_then(|metadata| metadata.modified())
+            .ok()
+    };
+    let lab = std::env::current_exe().unwrap_or_default();
+    let Some(time) = modified(made) else {
+        return false;
+    };
+    sources
+        .iter()
+        .chain([&lab.as_path()])
+        .all(|source| modified(source).is_some_and(|t| t < time))
+}
