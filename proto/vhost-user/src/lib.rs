@@ -7,7 +7,10 @@
 //! - [`inflight`]: the shared in-flight region, laid out as in the specification.
 
 pub mod backend;
-
-
-
-
+#[cfg(any(test, feature = "driver"))]
+pub mod driver;
+pub mod eventfd;
+pub mod frontend;
+pub mod inflight;
+pub mod memory;
+pub mod ring;

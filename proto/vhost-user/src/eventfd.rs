@@ -1,0 +1,131 @@
+//! Event descriptors between driver, frontend and backend: kick, call, err, and the backend's own
+//! wake-ups.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// The writing end of an eventfd whose reader is not trusted: ringing it never blocks.
+#[derive(Debug)]
+pub struct Doorbell {
+    file: File,
+    /// The peer made it blocking, and may let its counter run full. Its mode is the peer's as
+    /// well (one open file description), so it is not ours to change.
+    may_block: bool,
+}
+
+impl Doorbell {
+    /// Takes a descriptor as received.
+    pub fn new(fd: OwnedFd) -> Doorbell {
+        // SAFETY: F_GETFL only reads the descriptor's state.
+        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+        Doorbell {
+            file: File::from(fd),
+            may_block: flags < 0 || flags & libc::O_NONBLOCK == 0,
+        }
+    }
+
+    /// Adds one. A full counter means that the peer has a signal waiting already.
+    #[inline]
+    pub fn ring(&self) {
+        if self.may_block && !is_ready(self.file.as_fd(), libc::POLLOUT) {
+            return;
+        }
+        // The peer may have closed or replaced what is behind the descriptor; it is its own loss.
+        let _ = (&self.file).write(&1u64.to_ne_bytes());
+    }
+}
+
+/// An eventfd that is read here.
+#[derive(Debug)]
+pub struct EventFd {
+    file: File,
+}
+
+impl EventFd {
+    /// A new one.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn new() -> io::Result<EventFd> {
+        // SAFETY: eventfd takes no pointers.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `fd` was just returned by the kernel and is owned by nobody else.
+        Ok(EventFd {
+            file: unsafe { File::from_raw_fd(fd) },
+        })
+    }
+
+    /// Takes a kick descriptor as received. Its only reader is this process, so it is made
+    /// non-blocking: a peer that reads it as well must not be able to block a worker.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn from_kick(fd: OwnedFd) -> io::Result<EventFd> {
+        let file = File::from(fd);
+        // SAFETY: F_GETFL and F_SETFL take and return integers.
+        unsafe {
+            let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
+            if flags < 0
+                || libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) < 0
+            {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(EventFd { file })
+    }
+
+    /// Makes it readable.
+    pub fn ring(&self) {
+        let _ = (&self.file).write(&1u64.to_ne_bytes());
+    }
+
+    /// Takes what was added; false when nothing was.
+    ///
+    /// # Errors
+    /// End of file or any other failure: this descriptor will never signal again.
+    pub fn take(&self) -> io::Result<bool> {
+        let mut value = [0u8; 8];
+        match (&self.file).read(&mut value) {
+            Ok(0) => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Another descriptor for the same eventfd.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn try_clone(&self) -> io::Result<EventFd> {
+        Ok(EventFd {
+            file: self.file.try_clone()?,
+        })
+    }
+
+    /// Gives the descriptor away.
+    pub fn into_fd(self) -> OwnedFd {
+        self.file.into()
+    }
+}
+
+impl AsFd for EventFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn is_ready(fd: BorrowedFd<'_>, events: libc::c_short) -> bool {
+    let mut poll = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events,
+        revents: 0,
+    };
+    // SAFETY: one valid pollfd is passed; a timeout of zero returns at once.
+    unsafe { libc::poll(&mut poll, 1, 0) > 0 && poll.revents & events != 0 }
+}

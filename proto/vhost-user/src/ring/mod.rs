@@ -1,0 +1,658 @@
+//! Split virtqueues as the device sees them (Virtio 1.2 section 2.7).
+//!
+//! A [`Ring`] is a plain struct without threads or locks: one owner pops [`DescChain`]s, completes
+//! them in any order, publishes completions in batches and signals the driver. Pointers to the
+//! three areas are resolved once per start or memory change. When an in-flight region is attached,
+//! every step is recorded there in the order that the specification demands, so that a successor
+//! can take over after a crash at any instant.
+//!
+//! ```text
+//!   avail->idx ..... driver's
+//!   next_avail  ---> pop() -> in flight -> complete() -> used_next
+//!                                          publish()  -> used->idx (driver's), batch leaves the region
+//!                                          notify()   -> call eventfd, if the driver wants it
+//! ```
+
+mod chain;
+mod layout;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::eventfd::Doorbell;
+use crate::inflight::QueueInflight;
+use crate::memory::MemoryTable;
+pub use chain::{DescChain, MemoryPin, Segment, SegmentRange};
+use chain::{PinnedMemory, SegmentVec};
+pub use layout::RingAddresses;
+use layout::{Desc, RingAreas};
+
+/// Largest split ring (Virtio 1.2 section 2.7).
+pub const MAX_RING_SIZE: u16 = 32768;
+
+/// Entries of an indirect table at most. Linux makes indirect chains longer than a small ring, so
+/// the bound is not the ring's size but IOV_MAX, what the kernel takes in one call.
+pub const MAX_INDIRECT_DESCS: u32 = 1024;
+
+/// The driver broke the ring, or the device cannot go on serving it. The ring stops; nothing else
+/// does.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    /// Not a power of two up to [`MAX_RING_SIZE`].
+    #[error("ring size {size} is not a power of two up to {MAX_RING_SIZE}")]
+    BadSize {
+        /// The size.
+        size: u32,
+    },
+    /// One of the three areas is not in the memory table, or misaligned.
+    #[error("{area} at frontend address {user_addr:#x} is misaligned or outside the memory table")]
+    BadArea {
+        /// Which area.
+        area: &'static str,
+        /// Where it was said to be.
+        user_addr: u64,
+    },
+    /// `avail->idx` is more than a ring ahead.
+    #[error("avail index {avail_idx} is more than {size} ahead of {next_avail}")]
+    AvailIdxJump {
+        /// What the driver wrote.
+        avail_idx: u16,
+        /// The next entry the device would take.
+        next_avail: u16,
+        /// Ring size.
+        size: u16,
+    },
+    /// A head in the available ring is no descriptor index.
+    #[error("descriptor head {head} is not below the ring size")]
+    BadHead {
+        /// The head.
+        head: u16,
+    },
+    /// A head was made available again before its chain was completed.
+    #[error("descriptor head {head} was made available while it is in flight")]
+    HeadInFlight {
+        /// The head.
+        head: u16,
+    },
+    /// A `next` field is no descriptor index.
+    #[error("chain {head}: next descriptor {next} is not below the table size")]
+    BadNext {
+        /// The chain.
+        head: u16,
+        /// The field.
+        next: u16,
+    },
+    /// The chain has more descriptors than its table: it loops.
+    #[error("chain {head}: more descriptors than the table has, it loops")]
+    Loop {
+        /// The chain.
+        head: u16,
+    },
+    /// An indirect descriptor that is not allowed here or has an impossible table.
+    #[error("chain {head}: {reason}")]
+    BadIndirect {
+        /// The chain.
+        head: u16,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A device-readable descriptor follows a device-writable one.
+    #[error("chain {head}: readable descriptor after a writable one")]
+    ReadableAfterWritable {
+        /// The chain.
+        head: u16,
+    },
+    /// A buffer or table is not entirely in guest memory.
+    #[error("chain {head}: {len_bytes:#x} bytes at guest address {gpa:#x} are not all memory")]
+    BadAddress {
+        /// The chain.
+        head: u16,
+        /// Where the buffer starts.
+        gpa: u64,
+        /// Its length.
+        len_bytes: u32,
+    },
+    /// The buffers of one direction add up to 4 GiB or more.
+    #[error("chain {head}: buffers add up to 4 GiB or more")]
+    TooManyBytes {
+        /// The chain.
+        head: u16,
+    },
+    /// The in-flight region has no place for this ring.
+    #[error("the in-flight region has no place for ring {index} of {size} descriptors")]
+    NoInflightSlot {
+        /// Queue index.
+        index: u16,
+        /// Ring size.
+        size: u16,
+    },
+    /// The device, not the driver, failed.
+    #[error("the device cannot go on serving the ring")]
+    Device(#[source] io::Error),
+}
+
+/// What a ring is started from.
+#[derive(Debug)]
+pub struct RingConfig {
+    /// Queue index in the device.
+    pub index: u16,
+    /// Number of descriptors.
+    pub size: u16,
+    /// Acknowledged feature bits.
+    pub features: u64,
+    /// Where the three areas are.
+    pub addresses: RingAddresses,
+    /// The frontend's memory.
+    pub memory: Arc<MemoryTable>,
+    /// First entry of the available ring to take, unless the in-flight region knows better.
+    pub next_avail: u16,
+    /// This ring's part of the in-flight region.
+    pub inflight: Option<QueueInflight>,
+    /// Signals the driver.
+    pub call: Option<Doorbell>,
+}
+
+/// Where a ring stands; enough to start a successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingState {
+    /// Next entry of the available ring.
+    pub next_avail: u16,
+    /// `used->idx` as published.
+    pub used_idx: u16,
+    /// Chains popped (or to be resubmitted) and not completed.
+    pub in_flight: u16,
+}
+
+/// A running split virtqueue. See the module's description.
+#[derive(Debug)]
+pub struct Ring {
+    index: u16,
+    features: u64,
+    event_idx: bool,
+    indirect_desc: bool,
+    /// While set, `pop` yields nothing; completions go on.
+    paused: bool,
+    areas: RingAreas,
+    addresses: RingAddresses,
+    memory: Arc<PinnedMemory>,
+    region_hint: usize,
+    next_avail: u16,
+    /// `avail->idx` as last read.
+    seen_avail: u16,
+    /// Where the next used element goes.
+    used_next: u16,
+    /// `used->idx` as last written.
+    published: u16,
+    /// `used->idx` when the driver was last considered for a signal; None after a start in the
+    /// middle of a ring's life, when the predecessor may have died before signalling.
+    signalled: Option<u16>,
+    call: Option<Doorbell>,
+    inflight: Option<QueueInflight>,
+    /// Left by a dead predecessor, oldest first; to be popped before new entries.
+    resubmit: VecDeque<u16>,
+    /// One bit per head popped and not completed.
+    outstanding: Vec<u64>,
+    outstanding_count: u16,
+    /// Storage of long chains, to be used again.
+    spare: Vec<SegmentVec>,
+    completed_total: u64,
+}
+
+impl Ring {
+    /// Starts the device's side of a ring, recovering what the in-flight region holds.
+    ///
+    /// # Errors
+    /// [`RingError::BadSize`] and [`RingError::BadArea`].
+    pub fn start(config: RingConfig) -> Result<Ring, RingError> {
+        let RingConfig {
+            index,
+            size,
+            features,
+            addresses,
+            memory,
+            call,
+            ..
+        } = config;
+        let areas = RingAreas::resolve(&memory, &addresses, size)?;
+        let used_idx = areas.used_idx();
+        let mut next_avail = config.next_avail;
+        let mut resubmit = VecDeque::new();
+        let mut inflight = config.inflight;
+        if let Some(inflight) = &mut inflight {
+            let avail_idx = areas.avail_idx();
+            let recovered = inflight.recover(used_idx, avail_idx);
+            if recovered.was_stale {
+                tracing::warn!(
+                    queue = index,
+                    used_idx,
+                    avail_idx,
+                    "in-flight region does not belong to this ring, starting afresh"
+                );
+            }
+            if !recovered.heads.is_empty() {
+                tracing::info!(
+                    queue = index,
+                    count = recovered.heads.len(),
+                    "resubmitting requests in flight"
+                );
+                next_avail = used_idx.wrapping_add(recovered.heads.len() as u16);
+            }
+            resubmit = recovered.heads.into();
+        }
+        let is_fresh = used_idx == 0 && next_avail == 0;
+        Ok(Ring {
+            index,
+            features,
+            event_idx: features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
+            indirect_desc: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+            paused: false,
+            outstanding: vec![0; usize::from(size).div_ceil(64)],
+            outstanding_count: 0,
+            areas,
+            addresses,
+            memory: Arc::new(PinnedMemory { table: memory }),
+            region_hint: 0,
+            next_avail,
+            seen_avail: next_avail,
+            used_next: used_idx,
+            published: used_idx,
+            signalled: is_fresh.then_some(used_idx),
+            call,
+            inflight,
+            resubmit,
+            spare: Vec::new(),
+            completed_total: 0,
+        })
+    }
+
+    /// Takes the next request. Requests that a dead predecessor left come first, in their order.
+    ///
+    /// # Errors
+    /// [`RingError`] when the driver broke the ring; nothing is taken then.
+    #[inline]
+    pub fn pop(&mut self) -> Result<Option<DescChain>, RingError> {
+        if self.paused {
+            return Ok(None);
+        }
+        if !self.resubmit.is_empty() {
+            return self.pop_resubmitted();
+        }
+        if self.next_avail == self.seen_avail && !self.look_for_available()? {
+            return Ok(None);
+        }
+        let head = self.areas.avail_entry(self.next_avail);
+        if head >= self.areas.size() {
+            return Err(RingError::BadHead { head });
+        }
+        let chain = self.resolve(head)?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.begin(head);
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(Some(chain))
+    }
+
+    /// Returns a chain to the driver with `written_bytes` device-written bytes. The driver sees
+    /// it after [`Ring::publish`] or [`Ring::notify`].
+    #[inline]
+    pub fn complete(&mut self, mut chain: DescChain, written_bytes: u32) {
+        let head = chain.head;
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        assert!(
+            self.outstanding
+                .get(word)
+                .is_some_and(|bits| bits & bit != 0),
+            "chain {head} completed on a ring it was not popped from"
+        );
+        self.outstanding[word] &= !bit;
+        self.outstanding_count -= 1;
+        self.areas.write_used(
+            self.used_next,
+            head,
+            written_bytes.min(chain.writable_len_bytes),
+        );
+        self.used_next = self.used_next.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.add_to_batch(head);
+        }
+        self.completed_total += 1;
+        if chain.segments.spilled() && self.spare.len() < usize::from(self.areas.size()) {
+            let mut storage = std::mem::take(&mut chain.segments);
+            storage.clear();
+            self.spare.push(storage);
+        }
+    }
+
+    /// Makes completed chains visible to the driver, without signalling it.
+    #[inline]
+    pub fn publish(&mut self) {
+        if self.published == self.used_next {
+            return;
+        }
+        self.areas.set_used_idx(self.used_next);
+        self.published = self.used_next;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.batch_published(self.published);
+        }
+    }
+
+    /// Publishes, and signals the driver when it asked to hear of these completions.
+    #[inline]
+    pub fn notify(&mut self) {
+        self.publish();
+        if self.driver_wants_signal()
+            && let Some(call) = &self.call
+        {
+            call.ring();
+        }
+    }
+
+    /// Whether `pop` would yield something.
+    pub fn has_available(&mut self) -> bool {
+        if self.paused {
+            return false;
+        }
+        if !self.resubmit.is_empty() || self.next_avail != self.seen_avail {
+            return true;
+        }
+        // A broken index counts as available: `pop` is who reports it.
+        self.look_for_available().unwrap_or(true)
+    }
+
+    /// Asks the driver not to kick, for as long as the device polls the ring.
+    pub fn disable_notification(&mut self) {
+        if !self.event_idx {
+            self.areas
+                .set_used_flags(virtio_bindings::virtio_ring::VRING_USED_F_NO_NOTIFY as u16);
+        }
+    }
+
+    /// Asks the driver to kick when it adds to what the device has seen. Returns true when it
+    /// added something in the meantime: then look again before going to sleep.
+    ///
+    /// # Errors
+    /// [`RingError::AvailIdxJump`].
+    pub fn enable_notification(&mut self) -> Result<bool, RingError> {
+        if self.event_idx {
+            self.areas.set_avail_event(self.seen_avail);
+        } else {
+            self.areas.set_used_flags(0);
+        }
+        fence(Ordering::SeqCst);
+        let seen_before = self.seen_avail;
+        self.look_for_available()?;
+        Ok(!self.paused && self.seen_avail != seen_before)
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.areas.size()
+    }
+
+    /// Queue index in the device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Acknowledged feature bits.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Chains popped, or waiting to be resubmitted, and not completed.
+    pub fn in_flight(&self) -> u16 {
+        self.outstanding_count + self.resubmit.len() as u16
+    }
+
+    /// Chains completed since the start; shows progress.
+    pub fn completed_total(&self) -> u64 {
+        self.completed_total
+    }
+
+    /// Where the ring stands.
+    pub fn state(&self) -> RingState {
+        RingState {
+            next_avail: self.next_avail,
+            used_idx: self.published,
+            in_flight: self.in_flight(),
+        }
+    }
+
+    /// Where the three areas are.
+    pub fn addresses(&self) -> RingAddresses {
+        self.addresses
+    }
+
+    /// While paused, `pop` yields nothing; what is in flight can be completed.
+    pub fn set_paused(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    /// Replaces the eventfd that signals the driver.
+    pub fn set_call(&mut self, call: Option<Doorbell>) {
+        self.call = call;
+    }
+
+    /// Goes over to another memory table. Chains in flight keep the mappings they came with.
+    ///
+    /// # Errors
+    /// [`RingError::BadArea`] when the ring is not in the new table; the old one stays in use.
+    pub fn set_memory(&mut self, memory: Arc<MemoryTable>) -> Result<(), RingError> {
+        self.areas = RingAreas::resolve(&memory, &self.addresses, self.areas.size())?;
+        self.memory = Arc::new(PinnedMemory { table: memory });
+        self.region_hint = 0;
+        Ok(())
+    }
+
+    /// Ends the ring's life in order. When nothing is in flight, the region forgets the ring.
+    pub fn finish(mut self) -> RingState {
+        self.publish();
+        let state = self.state();
+        if state.in_flight == 0
+            && let Some(inflight) = &mut self.inflight
+        {
+            inflight.retire();
+        }
+        state
+    }
+
+    fn look_for_available(&mut self) -> Result<bool, RingError> {
+        let (avail_idx, next_avail, size) =
+            (self.areas.avail_idx(), self.next_avail, self.areas.size());
+        if avail_idx.wrapping_sub(next_avail) > size {
+            return Err(RingError::AvailIdxJump {
+                avail_idx,
+                next_avail,
+                size,
+            });
+        }
+        self.seen_avail = avail_idx;
+        Ok(avail_idx != next_avail)
+    }
+
+    #[cold]
+    fn pop_resubmitted(&mut self) -> Result<Option<DescChain>, RingError> {
+        let Some(&head) = self.resubmit.front() else {
+            return Ok(None);
+        };
+        // Its entry is marked in flight already, with the counter that keeps its place in the order.
+        let chain = self.resolve(head)?;
+        self.resubmit.pop_front();
+        Ok(Some(chain))
+    }
+
+    /// Walks the chain at `head` and marks it outstanding.
+    fn resolve(&mut self, head: u16) -> Result<DescChain, RingError> {
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        if self.outstanding[word] & bit != 0 {
+            return Err(RingError::HeadInFlight { head });
+        }
+        let mut walk = Walk {
+            head,
+            table: &self.memory.table,
+            region_hint: &mut self.region_hint,
+            segments: self.spare.pop().unwrap_or_default(),
+            writable_from: None,
+            len_bytes: [0; 2],
+        };
+        walk.direct(&self.areas, self.indirect_desc)?;
+        let Walk {
+            segments,
+            writable_from,
+            len_bytes: [readable_len_bytes, writable_len_bytes],
+            ..
+        } = walk;
+        self.outstanding[word] |= bit;
+        self.outstanding_count += 1;
+        Ok(DescChain {
+            head,
+            writable_from: writable_from.unwrap_or(segments.len() as u32),
+            readable_len_bytes,
+            writable_len_bytes,
+            segments,
+            memory: Arc::clone(&self.memory),
+        })
+    }
+
+    /// Virtio 1.2 sections 2.7.7 and 2.7.10.
+    fn driver_wants_signal(&mut self) -> bool {
+        let new = self.published;
+        let old = self.signalled.replace(new);
+        if old == Some(new) {
+            return false;
+        }
+        // The driver writes its wish and then looks at used->idx; we write used->idx and then
+        // look at its wish. Without the fence both could miss the other.
+        fence(Ordering::SeqCst);
+        if !self.event_idx {
+            return self.areas.avail_flags()
+                & virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT as u16
+                == 0;
+        }
+        let Some(old) = old else { return true };
+        let used_event = self.areas.used_event();
+        new.wrapping_sub(used_event).wrapping_sub(1) < new.wrapping_sub(old)
+    }
+}
+
+/// The walk along one chain.
+struct Walk<'a> {
+    head: u16,
+    table: &'a MemoryTable,
+    region_hint: &'a mut usize,
+    segments: SegmentVec,
+    /// Index of the first writable segment, once a writable descriptor was seen.
+    writable_from: Option<u32>,
+    /// Readable and writable bytes.
+    len_bytes: [u32; 2],
+}
+
+impl Walk<'_> {
+    fn direct(&mut self, areas: &RingAreas, indirect_desc: bool) -> Result<(), RingError> {
+        let head = self.head;
+        let mut index = head;
+        for _ in 0..areas.size() {
+            let desc = areas.desc(index);
+            if desc.is_indirect() {
+                let reason = "indirect descriptor, but the feature was not negotiated";
+                return match indirect_desc {
+                    true => self.indirect(&desc),
+                    false => Err(RingError::BadIndirect { head, reason }),
+                };
+            }
+            self.add(&desc)?;
+            let Some(next) = desc.next() else {
+                return Ok(());
+            };
+            if next >= areas.size() {
+                return Err(RingError::BadNext { head, next });
+            }
+            index = next;
+        }
+        Err(RingError::Loop { head })
+    }
+
+    fn indirect(&mut self, table: &Desc) -> Result<(), RingError> {
+        let head = self.head;
+        let bad = |reason| Err(RingError::BadIndirect { head, reason });
+        let count = table.len_bytes() / Desc::SIZE_BYTES;
+        if table.next().is_some() {
+            return bad("descriptor is both indirect and chained");
+        }
+        if table.len_bytes() % Desc::SIZE_BYTES != 0 || count == 0 || count > MAX_INDIRECT_DESCS {
+            return bad("indirect table is empty, too long or not a multiple of 16 bytes");
+        }
+        let mut index = 0;
+        for _ in 0..count {
+            let desc = self.read_indirect(table.gpa(), index)?;
+            if desc.is_indirect() {
+                return bad("indirect descriptor inside an indirect table");
+            }
+            self.add(&desc)?;
+            let Some(next) = desc.next() else {
+                return Ok(());
+            };
+            if u32::from(next) >= count {
+                return Err(RingError::BadNext { head, next });
+            }
+            index = u32::from(next);
+        }
+        Err(RingError::Loop { head })
+    }
+
+    /// Copies one entry of an indirect table; the table may span regions, an entry may not.
+    fn read_indirect(&mut self, table_gpa: u64, index: u32) -> Result<Desc, RingError> {
+        let len_bytes = Desc::SIZE_BYTES;
+        let gpa = table_gpa.wrapping_add(u64::from(index * len_bytes));
+        let bad = RingError::BadAddress {
+            head: self.head,
+            gpa,
+            len_bytes,
+        };
+        match self.table.translate(gpa, self.region_hint) {
+            // SAFETY: `translate` says that 16 bytes follow in the mapping, which `table` holds.
+            Some((host, following)) if following >= u64::from(len_bytes) => {
+                Ok(unsafe { Desc::read_unaligned(host) })
+            }
+            _ => Err(bad),
+        }
+    }
+
+    /// Adds a buffer, split where it crosses from one region into the next.
+    #[inline]
+    fn add(&mut self, desc: &Desc) -> Result<(), RingError> {
+        let head = self.head;
+        let direction = usize::from(desc.is_writable());
+        match (desc.is_writable(), self.writable_from) {
+            (true, None) => self.writable_from = Some(self.segments.len() as u32),
+            (false, Some(_)) => return Err(RingError::ReadableAfterWritable { head }),
+            _ => {}
+        }
+        self.len_bytes[direction] = self.len_bytes[direction]
+            .checked_add(desc.len_bytes())
+            .ok_or(RingError::TooManyBytes { head })?;
+        let (mut gpa, mut left) = (desc.gpa(), u64::from(desc.len_bytes()));
+        while left > 0 {
+            let Some((host, following)) = self.table.translate(gpa, self.region_hint) else {
+                return Err(RingError::BadAddress {
+                    head,
+                    gpa: desc.gpa(),
+                    len_bytes: desc.len_bytes(),
+                });
+            };
+            let len = left.min(following);
+            self.segments.push(Segment::new(host, len as usize));
+            // No overflow: the region ends below 2^64. Past its end the next region is looked up.
+            gpa = gpa.saturating_add(len);
+            left -= len;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
