@@ -119,11 +119,24 @@ impl Inbox {
     /// # Errors
     /// When the socket cannot be bound or the thread cannot be started.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
-        Self::bind_with_lifetime(path, TOKEN_LIFETIME)
+        let (listener, file) = listen::unix_socket(path)?;
+        Self::start(listener, file, TOKEN_LIFETIME)
     }
 
-    fn bind_with_lifetime(path: &Path, lifetime: Duration) -> Result<Self, BindError> {
-        let (listener, file) = listen::unix_socket(path)?;
+    /// Starts receiving on a socket bound before by [`listen::unix_socket`]: a process that
+    /// confines itself has no other thread until it has done so.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn on(listener: UnixListener, file: SocketFile) -> Result<Self, BindError> {
+        Self::start(listener, file, TOKEN_LIFETIME)
+    }
+
+    fn start(
+        listener: UnixListener,
+        file: SocketFile,
+        lifetime: Duration,
+    ) -> Result<Self, BindError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let stop = EventFd::from_value_and_flags(0, flags)
             .map_err(|errno| BindError::Thread(errno.into()))?;

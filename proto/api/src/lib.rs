@@ -2,6 +2,7 @@
 //! `proto/api/proto`, and what every server of them shares.
 
 pub mod connect;
+pub mod daemon;
 pub mod fds;
 pub mod listen;
 pub mod metrics;

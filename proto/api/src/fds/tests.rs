@@ -132,7 +132,8 @@ fn silent_sender_delays_others_by_no_more_than_its_timeout() {
 fn unused_descriptors_are_closed_when_they_expire() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("fds");
-    let inbox = Inbox::bind_with_lifetime(&path, Duration::from_millis(20)).unwrap();
+    let (listener, file) = listen::unix_socket(&path).unwrap();
+    let inbox = Inbox::start(listener, file, Duration::from_millis(20)).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     send(&path, "late", &[theirs.as_fd()], PATIENCE).unwrap();
     drop(theirs);
