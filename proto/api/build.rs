@@ -8,6 +8,11 @@ const PROTOS: &[&str] = &[
     "mortise/vmm/v1/vmm.proto",
     "mortise/device/v1/device.proto",
     "mortise/node/v1/node.proto",
+    "mortise/controller/v1/vms.proto",
+    "mortise/controller/v1/volumes.proto",
+    "mortise/controller/v1/hosts.proto",
+    "mortise/controller/v1/operations.proto",
+    "mortise/controller/v1/events.proto",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -3,10 +3,13 @@
 
 pub mod connect;
 pub mod daemon;
+pub mod errors;
 pub mod fds;
 pub mod listen;
 pub mod metrics;
+pub mod names;
 pub mod serve;
+pub mod validate;
 
 /// Generated from `mortise/vmm/v1/vmm.proto`: the control socket of `vmm-core`.
 #[allow(missing_docs, clippy::all)]
@@ -22,6 +25,11 @@ pub mod device {
 #[allow(missing_docs, clippy::all)]
 pub mod node {
     tonic::include_proto!("mortise.node.v1");
+}
+/// Generated from `mortise/controller/v1/*.proto`: what users talk to.
+#[allow(missing_docs, clippy::all)]
+pub mod controller {
+    tonic::include_proto!("mortise.controller.v1");
 }
 
 /// All services' descriptors, for reflection.

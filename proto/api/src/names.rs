@@ -1,0 +1,246 @@
+//! Resource names: `projects/{project}/vms/{vm}`, `projects/{project}/volumes/{volume}`,
+//! `hosts/{host}`, `operations/{operation}`.
+
+use std::fmt;
+
+use thiserror::Error;
+
+/// The project of whoever names none.
+pub const DEFAULT_PROJECT: &str = "default";
+
+/// Bytes of an id: a DNS label, so that ids can become host names, file names and interface names.
+pub const MAX_ID_BYTES: usize = 63;
+
+/// Whether `id` is `[a-z][a-z0-9-]{0,62}`.
+pub fn is_id(id: &str) -> bool {
+    id.len() <= MAX_ID_BYTES
+        && id.starts_with(|first: char| first.is_ascii_lowercase())
+        && id
+            .bytes()
+            .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+}
+
+/// What an id must look like, for messages.
+pub const ID_RULE: &str =
+    "must be a lower-case letter followed by at most 62 of a-z, 0-9 and hyphen";
+
+/// `projects/{project}/{collection}/{id}`
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Name {
+    /// Whose it is.
+    pub project: String,
+    /// vms or volumes.
+    pub collection: &'static str,
+    /// Unique in the project's collection.
+    pub id: String,
+}
+
+/// Collection of VMs.
+pub const VMS: &str = "vms";
+/// Collection of volumes.
+pub const VOLUMES: &str = "volumes";
+
+impl Name {
+    /// A VM's name.
+    pub fn vm(project: &str, id: &str) -> Self {
+        Self {
+            project: project.to_owned(),
+            collection: VMS,
+            id: id.to_owned(),
+        }
+    }
+
+    /// A volume's name.
+    pub fn volume(project: &str, id: &str) -> Self {
+        Self {
+            project: project.to_owned(),
+            collection: VOLUMES,
+            id: id.to_owned(),
+        }
+    }
+
+    /// Parses a VM's name.
+    ///
+    /// # Errors
+    /// When `name` is not `projects/{project}/vms/{vm}`.
+    pub fn parse_vm(name: &str) -> Result<Self, NameError> {
+        Self::parse(name, VMS)
+    }
+
+    /// Parses a volume's name.
+    ///
+    /// # Errors
+    /// When `name` is not `projects/{project}/volumes/{volume}`.
+    pub fn parse_volume(name: &str) -> Result<Self, NameError> {
+        Self::parse(name, VOLUMES)
+    }
+
+    fn parse(name: &str, collection: &'static str) -> Result<Self, NameError> {
+        let error = || NameError {
+            name: name.to_owned(),
+            pattern: pattern(collection),
+        };
+        let parts: Vec<&str> = name.split('/').collect();
+        match parts[..] {
+            ["projects", project, found, id]
+                if found == collection && is_id(project) && is_id(id) =>
+            {
+                Ok(Self {
+                    project: project.to_owned(),
+                    collection,
+                    id: id.to_owned(),
+                })
+            }
+            _ => Err(error()),
+        }
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "projects/{}/{}/{}",
+            self.project, self.collection, self.id
+        )
+    }
+}
+
+/// The `parent` of a collection: one project, or all of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Parent {
+    /// `projects/{project}`
+    Project(String),
+    /// `projects/-`
+    All,
+}
+
+impl Parent {
+    /// Parses `projects/{project}` or `projects/-`.
+    ///
+    /// # Errors
+    /// When it is neither.
+    pub fn parse(name: &str) -> Result<Self, NameError> {
+        match name.strip_prefix("projects/") {
+            Some("-") => Ok(Self::All),
+            Some(project) if is_id(project) => Ok(Self::Project(project.to_owned())),
+            _ => Err(NameError {
+                name: name.to_owned(),
+                pattern: "projects/{project}",
+            }),
+        }
+    }
+
+    /// The project, unless it stands for all.
+    ///
+    /// # Errors
+    /// For `projects/-`.
+    pub fn project(self) -> Result<String, NameError> {
+        match self {
+            Self::Project(project) => Ok(project),
+            Self::All => Err(NameError {
+                name: "projects/-".to_owned(),
+                pattern: "projects/{project}",
+            }),
+        }
+    }
+}
+
+/// The id in `{collection}/{id}`, such as `operations/…`; lower-case hexadecimal ids are fine too.
+///
+/// # Errors
+/// When `name` is of another collection or has no acceptable id.
+pub fn flat_id<'a>(name: &'a str, collection: &'static str) -> Result<&'a str, NameError> {
+    name.strip_prefix(collection)
+        .and_then(|rest| rest.strip_prefix('/'))
+        .filter(|id| {
+            (1..=MAX_ID_BYTES).contains(&id.len())
+                && id
+                    .bytes()
+                    .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+        })
+        .ok_or_else(|| NameError {
+            name: name.to_owned(),
+            pattern: pattern(collection),
+        })
+}
+
+fn pattern(collection: &str) -> &'static str {
+    match collection {
+        VMS => "projects/{project}/vms/{vm}",
+        VOLUMES => "projects/{project}/volumes/{volume}",
+        "hosts" => "hosts/{host}",
+        "operations" => "operations/{operation}",
+        _ => "{collection}/{id}",
+    }
+}
+
+/// A string that is no name of the kind wanted.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error(
+    "{name:?} must look like {pattern}; ids are a lower-case letter followed by at most 62 of a-z, 0-9 and hyphen"
+)]
+pub struct NameError {
+    name: String,
+    pattern: &'static str,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_dns_labels() {
+        assert!(is_id("a") && is_id("web-1") && is_id(&"a".repeat(63)));
+        for bad in [
+            "",
+            "1a",
+            "-a",
+            "A",
+            "a_b",
+            "a/b",
+            "a.",
+            "ä",
+            &"a".repeat(64),
+        ] {
+            assert!(!is_id(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn names_parse_and_print() {
+        let name = Name::parse_vm("projects/default/vms/web").unwrap();
+        assert_eq!(name, Name::vm("default", "web"));
+        assert_eq!(name.to_string(), "projects/default/vms/web");
+    }
+
+    #[test]
+    fn other_shapes_are_refused_with_the_pattern() {
+        for bad in [
+            "web",
+            "projects/default/volumes/web",
+            "projects/default/vms/",
+            "projects//vms/web",
+            "projects/default/vms/web/x",
+            "projects/default/vms/../web",
+        ] {
+            let error = Name::parse_vm(bad).unwrap_err().to_string();
+            assert!(error.contains("projects/{project}/vms/{vm}"), "{error}");
+        }
+    }
+
+    #[test]
+    fn parents_name_one_project_or_all() {
+        assert_eq!(Parent::parse("projects/p"), Ok(Parent::Project("p".into())));
+        assert_eq!(Parent::parse("projects/-"), Ok(Parent::All));
+        assert!(Parent::parse("p").is_err());
+        assert!(Parent::All.project().is_err());
+    }
+
+    #[test]
+    fn flat_names_give_their_id() {
+        assert_eq!(flat_id("operations/0ab-1", "operations"), Ok("0ab-1"));
+        assert!(flat_id("operations/", "operations").is_err());
+        assert!(flat_id("hosts/a", "operations").is_err());
+    }
+}
