@@ -245,6 +245,16 @@ impl QueueInflight {
         entry.inflight.store(1, Ordering::Release);
     }
 
+    /// `head` was put back: the driver's once more.
+    pub fn cancel(&mut self, head: u16) {
+        self.entry(head).inflight.store(0, Ordering::Release);
+    }
+
+    /// `head` goes back to the available ring: it was the last one taken.
+    pub fn cancel(&mut self, head: u16) {
+        self.entry(head).inflight.store(0, Ordering::Release);
+    }
+
     /// `head` joins the batch that the next [`QueueInflight::batch_published`] ends. To be called
     /// before `used->idx` moves.
     #[inline]

@@ -269,6 +269,18 @@ impl Ring {
         })
     }
 
+    /// Whether a ring of `size` with areas at `addresses` lies in `memory`.
+    ///
+    /// # Errors
+    /// [`RingError::BadSize`] and [`RingError::BadArea`].
+    pub fn check_areas(
+        memory: &MemoryTable,
+        addresses: &RingAddresses,
+        size: u16,
+    ) -> Result<(), RingError> {
+        RingAreas::resolve(memory, addresses, size).map(|_| ())
+    }
+
     /// Takes the next request. Requests that a dead predecessor left come first, in their order.
     ///
     /// # Errors
@@ -296,20 +308,26 @@ impl Ring {
         Ok(Some(chain))
     }
 
+    /// Undoes a `pop`: the chain comes again with the next one. Only for the chain popped last.
+    pub fn put_back(&mut self, chain: DescChain) {
+        let head = chain.head;
+        self.settle(head);
+        if chain.resubmitted {
+            self.resubmit.push_front(head);
+            return;
+        }
+        self.next_avail = self.next_avail.wrapping_sub(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.cancel(head);
+        }
+    }
+
     /// Returns a chain to the driver with `written_bytes` device-written bytes. The driver sees
     /// it after [`Ring::publish`] or [`Ring::notify`].
     #[inline]
     pub fn complete(&mut self, mut chain: DescChain, written_bytes: u32) {
         let head = chain.head;
-        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
-        assert!(
-            self.outstanding
-                .get(word)
-                .is_some_and(|bits| bits & bit != 0),
-            "chain {head} completed on a ring it was not popped from"
-        );
-        self.outstanding[word] &= !bit;
-        self.outstanding_count -= 1;
+        self.settle(head);
         self.areas.write_used(
             self.used_next,
             head,
@@ -320,10 +338,21 @@ impl Ring {
             inflight.add_to_batch(head);
         }
         self.completed_total += 1;
-        if chain.segments.spilled() && self.spare.len() < usize::from(self.areas.size()) {
-            let mut storage = std::mem::take(&mut chain.segments);
-            storage.clear();
-            self.spare.push(storage);
+    }
+
+    /// Puts back a chain that nothing was done with; of several, the one popped last comes first.
+    /// It is popped again before all others.
+    pub fn unpop(&mut self, mut chain: DescChain) {
+        self.settle(&mut chain);
+        let previous = self.next_avail.wrapping_sub(1);
+        if self.resubmit.is_empty() && self.areas.avail_entry(previous) == chain.head {
+            self.next_avail = previous;
+            if let Some(inflight) = &mut self.inflight {
+                inflight.cancel(chain.head);
+            }
+        } else {
+            // Left by a predecessor: its place in the region and in the order stays.
+            self.resubmit.push_front(chain.head);
         }
     }
 
@@ -432,6 +461,11 @@ impl Ring {
         self.paused = paused;
     }
 
+    /// Whether [`Ring::set_paused`] holds.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
     /// Replaces the eventfd that signals the driver.
     pub fn set_call(&mut self, call: Option<Doorbell>) {
         self.call = call;
@@ -460,6 +494,38 @@ impl Ring {
         state
     }
 
+    /// `chain` is no longer in flight.
+    #[inline]
+    fn settle(&mut self, chain: &mut DescChain) {
+        let head = chain.head;
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        assert!(
+            self.outstanding
+                .get(word)
+                .is_some_and(|bits| bits & bit != 0),
+            "chain {head} completed on a ring it was not popped from"
+        );
+        self.outstanding[word] &= !bit;
+        self.outstanding_count -= 1;
+        if chain.segments.spilled() && self.spare.len() < usize::from(self.areas.size()) {
+            let mut storage = std::mem::take(&mut chain.segments);
+            storage.clear();
+            self.spare.push(storage);
+        }
+    }
+
+    /// `head` is no longer outstanding.
+    #[inline]
+    fn settle(&mut self, head: u16) {
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        assert!(
+            self.outstanding.get(word).is_some_and(|bits| bits & bit != 0),
+            "chain {head} returned to a ring it was not popped from"
+        );
+        self.outstanding[word] &= !bit;
+        self.outstanding_count -= 1;
+    }
+
     fn look_for_available(&mut self) -> Result<bool, RingError> {
         let (avail_idx, next_avail, size) =
             (self.areas.avail_idx(), self.next_avail, self.areas.size());
@@ -480,7 +546,8 @@ impl Ring {
             return Ok(None);
         };
         // Its entry is marked in flight already, with the counter that keeps its place in the order.
-        let chain = self.resolve(head)?;
+        let mut chain = self.resolve(head)?;
+        chain.resubmitted = true;
         self.resubmit.pop_front();
         Ok(Some(chain))
     }
@@ -510,6 +577,7 @@ impl Ring {
         self.outstanding_count += 1;
         Ok(DescChain {
             head,
+            resubmitted: false,
             writable_from: writable_from.unwrap_or(segments.len() as u32),
             readable_len_bytes,
             writable_len_bytes,
