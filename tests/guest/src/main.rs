@@ -1,10 +1,82 @@
 //! Process 1 of test guests.
 //!
-//! Says "mortise-guest: userspace up" first, then does what `mortise.*` on the kernel command
-//! line asks for, then powers off.
+//! Says so first, then does what the kernel command line's [`Plan`] asks for, reporting each
+//! job on the console, and ends as the plan says. See the library for plan and reports.
+
+mod disk;
+mod folder;
+mod net;
+mod smp;
+mod system;
+
+use guest::plan::{End, Job, Plan};
+use guest::report::{self, Report, UP_LINE};
 
 fn main() {
-    println!("mortise-guest: userspace up");
-    // SAFETY: ends this guest; there is nothing to keep.
-    unsafe { libc::reboot(libc::RB_POWER_OFF) };
+    report::print_line(UP_LINE.trim_start_matches(report::PREFIX));
+    let (plan, problem) = match prepare() {
+        Ok(plan) => (plan, None),
+        Err(error) => (Plan::default(), Some(error)),
+    };
+    let mut failed = 0;
+    for job in &plan.jobs {
+        let report = run(job);
+        failed += u32::from(report.error().is_some());
+        report.print();
+    }
+    Report::Done {
+        failed,
+        error: problem,
+    }
+    .print();
+    match plan.end {
+        End::PowerOff => {}
+        End::Reboot => system::reboot(),
+        End::Shell => system::shell(),
+        End::Wait => {
+            if let Err(error) = system::wait_for_power_button() {
+                report::print_line(&error);
+            }
+        }
+    }
+    system::power_off();
+}
+
+fn prepare() -> Result<Plan, String> {
+    system::mount_file_systems()?;
+    let cmdline = std::fs::read_to_string("/proc/cmdline").map_err(|error| error.to_string())?;
+    let plan: Plan = cmdline
+        .parse()
+        .map_err(|error: guest::plan::BadWord| error.to_string())?;
+    system::load_modules("devices")?;
+    if plan
+        .jobs
+        .iter()
+        .any(|job| matches!(job, Job::Folder { .. }))
+    {
+        system::load_modules("folder")?;
+    }
+    if plan.end == End::Wait {
+        system::load_modules("button")?;
+    }
+    Ok(plan)
+}
+
+fn run(job: &Job) -> Report {
+    match job {
+        Job::Smp { cpus } => smp::check(*cpus),
+        Job::Address(cidr) => net::set_address(cidr),
+        Job::Net { peer, seed, bytes } => net::exchange(*peer, *seed, *bytes),
+        Job::Disk {
+            device,
+            seed,
+            bytes,
+        } => disk::write_and_verify(device, *seed, *bytes),
+        Job::DiskRead {
+            device,
+            seed,
+            bytes,
+        } => disk::verify(device, *seed, *bytes),
+        Job::Folder { tag, seed } => folder::check(tag, *seed),
+    }
 }

@@ -1,7 +1,6 @@
 //! The initramfs of test guests and of nested hosts.
 //!
-//! Guest: `/init` is the static `guest` binary; `/modules` are loaded by it in the order of
-//! `/modules/order`. Nested host: `/init` is this lab binary, with busybox for everything else.
+//! Guest: `/init` is the static `guest` binary; it loads sets of modules from `/modules/SET`. Nested host: `/init` is this lab binary, with busybox for everything else.
 
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -22,15 +21,17 @@ pub(crate) const GUEST_BZIMAGE: &str = "/boot/vmlinuz";
 pub(crate) const GUEST_INITRD: &str = "/boot/guest.cpio";
 /// Inside nested hosts: what `/init` runs.
 pub(crate) const JOB_FILE: &str = "/lab/job.json";
-/// Inside nested hosts and guests: module files, one a line, in loading order.
-pub(crate) const MODULE_ORDER: &str = "/modules/order";
+/// Inside nested hosts: module files, one a line, in loading order.
+pub(crate) const HOST_MODULE_SET: &str = "/modules/host";
 
-const GUEST_MODULES: &[&str] = &[
-    "virtio_pci",
-    "virtio_blk",
-    "virtio_net",
-    "virtiofs",
-    "virtio_rng",
+/// The guest loads the first set always, the others when its plan needs them.
+const GUEST_MODULE_SETS: &[(&str, &[&str])] = &[
+    (
+        "/modules/devices",
+        &["virtio_pci", "virtio_blk", "virtio_net"],
+    ),
+    ("/modules/folder", &["virtiofs"]),
+    ("/modules/button", &["button", "evdev"]),
 ];
 const HOST_MODULES: &[&str] = &[
     "kvm",
@@ -108,7 +109,9 @@ pub(crate) fn guest(artifacts: &Artifacts) -> Result<PathBuf> {
     for dir in ["proc", "sys", "dev", "mnt", "tmp"] {
         cpio.directory(dir)?;
     }
-    add_modules(&mut cpio, artifacts, GUEST_MODULES)?;
+    for (set, wanted) in GUEST_MODULE_SETS {
+        add_modules(&mut cpio, artifacts, set, wanted)?;
+    }
     cpio.finish()?;
     fs::rename(&partial, &path)?;
     Ok(path)
@@ -139,7 +142,7 @@ pub(crate) fn nested_host(
     )?;
     cpio.bytes("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
     cpio.bytes("etc/hosts", 0o644, b"127.0.0.1 localhost\n")?;
-    add_modules(&mut cpio, artifacts, HOST_MODULES)?;
+    add_modules(&mut cpio, artifacts, HOST_MODULE_SET, HOST_MODULES)?;
     cpio.copy(GUEST_KERNEL, &artifacts.kernel.vmlinux)?;
     cpio.copy(GUEST_BZIMAGE, &artifacts.kernel.bzimage)?;
     cpio.copy(GUEST_INITRD, &guest(artifacts)?)?;
@@ -171,6 +174,7 @@ fn create(path: &Path) -> Result<Cpio<BufWriter<File>>> {
 fn add_modules(
     cpio: &mut Cpio<BufWriter<File>>,
     artifacts: &Artifacts,
+    set: &str,
     wanted: &[&str],
 ) -> Result<()> {
     let mut order = String::new();
@@ -180,7 +184,7 @@ fn add_modules(
         order.push_str(&path);
         order.push('\n');
     }
-    cpio.bytes(MODULE_ORDER, 0o644, order.as_bytes())?;
+    cpio.bytes(set, 0o644, order.as_bytes())?;
     Ok(())
 }
 

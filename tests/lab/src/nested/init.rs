@@ -14,7 +14,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::initramfs::{GUEST_BZIMAGE, GUEST_INITRD, GUEST_KERNEL, JOB_FILE, MODULE_ORDER};
+use crate::initramfs::{GUEST_BZIMAGE, GUEST_INITRD, GUEST_KERNEL, HOST_MODULE_SET, JOB_FILE};
 use crate::job::Event;
 
 const EVENTS: &str = "/dev/ttyS1";
@@ -84,7 +84,7 @@ fn busybox(args: &[&str]) -> Result<()> {
 }
 
 fn load_modules() -> Result<()> {
-    for path in fs::read_to_string(MODULE_ORDER)?.lines() {
+    for path in fs::read_to_string(HOST_MODULE_SET)?.lines() {
         let file = File::open(path).with_context(|| format!("cannot open {path}"))?;
         // SAFETY: the descriptor is open, the parameter string is NUL-terminated and static.
         let result =

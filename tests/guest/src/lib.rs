@@ -1,0 +1,8 @@
+//! What test guests are told and what they answer: shared by the guest and by those who boot it.
+//!
+//! [`plan`] is the kernel command line, [`report`] the lines on the console, and [`pattern`] the
+//! data that both sides derive from a seed.
+
+pub mod pattern;
+pub mod plan;
+pub mod report;

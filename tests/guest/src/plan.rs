@@ -1,0 +1,233 @@
+//! A test guest's work, as words on its kernel command line.
+//!
+//! `mortise.smp=4 mortise.addr=10.0.0.2/24 mortise.net=10.0.0.1:5000,SEED,BYTES
+//! mortise.disk=vda,SEED,BYTES mortise.folder=TAG,SEED mortise.end=poweroff`; jobs run in the
+//! order of their words, and a job may occur several times.
+
+use std::fmt;
+use std::net::SocketAddrV4;
+use std::str::FromStr;
+
+/// All that a guest does after it came up.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// In order.
+    pub jobs: Vec<Job>,
+    /// What comes after the jobs.
+    pub end: End,
+}
+
+/// One check.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Job {
+    /// Run on each of `cpus` CPUs at once.
+    Smp {
+        /// How many have to be online.
+        cpus: u32,
+    },
+    /// Give the first NIC an address, as `A.B.C.D/PREFIX`.
+    Address(String),
+    /// Exchange a payload with the host and compare hashes.
+    Net {
+        /// Where the host listens.
+        peer: SocketAddrV4,
+        /// Of the payload to send; its complement is that of the payload to receive.
+        seed: u64,
+        /// Each way; a multiple of the pattern's block.
+        bytes: u64,
+    },
+    /// Write a pattern from the disk's start, flush, read back.
+    Disk {
+        /// As in `/dev`: vda.
+        device: String,
+        /// Of the pattern.
+        seed: u64,
+        /// A multiple of the pattern's block.
+        bytes: u64,
+    },
+    /// Only read a pattern and compare.
+    DiskRead {
+        /// As in `/dev`: vda.
+        device: String,
+        /// Of the pattern.
+        seed: u64,
+        /// A multiple of the pattern's block.
+        bytes: u64,
+    },
+    /// Mount a shared folder, check its `from-host`, write `from-guest`.
+    Folder {
+        /// The file system's tag.
+        tag: String,
+        /// Of `from-host`; its complement is that of `from-guest`.
+        seed: u64,
+    },
+}
+
+/// How a guest ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum End {
+    /// ACPI S5.
+    #[default]
+    PowerOff,
+    /// Reset; the same plan runs again.
+    Reboot,
+    /// Wait for the power button, then power off.
+    Wait,
+    /// A shell on the console.
+    Shell,
+}
+
+/// A word that makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadWord(pub String);
+
+impl fmt::Display for BadWord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the guest does not understand \"{}\" on its kernel command line",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for BadWord {}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for job in &self.jobs {
+            match job {
+                Job::Smp { cpus } => write!(f, "mortise.smp={cpus} ")?,
+                Job::Address(cidr) => write!(f, "mortise.addr={cidr} ")?,
+                Job::Net { peer, seed, bytes } => write!(f, "mortise.net={peer},{seed},{bytes} ")?,
+                Job::Disk {
+                    device,
+                    seed,
+                    bytes,
+                } => {
+                    write!(f, "mortise.disk={device},{seed},{bytes} ")?;
+                }
+                Job::DiskRead {
+                    device,
+                    seed,
+                    bytes,
+                } => {
+                    write!(f, "mortise.disk-read={device},{seed},{bytes} ")?;
+                }
+                Job::Folder { tag, seed } => write!(f, "mortise.folder={tag},{seed} ")?,
+            }
+        }
+        let end = match self.end {
+            End::PowerOff => "poweroff",
+            End::Reboot => "reboot",
+            End::Wait => "wait",
+            End::Shell => "shell",
+        };
+        write!(f, "mortise.end={end}")
+    }
+}
+
+impl FromStr for Plan {
+    type Err = BadWord;
+
+    /// Reads a kernel command line; words that don't start with `mortise.` are the kernel's.
+    fn from_str(cmdline: &str) -> Result<Self, BadWord> {
+        let mut plan = Self::default();
+        for word in cmdline.split_whitespace() {
+            let Some(ours) = word.strip_prefix("mortise.") else {
+                continue;
+            };
+            plan.word(ours).ok_or_else(|| BadWord(word.to_owned()))?;
+        }
+        Ok(plan)
+    }
+}
+
+impl Plan {
+    fn word(&mut self, word: &str) -> Option<()> {
+        let (key, value) = word.split_once('=')?;
+        let fields: Vec<&str> = value.split(',').collect();
+        let job = match (key, fields.as_slice()) {
+            ("smp", [cpus]) => Job::Smp {
+                cpus: cpus.parse().ok()?,
+            },
+            ("addr", [cidr]) => Job::Address((*cidr).to_owned()),
+            ("net", [peer, seed, bytes]) => Job::Net {
+                peer: peer.parse().ok()?,
+                seed: seed.parse().ok()?,
+                bytes: bytes.parse().ok()?,
+            },
+            ("disk", [device, seed, bytes]) => Job::Disk {
+                device: (*device).to_owned(),
+                seed: seed.parse().ok()?,
+                bytes: bytes.parse().ok()?,
+            },
+            ("disk-read", [device, seed, bytes]) => Job::DiskRead {
+                device: (*device).to_owned(),
+                seed: seed.parse().ok()?,
+                bytes: bytes.parse().ok()?,
+            },
+            ("folder", [tag, seed]) => Job::Folder {
+                tag: (*tag).to_owned(),
+                seed: seed.parse().ok()?,
+            },
+            ("end", [end]) => {
+                self.end = match *end {
+                    "poweroff" => End::PowerOff,
+                    "reboot" => End::Reboot,
+                    "wait" => End::Wait,
+                    "shell" => End::Shell,
+                    _ => return None,
+                };
+                return Some(());
+            }
+            _ => return None,
+        };
+        self.jobs.push(job);
+        Some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_survives_the_command_line() {
+        let plan = Plan {
+            jobs: vec![
+                Job::Smp { cpus: 4 },
+                Job::Address("10.0.0.2/24".into()),
+                Job::Net {
+                    peer: "10.0.0.1:5000".parse().unwrap(),
+                    seed: u64::MAX,
+                    bytes: 8192,
+                },
+                Job::Disk {
+                    device: "vda".into(),
+                    seed: 1,
+                    bytes: 4096,
+                },
+                Job::DiskRead {
+                    device: "vdb".into(),
+                    seed: 1,
+                    bytes: 4096,
+                },
+                Job::Folder {
+                    tag: "share".into(),
+                    seed: 3,
+                },
+            ],
+            end: End::Wait,
+        };
+        let cmdline = format!("console=ttyS0 quiet {plan} ro");
+        assert_eq!(cmdline.parse(), Ok(plan));
+    }
+
+    #[test]
+    fn an_unknown_word_is_named() {
+        let result: Result<Plan, _> = "quiet mortise.dance=1".parse();
+        assert_eq!(result, Err(BadWord("mortise.dance=1".into())));
+        assert!("mortise.disk=vda,x,1".parse::<Plan>().is_err());
+    }
+}

@@ -1,0 +1,125 @@
+//! What a test guest says on its console.
+
+use std::io::Write;
+
+use serde::{Deserialize, Serialize};
+
+/// The first line of userspace.
+pub const UP_LINE: &str = "mortise-guest: userspace up";
+/// Before each report.
+pub const PREFIX: &str = "mortise-guest: ";
+
+/// One line of JSON after [`PREFIX`]. A job succeeded if it has no `error`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "job", rename_all = "snake_case")]
+pub enum Report {
+    /// CPUs really used.
+    Smp {
+        /// Online, as the kernel counts.
+        online: u32,
+        /// On which a pinned thread ran while all others did.
+        used: u32,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// A disk was written and read back, or only read.
+    Disk {
+        /// As in `/dev`.
+        device: String,
+        /// Verified in the guest.
+        bytes: u64,
+        /// The serial number that the device reports.
+        serial: String,
+        /// Whether a range past the pattern was discarded and then read as zeroes.
+        discarded: bool,
+        /// Whether a range past the pattern was zeroed and then read as zeroes.
+        zeroed: bool,
+        /// Of the pattern's write, flush and read.
+        elapsed_ms: u64,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// A payload went both ways.
+    Net {
+        /// Each way.
+        bytes: u64,
+        /// SHA-256 of the payload received, as hex.
+        received_sha256: String,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// The NIC's address.
+    Address {
+        /// As the device gave it.
+        mac: String,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// A shared folder.
+    Folder {
+        /// Verified and written.
+        bytes: u64,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// The jobs are done.
+    Done {
+        /// How many had an error.
+        failed: u32,
+        /// A failure outside any job.
+        error: Option<String>,
+    },
+}
+
+impl Report {
+    /// What went wrong, if anything did.
+    #[must_use]
+    pub fn error(&self) -> Option<&str> {
+        match self {
+            Self::Smp { error, .. }
+            | Self::Disk { error, .. }
+            | Self::Net { error, .. }
+            | Self::Address { error, .. }
+            | Self::Folder { error, .. }
+            | Self::Done { error, .. } => error.as_deref(),
+        }
+    }
+
+    /// Takes a report out of a console line; kernel messages give `None`.
+    #[must_use]
+    pub fn from_line(line: &str) -> Option<Self> {
+        let (_, json) = line.split_once(PREFIX)?;
+        serde_json::from_str(json.trim()).ok()
+    }
+
+    /// Prints it in one write, so that kernel messages don't split it.
+    pub fn print(&self) {
+        print_line(&serde_json::to_string(self).unwrap_or_default());
+    }
+}
+
+/// Prints `mortise-guest: TEXT`. A guest without a console goes on in silence.
+pub fn print_line(text: &str) {
+    let line = format!("{PREFIX}{text}\n");
+    let _ = std::io::stdout().lock().write_all(line.as_bytes());
+    let _ = std::io::stdout().flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_found_behind_noise() {
+        let report = Report::Done {
+            failed: 0,
+            error: None,
+        };
+        let line = format!(
+            "[    1.0] x {PREFIX}{}\r",
+            serde_json::to_string(&report).unwrap()
+        );
+        assert_eq!(Report::from_line(&line), Some(report));
+        assert_eq!(Report::from_line(UP_LINE), None);
+    }
+}
