@@ -1,7 +1,16 @@
 //! The driver's end of vhost-user.
 //!
-//! - [`memory`]: the memory table as the frontend holds it.
+//! - [`connection`]: one connection on which every request has a deadline.
+//! - [`session`]: what a backend is told, replayed as one transaction on every connection.
+//! - [`link`]: the thread that keeps a device's connection and reconnects without limit.
+//! - [`memory`]: guest memory as it is described to a backend.
 
+pub mod connection;
+pub mod link;
 pub mod memory;
+pub mod session;
+mod watchdog;
 
+pub use link::{Connected, Endpoint, Events, Link, LinkError, LinkHealth, Timeouts, Wiring};
 pub use memory::{MemoryRegion, MemoryTable};
+pub use session::{Activation, Offer, QueueEvents, QueueState};

@@ -1,0 +1,315 @@
+//! One device's connection, kept for ever by a thread of its own.
+//!
+//! ```text
+//!               connected, handshake done          activation wanted, not paused
+//!   Absent ───────────────────────────────▶ Idle ─────────────────────────────▶ Running
+//!     ▲ ▲                                    │ ▲                                   │
+//!     │ └───────── hang-up, time-out ────────┘ └── rings stopped (reset, pause) ───┤
+//!     └─────────────────────────── hang-up, time-out ──────────────────────────────┘
+//! ```
+//!
+//! Everybody else states what is *wanted* ([`Link::activate`], [`Link::deactivate`],
+//! [`Link::pause`] ...) and returns at once or within a bound; the thread brings the backend
+//! there, as often as backends come and go.
+
+mod keeper;
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd as WakeFd};
+
+use self::keeper::Keeper;
+use super::connection::{ConnectError, Connection, HangUp};
+use super::memory::MemoryTable;
+use super::session::{self, Activation, Offer, QueueEvents, SessionError};
+
+/// Writes to configuration space that wait for a backend. Drivers write a field now and then, so
+/// more than this means that the guest floods.
+const CONFIG_WRITES_LIMIT: usize = 64;
+/// First and longest pause between attempts to connect.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// How long a backend may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// To answer the first request. A listener that outlives its daemon accepts connections
+    /// into its backlog, so this includes a daemon's restart.
+    pub first_reply: Duration,
+    /// To answer any other request.
+    pub request: Duration,
+    /// To answer GET_VRING_BASE, which may drain what is in flight.
+    pub stop: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            first_reply: Duration::from_secs(10),
+            request: Duration::from_secs(5),
+            stop: Duration::from_secs(30),
+        }
+    }
+}
+
+/// How to reach a backend and what to ask it.
+#[derive(Clone)]
+pub struct Endpoint {
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// How long it may take.
+    pub timeouts: Timeouts,
+    /// Bytes of device configuration space to read, given the backend's features.
+    pub config_len: Arc<dyn Fn(u64) -> u16 + Send + Sync>,
+}
+
+/// A backend that was claimed and whose offer is known.
+pub struct Connected {
+    connection: Connection,
+    /// What it offers.
+    pub offer: Offer,
+    since: Instant,
+    told_memory: bool,
+    rings_started: bool,
+}
+
+/// What the link's thread tells; called without any lock of the link's held.
+pub trait Events: Send + Sync {
+    /// The rings that [`Link::deactivate`] was to stop stand still.
+    fn stopped(&self);
+    /// The device configuration space is `config` now.
+    fn config_read(&self, config: &[u8]);
+    /// The backend found a ring broken.
+    fn ring_broken(&self);
+}
+
+/// What of this process the backend shares. Kept for all incarnations.
+pub struct Wiring {
+    /// Guest memory.
+    pub memory: Arc<MemoryTable>,
+    /// By queue index.
+    pub queues: Vec<QueueEvents>,
+    /// Who is told.
+    pub events: Arc<dyn Events>,
+}
+
+/// How the link is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LinkHealth {
+    /// A backend is connected and has been told all it needs.
+    pub connected: bool,
+    /// Backends that completed the handshake since the start.
+    pub incarnations: u64,
+    /// The last failure, empty if there was none.
+    pub last_error: String,
+    /// Requests in flight survive a crash of the backend.
+    pub inflight_tracking: bool,
+}
+
+/// No backend could be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Nobody listens.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// Somebody does, but the handshake failed.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+impl Endpoint {
+    /// Tries to connect for `patience` at most.
+    ///
+    /// # Errors
+    /// What went wrong last.
+    pub fn connect_within(&self, patience: Duration) -> Result<Connected, LinkError> {
+        let deadline = Instant::now() + patience;
+        let mut backoff = BACKOFF.0;
+        loop {
+            let mut endpoint = self.clone();
+            let left = deadline.saturating_duration_since(Instant::now()).max(BACKOFF.0);
+            endpoint.timeouts.first_reply = left;
+            endpoint.timeouts.request = self.timeouts.request.min(left);
+            match endpoint.connect(|_| {}) {
+                Ok(mut connected) => {
+                    connected.connection.set_timeout(self.timeouts.request);
+                    return Ok(connected);
+                }
+                Err(error) if Instant::now() + backoff >= deadline => return Err(error),
+                Err(_) => thread::sleep(backoff),
+            }
+            backoff = (backoff * 2).min(BACKOFF.1);
+        }
+    }
+
+    /// Connects and shakes hands; `opened` gets the means to interrupt that.
+    fn connect(&self, opened: impl FnOnce(HangUp)) -> Result<Connected, LinkError> {
+        let mut connection = Connection::connect(&self.socket, self.timeouts.request)?;
+        opened(connection.hang_up_handle());
+        connection.set_timeout(self.timeouts.first_reply);
+        let offer = session::handshake(&mut connection, |features| (self.config_len)(features))?;
+        connection.set_timeout(self.timeouts.request);
+        Ok(Connected { connection, offer, since: Instant::now(), told_memory: false, rings_started: false })
+    }
+}
+
+/// Handle to the thread that keeps one device's connection. Dropping it ends both.
+pub struct Link {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    control: Mutex<Control>,
+    changed: Condvar,
+    wake: WakeFd,
+}
+
+/// What is wanted, and what is.
+#[derive(Default)]
+struct Control {
+    activation: Option<Activation>,
+    /// Counts activations, so that the thread sees one end and another begin.
+    activation_id: u64,
+    paused: bool,
+    config_writes: VecDeque<(u32, Vec<u8>)>,
+    refresh_config: bool,
+    shutdown: bool,
+    /// The rings of the activation with this number are, or may be, served.
+    running: Option<u64>,
+    health: LinkHealth,
+    hang_up: Option<HangUp>,
+}
+
+impl Link {
+    /// Starts the thread on a first connection.
+    ///
+    /// # Errors
+    /// No descriptor or no thread is left.
+    pub fn spawn(name: &str, endpoint: Endpoint, first: Connected, wiring: Wiring) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            control: Mutex::default(),
+            changed: Condvar::new(),
+            wake: WakeFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+        });
+        let keeper = Keeper::new(Arc::clone(&shared), endpoint, first, wiring)?;
+        let thread = thread::Builder::new().name(format!("vu-{name}")).spawn(move || keeper.run())?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// The driver set DRIVER_OK: the rings are started as soon as there is a backend.
+    pub fn activate(&self, activation: Activation) {
+        let mut control = self.shared.lock();
+        control.activation = Some(activation);
+        control.activation_id += 1;
+        drop(control);
+        self.shared.wake();
+    }
+
+    /// The driver reset the device. Whether the rings stand still already; if not,
+    /// [`Events::stopped`] tells when they do.
+    #[must_use]
+    pub fn deactivate(&self) -> bool {
+        let mut control = self.shared.lock();
+        control.activation = None;
+        let stopped = control.running.is_none();
+        drop(control);
+        self.shared.wake();
+        stopped
+    }
+
+    /// Waits until the rings stand still; a backend that takes longer than `patience` is
+    /// disconnected, which ends its hold on the rings as well.
+    pub fn wait_stopped(&self, patience: Duration) {
+        let control = self.shared.lock();
+        let (control, timed_out) = self
+            .shared
+            .changed
+            .wait_timeout_while(control, patience, |control| control.running.is_some())
+            .expect("no code that holds this lock can panic");
+        if !timed_out.timed_out() {
+            return;
+        }
+        if let Some(hang_up) = &control.hang_up {
+            hang_up.hang_up();
+        }
+        // The thread's request fails at once now; the bound is for a host that is out of CPU.
+        let waited = self.shared.changed.wait_timeout_while(control, patience, |control| control.running.is_some());
+        drop(waited.expect("no code that holds this lock can panic"));
+    }
+
+    /// Stops the rings (within `patience`, see [`Link::wait_stopped`]) and keeps them stopped.
+    pub fn pause(&self, patience: Duration) {
+        self.shared.lock().paused = true;
+        self.shared.wake();
+        self.wait_stopped(patience);
+    }
+
+    /// Lets the rings go on.
+    pub fn resume(&self) {
+        self.shared.lock().paused = false;
+        self.shared.wake();
+    }
+
+    /// Passes on what the driver wrote to configuration space. Whether there was room.
+    #[must_use]
+    pub fn write_config(&self, offset: u32, bytes: &[u8]) -> bool {
+        let mut control = self.shared.lock();
+        let has_room = control.config_writes.len() < CONFIG_WRITES_LIMIT;
+        if has_room {
+            control.config_writes.push_back((offset, bytes.to_owned()));
+        }
+        drop(control);
+        self.shared.wake();
+        has_room
+    }
+
+    /// Reads the configuration space again: somebody says that it changed.
+    pub fn refresh_config(&self) {
+        self.shared.lock().refresh_config = true;
+        self.shared.wake();
+    }
+
+    /// How the link is.
+    #[must_use]
+    pub fn health(&self) -> LinkHealth {
+        self.shared.lock().health.clone()
+    }
+
+    /// What would be replayed to the next backend; exact while paused.
+    #[must_use]
+    pub fn activation(&self) -> Option<Activation> {
+        self.shared.lock().activation.clone()
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let mut control = self.shared.lock();
+        control.shutdown = true;
+        if let Some(hang_up) = &control.hang_up {
+            hang_up.hang_up();
+        }
+        drop(control);
+        self.shared.wake();
+        // The handle may be dropped on the thread itself, by way of `Events`.
+        if let Some(thread) = self.thread.take().filter(|thread| thread.thread().id() != thread::current().id()) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().expect("no code that holds this lock can panic")
+    }
+
+    fn wake(&self) {
+        // Only a counter that is full fails, and then the thread is awake anyway.
+        let _ = self.wake.write(1);
+    }
+}

@@ -1,0 +1,335 @@
+//! The thread behind a [`Link`](super::Link): brings the backend to what is wanted, again and
+//! again. It alone talks to the backend, so it alone ever waits for one.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{BACKOFF, Connected, Endpoint, Shared, Wiring};
+use crate::frontend::connection::RequestError;
+use crate::frontend::session::{self, Activation, InflightRegion, Resources};
+
+/// A connection that lived this long shows a backend that works: the next attempt is at once.
+const STABLE_AFTER: Duration = Duration::from_secs(1);
+
+pub(super) struct Keeper {
+    shared: Arc<Shared>,
+    endpoint: Endpoint,
+    wiring: Wiring,
+    err: EventFd,
+    connected: Option<Connected>,
+    /// What the rings were set up for last; kept while they are stopped or nobody serves them.
+    served: Option<Served>,
+    retry_at: Instant,
+    backoff: Duration,
+}
+
+struct Served {
+    id: u64,
+    activation: Activation,
+    inflight: Option<InflightRegion>,
+    started_before: bool,
+}
+
+impl Keeper {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        endpoint: Endpoint,
+        first: Connected,
+        wiring: Wiring,
+    ) -> io::Result<Self> {
+        let mut keeper = Self {
+            shared,
+            endpoint,
+            wiring,
+            err: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            connected: None,
+            served: None,
+            retry_at: Instant::now(),
+            backoff: BACKOFF.0,
+        };
+        keeper.shared.lock().hang_up = Some(first.connection.hang_up_handle());
+        keeper.adopt(first);
+        Ok(keeper)
+    }
+
+    pub(super) fn run(mut self) {
+        loop {
+            let (wanted_id, running, paused) = {
+                let control = self.shared.lock();
+                if control.shutdown {
+                    return;
+                }
+                (control.activation.as_ref().map(|_| control.activation_id), control.running, control.paused)
+            };
+            if running.is_some() && (running != wanted_id || paused) {
+                self.stop_rings();
+                continue;
+            }
+            if self.served.as_ref().is_some_and(|served| Some(served.id) != wanted_id) {
+                self.forget_driver();
+            }
+            if self.connected.is_none() && self.retry_at <= Instant::now() {
+                self.connect();
+            }
+            if self.connected.is_some() && running.is_none() {
+                self.start_rings();
+            }
+            if self.connected.is_some() {
+                self.pass_config();
+            }
+            self.wait();
+        }
+    }
+
+    fn connect(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let attempt = self.endpoint.connect(|hang_up| {
+            let mut control = shared.lock();
+            if control.shutdown {
+                hang_up.hang_up();
+            }
+            control.hang_up = Some(hang_up);
+        });
+        match attempt {
+            Ok(connected) => self.adopt(connected),
+            Err(error) => self.lose(&error),
+        }
+    }
+
+    fn adopt(&mut self, mut connected: Connected) {
+        let config = connected.offer.config.take();
+        let mut control = self.shared.lock();
+        control.health.connected = control.activation.is_none();
+        control.health.incarnations += 1;
+        control.health.inflight_tracking = connected.offer.tracks_inflight();
+        drop(control);
+        self.connected = Some(connected);
+        if let Some(config) = config {
+            self.wiring.events.config_read(&config);
+        }
+    }
+
+    /// Starts the rings if that is wanted.
+    fn start_rings(&mut self) {
+        let Some(connected) = &mut self.connected else { return };
+        let mut control = self.shared.lock();
+        let id = control.activation_id;
+        let Some(activation) = control.activation.as_ref().filter(|_| !control.paused) else { return };
+        let served = match &mut self.served {
+            Some(served) if served.id == id => served,
+            served => served.insert(Served {
+                id,
+                activation: activation.clone(),
+                inflight: None,
+                started_before: false,
+            }),
+        };
+        control.running = Some(id);
+        drop(control);
+        let resources =
+            Resources { memory: &self.wiring.memory, queues: &self.wiring.queues, err: &self.err };
+        let outcome = session::start(
+            &mut connected.connection,
+            &connected.offer,
+            &mut served.activation,
+            &mut served.inflight,
+            &resources,
+            &mut connected.told_memory,
+        );
+        if let Err(error) = outcome {
+            self.lose(&error);
+            return;
+        }
+        if std::mem::replace(&mut served.started_before, true) {
+            self.wiring.renew_events(&served.activation);
+        }
+        connected.rings_started = true;
+        self.shared.lock().health.connected = true;
+    }
+
+    fn stop_rings(&mut self) {
+        let (Some(connected), Some(served)) = (&mut self.connected, &mut self.served) else {
+            unreachable!("rings run only on a connection, for an activation");
+        };
+        connected.connection.set_timeout(self.endpoint.timeouts.stop);
+        let outcome = session::stop(&mut connected.connection, &mut served.activation);
+        connected.connection.set_timeout(self.endpoint.timeouts.request);
+        if let Err(error) = outcome {
+            self.lose(&error);
+            return;
+        }
+        let driver_gone = {
+            let mut control = self.shared.lock();
+            let driver_gone = control.activation.is_none() || control.activation_id != served.id;
+            if !driver_gone {
+                control.activation = Some(served.activation.clone());
+            }
+            driver_gone
+        };
+        // Before the driver may go on: it could set up new rings at once.
+        if driver_gone {
+            self.forget_driver();
+        }
+        self.tell_stopped();
+    }
+
+    /// The driver reset the device: nothing of its session may reach the next one.
+    fn forget_driver(&mut self) {
+        self.served = None;
+        let Some(connected) = &mut self.connected else { return };
+        if !std::mem::take(&mut connected.rings_started)
+            || !connected.offer.protocol_features.contains(VhostUserProtocolFeatures::RESET_DEVICE)
+        {
+            return;
+        }
+        match connected.connection.reset_device() {
+            Ok(()) => {}
+            Err(error @ RequestError::Refused { .. }) => tracing::warn!(%error, "device reset is not complete"),
+            Err(error) => self.lose(&error),
+        }
+    }
+
+    /// Passes on what the driver wrote to configuration space, and reads it again.
+    fn pass_config(&mut self) {
+        let serves_config = |connected: &Connected| {
+            connected.offer.protocol_features.contains(VhostUserProtocolFeatures::CONFIG)
+        };
+        let mut refresh = std::mem::take(&mut self.shared.lock().refresh_config);
+        while let Some(connected) = &mut self.connected {
+            let Some((offset, bytes)) = self.shared.lock().config_writes.pop_front() else { break };
+            if !serves_config(connected) {
+                continue;
+            }
+            refresh = true;
+            match connected.connection.set_config(offset, &bytes) {
+                Ok(()) => {}
+                Err(error @ RequestError::Refused { .. }) => tracing::warn!(%error, offset, "a driver's write is lost"),
+                Err(error) => {
+                    self.shared.lock().config_writes.push_front((offset, bytes));
+                    self.lose(&error);
+                }
+            }
+        }
+        let Some(connected) = self.connected.as_mut().filter(|connected| refresh && serves_config(connected)) else {
+            return;
+        };
+        let len = (self.endpoint.config_len)(connected.offer.features);
+        match connected.connection.config(len) {
+            Ok(config) => self.wiring.events.config_read(&config),
+            Err(error) => self.lose(&error),
+        }
+    }
+
+    /// The connection is of no use any more: its rings stand still, and another is made.
+    fn lose(&mut self, error: &(dyn Error + 'static)) {
+        let lived = self.connected.take().map_or(Duration::ZERO, |connected| connected.since.elapsed());
+        if lived >= STABLE_AFTER {
+            self.backoff = BACKOFF.0;
+            self.retry_at = Instant::now();
+        } else {
+            self.retry_at = Instant::now() + self.backoff;
+            self.backoff = (self.backoff * 2).min(BACKOFF.1);
+        }
+        let message = with_causes(error);
+        let mut control = self.shared.lock();
+        if control.health.last_error != message || control.health.connected {
+            tracing::warn!(socket = %self.endpoint.socket.display(), error = message, "no backend, connecting again");
+        }
+        control.health.connected = false;
+        control.health.last_error = message;
+        control.hang_up = None;
+        drop(control);
+        self.tell_stopped();
+    }
+
+    /// Says that the rings stand still, to whom it concerns.
+    fn tell_stopped(&self) {
+        let mut control = self.shared.lock();
+        let was_running = control.running.take().is_some();
+        let reset_waits = was_running && control.activation.is_none();
+        drop(control);
+        self.shared.changed.notify_all();
+        if reset_waits {
+            self.wiring.events.stopped();
+        }
+    }
+
+    /// Waits for something to do.
+    fn wait(&mut self) {
+        let timeout = match &self.connected {
+            Some(_) => PollTimeout::NONE,
+            None => {
+                let left = self.retry_at.saturating_duration_since(Instant::now());
+                // One millisecond more, lest the poll ends a little early and spins.
+                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        let mut fds = vec![
+            PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(borrow(&self.err), PollFlags::POLLIN),
+        ];
+        if let Some(connected) = &self.connected {
+            fds.push(PollFd::new(connected.connection.as_fd(), PollFlags::POLLIN));
+        }
+        // An interrupted poll is a poll without events.
+        let _ = poll(&mut fds, timeout);
+        let events: Vec<PollFlags> = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty())).collect();
+        if !events[0].is_empty() {
+            let _ = self.shared.wake.read();
+        }
+        if !events[1].is_empty() && self.err.read().is_ok() {
+            self.wiring.events.ring_broken();
+        }
+        match events.get(2) {
+            Some(event) if event.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) => {
+                self.lose(&Ended::HungUp);
+            }
+            Some(event) if !event.is_empty() => self.lose(&Ended::SpokeUnasked),
+            _ => {}
+        }
+    }
+}
+
+/// How a connection ended while nothing was asked.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("the backend hung up")]
+    HungUp,
+    #[error("the backend sent a message that nobody asked for")]
+    SpokeUnasked,
+}
+
+impl Wiring {
+    /// A new incarnation must look at its rings, and the driver at what the old one completed
+    /// without getting to the interrupt.
+    fn renew_events(&self, activation: &Activation) {
+        for queue in &activation.queues {
+            let events = &self.queues[usize::from(queue.index)];
+            // Only a counter that is full fails, and then the other side has its signal.
+            let _ = events.kick.write(1);
+            let _ = events.call.write(1);
+        }
+    }
+}
+
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open while `event` lives, and the result lives no longer.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+fn with_causes(error: &(dyn Error + 'static)) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message = format!("{message}: {error}");
+        cause = error.source();
+    }
+    message
+}

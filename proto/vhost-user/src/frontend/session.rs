@@ -1,0 +1,329 @@
+//! What a backend is told, replayed as one transaction on every connection.
+//!
+//! ```text
+//!  connect ─ handshake ─────────────────────────────── start ──────────────────────── stop
+//!            owner, features, protocol features,        features, memory, in-flight    GET_VRING_BASE
+//!            queue number, configuration space          region, rings, enable          of each ring
+//! ```
+//!
+//! `handshake` needs nothing but a connection. `start` needs what the driver chose, an
+//! [`Activation`]: plain data, and all there is to replay on the next incarnation of a backend.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde::{Deserialize, Serialize};
+use vhost::VringConfigData;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::connection::{Connection, RequestError};
+use super::memory::MemoryTable;
+
+/// VHOST_USER_F_PROTOCOL_FEATURES.
+pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// The protocol features this end makes use of.
+const WANTED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+/// Offset of `idx` in the used ring (Virtio 1.2 section 2.7.8).
+const USED_IDX_OFFSET: u64 = 2;
+/// 256 rings of 32768 descriptors need 128 MiB; nobody needs more.
+const INFLIGHT_LIMIT_BYTES: u64 = 128 << 20;
+
+/// One ring as the driver set it up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    /// Index of the virtqueue.
+    pub index: u16,
+    /// Descriptors in the ring.
+    pub size: u16,
+    /// Descriptor area, a guest physical address.
+    pub desc_gpa: u64,
+    /// Driver area (available ring).
+    pub driver_gpa: u64,
+    /// Device area (used ring).
+    pub device_gpa: u64,
+    /// Where the ring goes on if it was stopped in order; `None` after a loss of the backend:
+    /// then the used ring in guest memory tells.
+    pub base: Option<u16>,
+}
+
+/// What the driver chose when it set DRIVER_OK.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Activation {
+    /// Acknowledged virtio features.
+    pub features: u64,
+    /// The enabled rings.
+    pub queues: Vec<QueueState>,
+}
+
+/// The descriptors of one ring.
+#[derive(Debug)]
+pub struct QueueEvents {
+    /// Signalled by the driver's doorbell.
+    pub kick: EventFd,
+    /// Raises the driver's interrupt.
+    pub call: EventFd,
+}
+
+/// What a backend offers, learnt by [`handshake`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Virtio features, with the transport's own bits.
+    pub features: u64,
+    /// Protocol features that are in use on this connection.
+    pub protocol_features: VhostUserProtocolFeatures,
+    /// GET_QUEUE_NUM's answer, if the backend offers MQ.
+    pub queue_num: Option<u64>,
+    /// Device configuration space, if the backend serves one.
+    pub config: Option<Vec<u8>>,
+}
+
+impl Offer {
+    /// Whether requests in flight survive a crash of the backend.
+    #[must_use]
+    pub fn tracks_inflight(&self) -> bool {
+        self.protocol_features.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    }
+}
+
+/// The shared region in which a backend notes what it works on. Outlives backends.
+pub struct InflightRegion {
+    description: VhostUserInflight,
+    file: File,
+}
+
+/// A session could not be set up or taken down.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// A request failed.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// Features that the guest uses are gone.
+    #[error(
+        "the backend no longer offers features {missing:#x} that the guest's driver uses: \
+         start a backend that offers at least features {acked:#x}"
+    )]
+    FeaturesLost {
+        /// What the guest acknowledged.
+        acked: u64,
+        /// What of it is not offered.
+        missing: u64,
+    },
+    /// The backend's in-flight region is none.
+    #[error("the backend's in-flight region is not usable: {0}")]
+    Inflight(&'static str),
+    /// The in-flight region could not be made tamper-proof.
+    #[error("cannot make a sealed copy of the in-flight region")]
+    SealInflight(#[source] io::Error),
+    /// A used ring lies outside memory.
+    #[error("cannot read the used ring of queue {index}")]
+    UsedRing {
+        /// The queue.
+        index: u16,
+        /// The read's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Claims the backend and learns what it offers. `config_len` decides how much of the device
+/// configuration space is read, knowing the features.
+///
+/// # Errors
+/// A request failed.
+pub fn handshake(
+    connection: &mut Connection,
+    config_len: impl FnOnce(u64) -> u16,
+) -> Result<Offer, SessionError> {
+    connection.set_owner()?;
+    let features = connection.features()?;
+    let mut offer = Offer { features, protocol_features: VhostUserProtocolFeatures::empty(), queue_num: None, config: None };
+    if features & F_PROTOCOL_FEATURES == 0 {
+        return Ok(offer);
+    }
+    offer.protocol_features = connection.protocol_features()? & WANTED;
+    connection.set_protocol_features(offer.protocol_features)?;
+    if offer.protocol_features.contains(VhostUserProtocolFeatures::MQ) {
+        offer.queue_num = Some(connection.queue_num()?);
+    }
+    let config_len = config_len(features);
+    if offer.protocol_features.contains(VhostUserProtocolFeatures::CONFIG) && config_len > 0 {
+        offer.config = Some(connection.config(config_len)?);
+    }
+    Ok(offer)
+}
+
+/// Starts the rings of `activation`, in the specification's order. `told_memory` says whether
+/// this connection has the memory table already, and is updated.
+///
+/// # Errors
+/// A request failed, or the backend does not fit what the driver chose; the connection must then
+/// be dropped, for the backend is in between.
+pub fn start(
+    connection: &mut Connection,
+    offer: &Offer,
+    activation: &mut Activation,
+    inflight: &mut Option<InflightRegion>,
+    resources: &Resources<'_>,
+    told_memory: &mut bool,
+) -> Result<(), SessionError> {
+    let missing = activation.features & !offer.features;
+    if missing != 0 {
+        return Err(SessionError::FeaturesLost { acked: activation.features, missing });
+    }
+    connection.set_features(activation.features | offer.features & F_PROTOCOL_FEATURES)?;
+    if !*told_memory {
+        if offer.protocol_features.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            connection.add_mem_regions(resources.memory)?;
+        } else {
+            connection.set_mem_table(resources.memory)?;
+        }
+        *told_memory = true;
+    }
+    if offer.tracks_inflight() {
+        share_inflight(connection, activation, inflight)?;
+    }
+    for queue in &mut activation.queues {
+        start_queue(connection, queue, resources)?;
+    }
+    if offer.features & F_PROTOCOL_FEATURES != 0 {
+        for queue in &activation.queues {
+            connection.set_vring_enable(queue.index, true)?;
+        }
+    }
+    // Without REPLY_ACK only a request with an answer tells that all the others arrived.
+    connection.features()?;
+    Ok(())
+}
+
+/// Stops the rings and notes where they stopped.
+///
+/// # Errors
+/// A request failed; the connection must then be dropped, which stops the rings too.
+pub fn stop(connection: &mut Connection, activation: &mut Activation) -> Result<(), SessionError> {
+    for queue in &mut activation.queues {
+        queue.base = Some(connection.vring_base(queue.index)?);
+    }
+    Ok(())
+}
+
+/// What of this process a backend shares.
+pub struct Resources<'a> {
+    /// Guest memory.
+    pub memory: &'a MemoryTable,
+    /// By queue index.
+    pub queues: &'a [QueueEvents],
+    /// Signalled by a backend when a ring is broken.
+    pub err: &'a EventFd,
+}
+
+fn start_queue(
+    connection: &mut Connection,
+    queue: &mut QueueState,
+    resources: &Resources<'_>,
+) -> Result<(), SessionError> {
+    let index = queue.index;
+    let events = &resources.queues[usize::from(index)];
+    let base = match queue.base {
+        Some(base) => base,
+        None => resources
+            .memory
+            .read_u16(queue.device_gpa + USED_IDX_OFFSET)
+            .map_err(|source| SessionError::UsedRing { index, source })?,
+    };
+    connection.set_vring_num(index, queue.size)?;
+    connection.set_vring_base(index, base)?;
+    connection.set_vring_addr(
+        index,
+        &VringConfigData {
+            queue_max_size: queue.size,
+            queue_size: queue.size,
+            flags: 0,
+            desc_table_addr: queue.desc_gpa,
+            used_ring_addr: queue.device_gpa,
+            avail_ring_addr: queue.driver_gpa,
+            log_addr: None,
+        },
+    )?;
+    connection.set_vring_err(index, resources.err)?;
+    connection.set_vring_call(index, &events.call)?;
+    // From here on the ring moves, so the noted base holds no longer.
+    queue.base = None;
+    connection.set_vring_kick(index, &events.kick)?;
+    Ok(())
+}
+
+/// Gets the in-flight region from the first backend and shows it to each.
+fn share_inflight(
+    connection: &mut Connection,
+    activation: &Activation,
+    inflight: &mut Option<InflightRegion>,
+) -> Result<(), SessionError> {
+    let num_queues = activation.queues.iter().map(|queue| queue.index + 1).max().unwrap_or(0);
+    let queue_size = activation.queues.iter().map(|queue| queue.size).max().unwrap_or(0);
+    if num_queues == 0 {
+        return Ok(());
+    }
+    if inflight.is_none() {
+        let (description, file) = connection.inflight_fd(num_queues, queue_size)?;
+        *inflight = Some(InflightRegion::accept(description, file)?);
+    }
+    if let Some(region) = inflight {
+        let description =
+            VhostUserInflight { num_queues, queue_size, ..region.description };
+        connection.set_inflight_fd(&description, &region.file)?;
+    }
+    Ok(())
+}
+
+impl InflightRegion {
+    /// Checks a backend's region and makes sure that no holder can truncate it under another.
+    fn accept(description: VhostUserInflight, file: File) -> Result<Self, SessionError> {
+        let end = description.mmap_offset.checked_add(description.mmap_size);
+        let end = end.filter(|end| (1..=INFLIGHT_LIMIT_BYTES).contains(end));
+        let end = end.ok_or(SessionError::Inflight("its size is 0 or more than 128 MiB"))?;
+        let file_len = file.metadata().map_err(SessionError::SealInflight)?.len();
+        if file_len < end {
+            return Err(SessionError::Inflight("its file is shorter than the region"));
+        }
+        if seal(&file).is_ok() {
+            return Ok(Self { description, file });
+        }
+        let file = sealed_copy(&file, end).map_err(SessionError::SealInflight)?;
+        Ok(Self { description, file })
+    }
+}
+
+/// Fails for files that are no memfd, or were made without permission to seal.
+fn seal(file: &File) -> nix::Result<()> {
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    let present = SealFlag::from_bits_retain(fcntl(file, FcntlArg::F_GET_SEALS)?);
+    if present.contains(SealFlag::F_SEAL_SHRINK) {
+        return Ok(());
+    }
+    fcntl(file, FcntlArg::F_ADD_SEALS(seals)).map(drop)
+}
+
+fn sealed_copy(file: &File, len: u64) -> io::Result<File> {
+    const CHUNK: usize = 1 << 20;
+    let copy = File::from(memfd_create(c"vhost-user-inflight", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    copy.set_len(len)?;
+    let mut buffer = vec![0; CHUNK.min(len as usize)];
+    let mut at = 0;
+    while at < len {
+        let part = (len - at).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..part], at)?;
+        copy.write_all_at(&buffer[..part], at)?;
+        at += part as u64;
+    }
+    seal(&copy)?;
+    Ok(copy)
+}
