@@ -250,11 +250,6 @@ impl QueueInflight {
         self.entry(head).inflight.store(0, Ordering::Release);
     }
 
-    /// `head` goes back to the available ring: it was the last one taken.
-    pub fn cancel(&mut self, head: u16) {
-        self.entry(head).inflight.store(0, Ordering::Release);
-    }
-
     /// `head` joins the batch that the next [`QueueInflight::batch_published`] ends. To be called
     /// before `used->idx` moves.
     #[inline]

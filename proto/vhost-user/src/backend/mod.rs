@@ -3,13 +3,22 @@
 //! A daemon implements [`Device`] (what the device is) and [`QueueHandler`] (what one of its
 //! queues does); [`Server`] owns the listening socket and serves sessions one after another.
 
+mod connection;
+mod server;
+mod session;
+mod socket;
+mod worker;
+
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixListener;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::ring::Ring;
+use crate::ring::{Ring, RingError};
+pub use server::{Server, Status, StopError};
+pub use socket::{BindError, bind, listener_from_fd};
+
+#[cfg(test)]
+mod tests;
 
 /// One virtio device, served to one frontend at a time. Outlives sessions.
 pub trait Device: Send + Sync + 'static {
@@ -70,14 +79,18 @@ pub trait QueueHandler {
         let _ = index;
         true
     }
-    /// Makes all the progress possible without blocking: pops chains, submits, completes.
+    /// Makes all the progress possible without blocking: pops chains, submits, completes. The
+    /// worker publishes and signals afterwards.
     ///
     /// # Errors
     /// A ring error means the driver broke the ring: the worker stops it and signals the
     /// error eventfd. The daemon and its other rings go on.
-    fn process(&mut self, ring: &mut Ring, wake: Wake) -> Result<(), crate::ring::RingError>;
-    /// Completes what is in flight before the ring stops, until `deadline` at most.
-    /// Returns how many requests are still in flight.
+    fn process(&mut self, ring: &mut Ring, wake: Wake) -> Result<(), RingError>;
+    /// Completes what is in flight before the ring stops, until `deadline` at most. The ring
+    /// yields no new chains. Returns how many requests are still in flight.
+    ///
+    /// The handler is dropped afterwards. Whatever the kernel still does with guest memory must
+    /// be over when `drop` returns, or hold a [`MemoryPin`](crate::ring::MemoryPin).
     fn drain(&mut self, ring: &mut Ring, deadline: Instant) -> usize {
         let _ = (ring, deadline);
         0

@@ -308,26 +308,12 @@ impl Ring {
         Ok(Some(chain))
     }
 
-    /// Undoes a `pop`: the chain comes again with the next one. Only for the chain popped last.
-    pub fn put_back(&mut self, chain: DescChain) {
-        let head = chain.head;
-        self.settle(head);
-        if chain.resubmitted {
-            self.resubmit.push_front(head);
-            return;
-        }
-        self.next_avail = self.next_avail.wrapping_sub(1);
-        if let Some(inflight) = &mut self.inflight {
-            inflight.cancel(head);
-        }
-    }
-
     /// Returns a chain to the driver with `written_bytes` device-written bytes. The driver sees
     /// it after [`Ring::publish`] or [`Ring::notify`].
     #[inline]
     pub fn complete(&mut self, mut chain: DescChain, written_bytes: u32) {
         let head = chain.head;
-        self.settle(head);
+        self.settle(&mut chain);
         self.areas.write_used(
             self.used_next,
             head,
@@ -503,7 +489,7 @@ impl Ring {
             self.outstanding
                 .get(word)
                 .is_some_and(|bits| bits & bit != 0),
-            "chain {head} completed on a ring it was not popped from"
+            "chain {head} returned to a ring it was not popped from"
         );
         self.outstanding[word] &= !bit;
         self.outstanding_count -= 1;
@@ -512,18 +498,6 @@ impl Ring {
             storage.clear();
             self.spare.push(storage);
         }
-    }
-
-    /// `head` is no longer outstanding.
-    #[inline]
-    fn settle(&mut self, head: u16) {
-        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
-        assert!(
-            self.outstanding.get(word).is_some_and(|bits| bits & bit != 0),
-            "chain {head} returned to a ring it was not popped from"
-        );
-        self.outstanding[word] &= !bit;
-        self.outstanding_count -= 1;
     }
 
     fn look_for_available(&mut self) -> Result<bool, RingError> {
@@ -546,8 +520,7 @@ impl Ring {
             return Ok(None);
         };
         // Its entry is marked in flight already, with the counter that keeps its place in the order.
-        let mut chain = self.resolve(head)?;
-        chain.resubmitted = true;
+        let chain = self.resolve(head)?;
         self.resubmit.pop_front();
         Ok(Some(chain))
     }
@@ -577,7 +550,6 @@ impl Ring {
         self.outstanding_count += 1;
         Ok(DescChain {
             head,
-            resubmitted: false,
             writable_from: writable_from.unwrap_or(segments.len() as u32),
             readable_len_bytes,
             writable_len_bytes,

@@ -1,0 +1,235 @@
+//! The server of one device: sessions one after another on one listening socket.
+//!
+//! The socket is never closed, unlinked or bound anew between sessions, so that a frontend that
+//! reconnects never meets a gap. A second frontend waits in the backlog. A session's workers and
+//! their I/O are over before the next frontend is accepted.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Device;
+use super::connection;
+use super::session::Session;
+use super::worker::QueueStats;
+use crate::eventfd::EventFd;
+
+/// Pause after a failed accept (descriptors short), lest the thread spin.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// A device being served.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    /// Closed when the serving thread ends.
+    ended: Receiver<()>,
+}
+
+/// How a device's server is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// A frontend is connected.
+    pub connected: bool,
+    /// Sessions begun so far, this one included.
+    pub sessions: u64,
+    /// Rings being served.
+    pub queues_running: u32,
+    /// Requests taken and not completed.
+    pub inflight: u32,
+    /// Requests completed since the server started.
+    pub completed: u64,
+    /// Why the last session ended, in words.
+    pub last_session_end: Option<String>,
+    /// The connected frontend's memory can not be truncated under this process. None without
+    /// memory.
+    pub memory_sealed: Option<bool>,
+}
+
+/// The server did not end in time.
+#[derive(Debug, thiserror::Error)]
+#[error("device {name}: {inflight} requests were not completed in time")]
+pub struct StopError {
+    /// The device.
+    pub name: String,
+    /// Requests still in flight.
+    pub inflight: u32,
+}
+
+impl Server {
+    /// Serves `device` on `listener` in a thread of its own. `name` appears in logs and thread
+    /// names.
+    ///
+    /// # Errors
+    /// No thread or descriptor to be had.
+    pub fn spawn(
+        name: &str,
+        listener: UnixListener,
+        device: Arc<dyn Device>,
+    ) -> io::Result<Server> {
+        // Another incarnation may poll the same socket and win the race for a connection.
+        listener.set_nonblocking(true)?;
+        let queues = (0..device.num_queues()).map(|_| Arc::default()).collect();
+        let shared = Arc::new(Shared {
+            name: name.to_owned(),
+            stop: EventFd::new()?,
+            queues,
+            sessions: Mutex::default(),
+        });
+        let (alive, ended) = sync_channel(0);
+        let serving = Arc::clone(&shared);
+        thread::Builder::new()
+            .name(name.chars().take(15).collect())
+            .spawn(move || {
+                serve(&serving, &listener, &device);
+                drop(alive);
+            })?;
+        Ok(Server { shared, ended })
+    }
+
+    /// Ends the session, letting requests in flight complete within `deadline`, and frees the
+    /// listening socket.
+    ///
+    /// # Errors
+    /// [`StopError`] when requests remain; their threads are left behind.
+    pub fn stop(self, deadline: Duration) -> Result<(), StopError> {
+        self.shared.sessions().drain_until = Some(Instant::now() + deadline);
+        self.shared.stop.ring();
+        match self.ended.recv_timeout(deadline + Duration::from_secs(1)) {
+            Err(RecvTimeoutError::Timeout) => Err(StopError {
+                name: self.shared.name.clone(),
+                inflight: self.status().inflight,
+            }),
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => Ok(()),
+        }
+    }
+
+    /// How it is doing.
+    pub fn status(&self) -> Status {
+        self.shared.status()
+    }
+}
+
+impl Drop for Server {
+    /// Lets the thread end by itself; [`Server::stop`] waits for it.
+    fn drop(&mut self) {
+        self.shared.stop.ring();
+    }
+}
+
+/// What serving thread, workers and [`Server`] share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    name: String,
+    stop: EventFd,
+    queues: Vec<Arc<QueueStats>>,
+    sessions: Mutex<Sessions>,
+}
+
+#[derive(Debug, Default)]
+struct Sessions {
+    connected: bool,
+    count: u64,
+    last_end: Option<String>,
+    memory_sealed: Option<bool>,
+    /// Set by [`Server::stop`].
+    drain_until: Option<Instant>,
+}
+
+impl Shared {
+    pub(super) fn queue(&self, index: u16) -> Arc<QueueStats> {
+        Arc::clone(&self.queues[usize::from(index)])
+    }
+
+    pub(super) fn set_memory_sealed(&self, sealed: bool) {
+        self.sessions().memory_sealed = Some(sealed);
+    }
+
+    /// How long a drain may take because the server is being stopped.
+    pub(super) fn drain_limit(&self) -> Option<Duration> {
+        self.sessions()
+            .drain_until
+            .map(|until| until.saturating_duration_since(Instant::now()))
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn status(&self) -> Status {
+        let sessions = self.sessions();
+        let queues = self.queues.iter();
+        Status {
+            connected: sessions.connected,
+            sessions: sessions.count,
+            queues_running: queues
+                .clone()
+                .filter(|queue| queue.running.load(Ordering::Relaxed))
+                .count() as u32,
+            inflight: queues
+                .clone()
+                .map(|queue| queue.in_flight.load(Ordering::Relaxed))
+                .sum(),
+            completed: queues
+                .map(|queue| queue.completed_total.load(Ordering::Relaxed))
+                .sum(),
+            last_session_end: sessions.last_end.clone(),
+            memory_sealed: sessions.memory_sealed,
+        }
+    }
+}
+
+/// The serving thread.
+fn serve(shared: &Arc<Shared>, listener: &UnixListener, device: &Arc<dyn Device>) {
+    while await_connection(shared, listener) {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => {
+                tracing::warn!(device = shared.name, %error, "cannot accept a frontend, trying again");
+                thread::sleep(ACCEPT_RETRY);
+                continue;
+            }
+        };
+        {
+            let mut sessions = shared.sessions();
+            sessions.connected = true;
+            sessions.count += 1;
+            tracing::info!(
+                device = shared.name,
+                session = sessions.count,
+                "frontend connected"
+            );
+        }
+        let session = Session::new(&shared.name, Arc::clone(device), Arc::clone(shared));
+        let (end, mut session) = connection::serve(stream, session, shared.stop.as_fd());
+        tracing::info!(device = shared.name, %end, "session ended");
+        {
+            let mut sessions = shared.sessions();
+            sessions.connected = false;
+            sessions.last_end = Some(end.to_string());
+        }
+        session.end();
+        shared.sessions().memory_sealed = None;
+    }
+}
+
+/// Waits for a frontend; false when the server is to stop.
+fn await_connection(shared: &Shared, listener: &UnixListener) -> bool {
+    let mut polls = [shared.stop.as_fd(), listener.as_fd()].map(|fd| libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    loop {
+        // SAFETY: two valid pollfds with descriptors that are open throughout.
+        let ready = unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) };
+        if ready > 0 {
+            return polls[0].revents == 0;
+        }
+    }
+}

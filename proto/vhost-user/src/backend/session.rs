@@ -1,0 +1,765 @@
+//! One frontend's session: the requests of the protocol, turned into ring state and workers.
+//!
+//! A request that is refused (a SET that makes no sense) leaves everything as it was; the
+//! connection decides whether the session goes on. A ring runs while it has size, areas, a kick
+//! descriptor and memory, and is enabled:
+//!
+//! ```text
+//!   stopped --SET_VRING_KICK + enabled--> running <--SET_VRING_ENABLE--> paused
+//!      ^                                     |                             |
+//!      +------ GET_VRING_BASE, RESET_DEVICE, end of session (drain) -------+
+//! ```
+
+use std::error::Error as StdError;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::Device;
+use super::server::Shared;
+use super::worker::{Worker, WorkerError};
+use crate::eventfd::{Doorbell, EventFd};
+use crate::inflight::{InflightError, InflightRegion};
+use crate::memory::{MAX_REGIONS, MemoryError, MemoryTable, Region, RegionLayout};
+use crate::ring::{Ring, RingAddresses, RingConfig, RingError};
+
+/// `VHOST_USER_F_PROTOCOL_FEATURES`.
+const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// Feature bits that this crate brings to every device.
+const RING_FEATURES: u64 = (1 << VIRTIO_F_VERSION_1)
+    | (1 << VIRTIO_RING_F_EVENT_IDX)
+    | (1 << VIRTIO_RING_F_INDIRECT_DESC)
+    | F_PROTOCOL_FEATURES;
+
+/// How long requests in flight may take when the frontend stops a ring, resets the device or
+/// hangs up.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+fn protocol_features() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::RESET_DEVICE
+}
+
+/// Why a request was refused.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("the session has no owner yet: SET_OWNER comes first")]
+    NoOwner,
+    #[error("the session has an owner already")]
+    OwnedAlready,
+    #[error("features {0:#x} were not offered")]
+    FeaturesNotOffered(u64),
+    #[error("features cannot change while rings run")]
+    FeaturesWhileRunning,
+    #[error("queue {0} does not exist")]
+    NoSuchQueue(u32),
+    #[error("queue {index}: {request} while the ring runs")]
+    WhileRunning { index: u16, request: &'static str },
+    #[error("queue {index}: ring size {size} is not a power of two up to {max}")]
+    RingSize { index: u16, size: u32, max: u16 },
+    #[error("queue {index}: ring base {base} does not fit in 16 bits")]
+    RingBase { index: u16, base: u32 },
+    #[error("queue {0}: rings without a kick descriptor are not supported")]
+    NoKick(u16),
+    #[error("queue {index}: the memory table would lose the ring's areas")]
+    LosesRing { index: u16 },
+    #[error("{files} descriptors for {regions} memory regions")]
+    DescriptorCount { files: usize, regions: usize },
+    #[error("{0} is not supported")]
+    Unsupported(&'static str),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// What the frontend said about one ring, and who serves it.
+#[derive(Debug, Default)]
+struct Vring {
+    size: u16,
+    base: u16,
+    addresses: Option<RingAddresses>,
+    kick: Option<EventFd>,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+    enabled: bool,
+    worker: Option<Worker>,
+}
+
+/// See the module's description.
+pub(super) struct Session {
+    name: String,
+    device: Arc<dyn Device>,
+    shared: Arc<Shared>,
+    owned: bool,
+    acked_features: u64,
+    acked_protocol_features: u64,
+    memory: Option<Arc<MemoryTable>>,
+    inflight: Option<InflightRegion>,
+    vrings: Vec<Vring>,
+    /// The last request was refused by this handler, not by the protocol's parser.
+    refused: bool,
+}
+
+impl Session {
+    pub(super) fn new(name: &str, device: Arc<dyn Device>, shared: Arc<Shared>) -> Session {
+        let vrings = (0..device.num_queues()).map(|_| Vring::default()).collect();
+        Session {
+            name: name.to_owned(),
+            device,
+            shared,
+            owned: false,
+            acked_features: 0,
+            acked_protocol_features: 0,
+            memory: None,
+            inflight: None,
+            vrings,
+            refused: false,
+        }
+    }
+
+    /// Whether the last failed request was refused, leaving the session as it was.
+    pub(super) fn take_refusal(&mut self) -> bool {
+        std::mem::take(&mut self.refused)
+    }
+
+    /// Whether a refusal can be told to the frontend.
+    pub(super) fn acknowledges(&self) -> bool {
+        self.acked_protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+
+    /// Drains and stops all rings and forgets the driver's state. Returns only when no worker
+    /// and no I/O of this session is left.
+    pub(super) fn end(&mut self) {
+        if let Err(error) = self.stop_all(Instant::now() + self.drain_timeout()) {
+            let error = &error as &dyn StdError;
+            tracing::warn!(device = self.name, error, "rings did not end in order");
+        }
+        self.device.reset();
+    }
+
+    fn drain_timeout(&self) -> Duration {
+        self.shared
+            .drain_limit()
+            .map_or(DRAIN_TIMEOUT, |limit| limit.min(DRAIN_TIMEOUT))
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.device.features() | RING_FEATURES
+    }
+
+    /// Logs a refusal and makes the protocol's error of it.
+    fn refuse(&mut self, request: &'static str, refusal: Refusal) -> Error {
+        let error = &refusal as &dyn StdError;
+        tracing::warn!(device = self.name, request, error, "request refused");
+        self.refused = true;
+        Error::ReqHandlerError(io::Error::other(refusal))
+    }
+
+    fn answer<T>(
+        &mut self,
+        request: &'static str,
+        result: std::result::Result<T, Refusal>,
+    ) -> Result<T> {
+        result.map_err(|refusal| self.refuse(request, refusal))
+    }
+
+    fn require_owner(&self) -> std::result::Result<(), Refusal> {
+        if self.owned {
+            Ok(())
+        } else {
+            Err(Refusal::NoOwner)
+        }
+    }
+
+    fn vring(&mut self, index: u32) -> std::result::Result<(u16, &mut Vring), Refusal> {
+        self.require_owner()?;
+        let found = usize::try_from(index)
+            .ok()
+            .and_then(|position| self.vrings.get_mut(position));
+        found
+            .map(|vring| (index as u16, vring))
+            .ok_or(Refusal::NoSuchQueue(index))
+    }
+
+    fn stopped_vring(
+        &mut self,
+        index: u32,
+        request: &'static str,
+    ) -> std::result::Result<(u16, &mut Vring), Refusal> {
+        let (index, vring) = self.vring(index)?;
+        match vring.worker {
+            Some(_) => Err(Refusal::WhileRunning { index, request }),
+            None => Ok((index, vring)),
+        }
+    }
+
+    fn try_set_features(&mut self, features: u64) -> std::result::Result<(), Refusal> {
+        let unknown = features & !self.offered_features();
+        if unknown != 0 {
+            return Err(Refusal::FeaturesNotOffered(unknown));
+        }
+        let runs = self.vrings.iter().any(|vring| vring.worker.is_some());
+        if runs && features != self.acked_features {
+            return Err(Refusal::FeaturesWhileRunning);
+        }
+        self.acked_features = features;
+        // vhost-user, "Ring states": without protocol features rings start enabled.
+        if features & F_PROTOCOL_FEATURES == 0 {
+            for index in 0..self.vrings.len() {
+                self.vrings[index].enabled = true;
+                self.start_if_ready(index as u16)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn try_set_mem_table(
+        &mut self,
+        descriptions: &[VhostUserMemoryRegion],
+        files: &[File],
+    ) -> std::result::Result<(), Refusal> {
+        self.require_owner()?;
+        if descriptions.len() != files.len() {
+            return Err(Refusal::DescriptorCount {
+                files: files.len(),
+                regions: descriptions.len(),
+            });
+        }
+        let regions = descriptions
+            .iter()
+            .zip(files)
+            .map(|(description, file)| Region::map(layout_of(description), file))
+            .collect::<std::result::Result<Vec<_>, _>>()?;
+        self.use_memory(MemoryTable::new(regions)?)
+    }
+
+    /// Goes over to another memory table, unless a running ring is not in it.
+    fn use_memory(&mut self, memory: MemoryTable) -> std::result::Result<(), Refusal> {
+        let memory = Arc::new(memory);
+        for (index, vring) in (0..).zip(&self.vrings) {
+            let Some(addresses) = vring.addresses.filter(|_| vring.worker.is_some()) else {
+                continue;
+            };
+            Ring::check_areas(&memory, &addresses, vring.size)
+                .map_err(|_| Refusal::LosesRing { index })?;
+        }
+        for worker in self.vrings.iter().filter_map(|vring| vring.worker.as_ref()) {
+            worker.set_memory(Arc::clone(&memory))?;
+        }
+        self.shared
+            .set_memory_sealed(memory.regions().iter().all(Region::is_sealed));
+        self.memory = Some(memory);
+        for index in 0..self.vrings.len() {
+            self.start_if_ready(index as u16)?;
+        }
+        Ok(())
+    }
+
+    fn try_set_vring_num(&mut self, index: u32, size: u32) -> std::result::Result<(), Refusal> {
+        let max = self.device.max_queue_size();
+        let (index, vring) = self.stopped_vring(index, "SET_VRING_NUM")?;
+        if !size.is_power_of_two() || size > u32::from(max) {
+            return Err(Refusal::RingSize { index, size, max });
+        }
+        vring.size = size as u16;
+        Ok(())
+    }
+
+    fn try_set_vring_addr(
+        &mut self,
+        index: u32,
+        addresses: RingAddresses,
+    ) -> std::result::Result<(), Refusal> {
+        let memory = self.memory.clone();
+        let (index, vring) = self.vring(index)?;
+        if vring.worker.is_some() && vring.addresses != Some(addresses) {
+            return Err(Refusal::WhileRunning {
+                index,
+                request: "SET_VRING_ADDR",
+            });
+        }
+        if let (Some(memory), true) = (memory, vring.size > 0) {
+            Ring::check_areas(&memory, &addresses, vring.size)?;
+        }
+        vring.addresses = Some(addresses);
+        self.start_if_ready(index)
+    }
+
+    fn try_set_vring_base(&mut self, index: u32, base: u32) -> std::result::Result<(), Refusal> {
+        let (index, vring) = self.stopped_vring(index, "SET_VRING_BASE")?;
+        vring.base = u16::try_from(base).map_err(|_| Refusal::RingBase { index, base })?;
+        Ok(())
+    }
+
+    fn try_get_vring_base(&mut self, index: u32) -> std::result::Result<u16, Refusal> {
+        let deadline = Instant::now() + self.drain_timeout();
+        let (_, vring) = self.vring(index)?;
+        // vhost-user, "Ring states": the ring starts again with the next SET_VRING_KICK.
+        vring.kick = None;
+        if let Some(worker) = &vring.worker {
+            // An undrained ring keeps its worker and its entries in the in-flight region: the
+            // failure ends the session, and the next one resubmits them.
+            vring.base = worker.begin_stop(deadline).wait()?.next_avail;
+            vring.worker.take().map(Worker::join);
+        }
+        Ok(vring.base)
+    }
+
+    fn try_set_vring_kick(
+        &mut self,
+        index: u8,
+        file: Option<File>,
+    ) -> std::result::Result<(), Refusal> {
+        let (index, vring) = self.vring(u32::from(index))?;
+        let kick = EventFd::from_kick(file.ok_or(Refusal::NoKick(index))?.into())?;
+        if let Some(worker) = &vring.worker {
+            worker.set_kick(kick.try_clone()?);
+        }
+        vring.kick = Some(kick);
+        self.start_if_ready(index)
+    }
+
+    fn try_set_vring_call(
+        &mut self,
+        index: u8,
+        file: Option<File>,
+    ) -> std::result::Result<(), Refusal> {
+        let (_, vring) = self.vring(u32::from(index))?;
+        vring.call = file.map(OwnedFd::from);
+        if let Some(worker) = &vring.worker {
+            worker.set_call(doorbell(&vring.call)?);
+        }
+        Ok(())
+    }
+
+    fn try_set_vring_err(
+        &mut self,
+        index: u8,
+        file: Option<File>,
+    ) -> std::result::Result<(), Refusal> {
+        let (_, vring) = self.vring(u32::from(index))?;
+        vring.err = file.map(OwnedFd::from);
+        if let Some(worker) = &vring.worker {
+            worker.set_err(doorbell(&vring.err)?);
+        }
+        Ok(())
+    }
+
+    fn try_set_vring_enable(
+        &mut self,
+        index: u32,
+        enabled: bool,
+    ) -> std::result::Result<(), Refusal> {
+        let (index, vring) = self.vring(index)?;
+        vring.enabled = enabled;
+        if let Some(worker) = &vring.worker {
+            worker.set_enabled(enabled)?;
+        }
+        self.start_if_ready(index)
+    }
+
+    fn try_set_inflight_fd(
+        &mut self,
+        inflight: &VhostUserInflight,
+        file: &File,
+    ) -> std::result::Result<(), Refusal> {
+        self.require_owner()?;
+        if let Some(index) = self.vrings.iter().position(|vring| vring.worker.is_some()) {
+            return Err(Refusal::WhileRunning {
+                index: index as u16,
+                request: "SET_INFLIGHT_FD",
+            });
+        }
+        let VhostUserInflight {
+            mmap_size,
+            mmap_offset,
+            num_queues,
+            queue_size,
+        } = *inflight;
+        self.inflight = Some(InflightRegion::map(
+            file,
+            mmap_offset,
+            mmap_size,
+            num_queues,
+            queue_size,
+        )?);
+        Ok(())
+    }
+
+    /// Starts a ring when nothing is missing any more.
+    fn start_if_ready(&mut self, index: u16) -> std::result::Result<(), Refusal> {
+        let vring = &mut self.vrings[usize::from(index)];
+        let (Some(memory), Some(addresses), Some(kick)) =
+            (&self.memory, vring.addresses, &vring.kick)
+        else {
+            return Ok(());
+        };
+        if vring.worker.is_some() || !vring.enabled || vring.size == 0 {
+            return Ok(());
+        }
+        let inflight = match &self.inflight {
+            Some(region) => {
+                let slot = region.queue(index, vring.size);
+                Some(slot.ok_or(RingError::NoInflightSlot {
+                    index,
+                    size: vring.size,
+                })?)
+            }
+            None => None,
+        };
+        let ring = Ring::start(RingConfig {
+            index,
+            size: vring.size,
+            features: self.acked_features,
+            addresses,
+            memory: Arc::clone(memory),
+            next_avail: vring.base,
+            inflight,
+            call: doorbell(&vring.call)?,
+        })?;
+        let stats = self.shared.queue(index);
+        let (kick, err) = (kick.try_clone()?, doorbell(&vring.err)?);
+        vring.worker = Some(Worker::start(
+            &self.name,
+            Arc::clone(&self.device),
+            ring,
+            kick,
+            err,
+            stats,
+        )?);
+        Ok(())
+    }
+
+    /// Stops all rings at once and waits for their threads.
+    fn stop_all(&mut self, deadline: Instant) -> std::result::Result<(), WorkerError> {
+        let workers: Vec<_> = self
+            .vrings
+            .iter_mut()
+            .filter_map(|vring| vring.worker.take())
+            .collect();
+        let stops: Vec<_> = workers
+            .iter()
+            .map(|worker| worker.begin_stop(deadline))
+            .collect();
+        let mut result = Ok(());
+        for (worker, stop) in workers.into_iter().zip(stops) {
+            result = result.and(stop.wait().map(|_| ()));
+            worker.join();
+        }
+        result
+    }
+
+    /// Back to the state of a fresh session, but for owner, memory and negotiated features of
+    /// the protocol.
+    fn reset_rings(&mut self) -> std::result::Result<(), Refusal> {
+        self.stop_all(Instant::now() + self.drain_timeout())?;
+        self.vrings
+            .iter_mut()
+            .for_each(|vring| *vring = Vring::default());
+        Ok(())
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        if self.owned {
+            return Err(self.refuse("SET_OWNER", Refusal::OwnedAlready));
+        }
+        self.owned = true;
+        Ok(())
+    }
+
+    /// Deprecated; "disable all rings".
+    fn reset_owner(&mut self) -> Result<()> {
+        let result = self.reset_rings();
+        self.answer("RESET_OWNER", result)
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        let result = self.reset_rings();
+        self.answer("RESET_DEVICE", result)?;
+        self.acked_features = 0;
+        self.device.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered_features())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let result = self.try_set_features(features);
+        self.answer("SET_FEATURES", result)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        ctx: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        files.iter().for_each(close_on_exec);
+        let result = self.try_set_mem_table(ctx, &files);
+        self.answer("SET_MEM_TABLE", result).map(|()| None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let result = self.try_set_vring_num(index, num);
+        self.answer("SET_VRING_NUM", result)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let result = self.try_set_vring_addr(
+            index,
+            RingAddresses {
+                desc: descriptor,
+                avail: available,
+                used,
+            },
+        );
+        self.answer("SET_VRING_ADDR", result)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let result = self.try_set_vring_base(index, base);
+        self.answer("SET_VRING_BASE", result)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let result = self.try_get_vring_base(index);
+        let base = self.answer("GET_VRING_BASE", result)?;
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        fd.iter().for_each(close_on_exec);
+        let result = self.try_set_vring_kick(index, fd);
+        self.answer("SET_VRING_KICK", result)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        fd.iter().for_each(close_on_exec);
+        let result = self.try_set_vring_call(index, fd);
+        self.answer("SET_VRING_CALL", result)
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        fd.iter().for_each(close_on_exec);
+        let result = self.try_set_vring_err(index, fd);
+        self.answer("SET_VRING_ERR", result)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !protocol_features().bits();
+        if unknown != 0 {
+            return Err(self.refuse(
+                "SET_PROTOCOL_FEATURES",
+                Refusal::FeaturesNotOffered(unknown),
+            ));
+        }
+        self.acked_protocol_features = features;
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.device.advertised_queue_num())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let result = self.try_set_vring_enable(index, enable);
+        self.answer("SET_VRING_ENABLE", result)
+    }
+
+    /// Always `size` bytes, zeroes past the end of the configuration: the frontend of the vhost
+    /// crate waits for ever when it gets fewer.
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        let mut config: Vec<u8> = self
+            .device
+            .config()
+            .into_iter()
+            .skip(offset as usize)
+            .collect();
+        config.resize(size as usize, 0);
+        Ok(config)
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let result = self.device.write_config(offset, buf).map_err(Refusal::Io);
+        self.answer("SET_CONFIG", result)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(self.refuse("GPU_SET_SOCKET", Refusal::Unsupported("a GPU socket")))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(self.refuse("GET_SHARED_OBJECT", Refusal::Unsupported("a shared object")))
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File)> {
+        let VhostUserInflight {
+            num_queues,
+            queue_size,
+            ..
+        } = *inflight;
+        let result = match usize::from(num_queues) > self.vrings.len()
+            || queue_size > self.device.max_queue_size()
+        {
+            true => Err(InflightError::BadShape {
+                num_queues,
+                queue_size,
+            }
+            .into()),
+            false => InflightRegion::create(num_queues, queue_size).map_err(Refusal::from),
+        };
+        let (region, file) = self.answer("GET_INFLIGHT_FD", result)?;
+        drop(region);
+        let len_bytes = InflightRegion::needed_bytes(num_queues, queue_size);
+        Ok((
+            VhostUserInflight::new(len_bytes, 0, num_queues, queue_size),
+            file,
+        ))
+    }
+
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        close_on_exec(&file);
+        let result = self.try_set_inflight_fd(inflight, &file);
+        self.answer("SET_INFLIGHT_FD", result)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        close_on_exec(&fd);
+        let add = |session: &mut Session| {
+            session.require_owner()?;
+            let added = Region::map(layout_of(region), &fd)?;
+            let table = session
+                .memory
+                .as_deref()
+                .cloned()
+                .unwrap_or_default()
+                .with(added)?;
+            session.use_memory(table)
+        };
+        let result = add(self);
+        self.answer("ADD_MEM_REG", result).map(|()| None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let remove = |session: &mut Session| {
+            session.require_owner()?;
+            let table = session
+                .memory
+                .as_deref()
+                .cloned()
+                .unwrap_or_default()
+                .without(&layout_of(region))?;
+            session.use_memory(table)
+        };
+        let result = remove(self);
+        self.answer("REM_MEM_REG", result)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        Err(self.refuse(
+            "SET_DEVICE_STATE_FD",
+            Refusal::Unsupported("device state transfer"),
+        ))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(self.refuse(
+            "CHECK_DEVICE_STATE",
+            Refusal::Unsupported("device state transfer"),
+        ))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(self.refuse(
+            "GET_SHMEM_CONFIG",
+            Refusal::Unsupported("shared device memory"),
+        ))
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(self.refuse("SET_LOG_BASE", Refusal::Unsupported("dirty logging")))
+    }
+}
+
+fn layout_of(description: &VhostUserMemoryRegion) -> RegionLayout {
+    RegionLayout {
+        gpa: description.guest_phys_addr,
+        len_bytes: description.memory_size,
+        user_addr: description.user_addr,
+        mmap_offset: description.mmap_offset,
+    }
+}
+
+fn doorbell(fd: &Option<OwnedFd>) -> io::Result<Option<Doorbell>> {
+    fd.as_ref()
+        .map(|fd| fd.try_clone().map(Doorbell::new))
+        .transpose()
+}
+
+/// The vhost crate receives descriptors without this flag.
+fn close_on_exec(file: &File) {
+    // SAFETY: F_SETFD takes an integer.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
+}
