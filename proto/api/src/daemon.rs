@@ -35,6 +35,7 @@ use crate::device::{
 use crate::fds::Inbox;
 use crate::listen::Listener;
 use crate::serve::{self, ServeError, Services};
+use crate::validate;
 
 /// Devices of one daemon process at most. A host's NICs; far below the descriptor limit.
 const MAX_DEVICES: usize = 256;
@@ -139,6 +140,7 @@ impl DeviceTable {
     }
 
     fn attach_request(&self, request: AttachRequest) -> Result<Device, Status> {
+        validate::attach_request(&request)?;
         let id = request.id.clone();
         match self.reserve(&request)? {
             Reserved::Slot => {
@@ -387,7 +389,9 @@ impl DeviceDaemon for Control {
         request: Request<DetachRequest>,
     ) -> Result<Response<DetachResponse>, Status> {
         self.blocking(move |table| {
-            table.detach(&request.into_inner().id)?;
+            let request = request.into_inner();
+            validate::detach_request(&request)?;
+            table.detach(&request.id)?;
             Ok(DetachResponse {})
         })
         .await
@@ -405,7 +409,9 @@ impl DeviceDaemon for Control {
         &self,
         request: Request<GetDeviceRequest>,
     ) -> Result<Response<Device>, Status> {
-        Ok(Response::new(self.0.get(&request.into_inner().id)?))
+        let request = request.into_inner();
+        validate::get_device_request(&request)?;
+        Ok(Response::new(self.0.get(&request.id)?))
     }
 
     async fn get_metrics(
