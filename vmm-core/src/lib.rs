@@ -3,10 +3,24 @@
 //! Everything a guest would call a device, apart from the serial console, is another process
 //! that shares the guest's memory: this crate knows no disk, no packet and no controller.
 //!
-//! `cli` turns arguments into a configuration, `machine` assembles the parts, `lifecycle` owns
-//! the machine's state, `control` serves it over gRPC.
+//! [`cli`] turns arguments into a configuration, [`machine`] assembles the parts, [`lifecycle`]
+//! owns the machine's state, [`stdio`] serves it to a terminal. [`app`] joins them.
 
+pub mod acpi;
+pub mod app;
+pub mod boot;
 pub mod bus;
+pub mod cli;
+pub mod console;
+pub mod error;
 pub mod kvm;
 pub mod layout;
+pub mod lifecycle;
+pub mod machine;
 pub mod memory;
+pub mod pci;
+pub mod power;
+pub mod serial;
+pub mod stdio;
+pub mod vcpu;
+pub mod virtio_pci;

@@ -1,0 +1,406 @@
+//! The life of a machine: one state machine, driven by one thread.
+//!
+//! ```text
+//!               Start                 Pause
+//!   Created ───────────► Running ◄──────────────► Paused
+//!      │                  │ ▲ │       Resume       │ ▲ │
+//!      │                  │ └─┘                    │ └─┘
+//!      │ Stop             │ Reset                  │ Reset
+//!      │                  │                        │
+//!      │                  │ Stop, S5, failure      │ Stop
+//!      └────────────► Stopped ◄────────────────────┘
+//! ```
+//!
+//! | state \ request | Start | Pause | Resume | Reset | PowerButton | Stop |
+//! |---|---|---|---|---|---|---|
+//! | Created | boot -> Running | refused | refused | refused | refused | -> Stopped |
+//! | Running | nothing | park -> Paused | nothing | reboot | press | -> Stopped |
+//! | Paused | refused | nothing | run -> Running | reboot, stays paused | refused | -> Stopped |
+//! | Stopped | refused | refused | refused | refused | refused | nothing |
+//!
+//! [`Supervisor`] owns the machine and its state. Everybody else holds a [`Handle`]: sends
+//! requests and reads snapshots.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+use crate::error::chain;
+use crate::machine::{Machine, MachineError};
+use crate::vcpu::{Event, Report};
+
+/// Messages that may wait for the supervisor: all vCPUs' reports and some requests.
+const INBOX_CAPACITY: usize = 128;
+
+/// Where a machine is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// Assembled; no vCPU has run.
+    Created = 1,
+    /// vCPUs run.
+    Running,
+    /// vCPUs and rings stand still.
+    Paused,
+    /// Over: the process is about to exit.
+    Stopped,
+}
+
+/// What others may ask of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Boot.
+    Start,
+    /// Stand still.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Hard reset.
+    Reset,
+    /// Press the ACPI power button.
+    PowerButton,
+    /// Switch off without asking the guest.
+    Stop,
+}
+
+/// What a request leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Action {
+    Nothing,
+    Boot,
+    Park,
+    Run,
+    Reboot,
+    Press,
+    Stop,
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Not in this state.
+    #[error("the machine is {state}: {remedy}")]
+    State {
+        /// Its state in words.
+        state: &'static str,
+        /// What to do instead.
+        remedy: &'static str,
+    },
+    /// Too many requests wait.
+    #[error("too many requests are waiting: try again later")]
+    Busy,
+    /// The machine could not do it, and stops.
+    #[error("{0}; the machine stops")]
+    Failed(String),
+    /// The supervisor has ended.
+    #[error("the machine has stopped and its process is about to exit")]
+    Gone,
+}
+
+impl State {
+    /// The state in words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        }
+    }
+
+    fn on(self, request: Request) -> Result<Action, Refusal> {
+        let refused = |remedy| Err(Refusal::State { state: self.name(), remedy });
+        match (self, request) {
+            (Self::Stopped, Request::Stop) => Ok(Action::Nothing),
+            (_, Request::Stop) => Ok(Action::Stop),
+            (Self::Created, Request::Start) => Ok(Action::Boot),
+            (Self::Created, _) => refused("start it first"),
+            (Self::Running, Request::Start | Request::Resume) => Ok(Action::Nothing),
+            (Self::Running, Request::Pause) => Ok(Action::Park),
+            (Self::Running, Request::PowerButton) => Ok(Action::Press),
+            (Self::Running | Self::Paused, Request::Reset) => Ok(Action::Reboot),
+            (Self::Paused, Request::Resume) => Ok(Action::Run),
+            (Self::Paused, Request::Pause) => Ok(Action::Nothing),
+            (Self::Paused, Request::Start | Request::PowerButton) => refused("resume it first"),
+            (Self::Stopped, _) => refused("create it anew"),
+        }
+    }
+}
+
+/// Why a machine stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest switched itself off (S5).
+    GuestShutdown,
+    /// Somebody asked for it.
+    StopRequest,
+    /// The machine could not go on.
+    VmmError(String),
+}
+
+/// What anybody may read at any time.
+pub struct Status {
+    state: AtomicU8,
+    resets: AtomicU64,
+    exits: Arc<[AtomicU64]>,
+}
+
+impl Status {
+    /// The state as of the last change.
+    pub fn state(&self) -> State {
+        match self.state.load(Ordering::SeqCst) {
+            1 => State::Created,
+            2 => State::Running,
+            3 => State::Paused,
+            _ => State::Stopped,
+        }
+    }
+
+    /// Resets since the start of the process.
+    pub fn resets(&self) -> u64 {
+        self.resets.load(Ordering::SeqCst)
+    }
+
+    /// Exits handled in user space, all vCPUs together.
+    pub fn exits(&self) -> u64 {
+        self.exits.iter().map(|exits| exits.load(Ordering::Relaxed)).sum()
+    }
+}
+
+/// Sends requests to the supervisor.
+#[derive(Clone)]
+pub struct Handle {
+    inbox: SyncSender<Message>,
+    status: Arc<Status>,
+}
+
+impl Handle {
+    /// Has `request` carried out; ready when it has been.
+    ///
+    /// # Errors
+    /// It was refused or failed.
+    pub async fn request(&self, request: Request) -> Result<(), Refusal> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::Request(request, reply))?;
+        answer.await.unwrap_or(Err(Refusal::Gone))
+    }
+
+    /// Has the machine stopped, without waiting for it.
+    pub fn stop(&self) {
+        let (reply, _) = oneshot::channel();
+        if let Err(refusal) = self.send(Message::Request(Request::Stop, reply)) {
+            warn!("cannot ask the machine to stop: {refusal}");
+        }
+    }
+
+    /// What anybody may read.
+    pub fn status(&self) -> &Status {
+        &self.status
+    }
+
+    fn send(&self, message: Message) -> Result<(), Refusal> {
+        self.inbox.try_send(message).map_err(|err| match err {
+            TrySendError::Full(_) => Refusal::Busy,
+            TrySendError::Disconnected(_) => Refusal::Gone,
+        })
+    }
+}
+
+enum Message {
+    Request(Request, oneshot::Sender<Result<(), Refusal>>),
+    Report(Report),
+}
+
+/// Both ends of the supervisor's inbox, made before the machine because its vCPUs report there.
+pub struct Inbox {
+    sender: SyncSender<Message>,
+    receiver: Receiver<Message>,
+}
+
+impl Inbox {
+    /// An empty inbox.
+    pub fn new() -> Self {
+        let (sender, receiver) = sync_channel(INBOX_CAPACITY);
+        Self { sender, receiver }
+    }
+
+    /// What vCPU threads call with their reports. It waits while the inbox is full, which the
+    /// supervisor empties; a vCPU that reports is out of the guest and has nothing else to do.
+    pub fn reporter(&self) -> Box<dyn Fn(Report) + Send + Sync> {
+        let sender = self.sender.clone();
+        // Without a supervisor the process is about to exit.
+        Box::new(move |report| drop(sender.send(Message::Report(report))))
+    }
+}
+
+impl Default for Inbox {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Owns the machine and its state.
+pub struct Supervisor {
+    machine: Machine,
+    state: State,
+    status: Arc<Status>,
+    receiver: Receiver<Message>,
+    /// The console's length when the guest was last reset.
+    console_at_reset: u64,
+}
+
+impl Supervisor {
+    /// Takes over `machine`, whose vCPUs report to `inbox`.
+    pub fn new(machine: Machine, inbox: Inbox) -> (Self, Handle) {
+        let status = Arc::new(Status {
+            state: AtomicU8::new(State::Created as u8),
+            resets: AtomicU64::new(0),
+            exits: machine.exits(),
+        });
+        let handle = Handle { inbox: inbox.sender, status: status.clone() };
+        let supervisor =
+            Self { machine, state: State::Created, status, receiver: inbox.receiver, console_at_reset: 0 };
+        (supervisor, handle)
+    }
+
+    /// Drives the machine until it stops; boots it at once if `start`.
+    pub fn run(mut self, start: bool) -> Outcome {
+        let outcome = if start { self.perform(Action::Boot).err() } else { None };
+        let outcome = match outcome {
+            Some(outcome) => outcome,
+            None => self.serve(),
+        };
+        self.enter(State::Stopped);
+        self.machine.power_off();
+        outcome
+    }
+
+    fn serve(&mut self) -> Outcome {
+        loop {
+            let Ok(message) = self.receiver.recv() else {
+                return Outcome::StopRequest;
+            };
+            let result = match message {
+                Message::Request(request, reply) => self.answer(request, reply),
+                Message::Report(report) => self.react(report),
+            };
+            if let Err(outcome) = result {
+                return outcome;
+            }
+        }
+    }
+
+    /// Carries out `request` and answers; the error is why the machine stops.
+    fn answer(&mut self, request: Request, reply: oneshot::Sender<Result<(), Refusal>>) -> Result<(), Outcome> {
+        let action = match self.state.on(request) {
+            Ok(action) => action,
+            Err(refusal) => {
+                let _ = reply.send(Err(refusal));
+                return Ok(());
+            }
+        };
+        let result = self.perform(action);
+        // Whoever asked may have gone.
+        let _ = reply.send(match &result {
+            Err(Outcome::VmmError(why)) => Err(Refusal::Failed(why.clone())),
+            _ => Ok(()),
+        });
+        result
+    }
+
+    fn react(&mut self, report: Report) -> Result<(), Outcome> {
+        if self.state != State::Running || !self.machine.is_current(&report) {
+            return Ok(());
+        }
+        match report.what {
+            Event::Reset => {
+                info!("the guest resets");
+                self.perform(Action::Reboot)
+            }
+            Event::TripleFault => self.after_triple_fault(),
+            Event::Shutdown => {
+                info!("the guest switched itself off");
+                self.enter(State::Stopped);
+                Err(Outcome::GuestShutdown)
+            }
+            Event::Failed(why) => {
+                self.enter(State::Stopped);
+                Err(Outcome::VmmError(why))
+            }
+        }
+    }
+
+    /// A PC resets. A guest that has not printed anything since the last reset would do so for ever.
+    fn after_triple_fault(&mut self) -> Result<(), Outcome> {
+        if self.machine.console().end() == self.console_at_reset {
+            self.enter(State::Stopped);
+            let why = "the guest crashed (triple fault) before it wrote anything to its console: is the kernel for \
+                       this machine, and is console=ttyS0 on its command line?";
+            return Err(Outcome::VmmError(why.into()));
+        }
+        warn!("the guest ran into a triple fault and is reset");
+        self.perform(Action::Reboot)
+    }
+
+    fn perform(&mut self, action: Action) -> Result<(), Outcome> {
+        let result = match action {
+            Action::Nothing => Ok(()),
+            Action::Press => self.machine.press_power_button(),
+            Action::Stop => return Err(Outcome::StopRequest),
+            Action::Boot => self.machine.boot().and_then(|()| self.machine.run()).map(|()| self.enter(State::Running)),
+            Action::Park => self.machine.park().map(|()| self.enter(State::Paused)),
+            Action::Run => self.machine.run().map(|()| self.enter(State::Running)),
+            Action::Reboot => self.reboot(),
+        };
+        result.map_err(|err| Outcome::VmmError(chain(&err)))
+    }
+
+    fn reboot(&mut self) -> Result<(), MachineError> {
+        self.machine.reset()?;
+        self.status.resets.fetch_add(1, Ordering::SeqCst);
+        self.console_at_reset = self.machine.console().end();
+        self.machine.boot()?;
+        if self.state == State::Running { self.machine.run() } else { Ok(()) }
+    }
+
+    fn enter(&mut self, state: State) {
+        self.state = state;
+        self.status.state.store(state as u8, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transitions_are_those_of_the_table() {
+        use Request::{Pause, PowerButton, Reset, Resume, Start, Stop};
+        let requests = [Start, Pause, Resume, Reset, PowerButton, Stop];
+        let row = |state: State| requests.map(|request| state.on(request).ok());
+        let refused = None;
+        assert_eq!(
+            row(State::Created),
+            [Some(Action::Boot), refused, refused, refused, refused, Some(Action::Stop)]
+        );
+        let nothing = Some(Action::Nothing);
+        assert_eq!(
+            row(State::Running),
+            [nothing, Some(Action::Park), nothing, Some(Action::Reboot), Some(Action::Press), Some(Action::Stop)]
+        );
+        assert_eq!(
+            row(State::Paused),
+            [refused, nothing, Some(Action::Run), Some(Action::Reboot), refused, Some(Action::Stop)]
+        );
+        assert_eq!(row(State::Stopped), [refused, refused, refused, refused, refused, nothing]);
+    }
+
+    #[test]
+    fn refusal_names_the_state_and_the_remedy() {
+        let refusal = State::Paused.on(Request::PowerButton).unwrap_err();
+        assert_eq!(refusal.to_string(), "the machine is paused: resume it first");
+    }
+}
