@@ -101,10 +101,10 @@ impl Msix {
         &self.sources[usize::from(source)].irqfd
     }
 
-    /// The vector of `source`, or [`NO_VECTOR`].
+    /// The vector of `source`, or [`NO_VECTOR`], also when there is no such source.
     #[must_use]
     pub fn vector(&self, source: u16) -> u16 {
-        self.state.vectors[usize::from(source)]
+        self.state.vectors.get(usize::from(source)).copied().unwrap_or(NO_VECTOR)
     }
 
     /// Binds `source` to `vector`; a vector that is not in the table unbinds it.
@@ -128,11 +128,17 @@ impl Msix {
         self.update_routes();
     }
 
+    /// Nothing is bound or pending any more; the table stays.
+    pub fn unbind(&mut self) {
+        self.state.vectors.fill(NO_VECTOR);
+        self.update_routes();
+        self.sources.iter().for_each(Source::drain);
+    }
+
     /// Back to the power-on state: MSI-X off, all vectors masked, nothing bound or pending.
     pub fn reset(&mut self) {
         self.state = MsixState::reset(self.sources.len());
-        self.update_routes();
-        self.sources.iter().for_each(Source::drain);
+        self.unbind();
     }
 
     /// Fills `data` (4 or 8 bytes, aligned) from the table.

@@ -9,9 +9,9 @@ const DEFAULT_QUEUE_SIZE: u16 = 256;
 /// Split rings have at most this many descriptors (Virtio 1.2 section 2.7).
 const MAX_QUEUE_SIZE: u16 = 32768;
 /// Most queues a device can have: doorbells and MSI-X table share one 32 KiB BAR.
-pub const MAX_QUEUES: u16 = 128;
+pub(super) const MAX_QUEUES: u16 = 128;
 /// Most bytes of configuration space a vhost-user message carries.
-pub const MAX_CONFIG_LEN: u16 = 256;
+pub(super) const MAX_CONFIG_LEN: u16 = 256;
 /// The device type is added to 0x1040 to make a PCI device ID (Virtio 1.2 section 4.1.2).
 const MAX_DEVICE_TYPE: u16 = 0x3f;
 
@@ -107,7 +107,8 @@ pub struct VhostUserDeviceConfig {
     pub device_type: DeviceType,
     /// Where the backend listens.
     pub socket: PathBuf,
-    /// Virtqueues; `None` asks the backend.
+    /// Virtqueues; `None` asks the backend. A backend that serves its configuration space
+    /// promises queues there, so the guest then sees no fewer than the backend has.
     pub queues: Option<u16>,
     /// Largest ring the driver may set up, a power of two.
     pub queue_size: u16,

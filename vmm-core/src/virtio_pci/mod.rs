@@ -3,20 +3,50 @@
 //! [`VirtioPciDevice`] is all that the machine sees: a PCI function whose queues another process
 //! serves. What kind of device it is comes from [`VhostUserDeviceConfig`]; nothing here parses
 //! what flows through the queues.
+//!
+//! vCPU threads only read and write plain state under a short lock; whatever needs the backend
+//! is left to the device's [`Link`].
 
+mod attach;
+mod common_cfg;
 mod config;
+mod doorbells;
+mod function;
+mod layout;
 
-use std::sync::Arc;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use vhost_user::frontend::MemoryTable;
+use vhost_user::frontend::{Events, Link, MemoryTable};
 
+pub use attach::AttachError;
 pub use config::{ConfigError, DeviceType, VhostUserDeviceConfig};
 
-use crate::kvm::interrupts::InterruptFabric;
-use crate::pci::Function;
+use self::common_cfg::CommonCfg;
+use self::doorbells::Doorbells;
+use self::layout::VirtioSpace;
+use crate::pci::{ConfigSpace, Msix};
 
-/// How a device is, for [control](crate) and people.
+/// The MSI-X source of configuration changes; queue `i` is source `i + 1`.
+const CONFIG_SOURCE: u16 = 0;
+
+/// A virtio device on the PCI bus, served by another process.
+pub struct VirtioPciDevice {
+    tag: String,
+    device_type: DeviceType,
+    socket: PathBuf,
+    registers: Arc<Registers>,
+    memory: Arc<MemoryTable>,
+    /// Queues that the backend serves; the guest may see more.
+    backend_queues: u16,
+    link: Link,
+}
+
+/// How a device is, for [`crate::virtio_pci`]'s callers and people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceHealth {
     /// The `tag=` of the device.
@@ -34,87 +64,122 @@ pub struct DeviceHealth {
     /// The guest's driver set DRIVER_OK.
     pub driver_ok: bool,
     /// In-flight requests are kept in shared memory, so a crash of the backend loses none.
+    /// Without it, recovery from a crash is not guaranteed.
     pub inflight_tracking: bool,
 }
 
-/// A device could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum AttachError {
-    /// Nothing usable answered on the socket in time.
-    #[error("device {tag}: no usable vhost-user backend at {socket} within {waited_ms} ms: start its daemon, or correct socket=")]
-    Backend {
-        /// The device.
-        tag: String,
-        /// Its socket.
-        socket: String,
-        /// How long it was tried.
-        waited_ms: u128,
-    },
+/// What vCPUs read and write. The link's thread updates it too.
+struct Registers {
+    state: Mutex<State>,
 }
 
-/// A virtio device on the PCI bus, served by another process.
-pub struct VirtioPciDevice {}
+struct State {
+    pci: VirtioSpace,
+    /// Configuration space as at power-on.
+    pristine: ConfigSpace,
+    common: CommonCfg,
+    msix: Msix,
+    doorbells: Doorbells,
+    /// Device configuration space, as last read from the backend or written by the driver.
+    device_cfg: Vec<u8>,
+    isr: u8,
+}
 
 impl VirtioPciDevice {
-    /// Connects to the backend, for `patience` at most, and builds the PCI function from what it
-    /// offers. Afterwards its own thread keeps the connection and reconnects without limit.
-    ///
-    /// # Errors
-    /// No usable backend in time, or no descriptor, thread or interrupt route is left.
-    pub fn connect(
-        _config: VhostUserDeviceConfig,
-        _memory: Arc<MemoryTable>,
-        _fabric: Arc<dyn InterruptFabric>,
-        _patience: Duration,
-    ) -> Result<Arc<Self>, AttachError> {
-        unimplemented!()
-    }
-
     /// How the device is. Never waits for the backend.
     #[must_use]
     pub fn health(&self) -> DeviceHealth {
-        unimplemented!()
+        let link = self.link.health();
+        DeviceHealth {
+            tag: self.tag.clone(),
+            device_type: self.device_type.to_string(),
+            socket: self.socket.display().to_string(),
+            connected: link.connected,
+            incarnations: link.incarnations,
+            last_error: link.last_error,
+            driver_ok: self.registers.lock().common.driver_ok(),
+            inflight_tracking: link.inflight_tracking,
+        }
     }
 
     /// Machine reset, vCPUs being stopped: stops the rings (for `patience` at most; a backend
     /// that does not answer is disconnected) and returns the function to its power-on state.
     /// [`crate::pci::RootBus::place_bars`] comes after it.
-    pub fn reset(&self, _patience: Duration) {
-        unimplemented!()
+    pub fn reset(&self, patience: Duration) {
+        if !self.link.deactivate() {
+            self.link.wait_stopped(patience);
+        }
+        let mut state = self.registers.lock();
+        state.reset_driver_state();
+        state.msix.reset();
+        state.doorbells.reset();
+        state.pci.space = state.pristine.clone();
     }
 
     /// Stops the rings and returns once they stand still (for `patience` at most; a backend that
     /// does not answer is disconnected, an absent one is no obstacle). Idempotent.
-    pub fn pause(&self, _patience: Duration) {
-        unimplemented!()
+    pub fn pause(&self, patience: Duration) {
+        self.link.pause(patience);
     }
 
     /// Lets the rings go on. Idempotent.
     pub fn resume(&self) {
-        unimplemented!()
+        self.link.resume();
+    }
+
+    /// Reads the device configuration space again, because somebody changed what it describes;
+    /// the driver gets a configuration change interrupt if it differs.
+    pub fn refresh_config(&self) {
+        self.link.refresh_config();
     }
 }
 
-impl Function for VirtioPciDevice {
-    fn read_config(&self, _offset: u16, _data: &mut [u8]) {
-        unimplemented!()
+impl Registers {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no code that holds this lock can panic")
     }
-    fn write_config(&self, _offset: u16, _data: &[u8]) {
-        unimplemented!()
+}
+
+impl Events for Registers {
+    fn stopped(&self) {
+        let mut state = self.lock();
+        if state.common.is_resetting() {
+            state.reset_driver_state();
+        }
     }
-    fn bar_len(&self) -> u64 {
-        unimplemented!()
+
+    fn config_read(&self, config: &[u8]) {
+        let mut state = self.lock();
+        if state.device_cfg != config {
+            config.clone_into(&mut state.device_cfg);
+            state.common.bump_generation();
+            state.signal_config_change();
+        }
     }
-    fn place_bar(&self, _gpa: u64) {
-        unimplemented!()
+
+    fn ring_broken(&self) {
+        let mut state = self.lock();
+        tracing::warn!("the backend reports a broken ring: the device needs a reset by its driver");
+        state.common.set_needs_reset();
+        state.signal_config_change();
     }
-    fn bar_gpa(&self) -> Option<u64> {
-        unimplemented!()
+}
+
+impl State {
+    /// What a driver's reset clears: everything but PCI's own registers.
+    fn reset_driver_state(&mut self) {
+        self.common.reset();
+        self.msix.unbind();
+        self.isr = 0;
     }
-    fn read_bar(&self, _offset: u64, _data: &mut [u8]) {
-        unimplemented!()
-    }
-    fn write_bar(&self, _offset: u64, _data: &[u8]) {
-        unimplemented!()
+
+    /// Only a driver that is live expects the interrupt (Virtio 1.2 section 2.1.2).
+    fn signal_config_change(&mut self) {
+        const ISR_CONFIG: u8 = 1 << 1;
+        if self.common.driver_ok() {
+            self.isr |= ISR_CONFIG;
+            // Only a counter that is full fails, and then the interrupt is pending anyway.
+            let _ = self.msix.irqfd(CONFIG_SOURCE).write(1);
+        }
     }
 }

@@ -57,14 +57,14 @@ impl Default for Timeouts {
 }
 
 /// How to reach a backend and what to ask it.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Endpoint {
     /// Where it listens.
     pub socket: PathBuf,
     /// How long it may take.
     pub timeouts: Timeouts,
-    /// Bytes of device configuration space to read, given the backend's features.
-    pub config_len: Arc<dyn Fn(u64) -> u16 + Send + Sync>,
+    /// Bytes of device configuration space to read.
+    pub config_len: u16,
 }
 
 /// A backend that was claimed and whose offer is known.
@@ -151,7 +151,7 @@ impl Endpoint {
         let mut connection = Connection::connect(&self.socket, self.timeouts.request)?;
         opened(connection.hang_up_handle());
         connection.set_timeout(self.timeouts.first_reply);
-        let offer = session::handshake(&mut connection, |features| (self.config_len)(features))?;
+        let offer = session::handshake(&mut connection, self.config_len)?;
         connection.set_timeout(self.timeouts.request);
         Ok(Connected { connection, offer, since: Instant::now(), told_memory: false, rings_started: false })
     }

@@ -134,14 +134,14 @@ pub enum SessionError {
     },
 }
 
-/// Claims the backend and learns what it offers. `config_len` decides how much of the device
-/// configuration space is read, knowing the features.
+/// Claims the backend and learns what it offers, with the first `config_len` bytes of the device
+/// configuration space.
 ///
 /// # Errors
 /// A request failed.
 pub fn handshake(
     connection: &mut Connection,
-    config_len: impl FnOnce(u64) -> u16,
+    config_len: u16,
 ) -> Result<Offer, SessionError> {
     connection.set_owner()?;
     let features = connection.features()?;
@@ -154,7 +154,6 @@ pub fn handshake(
     if offer.protocol_features.contains(VhostUserProtocolFeatures::MQ) {
         offer.queue_num = Some(connection.queue_num()?);
     }
-    let config_len = config_len(features);
     if offer.protocol_features.contains(VhostUserProtocolFeatures::CONFIG) && config_len > 0 {
         offer.config = Some(connection.config(config_len)?);
     }

@@ -198,8 +198,9 @@ impl Keeper {
 
     /// Passes on what the driver wrote to configuration space, and reads it again.
     fn pass_config(&mut self) {
+        let config_len = self.endpoint.config_len;
         let serves_config = |connected: &Connected| {
-            connected.offer.protocol_features.contains(VhostUserProtocolFeatures::CONFIG)
+            connected.offer.protocol_features.contains(VhostUserProtocolFeatures::CONFIG) && config_len > 0
         };
         let mut refresh = std::mem::take(&mut self.shared.lock().refresh_config);
         while let Some(connected) = &mut self.connected {
@@ -220,8 +221,7 @@ impl Keeper {
         let Some(connected) = self.connected.as_mut().filter(|connected| refresh && serves_config(connected)) else {
             return;
         };
-        let len = (self.endpoint.config_len)(connected.offer.features);
-        match connected.connection.config(len) {
+        match connected.connection.config(config_len) {
             Ok(config) => self.wiring.events.config_read(&config),
             Err(error) => self.lose(&error),
         }
