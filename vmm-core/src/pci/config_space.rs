@@ -37,8 +37,14 @@ pub struct Identity {
 
 impl Identity {
     /// A host bridge of no particular make: Linux binds no driver and applies no quirk to it.
-    pub const HOST_BRIDGE: Self =
-        Self { vendor: 0x1b36, device: 0x0008, revision: 0, class: 0x06_00_00, subsystem_vendor: 0, subsystem: 0 };
+    pub const HOST_BRIDGE: Self = Self {
+        vendor: 0x1b36,
+        device: 0x0008,
+        revision: 0,
+        class: 0x06_00_00,
+        subsystem_vendor: 0,
+        subsystem: 0,
+    };
 }
 
 /// The first 256 bytes of configuration space; the extended rest reads as zeros.
@@ -65,7 +71,10 @@ impl ConfigSpace {
         };
         space.put(0x00, &identity.vendor.to_le_bytes());
         space.put(0x02, &identity.device.to_le_bytes());
-        space.put(0x08, &(identity.class << 8 | u32::from(identity.revision)).to_le_bytes());
+        space.put(
+            0x08,
+            &(identity.class << 8 | u32::from(identity.revision)).to_le_bytes(),
+        );
         space.put(0x2c, &identity.subsystem_vendor.to_le_bytes());
         space.put(0x2e, &identity.subsystem.to_le_bytes());
         let command = COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_INTX_DISABLE;
@@ -79,7 +88,10 @@ impl ConfigSpace {
     /// If `len` is no power of two of at least a page.
     #[must_use]
     pub fn with_bar(mut self, len: u64) -> Self {
-        assert!(len.is_power_of_two() && len >= 4096, "a BAR of {len:#x} bytes");
+        assert!(
+            len.is_power_of_two() && len >= 4096,
+            "a BAR of {len:#x} bytes"
+        );
         self.has_bar = true;
         self.bytes[BAR0] = BAR_MEMORY_64;
         self.writable[BAR0..BAR0 + 8].copy_from_slice(&(!(len - 1)).to_le_bytes());
@@ -92,7 +104,11 @@ impl ConfigSpace {
     /// # Panics
     /// If the space is full or the lengths differ.
     pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> u16 {
-        assert_eq!(body.len(), writable.len(), "each byte of a capability has a mask");
+        assert_eq!(
+            body.len(),
+            writable.len(),
+            "each byte of a capability has a mask"
+        );
         let at = self.next_capability;
         let end = at + 2 + body.len();
         assert!(end <= LEN, "capabilities of {end:#x} bytes");
@@ -118,7 +134,9 @@ impl ConfigSpace {
     /// Takes the writable bits of `data`.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         for (at, byte) in (usize::from(offset)..).zip(data) {
-            let Some(mask) = self.writable.get(at) else { return };
+            let Some(mask) = self.writable.get(at) else {
+                return;
+            };
             self.bytes[at] = self.bytes[at] & !mask | byte & mask;
         }
     }

@@ -48,7 +48,11 @@ pub struct MsixEntry {
 /// Reset value: all vectors are masked (PCI 3.0 section 6.8.2.9).
 impl Default for MsixEntry {
     fn default() -> Self {
-        Self { address: 0, data: 0, masked: true }
+        Self {
+            address: 0,
+            data: 0,
+            masked: true,
+        }
     }
 }
 
@@ -77,10 +81,18 @@ impl Msix {
             .map(|_| {
                 let irqfd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
                 let route = fabric.add_msi_route(&irqfd)?;
-                Ok(Source { irqfd, route, message: None })
+                Ok(Source {
+                    irqfd,
+                    route,
+                    message: None,
+                })
             })
             .collect::<io::Result<Vec<_>>>()?;
-        Ok(Self { state: MsixState::reset(count), sources, fabric })
+        Ok(Self {
+            state: MsixState::reset(count),
+            sources,
+            fabric,
+        })
     }
 
     /// What the guest programmed.
@@ -104,7 +116,11 @@ impl Msix {
     /// The vector of `source`, or [`NO_VECTOR`], also when there is no such source.
     #[must_use]
     pub fn vector(&self, source: u16) -> u16 {
-        self.state.vectors.get(usize::from(source)).copied().unwrap_or(NO_VECTOR)
+        self.state
+            .vectors
+            .get(usize::from(source))
+            .copied()
+            .unwrap_or(NO_VECTOR)
     }
 
     /// Binds `source` to `vector`; a vector that is not in the table unbinds it.
@@ -160,7 +176,9 @@ impl Msix {
             return;
         }
         for (dword, bytes) in (offset / 4..).zip(data.chunks_exact(4)) {
-            let Some(entry) = self.state.entries.get_mut((dword / 4) as usize) else { continue };
+            let Some(entry) = self.state.entries.get_mut((dword / 4) as usize) else {
+                continue;
+            };
             let value = u32::from_le_bytes(bytes.try_into().expect("chunks of 4 bytes"));
             match dword % 4 {
                 0 => entry.address = entry.address & !0xffff_ffff | u64::from(value & !0b11),
@@ -176,8 +194,11 @@ impl Msix {
     pub fn read_pba(&self, offset: u64, data: &mut [u8]) {
         read_dwords(offset, data, |dword| {
             let first = u16::try_from(dword.checked_mul(32)?).ok()?;
-            (first < self.table_len())
-                .then(|| (0..32).filter(|bit| self.is_pending(first + bit)).fold(0, |bits, bit| bits | 1 << bit))
+            (first < self.table_len()).then(|| {
+                (0..32)
+                    .filter(|bit| self.is_pending(first + bit))
+                    .fold(0, |bits, bit| bits | 1 << bit)
+            })
         });
     }
 
@@ -186,7 +207,9 @@ impl Msix {
         self.sources
             .iter()
             .zip(&self.state.vectors)
-            .any(|(source, bound)| *bound == vector && source.message.is_none() && source.is_signalled())
+            .any(|(source, bound)| {
+                *bound == vector && source.message.is_none() && source.is_signalled()
+            })
     }
 
     /// Makes KVM's routes follow the guest's table.
@@ -198,13 +221,21 @@ impl Msix {
                 .entries
                 .get(usize::from(*vector))
                 .filter(|entry| deliverable && !entry.masked)
-                .map(|entry| MsiMessage { address: entry.address, data: entry.data });
+                .map(|entry| MsiMessage {
+                    address: entry.address,
+                    data: entry.data,
+                });
             if message == source.message {
                 continue;
             }
-            match self.fabric.set_msi_route(source.route, &source.irqfd, message) {
+            match self
+                .fabric
+                .set_msi_route(source.route, &source.irqfd, message)
+            {
                 Ok(()) => source.message = message,
-                Err(error) => tracing::error!(%error, vector, "cannot route an MSI-X vector: the guest will miss interrupts"),
+                Err(error) => {
+                    tracing::error!(%error, vector, "cannot route an MSI-X vector: the guest will miss interrupts")
+                }
             }
         }
     }
@@ -224,7 +255,9 @@ impl MsixState {
 impl Source {
     fn is_signalled(&self) -> bool {
         // The route is masked, so nobody else reads the eventfd and what is put back is exact.
-        self.irqfd.read().is_ok_and(|count| self.irqfd.write(count).is_ok())
+        self.irqfd
+            .read()
+            .is_ok_and(|count| self.irqfd.write(count).is_ok())
     }
 
     fn drain(&self) {

@@ -75,7 +75,11 @@ impl RootBus {
     /// A bus with nothing but the host bridge.
     #[must_use]
     pub fn new(layout: Layout) -> Arc<Self> {
-        Arc::new(Self { layout, inner: RwLock::default(), host_bridge: ConfigSpace::new(&Identity::HOST_BRIDGE) })
+        Arc::new(Self {
+            layout,
+            inner: RwLock::default(),
+            host_bridge: ConfigSpace::new(&Identity::HOST_BRIDGE),
+        })
     }
 
     /// Puts `function` into the next free slot and its BAR into a window.
@@ -86,14 +90,24 @@ impl RootBus {
     /// # Panics
     /// If another thread panicked while it changed the bus.
     pub fn add(&self, function: Arc<dyn Function>) -> Result<Slot, BusFull> {
-        let mut slots = self.inner.write().expect("no thread panics while it changes the bus");
+        let mut slots = self
+            .inner
+            .write()
+            .expect("no thread panics while it changes the bus");
         if slots.functions.len() + 1 >= SLOTS {
             return Err(BusFull::Slots);
         }
-        let gpa = self.free_gpa(&slots, function.bar_len()).ok_or(BusFull::Windows(function.bar_len()))?;
+        let gpa = self
+            .free_gpa(&slots, function.bar_len())
+            .ok_or(BusFull::Windows(function.bar_len()))?;
         function.place_bar(gpa);
-        slots.functions.push(Occupied { function, firmware_bar_gpa: gpa });
-        Ok(Slot(u8::try_from(slots.functions.len()).expect("there are 32 slots")))
+        slots.functions.push(Occupied {
+            function,
+            firmware_bar_gpa: gpa,
+        });
+        Ok(Slot(
+            u8::try_from(slots.functions.len()).expect("there are 32 slots"),
+        ))
     }
 
     /// The ranges to put on the MMIO bus: ECAM and each window.
@@ -102,12 +116,17 @@ impl RootBus {
         let ecam = BusRange {
             base: self.layout.ecam.base,
             len: self.layout.ecam.len,
-            device: Arc::new(Ecam { bus: Arc::clone(self) }),
+            device: Arc::new(Ecam {
+                bus: Arc::clone(self),
+            }),
         };
         let windows = self.layout.windows.iter().map(|window| BusRange {
             base: window.base,
             len: window.len,
-            device: Arc::new(Window { bus: Arc::clone(self), base: window.base }),
+            device: Arc::new(Window {
+                bus: Arc::clone(self),
+                base: window.base,
+            }),
         });
         std::iter::once(ecam).chain(windows).collect()
     }
@@ -118,7 +137,10 @@ impl RootBus {
     /// # Panics
     /// If another thread panicked while it changed the bus.
     pub fn place_bars(&self) {
-        let slots = self.inner.read().expect("no thread panics while it changes the bus");
+        let slots = self
+            .inner
+            .read()
+            .expect("no thread panics while it changes the bus");
         for occupied in &slots.functions {
             occupied.function.place_bar(occupied.firmware_bar_gpa);
         }
@@ -141,17 +163,30 @@ impl RootBus {
     }
 
     fn function_in(&self, slot: usize) -> Option<Arc<dyn Function>> {
-        let slots = self.inner.read().expect("no thread panics while it changes the bus");
-        slots.functions.get(slot.checked_sub(1)?).map(|occupied| Arc::clone(&occupied.function))
+        let slots = self
+            .inner
+            .read()
+            .expect("no thread panics while it changes the bus");
+        slots
+            .functions
+            .get(slot.checked_sub(1)?)
+            .map(|occupied| Arc::clone(&occupied.function))
     }
 
     /// The function whose BAR holds all of `[gpa, gpa + len)`, and the offset in the BAR.
     fn function_at(&self, gpa: u64, len: usize) -> Option<(Arc<dyn Function>, u64)> {
-        let slots = self.inner.read().expect("no thread panics while it changes the bus");
-        slots.functions.iter().find_map(|Occupied { function, .. }| {
-            let offset = gpa.checked_sub(function.bar_gpa()?)?;
-            (offset.checked_add(len as u64)? <= function.bar_len()).then(|| (Arc::clone(function), offset))
-        })
+        let slots = self
+            .inner
+            .read()
+            .expect("no thread panics while it changes the bus");
+        slots
+            .functions
+            .iter()
+            .find_map(|Occupied { function, .. }| {
+                let offset = gpa.checked_sub(function.bar_gpa()?)?;
+                (offset.checked_add(len as u64)? <= function.bar_len())
+                    .then(|| (Arc::clone(function), offset))
+            })
     }
 }
 
@@ -163,7 +198,9 @@ struct Ecam {
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        let Some((slot, mut register)) = decode_ecam(offset, data.len()) else { return };
+        let Some((slot, mut register)) = decode_ecam(offset, data.len()) else {
+            return;
+        };
         for dword in data.chunks_mut(4) {
             match self.bus.function_in(slot) {
                 Some(function) => function.read_config(register, dword),
@@ -175,8 +212,12 @@ impl BusDevice for Ecam {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let Some((slot, mut register)) = decode_ecam(offset, data.len()) else { return };
-        let Some(function) = self.bus.function_in(slot) else { return };
+        let Some((slot, mut register)) = decode_ecam(offset, data.len()) else {
+            return;
+        };
+        let Some(function) = self.bus.function_in(slot) else {
+            return;
+        };
         for dword in data.chunks(4) {
             function.write_config(register, dword);
             register += u16::try_from(dword.len()).expect("an access has at most 8 bytes");

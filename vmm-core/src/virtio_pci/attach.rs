@@ -5,7 +5,9 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vhost_user::frontend::{Connected, Endpoint, Link, LinkError, MemoryTable, Offer, QueueEvents, Timeouts, Wiring};
+use vhost_user::frontend::{
+    Connected, Endpoint, Link, LinkError, MemoryTable, Offer, QueueEvents, Timeouts, Wiring,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::common_cfg::{CommonCfg, F_VERSION_1};
@@ -21,7 +23,8 @@ use crate::pci::Msix;
 ///
 /// Held back because nothing here does what they ask: packed rings, in-order use (a crash of the
 /// backend breaks the order), platform DMA, SR-IOV, notification data, ring reset, admin queues.
-const GUEST_FEATURES: u64 = 0x00ff_ffff | 0x3fff << 50 | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_VERSION_1;
+const GUEST_FEATURES: u64 =
+    0x00ff_ffff | 0x3fff << 50 | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_VERSION_1;
 const F_RING_INDIRECT_DESC: u64 = 1 << 28;
 const F_RING_EVENT_IDX: u64 = 1 << 29;
 /// VIRTIO_NET_F_CTRL_VQ: one queue more than the pairs.
@@ -47,7 +50,9 @@ pub enum AttachError {
         source: LinkError,
     },
     /// The backend speaks only the legacy interface.
-    #[error("device {tag}: the backend at {socket} does not offer VIRTIO_F_VERSION_1: use a daemon that speaks virtio 1.0")]
+    #[error(
+        "device {tag}: the backend at {socket} does not offer VIRTIO_F_VERSION_1: use a daemon that speaks virtio 1.0"
+    )]
     Legacy {
         /// The device.
         tag: String,
@@ -55,7 +60,9 @@ pub enum AttachError {
         socket: String,
     },
     /// The backend offers no queue.
-    #[error("device {tag}: the backend at {socket} offers no queues: give queues=N or correct the daemon")]
+    #[error(
+        "device {tag}: the backend at {socket} offers no queues: give queues=N or correct the daemon"
+    )]
     NoQueues {
         /// The device.
         tag: String,
@@ -63,7 +70,9 @@ pub enum AttachError {
         socket: String,
     },
     /// This process ran out of something.
-    #[error("device {tag}: cannot get descriptors, interrupt routes and a thread: raise the limit on open files (ulimit -n)")]
+    #[error(
+        "device {tag}: cannot get descriptors, interrupt routes and a thread: raise the limit on open files (ulimit -n)"
+    )]
     Resources {
         /// The device.
         tag: String,
@@ -96,16 +105,24 @@ impl VirtioPciDevice {
         timeouts: Timeouts,
     ) -> Result<Arc<Self>, AttachError> {
         let (tag, socket) = (config.tag.clone(), config.socket.display().to_string());
-        let config_len = config.config_size.unwrap_or(config.device_type.default_config_len());
-        let endpoint =
-            Endpoint { socket: config.socket.clone(), timeouts, config_len };
+        let config_len = config
+            .config_size
+            .unwrap_or(config.device_type.default_config_len());
+        let endpoint = Endpoint {
+            socket: config.socket.clone(),
+            timeouts,
+            config_len,
+        };
         let started = Instant::now();
-        let connected = endpoint.connect_within(patience).map_err(|source| AttachError::Backend {
-            tag: tag.clone(),
-            socket: socket.clone(),
-            waited_ms: started.elapsed().as_millis(),
-            source,
-        })?;
+        let connected =
+            endpoint
+                .connect_within(patience)
+                .map_err(|source| AttachError::Backend {
+                    tag: tag.clone(),
+                    socket: socket.clone(),
+                    waited_ms: started.elapsed().as_millis(),
+                    source,
+                })?;
         if connected.offer.features & F_VERSION_1 == 0 {
             return Err(AttachError::Legacy { tag, socket });
         }
@@ -131,20 +148,33 @@ impl VirtioPciDevice {
         for queue in 0..queues.guest {
             let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
             kicks.push(kick.try_clone()?);
-            events.push(QueueEvents { kick, call: msix.irqfd(queue + 1).try_clone()? });
+            events.push(QueueEvents {
+                kick,
+                call: msix.irqfd(queue + 1).try_clone()?,
+            });
         }
         let pci = VirtioSpace::new(config.device_type, queues.guest, msix.table_len());
         let state = State {
             pristine: pci.space.clone(),
             pci,
-            common: CommonCfg::new(connected.offer.features & GUEST_FEATURES, queues.guest, config.queue_size),
+            common: CommonCfg::new(
+                connected.offer.features & GUEST_FEATURES,
+                queues.guest,
+                config.queue_size,
+            ),
             msix,
             doorbells: Doorbells::new(kicks, fabric),
             device_cfg: device_cfg(&config, &connected.offer, endpoint.config_len),
             isr: 0,
         };
-        let registers = Arc::new(Registers { state: Mutex::new(state) });
-        let wiring = Wiring { memory: Arc::clone(&memory), queues: events, events: Arc::clone(&registers) as _ };
+        let registers = Arc::new(Registers {
+            state: Mutex::new(state),
+        });
+        let wiring = Wiring {
+            memory: Arc::clone(&memory),
+            queues: events,
+            events: Arc::clone(&registers) as _,
+        };
         Ok(Arc::new(Self {
             link: Link::spawn(&config.tag, endpoint, connected, wiring)?,
             tag: config.tag,
@@ -167,14 +197,24 @@ struct QueueCounts {
 impl QueueCounts {
     fn new(config: &VhostUserDeviceConfig, offer: &Offer) -> Self {
         let answered = offer.queue_num.map(|number| match config.device_type {
-            DeviceType::NET => number.saturating_mul(2) + u64::from(offer.features & NET_F_CTRL_VQ != 0),
+            DeviceType::NET => {
+                number.saturating_mul(2) + u64::from(offer.features & NET_F_CTRL_VQ != 0)
+            }
             _ => number,
         });
-        let answered = answered.map(|number| u16::try_from(number).unwrap_or(MAX_QUEUES).min(MAX_QUEUES));
+        let answered =
+            answered.map(|number| u16::try_from(number).unwrap_or(MAX_QUEUES).min(MAX_QUEUES));
         let usual = config.device_type.default_queues();
         let promised = answered.filter(|_| offer.config.is_some()).unwrap_or(0);
-        let guest = config.queues.or(answered.map(|number| number.max(usual))).unwrap_or(usual).max(promised);
-        Self { guest, backend: answered.unwrap_or(guest).min(guest) }
+        let guest = config
+            .queues
+            .or(answered.map(|number| number.max(usual)))
+            .unwrap_or(usual)
+            .max(promised);
+        Self {
+            guest,
+            backend: answered.unwrap_or(guest).min(guest),
+        }
     }
 }
 

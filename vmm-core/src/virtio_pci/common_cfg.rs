@@ -55,7 +55,10 @@ pub(super) enum Effect {
     /// Bind configuration changes to a vector.
     ConfigVector(u16),
     /// Bind a queue to a vector.
-    QueueVector { queue: u16, vector: u16 },
+    QueueVector {
+        queue: u16,
+        vector: u16,
+    },
     /// A queue was enabled: it needs its doorbell.
     QueueEnabled,
     /// DRIVER_OK: serve the rings.
@@ -93,7 +96,10 @@ impl CommonCfg {
     pub(super) fn read(&self, offset: u64, data: &mut [u8], vectors: Vectors) {
         let registers = self.registers(vectors);
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        match start.checked_add(data.len()).and_then(|end| registers.get(start..end)) {
+        match start
+            .checked_add(data.len())
+            .and_then(|end| registers.get(start..end))
+        {
             Some(bytes) => data.copy_from_slice(bytes),
             None => data.fill(0),
         }
@@ -116,7 +122,10 @@ impl CommonCfg {
             (0x14, 1) => return self.write_status(value as u8),
             (0x16, 2) => self.queue_select = value16,
             (0x1a, 2) if self.selected_queue().is_some() => {
-                return Effect::QueueVector { queue: self.queue_select, vector: value16 };
+                return Effect::QueueVector {
+                    queue: self.queue_select,
+                    vector: value16,
+                };
             }
             (0x18..=0x37, _) => return self.write_queue(offset, value, data.len()),
             _ => {}
@@ -154,7 +163,10 @@ impl CommonCfg {
         self.status = 0;
         self.resetting = false;
         self.queue_select = 0;
-        self.queues.fill(Queue { size: self.max_queue_size, ..Queue::default() });
+        self.queues.fill(Queue {
+            size: self.max_queue_size,
+            ..Queue::default()
+        });
     }
 
     /// The device cannot go on before the driver resets it.
@@ -168,19 +180,36 @@ impl CommonCfg {
 
     /// What to serve: the enabled ones of the first `backend_queues` queues. `None` if the driver
     /// put a ring outside memory.
-    pub(super) fn activation(&self, backend_queues: u16, memory: &MemoryTable) -> Option<Activation> {
-        let queues = (0..backend_queues).zip(&self.queues).filter(|(_, queue)| queue.enabled);
+    pub(super) fn activation(
+        &self,
+        backend_queues: u16,
+        memory: &MemoryTable,
+    ) -> Option<Activation> {
+        let queues = (0..backend_queues)
+            .zip(&self.queues)
+            .filter(|(_, queue)| queue.enabled);
         let queues = queues.map(|(index, queue)| queue.is_in(memory).then(|| queue.state(index)));
-        Some(Activation { features: self.driver_features, queues: queues.collect::<Option<_>>()? })
+        Some(Activation {
+            features: self.driver_features,
+            queues: queues.collect::<Option<_>>()?,
+        })
     }
 
     fn registers(&self, vectors: Vectors) -> [u8; LEN as usize] {
         let mut registers = [0; LEN as usize];
-        let mut put = |offset: usize, bytes: &[u8]| registers[offset..offset + bytes.len()].copy_from_slice(bytes);
+        let mut put = |offset: usize, bytes: &[u8]| {
+            registers[offset..offset + bytes.len()].copy_from_slice(bytes)
+        };
         put(0x00, &self.device_feature_select.to_le_bytes());
-        put(0x04, &half(self.offered_features, self.device_feature_select).to_le_bytes());
+        put(
+            0x04,
+            &half(self.offered_features, self.device_feature_select).to_le_bytes(),
+        );
         put(0x08, &self.driver_feature_select.to_le_bytes());
-        put(0x0c, &half(self.driver_features, self.driver_feature_select).to_le_bytes());
+        put(
+            0x0c,
+            &half(self.driver_features, self.driver_feature_select).to_le_bytes(),
+        );
         put(0x10, &vectors.config.to_le_bytes());
         put(0x12, &(self.queues.len() as u16).to_le_bytes());
         put(0x14, &[self.status, self.config_generation]);
@@ -207,7 +236,8 @@ impl CommonCfg {
             _ => return,
         };
         if self.status & STATUS_FEATURES_OK == 0 {
-            self.driver_features = self.driver_features & !(0xffff_ffff << shift) | u64::from(value) << shift;
+            self.driver_features =
+                self.driver_features & !(0xffff_ffff << shift) | u64::from(value) << shift;
         }
     }
 
@@ -215,8 +245,8 @@ impl CommonCfg {
         if value == 0 {
             return Effect::Reset;
         }
-        let acceptable =
-            self.driver_features & !self.offered_features == 0 && self.driver_features & F_VERSION_1 != 0;
+        let acceptable = self.driver_features & !self.offered_features == 0
+            && self.driver_features & F_VERSION_1 != 0;
         if self.status & STATUS_FEATURES_OK == 0 && !acceptable {
             value &= !STATUS_FEATURES_OK;
         }
@@ -225,12 +255,18 @@ impl CommonCfg {
         }
         let goes_live = !self.driver_ok() && value & STATUS_DRIVER_OK != 0;
         self.status = value | self.status & STATUS_NEEDS_RESET;
-        if goes_live { Effect::Activate } else { Effect::None }
+        if goes_live {
+            Effect::Activate
+        } else {
+            Effect::None
+        }
     }
 
     fn write_queue(&mut self, offset: u64, value: u64, len: usize) -> Effect {
         let max_size = self.max_queue_size;
-        let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else { return Effect::None };
+        let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else {
+            return Effect::None;
+        };
         if queue.enabled {
             return Effect::None;
         }
@@ -258,8 +294,14 @@ impl Queue {
     /// Alignment and lengths of Virtio 1.2 section 2.7, with room for the event indexes.
     fn is_in(&self, memory: &MemoryTable) -> bool {
         let size = u64::from(self.size);
-        let areas = [(self.desc_gpa, 16 * size, 16), (self.driver_gpa, 6 + 2 * size, 2), (self.device_gpa, 6 + 8 * size, 4)];
-        areas.iter().all(|(gpa, len, align)| gpa.is_multiple_of(*align) && memory.contains(*gpa, *len))
+        let areas = [
+            (self.desc_gpa, 16 * size, 16),
+            (self.driver_gpa, 6 + 2 * size, 2),
+            (self.device_gpa, 6 + 8 * size, 4),
+        ];
+        areas
+            .iter()
+            .all(|(gpa, len, align)| gpa.is_multiple_of(*align) && memory.contains(*gpa, *len))
     }
 
     fn state(&self, index: u16) -> QueueState {

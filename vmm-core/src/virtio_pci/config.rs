@@ -31,8 +31,13 @@ impl DeviceType {
     /// File system.
     pub const FS: Self = Self(26);
 
-    const NAMES: [(&str, Self); 5] =
-        [("net", Self::NET), ("blk", Self::BLK), ("rng", Self::RNG), ("vsock", Self::VSOCK), ("fs", Self::FS)];
+    const NAMES: [(&str, Self); 5] = [
+        ("net", Self::NET),
+        ("blk", Self::BLK),
+        ("rng", Self::RNG),
+        ("vsock", Self::VSOCK),
+        ("fs", Self::FS),
+    ];
 
     /// The virtio device number.
     #[must_use]
@@ -91,7 +96,10 @@ impl FromStr for DeviceType {
 
 impl fmt::Display for DeviceType {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match Self::NAMES.iter().find(|(_, device_type)| device_type == self) {
+        match Self::NAMES
+            .iter()
+            .find(|(_, device_type)| device_type == self)
+        {
             Some((name, _)) => formatter.write_str(name),
             None => write!(formatter, "{}", self.0),
         }
@@ -125,13 +133,17 @@ pub enum ConfigError {
     #[error("device parameter {0:?} is not key=value")]
     NoValue(String),
     /// Nobody knows this key.
-    #[error("unknown device parameter {0:?}: use tag, type, socket, queues, queue-size, config-size, config-hex or config-str")]
+    #[error(
+        "unknown device parameter {0:?}: use tag, type, socket, queues, queue-size, config-size, config-hex or config-str"
+    )]
     UnknownKey(String),
     /// A key is missing.
     #[error("device parameter {0}= is missing")]
     Missing(&'static str),
     /// Not a device type.
-    #[error("device type {0:?} is not known: use blk, net, fs, vsock, rng or a virtio device number from 1 to 63")]
+    #[error(
+        "device type {0:?} is not known: use blk, net, fs, vsock, rng or a virtio device number from 1 to 63"
+    )]
     DeviceType(String),
     /// A number out of range.
     #[error("device parameter {key}={value} is not possible: {expected}")]
@@ -150,24 +162,36 @@ impl FromStr for VhostUserDeviceConfig {
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let (mut tag, mut device_type, mut socket) = (None, None, None);
-        let (mut queues, mut queue_size, mut config_size, mut config) = (None, DEFAULT_QUEUE_SIZE, None, Vec::new());
+        let (mut queues, mut queue_size, mut config_size, mut config) =
+            (None, DEFAULT_QUEUE_SIZE, None, Vec::new());
         for parameter in text.split(',') {
-            let (key, value) = parameter.split_once('=').ok_or_else(|| ConfigError::NoValue(parameter.to_owned()))?;
+            let (key, value) = parameter
+                .split_once('=')
+                .ok_or_else(|| ConfigError::NoValue(parameter.to_owned()))?;
             match key {
                 "tag" => tag = Some(value.to_owned()),
                 "type" => device_type = Some(value.parse()?),
                 "socket" => socket = Some(PathBuf::from(value)),
                 "queues" => {
-                    queues = Some(number("queues", value, "give 1 to 128", |count| (1..=MAX_QUEUES).contains(&count))?);
+                    queues = Some(number("queues", value, "give 1 to 128", |count| {
+                        (1..=MAX_QUEUES).contains(&count)
+                    })?);
                 }
                 "queue-size" => {
-                    queue_size = number("queue-size", value, "give a power of two from 2 to 32768", |size| {
-                        size.is_power_of_two() && (2..=MAX_QUEUE_SIZE).contains(&size)
-                    })?;
+                    queue_size = number(
+                        "queue-size",
+                        value,
+                        "give a power of two from 2 to 32768",
+                        |size| size.is_power_of_two() && (2..=MAX_QUEUE_SIZE).contains(&size),
+                    )?;
                 }
                 "config-size" => {
-                    config_size =
-                        Some(number("config-size", value, "give 0 to 256 bytes", |size| size <= MAX_CONFIG_LEN)?);
+                    config_size = Some(number(
+                        "config-size",
+                        value,
+                        "give 0 to 256 bytes",
+                        |size| size <= MAX_CONFIG_LEN,
+                    )?);
                 }
                 "config-hex" => config = bytes_of_hex(value)?,
                 "config-str" => config = value.as_bytes().to_owned(),
@@ -176,12 +200,20 @@ impl FromStr for VhostUserDeviceConfig {
         }
         if config.len() > usize::from(MAX_CONFIG_LEN) {
             let expected = "configuration space has at most 256 bytes";
-            return Err(ConfigError::Value { key: "config", value: format!("({} bytes)", config.len()), expected });
+            return Err(ConfigError::Value {
+                key: "config",
+                value: format!("({} bytes)", config.len()),
+                expected,
+            });
         }
         Ok(Self {
-            tag: tag.filter(|tag: &String| !tag.is_empty()).ok_or(ConfigError::Missing("tag"))?,
+            tag: tag
+                .filter(|tag: &String| !tag.is_empty())
+                .ok_or(ConfigError::Missing("tag"))?,
             device_type: device_type.ok_or(ConfigError::Missing("type"))?,
-            socket: socket.filter(|path| !path.as_os_str().is_empty()).ok_or(ConfigError::Missing("socket"))?,
+            socket: socket
+                .filter(|path| !path.as_os_str().is_empty())
+                .ok_or(ConfigError::Missing("socket"))?,
             queues,
             queue_size,
             config_size,
@@ -197,13 +229,24 @@ fn number(
     possible: impl Fn(u16) -> bool,
 ) -> Result<u16, ConfigError> {
     let number = value.parse().ok().filter(|number| possible(*number));
-    number.ok_or_else(|| ConfigError::Value { key, value: value.to_owned(), expected })
+    number.ok_or_else(|| ConfigError::Value {
+        key,
+        value: value.to_owned(),
+        expected,
+    })
 }
 
 fn bytes_of_hex(value: &str) -> Result<Vec<u8>, ConfigError> {
     let bytes = (value.is_ascii() && value.len().is_multiple_of(2)).then(|| {
-        (0..value.len()).step_by(2).map(|at| u8::from_str_radix(&value[at..at + 2], 16).ok()).collect::<Option<Vec<_>>>()
+        (0..value.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&value[at..at + 2], 16).ok())
+            .collect::<Option<Vec<_>>>()
     });
     let expected = "give an even number of hexadecimal digits";
-    bytes.flatten().ok_or_else(|| ConfigError::Value { key: "config-hex", value: value.to_owned(), expected })
+    bytes.flatten().ok_or_else(|| ConfigError::Value {
+        key: "config-hex",
+        value: value.to_owned(),
+        expected,
+    })
 }

@@ -23,14 +23,23 @@ struct Bell {
 
 impl Doorbells {
     pub(super) fn new(kicks: Vec<EventFd>, fabric: Arc<dyn InterruptFabric>) -> Self {
-        let bells = kicks.into_iter().map(|kick| Bell { kick, wanted: false, registered_gpa: None });
-        Self { fabric, bells: bells.collect() }
+        let bells = kicks.into_iter().map(|kick| Bell {
+            kick,
+            wanted: false,
+            registered_gpa: None,
+        });
+        Self {
+            fabric,
+            bells: bells.collect(),
+        }
     }
 
     /// Rings the bell at `offset` in the notify structure by hand: for accesses that KVM does not
     /// catch.
     pub(super) fn ring(&self, offset: u64) {
-        let bell = usize::try_from(offset / NOTIFY_OFF_MULTIPLIER).ok().and_then(|at| self.bells.get(at));
+        let bell = usize::try_from(offset / NOTIFY_OFF_MULTIPLIER)
+            .ok()
+            .and_then(|at| self.bells.get(at));
         if let Some(bell) = bell {
             // Only a counter that is full fails, and then the backend has its signal.
             let _ = bell.kick.write(1);
@@ -41,7 +50,9 @@ impl Doorbells {
     pub(super) fn update(&mut self, bar_gpa: Option<u64>, is_enabled: impl Fn(usize) -> bool) {
         for (index, bell) in self.bells.iter_mut().enumerate() {
             bell.wanted |= is_enabled(index);
-            let gpa = bar_gpa.filter(|_| bell.wanted).map(|bar| bar + NOTIFY_CFG + index as u64 * NOTIFY_OFF_MULTIPLIER);
+            let gpa = bar_gpa
+                .filter(|_| bell.wanted)
+                .map(|bar| bar + NOTIFY_CFG + index as u64 * NOTIFY_OFF_MULTIPLIER);
             if gpa == bell.registered_gpa {
                 continue;
             }
@@ -54,7 +65,9 @@ impl Doorbells {
             match self.fabric.add_doorbell(gpa, &bell.kick) {
                 Ok(()) => bell.registered_gpa = Some(gpa),
                 // Kicks then exit to `ring`: slower, but nothing is lost.
-                Err(error) => tracing::error!(%error, gpa, "cannot add a doorbell: the queue will be slow"),
+                Err(error) => {
+                    tracing::error!(%error, gpa, "cannot add a doorbell: the queue will be slow")
+                }
             }
         }
     }

@@ -1,7 +1,9 @@
 //! The device as a PCI function: what reads and writes of configuration space and BAR do.
 
 use super::common_cfg::{Effect, Vectors};
-use super::layout::{BAR_LEN, COMMON_CFG, DEVICE_CFG, ISR_CFG, MSIX_PBA, MSIX_TABLE, NOTIFY_CFG, PAGE_LEN};
+use super::layout::{
+    BAR_LEN, COMMON_CFG, DEVICE_CFG, ISR_CFG, MSIX_PBA, MSIX_TABLE, NOTIFY_CFG, PAGE_LEN,
+};
 use super::{CONFIG_SOURCE, State, VirtioPciDevice};
 use crate::pci::Function;
 
@@ -96,7 +98,10 @@ impl VirtioPciDevice {
             Effect::Activate => match state.common.activation(self.backend_queues, &self.memory) {
                 Some(activation) => self.link.activate(activation),
                 None => {
-                    tracing::warn!(tag = self.tag, "the driver put a ring outside memory: the device needs a reset");
+                    tracing::warn!(
+                        tag = self.tag,
+                        "the driver put a ring outside memory: the device needs a reset"
+                    );
                     state.common.set_needs_reset();
                     state.signal_config_change();
                 }
@@ -114,9 +119,13 @@ impl VirtioPciDevice {
     /// The driver sees its write at once; the backend gets it when it can, and what it makes of
     /// it is read back.
     fn write_device_cfg(&self, state: &mut State, offset: u64, data: &[u8]) {
-        let Ok(offset) = u32::try_from(offset) else { return };
+        let Ok(offset) = u32::try_from(offset) else {
+            return;
+        };
         let start = offset as usize;
-        let Some(bytes) = state.device_cfg.get_mut(start..start + data.len()) else { return };
+        let Some(bytes) = state.device_cfg.get_mut(start..start + data.len()) else {
+            return;
+        };
         if self.link.write_config(offset, data) {
             bytes.copy_from_slice(data);
         }
@@ -128,7 +137,12 @@ impl State {
     fn follow_config_space(&mut self) {
         let (enabled, masked) = self.pci.msix_bits();
         self.msix.set_control(enabled, masked);
-        let Self { doorbells, common, pci, .. } = self;
+        let Self {
+            doorbells,
+            common,
+            pci,
+            ..
+        } = self;
         doorbells.update(pci.space.bar_gpa(), |queue| common.is_enabled(queue));
     }
 

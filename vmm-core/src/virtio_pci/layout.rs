@@ -51,13 +51,19 @@ impl VirtioSpace {
         };
         let mut space = ConfigSpace::new(&identity).with_bar(BAR_LEN);
         let msix = msix_capability(vectors);
-        let msix_control = space.add_capability(CAP_ID_MSIX, &msix, &[0, 0xc0, 0, 0, 0, 0, 0, 0, 0, 0]) + 2;
+        let msix_control =
+            space.add_capability(CAP_ID_MSIX, &msix, &[0, 0xc0, 0, 0, 0, 0, 0, 0, 0, 0]) + 2;
         let doorbells = u64::from(queues) * NOTIFY_OFF_MULTIPLIER;
         let structures = [
             (CFG_TYPE_COMMON, COMMON_CFG, common_cfg::LEN, &[][..]),
             (CFG_TYPE_ISR, ISR_CFG, 1, &[]),
             (CFG_TYPE_DEVICE, DEVICE_CFG, u32::from(MAX_CONFIG_LEN), &[]),
-            (CFG_TYPE_NOTIFY, NOTIFY_CFG, doorbells as u32, &(NOTIFY_OFF_MULTIPLIER as u32).to_le_bytes()),
+            (
+                CFG_TYPE_NOTIFY,
+                NOTIFY_CFG,
+                doorbells as u32,
+                &(NOTIFY_OFF_MULTIPLIER as u32).to_le_bytes(),
+            ),
         ];
         for (cfg_type, offset, len, extra) in structures {
             let body = virtio_capability(cfg_type, offset, len, extra);
@@ -67,7 +73,11 @@ impl VirtioSpace {
         // The driver sets BAR, offset, length and data.
         let writable = [&[0, 0, 0xff, 0, 0, 0][..], &[0xff; 12]].concat();
         let pci_cfg = space.add_capability(CAP_ID_VENDOR, &pci_cfg_body, &writable);
-        Self { space, msix_control, pci_cfg }
+        Self {
+            space,
+            msix_control,
+            pci_cfg,
+        }
     }
 
     /// MSI-X Enable and Function Mask.
@@ -86,7 +96,10 @@ impl VirtioSpace {
         let bar = self.space.read_u32(self.pci_cfg + 4) as u8;
         let offset = u64::from(self.space.read_u32(self.pci_cfg + 8));
         let len = self.space.read_u32(self.pci_cfg + 12) as usize;
-        let possible = bar == 0 && matches!(len, 1 | 2 | 4) && offset.is_multiple_of(len as u64) && offset < BAR_LEN;
+        let possible = bar == 0
+            && matches!(len, 1 | 2 | 4)
+            && offset.is_multiple_of(len as u64)
+            && offset < BAR_LEN;
         possible.then_some((offset, len))
     }
 }

@@ -136,7 +136,9 @@ impl VirtioPciDevice {
 
 impl Registers {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no code that holds this lock can panic")
+        self.state
+            .lock()
+            .expect("no code that holds this lock can panic")
     }
 }
 

@@ -17,7 +17,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+    FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight,
+    VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
@@ -87,7 +88,10 @@ impl Connection {
     /// The system call's error.
     pub fn connect(path: &Path, timeout: Duration) -> std::result::Result<Self, ConnectError> {
         let deadline = Instant::now() + timeout;
-        let stream = connect_stream(path, deadline).map_err(|source| ConnectError { socket: path.to_owned(), source })?;
+        let stream = connect_stream(path, deadline).map_err(|source| ConnectError {
+            socket: path.to_owned(),
+            source,
+        })?;
         Ok(Self::from_stream(stream, timeout))
     }
 
@@ -95,8 +99,14 @@ impl Connection {
     #[must_use]
     pub fn from_stream(stream: UnixStream, timeout: Duration) -> Self {
         let stream = Arc::new(stream);
-        let duplicate = stream.try_clone().expect("duplicating a descriptor fails only when none is left");
-        Self { frontend: Frontend::from_stream(duplicate, u64::from(MAX_QUEUES)), stream, timeout }
+        let duplicate = stream
+            .try_clone()
+            .expect("duplicating a descriptor fails only when none is left");
+        Self {
+            frontend: Frontend::from_stream(duplicate, u64::from(MAX_QUEUES)),
+            stream,
+            timeout,
+        }
     }
 
     /// Gives later requests `timeout` each.
@@ -147,7 +157,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_protocol_features(&mut self, features: VhostUserProtocolFeatures) -> Result<()> {
-        self.request("SET_PROTOCOL_FEATURES", |frontend| frontend.set_protocol_features(features))?;
+        self.request("SET_PROTOCOL_FEATURES", |frontend| {
+            frontend.set_protocol_features(features)
+        })?;
         if features.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
@@ -176,7 +188,9 @@ impl Connection {
         let request = vec![0; usize::from(len)];
         self.request("GET_CONFIG", |frontend| {
             let flags = VhostUserConfigFlags::empty();
-            frontend.get_config(0, u32::from(len), flags, &request).map(|(_, config)| config)
+            frontend
+                .get_config(0, u32::from(len), flags, &request)
+                .map(|(_, config)| config)
         })
     }
 
@@ -185,7 +199,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
-        self.request("SET_CONFIG", |frontend| frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes))
+        self.request("SET_CONFIG", |frontend| {
+            frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
+        })
     }
 
     /// SET_MEM_TABLE.
@@ -194,7 +210,9 @@ impl Connection {
     /// See [`RequestError`].
     pub fn set_mem_table(&mut self, memory: &MemoryTable) -> Result<()> {
         let regions = memory.to_vhost();
-        self.request("SET_MEM_TABLE", |frontend| frontend.set_mem_table(&regions).map(drop))
+        self.request("SET_MEM_TABLE", |frontend| {
+            frontend.set_mem_table(&regions).map(drop)
+        })
     }
 
     /// ADD_MEM_REG for each region.
@@ -203,7 +221,9 @@ impl Connection {
     /// See [`RequestError`].
     pub fn add_mem_regions(&mut self, memory: &MemoryTable) -> Result<()> {
         for region in memory.to_vhost() {
-            self.request("ADD_MEM_REG", |frontend| frontend.add_mem_region(&region).map(drop))?;
+            self.request("ADD_MEM_REG", |frontend| {
+                frontend.add_mem_region(&region).map(drop)
+            })?;
         }
         Ok(())
     }
@@ -212,7 +232,11 @@ impl Connection {
     ///
     /// # Errors
     /// See [`RequestError`].
-    pub fn inflight_fd(&mut self, num_queues: u16, queue_size: u16) -> Result<(VhostUserInflight, File)> {
+    pub fn inflight_fd(
+        &mut self,
+        num_queues: u16,
+        queue_size: u16,
+    ) -> Result<(VhostUserInflight, File)> {
         let request = VhostUserInflight::new(0, 0, num_queues, queue_size);
         self.request("GET_INFLIGHT_FD", |frontend| {
             let (description, file) = frontend.get_inflight_fd(&request)?;
@@ -226,7 +250,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_inflight_fd(&mut self, description: &VhostUserInflight, file: &File) -> Result<()> {
-        self.request("SET_INFLIGHT_FD", |frontend| frontend.set_inflight_fd(description, file.as_raw_fd()))
+        self.request("SET_INFLIGHT_FD", |frontend| {
+            frontend.set_inflight_fd(description, file.as_raw_fd())
+        })
     }
 
     /// SET_VRING_NUM.
@@ -234,7 +260,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_vring_num(&mut self, index: u16, size: u16) -> Result<()> {
-        self.request("SET_VRING_NUM", |frontend| frontend.set_vring_num(index.into(), size))
+        self.request("SET_VRING_NUM", |frontend| {
+            frontend.set_vring_num(index.into(), size)
+        })
     }
 
     /// SET_VRING_BASE.
@@ -242,7 +270,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_vring_base(&mut self, index: u16, base: u16) -> Result<()> {
-        self.request("SET_VRING_BASE", |frontend| frontend.set_vring_base(index.into(), base))
+        self.request("SET_VRING_BASE", |frontend| {
+            frontend.set_vring_base(index.into(), base)
+        })
     }
 
     /// SET_VRING_ADDR.
@@ -250,7 +280,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_vring_addr(&mut self, index: u16, addresses: &VringConfigData) -> Result<()> {
-        self.request("SET_VRING_ADDR", |frontend| frontend.set_vring_addr(index.into(), addresses))
+        self.request("SET_VRING_ADDR", |frontend| {
+            frontend.set_vring_addr(index.into(), addresses)
+        })
     }
 
     /// SET_VRING_ERR.
@@ -258,7 +290,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_vring_err(&mut self, index: u16, err: &EventFd) -> Result<()> {
-        self.request("SET_VRING_ERR", |frontend| frontend.set_vring_err(index.into(), err))
+        self.request("SET_VRING_ERR", |frontend| {
+            frontend.set_vring_err(index.into(), err)
+        })
     }
 
     /// SET_VRING_CALL.
@@ -266,7 +300,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_vring_call(&mut self, index: u16, call: &EventFd) -> Result<()> {
-        self.request("SET_VRING_CALL", |frontend| frontend.set_vring_call(index.into(), call))
+        self.request("SET_VRING_CALL", |frontend| {
+            frontend.set_vring_call(index.into(), call)
+        })
     }
 
     /// SET_VRING_KICK: the ring starts.
@@ -274,7 +310,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_vring_kick(&mut self, index: u16, kick: &EventFd) -> Result<()> {
-        self.request("SET_VRING_KICK", |frontend| frontend.set_vring_kick(index.into(), kick))
+        self.request("SET_VRING_KICK", |frontend| {
+            frontend.set_vring_kick(index.into(), kick)
+        })
     }
 
     /// SET_VRING_ENABLE.
@@ -282,7 +320,9 @@ impl Connection {
     /// # Errors
     /// See [`RequestError`].
     pub fn set_vring_enable(&mut self, index: u16, enable: bool) -> Result<()> {
-        self.request("SET_VRING_ENABLE", |frontend| frontend.set_vring_enable(index.into(), enable))
+        self.request("SET_VRING_ENABLE", |frontend| {
+            frontend.set_vring_enable(index.into(), enable)
+        })
     }
 
     /// GET_VRING_BASE: the ring stops; where it would go on.
@@ -291,7 +331,10 @@ impl Connection {
     /// See [`RequestError`].
     pub fn vring_base(&mut self, index: u16) -> Result<u16> {
         // The upper half belongs to packed rings.
-        self.request("GET_VRING_BASE", |frontend| frontend.get_vring_base(index.into())).map(|base| base as u16)
+        self.request("GET_VRING_BASE", |frontend| {
+            frontend.get_vring_base(index.into())
+        })
+        .map(|base| base as u16)
     }
 
     /// RESET_DEVICE.
@@ -303,15 +346,29 @@ impl Connection {
     }
 
     /// Runs one request under the watchdog.
-    fn request<T>(&mut self, request: &'static str, run: impl FnOnce(&mut Frontend) -> vhost::Result<T>) -> Result<T> {
-        let watch = watchdog::watch(&self.stream, Instant::now() + self.timeout)
-            .map_err(|source| RequestError::Failed { request, source: vhost::Error::IOError(source) })?;
+    fn request<T>(
+        &mut self,
+        request: &'static str,
+        run: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T> {
+        let watch =
+            watchdog::watch(&self.stream, Instant::now() + self.timeout).map_err(|source| {
+                RequestError::Failed {
+                    request,
+                    source: vhost::Error::IOError(source),
+                }
+            })?;
         let outcome = run(&mut self.frontend);
         if watch.finish() {
-            return Err(RequestError::Timeout { request, timeout_ms: self.timeout.as_millis() });
+            return Err(RequestError::Timeout {
+                request,
+                timeout_ms: self.timeout.as_millis(),
+            });
         }
         outcome.map_err(|source| match source {
-            vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError) => RequestError::Refused { request },
+            vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError) => {
+                RequestError::Refused { request }
+            }
             source => RequestError::Failed { request, source },
         })
     }
@@ -348,7 +405,9 @@ fn connect_stream(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
                 return Ok(stream);
             }
             // A Unix socket gives no event when its peer's backlog has room again.
-            Err(Errno::EAGAIN) if Instant::now() + BACKLOG_RETRY < deadline => thread::sleep(BACKLOG_RETRY),
+            Err(Errno::EAGAIN) if Instant::now() + BACKLOG_RETRY < deadline => {
+                thread::sleep(BACKLOG_RETRY)
+            }
             Err(errno) => return Err(errno.into()),
         }
     }
@@ -364,11 +423,18 @@ fn exchange_u64(mut stream: &UnixStream, request: FrontendReq) -> io::Result<u64
     let mut reply = [0; 20];
     stream.read_exact(&mut reply)?;
     if reply[..12] != [request, VERSION | REPLY, 8].map(u32::to_le_bytes).concat() {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the reply is to another request or of another size"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the reply is to another request or of another size",
+        ));
     }
-    Ok(u64::from_le_bytes(reply[12..].try_into().expect("20 bytes less 12")))
+    Ok(u64::from_le_bytes(
+        reply[12..].try_into().expect("20 bytes less 12"),
+    ))
 }
 
 fn set_close_on_exec(file: &File) -> vhost::Result<()> {
-    fcntl(file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map(drop).map_err(|errno| vhost::Error::IOError(errno.into()))
+    fcntl(file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
+        .map(drop)
+        .map_err(|errno| vhost::Error::IOError(errno.into()))
 }

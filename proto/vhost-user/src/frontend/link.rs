@@ -131,7 +131,9 @@ impl Endpoint {
         let mut backoff = BACKOFF.0;
         loop {
             let mut endpoint = self.clone();
-            let left = deadline.saturating_duration_since(Instant::now()).max(BACKOFF.0);
+            let left = deadline
+                .saturating_duration_since(Instant::now())
+                .max(BACKOFF.0);
             endpoint.timeouts.first_reply = left;
             endpoint.timeouts.request = self.timeouts.request.min(left);
             match endpoint.connect(|_| {}) {
@@ -153,7 +155,13 @@ impl Endpoint {
         connection.set_timeout(self.timeouts.first_reply);
         let offer = session::handshake(&mut connection, self.config_len)?;
         connection.set_timeout(self.timeouts.request);
-        Ok(Connected { connection, offer, since: Instant::now(), told_memory: false, rings_started: false })
+        Ok(Connected {
+            connection,
+            offer,
+            since: Instant::now(),
+            told_memory: false,
+            rings_started: false,
+        })
     }
 }
 
@@ -190,15 +198,25 @@ impl Link {
     ///
     /// # Errors
     /// No descriptor or no thread is left.
-    pub fn spawn(name: &str, endpoint: Endpoint, first: Connected, wiring: Wiring) -> io::Result<Self> {
+    pub fn spawn(
+        name: &str,
+        endpoint: Endpoint,
+        first: Connected,
+        wiring: Wiring,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             control: Mutex::default(),
             changed: Condvar::new(),
             wake: WakeFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         });
         let keeper = Keeper::new(Arc::clone(&shared), endpoint, first, wiring)?;
-        let thread = thread::Builder::new().name(format!("vu-{name}")).spawn(move || keeper.run())?;
-        Ok(Self { shared, thread: Some(thread) })
+        let thread = thread::Builder::new()
+            .name(format!("vu-{name}"))
+            .spawn(move || keeper.run())?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
     }
 
     /// The driver set DRIVER_OK: the rings are started as soon as there is a backend.
@@ -238,7 +256,10 @@ impl Link {
             hang_up.hang_up();
         }
         // The thread's request fails at once now; the bound is for a host that is out of CPU.
-        let waited = self.shared.changed.wait_timeout_while(control, patience, |control| control.running.is_some());
+        let waited = self
+            .shared
+            .changed
+            .wait_timeout_while(control, patience, |control| control.running.is_some());
         drop(waited.expect("no code that holds this lock can panic"));
     }
 
@@ -297,7 +318,11 @@ impl Drop for Link {
         drop(control);
         self.shared.wake();
         // The handle may be dropped on the thread itself, by way of `Events`.
-        if let Some(thread) = self.thread.take().filter(|thread| thread.thread().id() != thread::current().id()) {
+        if let Some(thread) = self
+            .thread
+            .take()
+            .filter(|thread| thread.thread().id() != thread::current().id())
+        {
             let _ = thread.join();
         }
     }
@@ -305,7 +330,9 @@ impl Drop for Link {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Control> {
-        self.control.lock().expect("no code that holds this lock can panic")
+        self.control
+            .lock()
+            .expect("no code that holds this lock can panic")
     }
 
     fn wake(&self) {

@@ -59,7 +59,9 @@ impl MemoryTable {
     pub fn read_u16(&self, gpa: u64) -> io::Result<u16> {
         let region = self.find(gpa, 2).ok_or(io::ErrorKind::InvalidInput)?;
         let mut bytes = [0; 2];
-        region.file.read_exact_at(&mut bytes, region.file_offset + (gpa - region.gpa))?;
+        region
+            .file
+            .read_exact_at(&mut bytes, region.file_offset + (gpa - region.gpa))?;
         Ok(u16::from_le_bytes(bytes))
     }
 
@@ -78,6 +80,8 @@ impl MemoryTable {
 
     fn find(&self, gpa: u64, len: u64) -> Option<&MemoryRegion> {
         let end = gpa.checked_add(len)?;
-        self.regions.iter().find(|region| region.gpa <= gpa && end <= region.gpa.saturating_add(region.size_bytes))
+        self.regions
+            .iter()
+            .find(|region| region.gpa <= gpa && end <= region.gpa.saturating_add(region.size_bytes))
     }
 }

@@ -90,7 +90,8 @@ impl Offer {
     /// Whether requests in flight survive a crash of the backend.
     #[must_use]
     pub fn tracks_inflight(&self) -> bool {
-        self.protocol_features.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+        self.protocol_features
+            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     }
 }
 
@@ -139,22 +140,31 @@ pub enum SessionError {
 ///
 /// # Errors
 /// A request failed.
-pub fn handshake(
-    connection: &mut Connection,
-    config_len: u16,
-) -> Result<Offer, SessionError> {
+pub fn handshake(connection: &mut Connection, config_len: u16) -> Result<Offer, SessionError> {
     connection.set_owner()?;
     let features = connection.features()?;
-    let mut offer = Offer { features, protocol_features: VhostUserProtocolFeatures::empty(), queue_num: None, config: None };
+    let mut offer = Offer {
+        features,
+        protocol_features: VhostUserProtocolFeatures::empty(),
+        queue_num: None,
+        config: None,
+    };
     if features & F_PROTOCOL_FEATURES == 0 {
         return Ok(offer);
     }
     offer.protocol_features = connection.protocol_features()? & WANTED;
     connection.set_protocol_features(offer.protocol_features)?;
-    if offer.protocol_features.contains(VhostUserProtocolFeatures::MQ) {
+    if offer
+        .protocol_features
+        .contains(VhostUserProtocolFeatures::MQ)
+    {
         offer.queue_num = Some(connection.queue_num()?);
     }
-    if offer.protocol_features.contains(VhostUserProtocolFeatures::CONFIG) && config_len > 0 {
+    if offer
+        .protocol_features
+        .contains(VhostUserProtocolFeatures::CONFIG)
+        && config_len > 0
+    {
         offer.config = Some(connection.config(config_len)?);
     }
     Ok(offer)
@@ -176,11 +186,17 @@ pub fn start(
 ) -> Result<(), SessionError> {
     let missing = activation.features & !offer.features;
     if missing != 0 {
-        return Err(SessionError::FeaturesLost { acked: activation.features, missing });
+        return Err(SessionError::FeaturesLost {
+            acked: activation.features,
+            missing,
+        });
     }
     connection.set_features(activation.features | offer.features & F_PROTOCOL_FEATURES)?;
     if !*told_memory {
-        if offer.protocol_features.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+        if offer
+            .protocol_features
+            .contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+        {
             connection.add_mem_regions(resources.memory)?;
         } else {
             connection.set_mem_table(resources.memory)?;
@@ -266,8 +282,18 @@ fn share_inflight(
     activation: &Activation,
     inflight: &mut Option<InflightRegion>,
 ) -> Result<(), SessionError> {
-    let num_queues = activation.queues.iter().map(|queue| queue.index + 1).max().unwrap_or(0);
-    let queue_size = activation.queues.iter().map(|queue| queue.size).max().unwrap_or(0);
+    let num_queues = activation
+        .queues
+        .iter()
+        .map(|queue| queue.index + 1)
+        .max()
+        .unwrap_or(0);
+    let queue_size = activation
+        .queues
+        .iter()
+        .map(|queue| queue.size)
+        .max()
+        .unwrap_or(0);
     if num_queues == 0 {
         return Ok(());
     }
@@ -276,8 +302,11 @@ fn share_inflight(
         *inflight = Some(InflightRegion::accept(description, file)?);
     }
     if let Some(region) = inflight {
-        let description =
-            VhostUserInflight { num_queues, queue_size, ..region.description };
+        let description = VhostUserInflight {
+            num_queues,
+            queue_size,
+            ..region.description
+        };
         connection.set_inflight_fd(&description, &region.file)?;
     }
     Ok(())
@@ -291,7 +320,9 @@ impl InflightRegion {
         let end = end.ok_or(SessionError::Inflight("its size is 0 or more than 128 MiB"))?;
         let file_len = file.metadata().map_err(SessionError::SealInflight)?.len();
         if file_len < end {
-            return Err(SessionError::Inflight("its file is shorter than the region"));
+            return Err(SessionError::Inflight(
+                "its file is shorter than the region",
+            ));
         }
         if seal(&file).is_ok() {
             return Ok(Self { description, file });
@@ -313,7 +344,10 @@ fn seal(file: &File) -> nix::Result<()> {
 
 fn sealed_copy(file: &File, len: u64) -> io::Result<File> {
     const CHUNK: usize = 1 << 20;
-    let copy = File::from(memfd_create(c"vhost-user-inflight", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    let copy = File::from(memfd_create(
+        c"vhost-user-inflight",
+        MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+    )?);
     copy.set_len(len)?;
     let mut buffer = vec![0; CHUNK.min(len as usize)];
     let mut at = 0;

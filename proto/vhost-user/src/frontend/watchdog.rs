@@ -18,13 +18,22 @@ pub(super) fn watch(stream: &Arc<UnixStream>, deadline: Instant) -> io::Result<W
     let fired = Arc::new(AtomicBool::new(false));
     let mut watched = WATCHDOG.lock();
     if !watched.started {
-        thread::Builder::new().name("vu-watchdog".to_owned()).spawn(|| WATCHDOG.run())?;
+        thread::Builder::new()
+            .name("vu-watchdog".to_owned())
+            .spawn(|| WATCHDOG.run())?;
         watched.started = true;
     }
     watched.next_id += 1;
     let id = watched.next_id;
-    let entry = Entry { deadline, stream: Arc::clone(stream), fired: Arc::clone(&fired) };
-    watched.entries.get_or_insert_with(HashMap::new).insert(id, entry);
+    let entry = Entry {
+        deadline,
+        stream: Arc::clone(stream),
+        fired: Arc::clone(&fired),
+    };
+    watched
+        .entries
+        .get_or_insert_with(HashMap::new)
+        .insert(id, entry);
     WATCHDOG.changed.notify_one();
     Ok(Watch { id, fired })
 }
@@ -50,7 +59,11 @@ impl Drop for Watch {
 }
 
 static WATCHDOG: Watchdog = Watchdog {
-    watched: Mutex::new(Watched { started: false, next_id: 0, entries: None }),
+    watched: Mutex::new(Watched {
+        started: false,
+        next_id: 0,
+        entries: None,
+    }),
     changed: Condvar::new(),
 };
 
@@ -90,9 +103,15 @@ impl Watchdog {
             watched.fire_expired(now);
             watched = match watched.next_deadline() {
                 Some(deadline) => {
-                    self.changed.wait_timeout(watched, deadline - now).expect("the lock is never poisoned").0
+                    self.changed
+                        .wait_timeout(watched, deadline - now)
+                        .expect("the lock is never poisoned")
+                        .0
                 }
-                None => self.changed.wait(watched).expect("the lock is never poisoned"),
+                None => self
+                    .changed
+                    .wait(watched)
+                    .expect("the lock is never poisoned"),
             };
         }
     }
@@ -100,7 +119,12 @@ impl Watchdog {
 
 impl Watched {
     fn fire_expired(&mut self, now: Instant) {
-        for entry in self.entries.iter().flat_map(HashMap::values).filter(|entry| entry.deadline <= now) {
+        for entry in self
+            .entries
+            .iter()
+            .flat_map(HashMap::values)
+            .filter(|entry| entry.deadline <= now)
+        {
             entry.fired.store(true, Ordering::Release);
             // A stream that is closed already has nothing left to end.
             let _ = entry.stream.shutdown(Shutdown::Both);
@@ -111,6 +135,10 @@ impl Watched {
     }
 
     fn next_deadline(&self) -> Option<Instant> {
-        self.entries.iter().flat_map(HashMap::values).map(|entry| entry.deadline).min()
+        self.entries
+            .iter()
+            .flat_map(HashMap::values)
+            .map(|entry| entry.deadline)
+            .min()
     }
 }

@@ -66,13 +66,21 @@ impl Keeper {
                 if control.shutdown {
                     return;
                 }
-                (control.activation.as_ref().map(|_| control.activation_id), control.running, control.paused)
+                (
+                    control.activation.as_ref().map(|_| control.activation_id),
+                    control.running,
+                    control.paused,
+                )
             };
             if running.is_some() && (running != wanted_id || paused) {
                 self.stop_rings();
                 continue;
             }
-            if self.served.as_ref().is_some_and(|served| Some(served.id) != wanted_id) {
+            if self
+                .served
+                .as_ref()
+                .is_some_and(|served| Some(served.id) != wanted_id)
+            {
                 self.forget_driver();
             }
             if self.connected.is_none() && self.retry_at <= Instant::now() {
@@ -118,10 +126,14 @@ impl Keeper {
 
     /// Starts the rings if that is wanted.
     fn start_rings(&mut self) {
-        let Some(connected) = &mut self.connected else { return };
+        let Some(connected) = &mut self.connected else {
+            return;
+        };
         let mut control = self.shared.lock();
         let id = control.activation_id;
-        let Some(activation) = control.activation.as_ref().filter(|_| !control.paused) else { return };
+        let Some(activation) = control.activation.as_ref().filter(|_| !control.paused) else {
+            return;
+        };
         let served = match &mut self.served {
             Some(served) if served.id == id => served,
             served => served.insert(Served {
@@ -133,8 +145,11 @@ impl Keeper {
         };
         control.running = Some(id);
         drop(control);
-        let resources =
-            Resources { memory: &self.wiring.memory, queues: &self.wiring.queues, err: &self.err };
+        let resources = Resources {
+            memory: &self.wiring.memory,
+            queues: &self.wiring.queues,
+            err: &self.err,
+        };
         let outcome = session::start(
             &mut connected.connection,
             &connected.offer,
@@ -158,9 +173,13 @@ impl Keeper {
         let (Some(connected), Some(served)) = (&mut self.connected, &mut self.served) else {
             unreachable!("rings run only on a connection, for an activation");
         };
-        connected.connection.set_timeout(self.endpoint.timeouts.stop);
+        connected
+            .connection
+            .set_timeout(self.endpoint.timeouts.stop);
         let outcome = session::stop(&mut connected.connection, &mut served.activation);
-        connected.connection.set_timeout(self.endpoint.timeouts.request);
+        connected
+            .connection
+            .set_timeout(self.endpoint.timeouts.request);
         if let Err(error) = outcome {
             self.lose(&error);
             return;
@@ -183,15 +202,22 @@ impl Keeper {
     /// The driver reset the device: nothing of its session may reach the next one.
     fn forget_driver(&mut self) {
         self.served = None;
-        let Some(connected) = &mut self.connected else { return };
+        let Some(connected) = &mut self.connected else {
+            return;
+        };
         if !std::mem::take(&mut connected.rings_started)
-            || !connected.offer.protocol_features.contains(VhostUserProtocolFeatures::RESET_DEVICE)
+            || !connected
+                .offer
+                .protocol_features
+                .contains(VhostUserProtocolFeatures::RESET_DEVICE)
         {
             return;
         }
         match connected.connection.reset_device() {
             Ok(()) => {}
-            Err(error @ RequestError::Refused { .. }) => tracing::warn!(%error, "device reset is not complete"),
+            Err(error @ RequestError::Refused { .. }) => {
+                tracing::warn!(%error, "device reset is not complete")
+            }
             Err(error) => self.lose(&error),
         }
     }
@@ -200,25 +226,37 @@ impl Keeper {
     fn pass_config(&mut self) {
         let config_len = self.endpoint.config_len;
         let serves_config = |connected: &Connected| {
-            connected.offer.protocol_features.contains(VhostUserProtocolFeatures::CONFIG) && config_len > 0
+            connected
+                .offer
+                .protocol_features
+                .contains(VhostUserProtocolFeatures::CONFIG)
+                && config_len > 0
         };
         let mut refresh = std::mem::take(&mut self.shared.lock().refresh_config);
         while let Some(connected) = &mut self.connected {
-            let Some((offset, bytes)) = self.shared.lock().config_writes.pop_front() else { break };
+            let Some((offset, bytes)) = self.shared.lock().config_writes.pop_front() else {
+                break;
+            };
             if !serves_config(connected) {
                 continue;
             }
             refresh = true;
             match connected.connection.set_config(offset, &bytes) {
                 Ok(()) => {}
-                Err(error @ RequestError::Refused { .. }) => tracing::warn!(%error, offset, "a driver's write is lost"),
+                Err(error @ RequestError::Refused { .. }) => {
+                    tracing::warn!(%error, offset, "a driver's write is lost")
+                }
                 Err(error) => {
                     self.shared.lock().config_writes.push_front((offset, bytes));
                     self.lose(&error);
                 }
             }
         }
-        let Some(connected) = self.connected.as_mut().filter(|connected| refresh && serves_config(connected)) else {
+        let Some(connected) = self
+            .connected
+            .as_mut()
+            .filter(|connected| refresh && serves_config(connected))
+        else {
             return;
         };
         match connected.connection.config(config_len) {
@@ -229,7 +267,10 @@ impl Keeper {
 
     /// The connection is of no use any more: its rings stand still, and another is made.
     fn lose(&mut self, error: &(dyn Error + 'static)) {
-        let lived = self.connected.take().map_or(Duration::ZERO, |connected| connected.since.elapsed());
+        let lived = self
+            .connected
+            .take()
+            .map_or(Duration::ZERO, |connected| connected.since.elapsed());
         if lived >= STABLE_AFTER {
             self.backoff = BACKOFF.0;
             self.retry_at = Instant::now();
@@ -280,7 +321,10 @@ impl Keeper {
         }
         // An interrupted poll is a poll without events.
         let _ = poll(&mut fds, timeout);
-        let events: Vec<PollFlags> = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty())).collect();
+        let events: Vec<PollFlags> = fds
+            .iter()
+            .map(|fd| fd.revents().unwrap_or(PollFlags::empty()))
+            .collect();
         if !events[0].is_empty() {
             let _ = self.shared.wake.read();
         }
