@@ -1,2 +1,83 @@
-//! Placeholder.
-fn main() {}
+//! `node-agent`: one per host. Owns listening vhost-user sockets, images and taps, runs each VM as
+//! a set of processes, restarts daemons that die, reports, and cleans up.
+//!
+//! [`service`] translates gRPC; [`agent`] knows all VMs; one task in [`vm`] owns each. What must
+//! survive the agent is in [`record`].
+
+mod agent;
+mod cli;
+mod console;
+mod host;
+mod image;
+mod process;
+mod record;
+mod service;
+mod spec;
+mod tap;
+mod usage;
+mod vm;
+mod volumes;
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use anyhow::Context;
+use api::{listen::Listener, node::node_agent_server::NodeAgentServer, serve};
+use clap::Parser;
+
+use crate::{
+    agent::{Agent, Dirs},
+    cli::Cli,
+    service::Service,
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("MORTISE_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("node-agent: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(cli: Cli) -> anyhow::Result<()> {
+    let dirs = directories(&cli)?;
+    // Bound first: an agent that cannot serve must not touch VMs.
+    let listener = Listener::bind(&cli.listen)?;
+    let address = listener.address();
+    let agent = Arc::new(Agent::open(&dirs)?);
+    tracing::info!(%address, state = %dirs.state.display(), run = %dirs.run.display(), "serving");
+    let services = serve::Services::new().with(NodeAgentServer::new(Service::new(agent)));
+    serve::on(listener, services, serve::terminated()).await?;
+    tracing::info!("ending; VMs go on running");
+    Ok(())
+}
+
+/// Absolute: records and other processes' command lines name files in them.
+fn directories(cli: &Cli) -> anyhow::Result<Dirs> {
+    let absolute = |path: &PathBuf| {
+        std::path::absolute(path).with_context(|| format!("finding {}", path.display()))
+    };
+    let bin = match &cli.bin_dir {
+        Some(dir) => absolute(dir)?,
+        None => std::env::current_exe()
+            .context("finding this program's directory; name it with --bin-dir")?
+            .parent()
+            .map(PathBuf::from)
+            .context("this program is in no directory; name one with --bin-dir")?,
+    };
+    Ok(Dirs {
+        state: absolute(&cli.state_dir)?,
+        run: absolute(&cli.run_dir)?,
+        bin,
+    })
+}

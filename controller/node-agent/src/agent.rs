@@ -1,0 +1,263 @@
+//! All VMs of this host by name, and what they share.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions},
+    io,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use api::node::VmStatus;
+use tokio::sync::{Mutex, broadcast};
+use tonic::Code;
+
+use crate::{
+    host::{Host, HostError},
+    image::Claims,
+    process,
+    record::{RecordError, Store},
+    spec::{DiskSource, Spec},
+    vm::{Env, Refusal, Vm},
+    volumes::{Pool, VolumeError},
+};
+
+/// Changes of status that a watcher may lag behind before it gets all states anew.
+const CHANGE_BACKLOG: usize = 1024;
+/// More VMs than a host of 4 TiB gets at 1 GiB each have no place in one agent.
+const MAX_VMS: usize = 4096;
+
+/// The agent's state. Shared by all calls.
+pub(crate) struct Agent {
+    /// What does not change.
+    pub(crate) host: Host,
+    /// What the VMs share.
+    pub(crate) env: Arc<Env>,
+    vms: Mutex<BTreeMap<String, Vm>>,
+    /// Holds the state directory's lock as long as the agent lives.
+    _lock: File,
+}
+
+/// Where the agent keeps and finds things.
+#[derive(Clone, Debug)]
+pub(crate) struct Dirs {
+    /// Survives reboots.
+    pub(crate) state: PathBuf,
+    /// Sockets and logs.
+    pub(crate) run: PathBuf,
+    /// Programs.
+    pub(crate) bin: PathBuf,
+}
+
+/// Why the agent cannot work.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AgentError {
+    /// A directory cannot be made.
+    #[error("making the directory {path}", path = .path.display())]
+    Dir {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Another agent works here.
+    #[error("another node-agent uses the state directory {path}; stop it or give each its own --state-dir", path = .path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The host's identity.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The records.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The volumes.
+    #[error(transparent)]
+    Volumes(#[from] VolumeError),
+}
+
+/// Why a call was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CallError {
+    /// No such VM.
+    #[error("VM {id:?} does not exist on this host")]
+    NotFound {
+        /// As asked for.
+        id: String,
+    },
+    /// Too many VMs.
+    #[error("this host has {MAX_VMS} VMs already; delete some")]
+    TooMany,
+    /// The VM refused.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The VM cannot be kept.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+impl CallError {
+    /// What the API answers.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::NotFound { .. } => Code::NotFound,
+            Self::TooMany => Code::ResourceExhausted,
+            Self::Refused(refusal) => refusal.code(),
+            Self::Record(_) => Code::Internal,
+        }
+    }
+}
+
+impl Agent {
+    /// Opens the directories and adopts all VMs that an earlier agent left.
+    ///
+    /// # Errors
+    /// When another agent is there, or the state cannot be read.
+    pub(crate) fn open(dirs: &Dirs) -> Result<Self, AgentError> {
+        let run_dir = dirs.run.join("vms");
+        for path in [&dirs.state, &run_dir] {
+            fs::create_dir_all(path).map_err(|source| AgentError::Dir {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        let lock = lock_dir(&dirs.state)?;
+        let claims = Claims::default();
+        let (changes, _) = broadcast::channel(CHANGE_BACKLOG);
+        let env = Arc::new(Env {
+            store: Store::open(&dirs.state)?,
+            volumes: Pool::open(&dirs.state, claims.clone())?,
+            claims,
+            run_dir,
+            bin_dir: dirs.bin.clone(),
+            boot_id: process::boot_id(),
+            changes,
+        });
+        let vms = env
+            .store
+            .load()?
+            .into_iter()
+            .map(|record| (record.spec.id.clone(), Vm::adopt(env.clone(), record)))
+            .collect();
+        Ok(Self {
+            host: Host::open(&dirs.state)?,
+            env,
+            vms: Mutex::new(vms),
+            _lock: lock,
+        })
+    }
+
+    /// Makes `spec` a VM's wish; the VM need not exist yet.
+    ///
+    /// # Errors
+    /// When the wish is refused or cannot be kept.
+    pub(crate) async fn apply(&self, spec: Spec) -> Result<VmStatus, CallError> {
+        let vm = {
+            let mut vms = self.vms.lock().await;
+            match vms.get(&spec.id) {
+                Some(vm) => vm.clone(),
+                None if vms.len() >= MAX_VMS => return Err(CallError::TooMany),
+                None => {
+                    let id = spec.id.clone();
+                    let vm = Vm::create(self.env.clone(), spec)?;
+                    vms.insert(id, vm.clone());
+                    return Ok(vm.status());
+                }
+            }
+        };
+        vm.apply(spec).await?;
+        Ok(vm.status())
+    }
+
+    /// Hard-resets a VM.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub(crate) async fn reset(&self, id: &str) -> Result<VmStatus, CallError> {
+        let vm = self.find(id).await?;
+        vm.reset().await?;
+        Ok(vm.status())
+    }
+
+    /// Forgets a stopped VM. One that is not there is no error.
+    ///
+    /// # Errors
+    /// When it runs.
+    pub(crate) async fn delete(&self, id: &str) -> Result<(), CallError> {
+        let mut vms = self.vms.lock().await;
+        let Some(vm) = vms.get(id) else { return Ok(()) };
+        vm.delete().await?;
+        vms.remove(id);
+        Ok(())
+    }
+
+    /// One VM.
+    ///
+    /// # Errors
+    /// When it does not exist.
+    pub(crate) async fn find(&self, id: &str) -> Result<Vm, CallError> {
+        let vms = self.vms.lock().await;
+        vms.get(id)
+            .cloned()
+            .ok_or_else(|| CallError::NotFound { id: id.to_owned() })
+    }
+
+    /// All VMs, by name.
+    pub(crate) async fn all(&self) -> Vec<Vm> {
+        self.vms.lock().await.values().cloned().collect()
+    }
+
+    /// The VM whose spec names a volume, running or not.
+    pub(crate) async fn holder_of(&self, volume: &str) -> Option<String> {
+        let names = |source: &DiskSource| matches!(source, DiskSource::Volume(id) if id == volume);
+        self.all()
+            .await
+            .iter()
+            .map(Vm::spec)
+            .find(|spec| spec.disks.iter().any(|disk| names(&disk.source)))
+            .map(|spec| spec.id.clone())
+    }
+}
+
+/// Two agents on the same records would start each VM twice.
+fn lock_dir(dir: &Path) -> Result<File, AgentError> {
+    let path = dir.join("lock");
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(|source| AgentError::Dir {
+            path: path.clone(),
+            source,
+        })?;
+    // SAFETY: flock takes its arguments by value; the file is open.
+    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
+        0 => Ok(file),
+        _ => Err(AgentError::InUse {
+            path: dir.to_owned(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn second_agent_on_one_state_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = Dirs {
+            state: dir.path().join("state"),
+            run: dir.path().join("run"),
+            bin: dir.path().to_owned(),
+        };
+        let first = Agent::open(&dirs).unwrap();
+        assert!(matches!(Agent::open(&dirs), Err(AgentError::InUse { .. })));
+        drop(first);
+        Agent::open(&dirs).unwrap();
+    }
+}

@@ -1,0 +1,280 @@
+//! The gRPC handlers: they translate, and nothing else.
+
+use std::sync::Arc;
+
+use api::node::{
+    ApplyVmRequest, ConsoleInput, CreateVolumeRequest, DeleteVmRequest, DeleteVmResponse,
+    DeleteVolumeRequest, DeleteVolumeResponse, GetHostRequest, GetVmRequest, HostStatus,
+    ListVmsRequest, ListVmsResponse, ListVolumesRequest, ListVolumesResponse, ResetVmRequest,
+    VmPhase, VmStatus, VolumeStatus, WatchVmsRequest, node_agent_server::NodeAgent,
+};
+use api::{errors::invalid_field, validate};
+use tokio::sync::{broadcast, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    agent::{Agent, CallError},
+    console::{self, ConsoleError},
+    host,
+    spec::Spec,
+    usage,
+    vm::{Vm, error_chain},
+    volumes::{self, VolumeError},
+};
+
+/// Messages under way to one watcher.
+const WATCH_QUEUE: usize = 64;
+
+/// Serves an [`Agent`].
+#[derive(Clone)]
+pub(crate) struct Service {
+    agent: Arc<Agent>,
+}
+
+impl Service {
+    /// Of this agent.
+    pub(crate) fn new(agent: Arc<Agent>) -> Self {
+        Self { agent }
+    }
+}
+
+#[tonic::async_trait]
+impl NodeAgent for Service {
+    async fn get_host(&self, _: Request<GetHostRequest>) -> Result<Response<HostStatus>, Status> {
+        let running = self
+            .agent
+            .all()
+            .await
+            .iter()
+            .filter(|vm| is_running(&vm.status()))
+            .count();
+        let host = &self.agent.host;
+        Ok(Response::new(HostStatus {
+            host_id: host.id.clone(),
+            hostname: host.hostname.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            cpus: host.cpus,
+            memory_bytes: host::memory_bytes(),
+            kvm: host::kvm_kind().into(),
+            problem: host::check_kvm()
+                .err()
+                .map(|error| error_chain(&error))
+                .unwrap_or_default(),
+            vms_running: running as u32,
+        }))
+    }
+
+    async fn apply_vm(
+        &self,
+        request: Request<ApplyVmRequest>,
+    ) -> Result<Response<VmStatus>, Status> {
+        let request = request.into_inner();
+        validate::apply_vm_request(&request)?;
+        let spec = Spec::from_validated(&request.spec.expect("a spec was validated"));
+        Ok(Response::new(self.agent.apply(spec).await?))
+    }
+
+    async fn reset_vm(
+        &self,
+        request: Request<ResetVmRequest>,
+    ) -> Result<Response<VmStatus>, Status> {
+        Ok(Response::new(
+            self.agent.reset(&request.into_inner().id).await?,
+        ))
+    }
+
+    async fn delete_vm(
+        &self,
+        request: Request<DeleteVmRequest>,
+    ) -> Result<Response<DeleteVmResponse>, Status> {
+        self.agent.delete(&request.into_inner().id).await?;
+        Ok(Response::new(DeleteVmResponse {}))
+    }
+
+    async fn get_vm(&self, request: Request<GetVmRequest>) -> Result<Response<VmStatus>, Status> {
+        let vm = self.agent.find(&request.into_inner().id).await?;
+        Ok(Response::new(measured(vec![vm.status()]).await.remove(0)))
+    }
+
+    async fn list_vms(
+        &self,
+        _: Request<ListVmsRequest>,
+    ) -> Result<Response<ListVmsResponse>, Status> {
+        let statuses = self.agent.all().await.iter().map(Vm::status).collect();
+        Ok(Response::new(ListVmsResponse {
+            vms: measured(statuses).await,
+        }))
+    }
+
+    type WatchVmsStream = ReceiverStream<Result<VmStatus, Status>>;
+
+    async fn watch_vms(
+        &self,
+        _: Request<WatchVmsRequest>,
+    ) -> Result<Response<Self::WatchVmsStream>, Status> {
+        // Subscribed before the first listing, so that no change falls between.
+        let changes = self.agent.env.changes.subscribe();
+        let (sender, receiver) = mpsc::channel(WATCH_QUEUE);
+        tokio::spawn(forward_changes(self.agent.clone(), changes, sender));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    type ConsoleStream = console::Output;
+
+    async fn console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::ConsoleStream>, Status> {
+        let mut input = request.into_inner();
+        let first = input
+            .message()
+            .await?
+            .ok_or_else(|| invalid_field("vm_id", "the first message must name the VM"))?;
+        validate::node_id(&first.vm_id)?;
+        let vm = self.agent.find(&first.vm_id).await?;
+        let dir = self.agent.env.vm_dir(&first.vm_id);
+        Ok(Response::new(console::open(&vm, &dir, first, input).await?))
+    }
+
+    async fn create_volume(
+        &self,
+        request: Request<CreateVolumeRequest>,
+    ) -> Result<Response<VolumeStatus>, Status> {
+        let request = request.into_inner();
+        validate::node_create_volume_request(&request)?;
+        let source = (!request.source_path.is_empty()).then(|| request.source_path.into());
+        let volume = self
+            .agent
+            .env
+            .volumes
+            .create(volumes::Request {
+                id: request.id,
+                size_bytes: request.size_bytes,
+                source,
+                preallocate: request.preallocate,
+            })
+            .await?;
+        Ok(Response::new(self.volume_status(volume).await))
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<DeleteVolumeResponse>, Status> {
+        let id = request.into_inner().id;
+        validate::node_id(&id)?;
+        if let Some(vm) = self.agent.holder_of(&id).await {
+            return Err(VolumeError::Attached { id, vm }.into());
+        }
+        let pool = self.agent.env.volumes.clone();
+        // Waits for locks of other processes.
+        tokio::task::spawn_blocking(move || pool.delete(&id))
+            .await
+            .unwrap_or_else(|panic| panic!("deleting a volume: {panic}"))?;
+        Ok(Response::new(DeleteVolumeResponse {}))
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesResponse>, Status> {
+        let mut volumes = Vec::new();
+        for volume in self.agent.env.volumes.list()? {
+            volumes.push(self.volume_status(volume).await);
+        }
+        Ok(Response::new(ListVolumesResponse { volumes }))
+    }
+}
+
+impl Service {
+    async fn volume_status(&self, volume: volumes::Volume) -> VolumeStatus {
+        VolumeStatus {
+            path: self
+                .agent
+                .env
+                .volumes
+                .path(&volume.id)
+                .display()
+                .to_string(),
+            attached_to: self.agent.holder_of(&volume.id).await.unwrap_or_default(),
+            creating: volume.creating.is_some(),
+            copied_bytes: volume.creating.unwrap_or(0),
+            size_bytes: volume.size_bytes,
+            id: volume.id,
+        }
+    }
+}
+
+/// First all states, then changes; all states again after falling behind.
+async fn forward_changes(
+    agent: Arc<Agent>,
+    mut changes: broadcast::Receiver<VmStatus>,
+    sender: mpsc::Sender<Result<VmStatus, Status>>,
+) {
+    let mut behind = true;
+    loop {
+        if std::mem::take(&mut behind) {
+            for vm in agent.all().await {
+                if sender.send(Ok(vm.status())).await.is_err() {
+                    return;
+                }
+            }
+        }
+        let change = tokio::select! {
+            change = changes.recv() => change,
+            () = sender.closed() => return,
+        };
+        match change {
+            Ok(status) => {
+                if sender.send(Ok(status)).await.is_err() {
+                    return;
+                }
+            }
+            Err(broadcast::error::RecvError::Lagged(_)) => behind = true,
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
+    }
+}
+
+/// Adds memory use, which takes the kernel a walk over each process's page tables.
+async fn measured(mut statuses: Vec<VmStatus>) -> Vec<VmStatus> {
+    let measuring = tokio::task::spawn_blocking(move || {
+        for process in statuses.iter_mut().flat_map(|status| &mut status.processes) {
+            if process.pid != 0 {
+                let usage = usage::of(process.pid as i32);
+                process.rss_kib = usage.rss_kib;
+                process.pss_kib = usage.pss_kib;
+            }
+        }
+        statuses
+    });
+    measuring
+        .await
+        .unwrap_or_else(|panic| panic!("measuring processes: {panic}"))
+}
+
+fn is_running(status: &VmStatus) -> bool {
+    matches!(
+        status.phase(),
+        VmPhase::Running | VmPhase::Paused | VmPhase::Stopping
+    )
+}
+
+impl From<CallError> for Status {
+    fn from(error: CallError) -> Self {
+        Self::new(error.code(), error_chain(&error))
+    }
+}
+
+impl From<VolumeError> for Status {
+    fn from(error: VolumeError) -> Self {
+        Self::new(error.code(), error_chain(&error))
+    }
+}
+
+impl From<ConsoleError> for Status {
+    fn from(error: ConsoleError) -> Self {
+        Self::new(error.code(), error_chain(&error))
+    }
+}

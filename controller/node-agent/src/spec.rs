@@ -1,0 +1,273 @@
+//! What a VM is made of, as this agent keeps it: the parsed and serialisable form of the API's
+//! `VmSpec`. It is made from requests that `api::validate` let through only, so everything behind
+//! it may rely on names being safe as file names and on counts being in range.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// How long a guest may take to answer the power button when the spec names no time.
+pub(crate) const DEFAULT_SHUTDOWN_GRACE_MS: u32 = 30_000;
+/// A VM as desired.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Spec {
+    /// Unique on the host.
+    pub(crate) id: String,
+    /// Rises with every change.
+    pub(crate) generation: u64,
+    /// Whether it should run.
+    pub(crate) power: Power,
+    /// 1 to 32.
+    pub(crate) vcpus: u32,
+    /// Guest RAM.
+    pub(crate) memory_bytes: u64,
+    /// Kernel image on this host.
+    pub(crate) kernel: PathBuf,
+    /// Initial RAM disk on this host.
+    pub(crate) initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    pub(crate) cmdline: String,
+    /// Served by this VM's device-blk.
+    pub(crate) disks: Vec<Disk>,
+    /// Served by this VM's device-net.
+    pub(crate) nics: Vec<Nic>,
+    /// Served by somebody else.
+    pub(crate) vhost_user: Vec<VhostUser>,
+    /// Time for the guest to answer the power button.
+    pub(crate) shutdown_grace_ms: u32,
+}
+
+/// Whether a VM should run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Power {
+    /// It should run.
+    On,
+    /// It should not; the guest is asked first.
+    Off,
+    /// It should not, at once.
+    OffNow,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Disk {
+    /// Unique among the VM's devices.
+    pub(crate) name: String,
+    /// Where its bytes are.
+    pub(crate) source: DiskSource,
+    /// The guest cannot write.
+    pub(crate) read_only: bool,
+    /// 1 to 64.
+    pub(crate) num_queues: u32,
+    /// At most 20 bytes; empty for the name.
+    pub(crate) serial: String,
+}
+
+/// Where a disk's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum DiskSource {
+    /// An image somewhere on this host.
+    Path(PathBuf),
+    /// A volume of this host's pool.
+    Volume(String),
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Nic {
+    /// Unique among the VM's devices.
+    pub(crate) name: String,
+    /// An existing tap; without one the agent creates its own.
+    pub(crate) tap: Option<String>,
+    /// Empty: derived from the VM's and the NIC's names, so that it survives restarts.
+    pub(crate) mac: String,
+    /// 1 to 16.
+    pub(crate) queue_pairs: u32,
+    /// Address of the host's end of a created tap.
+    pub(crate) host_cidr: Option<Cidr>,
+    /// Bridge that a created tap joins.
+    pub(crate) bridge: Option<String>,
+    /// 0 for the default.
+    pub(crate) mtu: u32,
+}
+
+/// An address with its prefix length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Cidr {
+    /// The host's own address.
+    pub(crate) address: std::net::IpAddr,
+    /// Bits of the network.
+    pub(crate) prefix_len: u8,
+}
+
+/// A third-party vhost-user device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VhostUser {
+    /// Unique among the VM's devices.
+    pub(crate) name: String,
+    /// blk, net, fs, vsock, rng or a virtio device number.
+    pub(crate) kind: String,
+    /// Where the daemon listens.
+    pub(crate) socket: PathBuf,
+    /// 0 for the type's default.
+    pub(crate) num_queues: u32,
+    /// 0 for the default.
+    pub(crate) queue_size: u32,
+}
+
+impl Spec {
+    /// Of a spec that `api::validate` accepted.
+    ///
+    /// # Panics
+    /// If it did not.
+    pub(crate) fn from_validated(api: &api::node::VmSpec) -> Self {
+        Self {
+            id: api.id.clone(),
+            generation: api.generation,
+            power: Power::from_api(api.power()),
+            vcpus: api.vcpus,
+            memory_bytes: api.memory_bytes,
+            kernel: PathBuf::from(&api.kernel),
+            initramfs: not_empty(&api.initramfs).map(PathBuf::from),
+            cmdline: api.cmdline.clone(),
+            disks: api.disks.iter().map(Disk::from_api).collect(),
+            nics: api.nics.iter().map(Nic::from_api).collect(),
+            vhost_user: api.vhost_user.iter().map(VhostUser::from_api).collect(),
+            shutdown_grace_ms: match api.shutdown_grace_ms {
+                0 => DEFAULT_SHUTDOWN_GRACE_MS,
+                given => given,
+            },
+        }
+    }
+
+    /// Whether `other` is the same machine, apart from what may change while it runs.
+    pub(crate) fn same_machine(&self, other: &Self) -> bool {
+        let mut other = other.clone();
+        other.generation = self.generation;
+        other.power = self.power;
+        other.shutdown_grace_ms = self.shutdown_grace_ms;
+        *self == other
+    }
+}
+
+impl Power {
+    fn from_api(api: api::node::Power) -> Self {
+        match api {
+            api::node::Power::On => Self::On,
+            api::node::Power::Off => Self::Off,
+            api::node::Power::OffNow => Self::OffNow,
+            api::node::Power::Unspecified => panic!("a power wish was validated"),
+        }
+    }
+}
+
+impl Disk {
+    fn from_api(api: &api::node::DiskSpec) -> Self {
+        use api::node::disk_spec::Source;
+        Self {
+            name: api.name.clone(),
+            source: match api.source.as_ref().expect("a source was validated") {
+                Source::Path(path) => DiskSource::Path(PathBuf::from(path)),
+                Source::Volume(id) => DiskSource::Volume(id.clone()),
+            },
+            read_only: api.read_only,
+            num_queues: api.num_queues.max(1),
+            serial: api.serial.clone(),
+        }
+    }
+}
+
+impl Nic {
+    fn from_api(api: &api::node::NicSpec) -> Self {
+        Self {
+            name: api.name.clone(),
+            tap: not_empty(&api.tap).map(str::to_owned),
+            mac: api.mac.clone(),
+            queue_pairs: api.queue_pairs.max(1),
+            host_cidr: not_empty(&api.host_cidr)
+                .map(|text| parse_cidr(text).expect("an address was validated")),
+            bridge: not_empty(&api.bridge).map(str::to_owned),
+            mtu: api.mtu,
+        }
+    }
+}
+
+impl VhostUser {
+    fn from_api(api: &api::node::VhostUserSpec) -> Self {
+        Self {
+            name: api.name.clone(),
+            kind: api.r#type.clone(),
+            socket: PathBuf::from(&api.socket),
+            num_queues: api.num_queues,
+            queue_size: api.queue_size,
+        }
+    }
+}
+
+fn not_empty(text: &str) -> Option<&str> {
+    (!text.is_empty()).then_some(text)
+}
+
+fn parse_cidr(text: &str) -> Option<Cidr> {
+    let (address, prefix_len) = text.split_once('/')?;
+    Some(Cidr {
+        address: address.parse().ok()?,
+        prefix_len: prefix_len.parse().ok()?,
+    })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    //! Parsing, and an example that other modules' tests use too.
+
+    use super::*;
+
+    pub(crate) fn api_spec(id: &str) -> api::node::VmSpec {
+        api::node::VmSpec {
+            id: id.into(),
+            generation: 1,
+            power: api::node::Power::On.into(),
+            vcpus: 1,
+            memory_bytes: 128 << 20,
+            kernel: "/boot/vmlinuz".into(),
+            disks: vec![api::node::DiskSpec {
+                name: "root".into(),
+                source: Some(api::node::disk_spec::Source::Path(
+                    "/images/root.raw".into(),
+                )),
+                ..Default::default()
+            }],
+            nics: vec![api::node::NicSpec {
+                name: "eth0".into(),
+                host_cidr: "10.0.0.1/24".into(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn plain_spec_gets_its_defaults() {
+        let request = api::node::ApplyVmRequest {
+            spec: Some(api_spec("web")),
+        };
+        api::validate::apply_vm_request(&request).unwrap();
+        let spec = Spec::from_validated(&api_spec("web"));
+        assert_eq!(spec.disks[0].num_queues, 1);
+        assert_eq!(spec.nics[0].queue_pairs, 1);
+        assert_eq!(spec.nics[0].host_cidr.unwrap().prefix_len, 24);
+        assert_eq!(spec.shutdown_grace_ms, DEFAULT_SHUTDOWN_GRACE_MS);
+        assert_eq!(spec.initramfs, None);
+    }
+
+    #[test]
+    fn power_and_generation_are_no_change_of_the_machine() {
+        let spec = Spec::from_validated(&api_spec("web"));
+        let mut off = spec.clone();
+        off.generation = 2;
+        off.power = Power::Off;
+        assert!(spec.same_machine(&off));
+        off.vcpus = 2;
+        assert!(!spec.same_machine(&off));
+    }
+}

@@ -1,0 +1,455 @@
+//! A device daemon of a VM: which devices it serves, and how one incarnation of it comes up.
+//!
+//! Each incarnation gets the same listening sockets but freshly opened images and taps: a lock on
+//! an image belongs to an open file, so it tells when the last request of the killed incarnation
+//! is over.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    fs::File,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixListener,
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use api::{
+    connect,
+    device::{
+        AttachRequest, BlkConfig, FdRef, GetDaemonRequest, ListDevicesRequest, NetConfig,
+        attach_request, device_daemon_client::DeviceDaemonClient,
+    },
+    fds, listen,
+};
+use tonic::{Code, transport::Channel};
+
+use super::ending;
+use crate::{
+    image::{self, ImageError},
+    process::{Guard, Process, ProcessError},
+    record::DaemonKind,
+    spec::{DiskSource, Spec},
+    tap::{self, TapError},
+    volumes::Pool,
+};
+
+/// From exec to an answering control socket; a loaded host runs 100 of them.
+const UP_WITHIN: Duration = Duration::from_secs(15);
+/// Attaching waits for the ghost requests of a killed incarnation, which a slow disk may hold.
+const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
+const CALL_DEADLINE: Duration = Duration::from_secs(5);
+const SEND_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Listening vhost-user sockets by device name. Held while the VM runs, so that connecting never
+/// races a restart.
+pub(super) type Listeners = BTreeMap<String, Arc<UnixListener>>;
+
+/// What a daemon is started with and told to serve.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) kind: DaemonKind,
+    program: PathBuf,
+    dir: PathBuf,
+    pub(super) devices: Vec<DevicePlan>,
+}
+
+/// One device of a daemon.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct DevicePlan {
+    pub(super) name: String,
+    backing: Backing,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Backing {
+    Image {
+        path: PathBuf,
+        read_only: bool,
+        num_queues: u32,
+        serial: String,
+    },
+    Tap {
+        name: String,
+        queue_pairs: u32,
+        mac: String,
+        mtu: u32,
+    },
+}
+
+/// A daemon that serves all its devices.
+#[derive(Debug)]
+pub(super) struct Up {
+    pub(super) process: Guard,
+    pub(super) listeners: Listeners,
+    pub(super) sandbox: Vec<String>,
+}
+
+/// Why a daemon does not serve.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DaemonError {
+    /// It could not be started.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// It ended.
+    #[error("{0}")]
+    Exited(String),
+    /// It does not come up.
+    #[error("{program} did not answer within {UP_WITHIN:?}{}", .last_line.as_ref().map(|line| format!("; its last words: {line}")).unwrap_or_default())]
+    Silent {
+        /// The daemon.
+        program: &'static str,
+        /// Of its log.
+        last_line: Option<String>,
+    },
+    /// It does not answer.
+    #[error("{program} does not answer")]
+    Connect {
+        /// The daemon.
+        program: &'static str,
+        /// Why.
+        #[source]
+        source: connect::ConnectError,
+    },
+    /// It refused.
+    #[error("{program} refused {call}: {message}")]
+    Call {
+        /// The daemon.
+        program: &'static str,
+        /// The RPC and its device.
+        call: String,
+        /// Its answer.
+        code: Code,
+        /// Its answer.
+        message: String,
+    },
+    /// The image cannot be used.
+    #[error("disk {disk}")]
+    Image {
+        /// Name of the disk.
+        disk: String,
+        /// Why not.
+        #[source]
+        source: ImageError,
+    },
+    /// The tap cannot be used.
+    #[error("NIC {nic}")]
+    Tap {
+        /// Name of the NIC.
+        nic: String,
+        /// Why not.
+        #[source]
+        source: TapError,
+    },
+    /// The device's socket cannot be bound.
+    #[error("socket of {device}")]
+    Listen {
+        /// Name of the device.
+        device: String,
+        /// Why not.
+        #[source]
+        source: listen::ListenError,
+    },
+    /// Descriptors could not be handed over.
+    #[error("handing {device} to {program}")]
+    Send {
+        /// The daemon.
+        program: &'static str,
+        /// Name of the device.
+        device: String,
+        /// Why not.
+        #[source]
+        source: fds::SendError,
+    },
+}
+
+impl DaemonError {
+    /// What the API answers.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::Process(_) | Self::Send { .. } => Code::Internal,
+            Self::Exited(_) | Self::Listen { .. } => Code::FailedPrecondition,
+            Self::Silent { .. } => Code::DeadlineExceeded,
+            Self::Connect { .. } => Code::Unavailable,
+            Self::Call { code, .. } => *code,
+            Self::Image { source, .. } => source.code(),
+            Self::Tap { source, .. } => source.code(),
+        }
+    }
+}
+
+/// Where a device of ours listens.
+pub(super) fn socket(dir: &Path, device: &str) -> PathBuf {
+    dir.join(format!("{device}.vu"))
+}
+
+/// Path of a disk's image.
+pub(super) fn image_path(source: &DiskSource, volumes: &Pool) -> PathBuf {
+    match source {
+        DiskSource::Path(path) => path.clone(),
+        DiskSource::Volume(id) => volumes.path(id),
+    }
+}
+
+/// The tap of a spec's NIC: the one it names, or the one made for it.
+pub(super) fn tap_name(spec: &Spec, index: usize) -> String {
+    spec.nics[index]
+        .tap
+        .clone()
+        .unwrap_or_else(|| tap::name(&spec.id, index))
+}
+
+/// The daemons that a spec's machine needs.
+pub(super) fn plans(spec: &Spec, bin_dir: &Path, dir: &Path, volumes: &Pool) -> Vec<Plan> {
+    let disks = spec.disks.iter().map(|disk| DevicePlan {
+        name: disk.name.clone(),
+        backing: Backing::Image {
+            path: image_path(&disk.source, volumes),
+            read_only: disk.read_only,
+            num_queues: disk.num_queues,
+            serial: disk.serial.clone(),
+        },
+    });
+    let nics = spec.nics.iter().enumerate().map(|(index, nic)| DevicePlan {
+        name: nic.name.clone(),
+        backing: Backing::Tap {
+            name: tap_name(spec, index),
+            queue_pairs: nic.queue_pairs,
+            mac: match nic.mac.as_str() {
+                "" => tap::derived_mac(&spec.id, &nic.name),
+                mac => mac.to_owned(),
+            },
+            mtu: nic.mtu,
+        },
+    });
+    [
+        (DaemonKind::Blk, disks.collect::<Vec<_>>()),
+        (DaemonKind::Net, nics.collect()),
+    ]
+    .into_iter()
+    .filter(|(_, devices)| !devices.is_empty())
+    .map(|(kind, devices)| Plan {
+        kind,
+        program: bin_dir.join(kind.program()),
+        dir: dir.to_owned(),
+        devices,
+    })
+    .collect()
+}
+
+impl Plan {
+    pub(super) fn log(&self) -> PathBuf {
+        self.dir.join(format!("{}.log", self.kind.stem()))
+    }
+
+    fn control_socket(&self) -> PathBuf {
+        self.dir.join(format!("{}.sock", self.kind.stem()))
+    }
+
+    fn fd_socket(&self) -> PathBuf {
+        self.dir.join(format!("{}.fds", self.kind.stem()))
+    }
+
+    fn args(&self) -> Vec<OsString> {
+        vec![
+            "--control-socket".into(),
+            self.control_socket().into(),
+            "--fd-socket".into(),
+            self.fd_socket().into(),
+        ]
+    }
+
+    /// Starts the daemon and hands it its devices. Sockets that `listeners` lacks are bound.
+    pub(super) async fn bring_up(&self, listeners: Listeners) -> Result<Up, DaemonError> {
+        let listeners = self.bind_missing(listeners)?;
+        let process = Process::spawn(&self.program, &self.args(), &self.log())?;
+        let exited = process.exited();
+        let sandbox = tokio::select! {
+            exit = exited => {
+                let message = ending(self.kind.program(), exit, &self.log());
+                return Err(DaemonError::Exited(message));
+            }
+            served = self.hand_over(&listeners) => served?,
+        };
+        Ok(Up {
+            process,
+            listeners,
+            sandbox,
+        })
+    }
+
+    /// Whether an adopted daemon serves all devices, and what its sandbox is.
+    pub(super) async fn check(&self) -> Result<Option<Vec<String>>, DaemonError> {
+        let mut client = self.client(CALL_DEADLINE).await?;
+        let listed = client
+            .list_devices(with_deadline(ListDevicesRequest {}, CALL_DEADLINE))
+            .await
+            .map_err(self.refused("ListDevices"))?
+            .into_inner();
+        let complete = self
+            .devices
+            .iter()
+            .all(|device| listed.devices.iter().any(|served| served.id == device.name));
+        if !complete {
+            return Ok(None);
+        }
+        self.sandbox(&mut client).await.map(Some)
+    }
+
+    fn bind_missing(&self, mut listeners: Listeners) -> Result<Listeners, DaemonError> {
+        for device in &self.devices {
+            if listeners.contains_key(&device.name) {
+                continue;
+            }
+            let path = socket(&self.dir, &device.name);
+            let (listener, file) =
+                listen::unix_socket(&path).map_err(|source| DaemonError::Listen {
+                    device: device.name.clone(),
+                    source,
+                })?;
+            // The path must outlive the agent; the VM's clean-up removes it with the directory.
+            std::mem::forget(file);
+            listeners.insert(device.name.clone(), Arc::new(listener));
+        }
+        Ok(listeners)
+    }
+
+    async fn hand_over(&self, listeners: &Listeners) -> Result<Vec<String>, DaemonError> {
+        let mut client = match tokio::time::timeout(UP_WITHIN, self.client(UP_WITHIN)).await {
+            Ok(Ok(client)) => client,
+            Ok(Err(_)) | Err(_) => {
+                return Err(DaemonError::Silent {
+                    program: self.kind.program(),
+                    last_line: crate::process::last_line(&self.log()),
+                });
+            }
+        };
+        for device in &self.devices {
+            let listener = listeners.get(&device.name).expect("bound before").clone();
+            let request = self.send_descriptors(device.clone(), listener).await?;
+            client
+                .attach(with_deadline(request, ATTACH_DEADLINE))
+                .await
+                .map_err(self.refused(&format!("to attach {}", device.name)))?;
+        }
+        self.sandbox(&mut client).await
+    }
+
+    /// Opens what the device needs, sends it, and answers with the request that names it.
+    async fn send_descriptors(
+        &self,
+        device: DevicePlan,
+        listener: Arc<UnixListener>,
+    ) -> Result<AttachRequest, DaemonError> {
+        let (program, fd_socket) = (self.kind.program(), self.fd_socket());
+        let name = device.name.clone();
+        let sending = tokio::task::spawn_blocking(move || {
+            let send = |fd: BorrowedFd<'_>| {
+                let token = uuid::Uuid::new_v4().to_string();
+                fds::send(&fd_socket, &token, &[fd], SEND_DEADLINE)
+                    .map(|()| FdRef { token })
+                    .map_err(|source| DaemonError::Send {
+                        program,
+                        device: device.name.clone(),
+                        source,
+                    })
+            };
+            let backing = match &device.backing {
+                Backing::Image {
+                    path,
+                    read_only,
+                    num_queues,
+                    serial,
+                } => {
+                    let image = open_image(&device.name, path, *read_only)?;
+                    attach_request::Device::Blk(BlkConfig {
+                        image_fd: Some(send(image.as_fd())?),
+                        read_only: *read_only,
+                        serial: serial.clone(),
+                        num_queues: *num_queues,
+                        image_name: path.display().to_string(),
+                        page_cache: false,
+                    })
+                }
+                Backing::Tap {
+                    name,
+                    queue_pairs,
+                    mac,
+                    mtu,
+                } => {
+                    let queues = open_tap(&device.name, name, *queue_pairs)?;
+                    let sent: Result<Vec<FdRef>, DaemonError> =
+                        queues.iter().map(|queue| send(queue.as_fd())).collect();
+                    attach_request::Device::Net(NetConfig {
+                        tap_fds: sent?,
+                        mac: mac.clone(),
+                        mtu: *mtu,
+                        tap_name: name.clone(),
+                    })
+                }
+            };
+            Ok(AttachRequest {
+                id: device.name.clone(),
+                listener: Some(attach_request::Listener::SocketFd(send(listener.as_fd())?)),
+                device: Some(backing),
+            })
+        });
+        sending
+            .await
+            .unwrap_or_else(|panic| panic!("handing over {name}: {panic}"))
+    }
+
+    async fn client(&self, within: Duration) -> Result<DeviceDaemonClient<Channel>, DaemonError> {
+        connect::unix(&self.control_socket(), within)
+            .await
+            .map(DeviceDaemonClient::new)
+            .map_err(|source| DaemonError::Connect {
+                program: self.kind.program(),
+                source,
+            })
+    }
+
+    async fn sandbox(
+        &self,
+        client: &mut DeviceDaemonClient<Channel>,
+    ) -> Result<Vec<String>, DaemonError> {
+        client
+            .get_daemon(with_deadline(GetDaemonRequest {}, CALL_DEADLINE))
+            .await
+            .map(|info| info.into_inner().sandbox)
+            .map_err(self.refused("GetDaemon"))
+    }
+
+    fn refused(&self, call: &str) -> impl FnOnce(tonic::Status) -> DaemonError {
+        let (program, call) = (self.kind.program(), call.to_owned());
+        move |status| DaemonError::Call {
+            program,
+            call,
+            code: status.code(),
+            message: status.message().to_owned(),
+        }
+    }
+}
+
+fn open_image(disk: &str, path: &Path, read_only: bool) -> Result<File, DaemonError> {
+    image::open(path, read_only).map_err(|source| DaemonError::Image {
+        disk: disk.to_owned(),
+        source,
+    })
+}
+
+fn open_tap(nic: &str, name: &str, queue_pairs: u32) -> Result<Vec<OwnedFd>, DaemonError> {
+    tap::open(name, queue_pairs).map_err(|source| DaemonError::Tap {
+        nic: nic.to_owned(),
+        source,
+    })
+}
+
+fn with_deadline<T>(message: T, deadline: Duration) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(deadline);
+    request
+}

@@ -1,0 +1,331 @@
+//! The running machine: `vmm-core`, its daemons, and what they hold. Daemons that die are
+//! started again, at once the first time, then after growing pauses, without limit: the guest
+//! stalls on their devices and nothing else.
+
+use std::{
+    path::PathBuf,
+    pin::Pin,
+    task::Poll,
+    time::{Duration, Instant},
+};
+
+use api::{
+    node::{DeviceStatus, ProcessStatus},
+    vmm::{DeviceConnection, VmmInfo, VmmState},
+};
+use tokio::task::JoinSet;
+
+use super::{
+    Env,
+    daemon::{DaemonError, Listeners, Plan, Up},
+    ending, error_chain, vmm,
+};
+use crate::{
+    image::Claim,
+    process::{self, Exit, Process},
+    record::{Assets, DaemonKind, DaemonRecord},
+    usage,
+};
+
+/// A daemon that lived this long is started again at once.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Health is read between other work; a `vmm-core` that does not answer must not hold that up.
+const HEALTH_DEADLINE: Duration = Duration::from_millis(500);
+
+/// A VM's processes and what was made for them.
+pub(super) struct Machine {
+    pub(super) dir: PathBuf,
+    pub(super) vmm: Process,
+    pub(super) daemons: Vec<Daemon>,
+    pub(super) taps: Vec<String>,
+    pub(super) claims: Vec<Claim>,
+    pub(super) health: Health,
+    pub(super) restarting: JoinSet<Restarted>,
+    boot_id: String,
+    started_at_ms: u64,
+}
+
+/// What `vmm-core` said last.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Health {
+    pub(super) paused: bool,
+    pub(super) resets: u64,
+    pub(super) first_console_byte_ms: u64,
+    pub(super) devices: Vec<DeviceStatus>,
+}
+
+/// One daemon, up or being restarted.
+pub(super) struct Daemon {
+    pub(super) plan: Plan,
+    /// `None` while it is being restarted.
+    pub(super) process: Option<Process>,
+    pub(super) restarts: u64,
+    listeners: Listeners,
+    sandbox: Vec<String>,
+    last_error: String,
+    up_since: Instant,
+    pause: Duration,
+}
+
+pub(super) type Restarted = (DaemonKind, Result<Up, DaemonError>);
+
+impl Daemon {
+    pub(super) fn up(plan: Plan, up: Up) -> Self {
+        Self {
+            plan,
+            process: Some(up.process.keep()),
+            restarts: 0,
+            listeners: up.listeners,
+            sandbox: up.sandbox,
+            last_error: String::new(),
+            up_since: Instant::now(),
+            pause: Duration::ZERO,
+        }
+    }
+
+    /// A daemon of an earlier agent, alive or not. Its listening sockets are its own; should it
+    /// die, their paths are bound anew.
+    pub(super) fn adopted(
+        plan: Plan,
+        process: Option<Process>,
+        restarts: u64,
+        sandbox: Vec<String>,
+    ) -> Self {
+        Self {
+            plan,
+            process,
+            restarts,
+            listeners: Listeners::new(),
+            sandbox,
+            last_error: String::new(),
+            up_since: Instant::now(),
+            pause: Duration::ZERO,
+        }
+    }
+}
+
+impl Machine {
+    pub(super) fn new(
+        dir: PathBuf,
+        vmm: Process,
+        daemons: Vec<Daemon>,
+        taps: Vec<String>,
+        claims: Vec<Claim>,
+        boot_id: String,
+        started_at_ms: u64,
+    ) -> Self {
+        Self {
+            dir,
+            vmm,
+            daemons,
+            taps,
+            claims,
+            health: Health::default(),
+            restarting: JoinSet::new(),
+            boot_id,
+            started_at_ms,
+        }
+    }
+
+    /// For the record.
+    pub(super) fn assets(&self) -> Assets {
+        Assets {
+            boot_id: self.boot_id.clone(),
+            vmm: Some(self.vmm.identity()),
+            daemons: self
+                .daemons
+                .iter()
+                .map(|daemon| DaemonRecord {
+                    kind: daemon.plan.kind,
+                    process: daemon.process.as_ref().map(Process::identity),
+                    restarts: daemon.restarts,
+                })
+                .collect(),
+            taps: self.taps.clone(),
+            started_at_ms: self.started_at_ms,
+        }
+    }
+
+    /// Waits until a daemon dies or comes back; true when that is worth a record. For ever while
+    /// nothing happens; dropping the future loses nothing.
+    pub(super) async fn daemon_event(&mut self, env: &Env) -> bool {
+        tokio::select! {
+            (index, exit) = first_exit(&self.daemons) => {
+                self.daemon_died(index, exit);
+                true
+            }
+            Some(joined) = self.restarting.join_next(), if !self.restarting.is_empty() => {
+                match joined {
+                    Ok((kind, outcome)) => self.restart_ended(kind, outcome),
+                    Err(error) => {
+                        tracing::error!(dir = %self.dir.display(), run = %env.run_dir.display(), "restarting a daemon: {error}");
+                        false
+                    }
+                }
+            }
+        }
+    }
+
+    fn daemon_died(&mut self, index: usize, exit: Exit) {
+        let daemon = &mut self.daemons[index];
+        daemon.process = None;
+        daemon.last_error = ending(daemon.plan.kind.program(), exit, &daemon.plan.log());
+        daemon.pause = if daemon.up_since.elapsed() >= STABLE_AFTER {
+            Duration::ZERO
+        } else {
+            next_pause(daemon.pause)
+        };
+        tracing::warn!(dir = %self.dir.display(), "{}; restarting it", daemon.last_error);
+        self.restart(index);
+    }
+
+    fn restart_ended(&mut self, kind: DaemonKind, outcome: Result<Up, DaemonError>) -> bool {
+        let Some(index) = self
+            .daemons
+            .iter()
+            .position(|daemon| daemon.plan.kind == kind)
+        else {
+            return false;
+        };
+        let daemon = &mut self.daemons[index];
+        match outcome {
+            Ok(up) => {
+                daemon.process = Some(up.process.keep());
+                daemon.listeners = up.listeners;
+                daemon.sandbox = up.sandbox;
+                daemon.restarts += 1;
+                daemon.up_since = Instant::now();
+                true
+            }
+            Err(error) => {
+                daemon.last_error = error_chain(&error);
+                daemon.pause = next_pause(daemon.pause);
+                tracing::warn!(dir = %self.dir.display(), "restarting {}: {}", kind.program(), daemon.last_error);
+                self.restart(index);
+                false
+            }
+        }
+    }
+
+    /// Begins to restart a daemon; [`Self::daemon_event`] tells the outcome.
+    pub(super) fn restart(&mut self, index: usize) {
+        let daemon = &self.daemons[index];
+        let (plan, listeners, pause) =
+            (daemon.plan.clone(), daemon.listeners.clone(), daemon.pause);
+        self.restarting.spawn(async move {
+            tokio::time::sleep(pause).await;
+            (plan.kind, plan.bring_up(listeners).await)
+        });
+    }
+
+    /// Reads the machine's health and bounds the logs.
+    pub(super) async fn refresh(&mut self) {
+        for log in self
+            .daemons
+            .iter()
+            .map(|daemon| daemon.plan.log())
+            .chain([vmm::log(&self.dir)])
+        {
+            if let Err(error) = process::bound_log(&log) {
+                tracing::warn!("bounding {}: {error}", log.display());
+            }
+        }
+        if let Ok(Ok(info)) = tokio::time::timeout(HEALTH_DEADLINE, vmm::info(&self.dir)).await {
+            self.health = Health::from_info(info);
+        }
+    }
+
+    /// For the status; memory use is added when somebody asks.
+    pub(super) fn processes(&self) -> Vec<ProcessStatus> {
+        let vmm = ProcessStatus {
+            name: "vmm-core".into(),
+            pid: self.vmm.pid() as u32,
+            sandbox: usage::sandbox(self.vmm.pid()),
+            log: vmm::log(&self.dir).display().to_string(),
+            ..ProcessStatus::default()
+        };
+        let daemons = self.daemons.iter().map(|daemon| ProcessStatus {
+            name: daemon.plan.kind.program().into(),
+            pid: daemon
+                .process
+                .as_ref()
+                .map_or(0, |process| process.pid() as u32),
+            devices: daemon
+                .plan
+                .devices
+                .iter()
+                .map(|device| device.name.clone())
+                .collect(),
+            restarts: daemon.restarts,
+            sandbox: daemon.sandbox.clone(),
+            last_error: daemon.last_error.clone(),
+            log: daemon.plan.log().display().to_string(),
+            ..ProcessStatus::default()
+        });
+        std::iter::once(vmm).chain(daemons).collect()
+    }
+}
+
+impl Health {
+    fn from_info(info: VmmInfo) -> Self {
+        Self {
+            paused: info.state() == VmmState::Paused,
+            resets: info.resets,
+            first_console_byte_ms: info.first_console_byte_ms,
+            devices: info
+                .devices
+                .into_iter()
+                .map(|device| DeviceStatus {
+                    connected: device.connection() == DeviceConnection::Connected,
+                    name: device.tag,
+                    r#type: device.r#type,
+                    incarnations: device.incarnations,
+                    last_error: device.last_error,
+                    driver_ok: device.driver_ok,
+                })
+                .collect(),
+        }
+    }
+}
+
+fn next_pause(pause: Duration) -> Duration {
+    (pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE)
+}
+
+/// The first daemon to end; pending while none does.
+async fn first_exit(daemons: &[Daemon]) -> (usize, Exit) {
+    type Ending<'a> = Pin<Box<dyn Future<Output = Exit> + Send + 'a>>;
+    let mut endings: Vec<(usize, Ending<'_>)> = daemons
+        .iter()
+        .enumerate()
+        .filter_map(|(index, daemon)| Some((index, daemon.process.as_ref()?)))
+        .map(|(index, process)| (index, Box::pin(process.exited()) as Ending<'_>))
+        .collect();
+    std::future::poll_fn(move |context| {
+        for (index, ending) in &mut endings {
+            if let Poll::Ready(exit) = ending.as_mut().poll(context) {
+                return Poll::Ready((*index, exit));
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_limit() {
+        let mut pause = Duration::ZERO;
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            pause = next_pause(pause);
+            pauses.push(pause.as_millis());
+        }
+        assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+    }
+}

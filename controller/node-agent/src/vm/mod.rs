@@ -1,0 +1,664 @@
+//! A virtual machine on this host: one task owns each, takes commands through a bounded queue and
+//! publishes its status.
+//!
+//! ```text
+//!                  Apply(On)              all processes up
+//!   (no VM) ──▶ Rest ────────▶ Starting ─────────────────▶ Running
+//!                ▲ ▲ Stopped      │ failure: all undone     │  │
+//!                │ │ Failed       │                         │  │ Apply(Off)
+//!                │ └──────────────┘                         │  ▼
+//!                │         vmm-core ended: cleaned up       │ Stopping
+//!                ├──────────────────────────────────────────┘  │
+//!                └─────────────────────────────────────────────┘
+//! ```
+//!
+//! Each edge is persisted before the next state acts, so that a new agent [`adopt`]s a VM in the
+//! state its predecessor left it in. Daemons that die are restarted within Running.
+
+mod adopt;
+mod daemon;
+mod machine;
+mod start;
+mod stop;
+mod vmm;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use api::node::{VmPhase, VmStatus};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tonic::Code;
+
+use self::{machine::Machine, stop::StopHow};
+use crate::{
+    image::Claims,
+    process,
+    record::{Assets, Failure, Record, RecordError, State, Store},
+    spec::{Power, Spec},
+    volumes,
+};
+
+/// More commands than a controller sends before it reads an answer.
+const COMMAND_QUEUE: usize = 16;
+/// How often a running VM's health is read and its logs are bounded.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What all VMs of the agent share.
+#[derive(Debug)]
+pub(crate) struct Env {
+    /// Records.
+    pub(crate) store: Store,
+    /// Images in use.
+    pub(crate) claims: Claims,
+    /// RUN_DIR/vms.
+    pub(crate) run_dir: PathBuf,
+    /// Where `vmm-core` and the daemons are.
+    pub(crate) bin_dir: PathBuf,
+    /// Pool of volumes.
+    pub(crate) volumes: volumes::Pool,
+    /// This boot.
+    pub(crate) boot_id: String,
+    /// Every VM's changes of status.
+    pub(crate) changes: broadcast::Sender<VmStatus>,
+}
+
+impl Env {
+    /// Where a VM's sockets and logs are.
+    pub(crate) fn vm_dir(&self, id: &str) -> PathBuf {
+        self.run_dir.join(id)
+    }
+}
+
+/// Handle of one VM's task. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Vm {
+    commands: mpsc::Sender<Command>,
+    status: watch::Receiver<VmStatus>,
+    spec: watch::Receiver<Arc<Spec>>,
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    /// An older wish.
+    #[error(
+        "VM {id}: generation {given} is older than {seen}, which was applied already; read the VM and apply again"
+    )]
+    StaleGeneration {
+        /// The VM.
+        id: String,
+        /// As given.
+        given: u64,
+        /// As known.
+        seen: u64,
+    },
+    /// A different wish of the same age.
+    #[error(
+        "VM {id}: generation {generation} was applied already with another spec; every change needs a higher generation"
+    )]
+    GenerationTaken {
+        /// The VM.
+        id: String,
+        /// As given.
+        generation: u64,
+    },
+    /// A change that a running machine cannot take.
+    #[error(
+        "VM {id} runs; its vcpus, memory, kernel and devices can be changed once it is stopped"
+    )]
+    Fixed {
+        /// The VM.
+        id: String,
+    },
+    /// The command needs a running VM.
+    #[error("VM {id} does not run; start it first")]
+    NotRunning {
+        /// The VM.
+        id: String,
+    },
+    /// The command needs a stopped VM.
+    #[error("VM {id} runs; stop it first")]
+    Running {
+        /// The VM.
+        id: String,
+    },
+    /// It was deleted meanwhile.
+    #[error("VM {id} does not exist on this host")]
+    Gone {
+        /// The VM.
+        id: String,
+    },
+    /// It has more to do than it can.
+    #[error("VM {id} has too many commands waiting; try again")]
+    Busy {
+        /// The VM.
+        id: String,
+    },
+    /// The wish cannot be kept.
+    #[error("VM {id}: keeping its state")]
+    Record {
+        /// The VM.
+        id: String,
+        /// Why not.
+        #[source]
+        source: RecordError,
+    },
+    /// vmm-core refused.
+    #[error(transparent)]
+    Vmm(#[from] vmm::VmmError),
+}
+
+impl Refusal {
+    /// What the API answers.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::StaleGeneration { .. } => Code::Aborted,
+            Self::GenerationTaken { .. }
+            | Self::Fixed { .. }
+            | Self::NotRunning { .. }
+            | Self::Running { .. } => Code::FailedPrecondition,
+            Self::Gone { .. } => Code::NotFound,
+            Self::Busy { .. } => Code::ResourceExhausted,
+            Self::Record { .. } => Code::Internal,
+            Self::Vmm(error) => error.code(),
+        }
+    }
+}
+
+type Answer = oneshot::Sender<Result<(), Refusal>>;
+
+#[derive(Debug)]
+enum Command {
+    Apply(Box<Spec>, Answer),
+    Reset(Answer),
+    Delete(Answer),
+}
+
+impl Vm {
+    /// A VM nobody ever applied before.
+    ///
+    /// # Errors
+    /// When its record cannot be kept.
+    pub(crate) fn create(env: Arc<Env>, spec: Spec) -> Result<Self, RecordError> {
+        let start = spec.power == Power::On;
+        let record = Record::new(spec);
+        env.store.save(&record)?;
+        let (vm, actor) = Actor::new(env, record);
+        actor.publish(None);
+        tokio::spawn(actor.run(if start { Next::Start } else { Next::Rest }));
+        Ok(vm)
+    }
+
+    /// A VM that an earlier agent left behind.
+    pub(crate) fn adopt(env: Arc<Env>, record: Record) -> Self {
+        let (vm, actor) = Actor::new(env, record);
+        actor.publish(None);
+        tokio::spawn(async move {
+            let mut actor = actor;
+            let next = adopt::adopt(&mut actor).await;
+            actor.run(next).await;
+        });
+        vm
+    }
+
+    /// As last published.
+    pub(crate) fn status(&self) -> VmStatus {
+        self.status.borrow().clone()
+    }
+
+    /// To await changes of the status.
+    pub(crate) fn watch(&self) -> watch::Receiver<VmStatus> {
+        self.status.clone()
+    }
+
+    /// As last applied.
+    pub(crate) fn spec(&self) -> Arc<Spec> {
+        self.spec.borrow().clone()
+    }
+
+    /// Makes `spec` the wish. Answers once that is durable.
+    ///
+    /// # Errors
+    /// When the wish is refused.
+    pub(crate) async fn apply(&self, spec: Spec) -> Result<(), Refusal> {
+        self.ask(|answer| Command::Apply(Box::new(spec), answer))
+            .await
+    }
+
+    /// Hard-resets the machine.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub(crate) async fn reset(&self) -> Result<(), Refusal> {
+        self.ask(Command::Reset).await
+    }
+
+    /// Removes what is left of a stopped VM.
+    ///
+    /// # Errors
+    /// When it runs.
+    pub(crate) async fn delete(&self) -> Result<(), Refusal> {
+        self.ask(Command::Delete).await
+    }
+
+    async fn ask(&self, command: impl FnOnce(Answer) -> Command) -> Result<(), Refusal> {
+        let id = self.spec().id.clone();
+        let (answer, answered) = oneshot::channel();
+        self.commands
+            .try_send(command(answer))
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => Refusal::Busy { id: id.clone() },
+                mpsc::error::TrySendError::Closed(_) => Refusal::Gone { id: id.clone() },
+            })?;
+        answered.await.unwrap_or(Err(Refusal::Gone { id }))
+    }
+}
+
+/// What the task does next.
+enum Next {
+    Rest,
+    Start,
+    Run(Box<Machine>),
+    Stop(Box<Machine>, StopHow),
+    Gone,
+}
+
+/// Owner of one VM's state.
+struct Actor {
+    env: Arc<Env>,
+    record: Record,
+    commands: mpsc::Receiver<Command>,
+    status: watch::Sender<VmStatus>,
+    spec: watch::Sender<Arc<Spec>>,
+}
+
+impl Actor {
+    fn new(env: Arc<Env>, record: Record) -> (Vm, Self) {
+        let (command_sender, commands) = mpsc::channel(COMMAND_QUEUE);
+        let (status, status_receiver) = watch::channel(VmStatus::default());
+        let (spec, spec_receiver) = watch::channel(Arc::new(record.spec.clone()));
+        let vm = Vm {
+            commands: command_sender,
+            status: status_receiver,
+            spec: spec_receiver,
+        };
+        (
+            vm,
+            Self {
+                env,
+                record,
+                commands,
+                status,
+                spec,
+            },
+        )
+    }
+
+    async fn run(mut self, first: Next) {
+        let mut next = first;
+        loop {
+            next = match next {
+                Next::Rest => self.rest().await,
+                Next::Start => self.start().await,
+                Next::Run(machine) => self.watch(machine).await,
+                Next::Stop(machine, how) => self.stop(machine, how).await,
+                Next::Gone => return,
+            };
+        }
+    }
+
+    /// Stopped or Failed: nothing of it runs.
+    async fn rest(&mut self) -> Next {
+        loop {
+            match self.commands.recv().await {
+                None => return Next::Gone,
+                Some(Command::Apply(spec, answer)) => {
+                    let newer = spec.generation > self.record.spec.generation;
+                    let accepted = self.accept(*spec);
+                    let start = newer && accepted.is_ok() && self.record.spec.power == Power::On;
+                    if start {
+                        // The answer must not show the outcome of an earlier run.
+                        self.record.state = State::Starting(Assets::default());
+                    }
+                    self.publish(None);
+                    reply(answer, accepted);
+                    if start {
+                        return Next::Start;
+                    }
+                }
+                Some(Command::Reset(answer)) => {
+                    reply(answer, Err(Refusal::NotRunning { id: self.id() }));
+                }
+                Some(Command::Delete(answer)) => match self.forget() {
+                    Ok(()) => {
+                        let deleted = VmStatus {
+                            id: self.id(),
+                            ..VmStatus::default()
+                        };
+                        let _ = self.env.changes.send(deleted);
+                        reply(answer, Ok(()));
+                        return Next::Gone;
+                    }
+                    Err(source) => {
+                        reply(
+                            answer,
+                            Err(Refusal::Record {
+                                id: self.id(),
+                                source,
+                            }),
+                        );
+                    }
+                },
+            }
+        }
+    }
+
+    /// Starting: a stop wish cancels it.
+    async fn start(&mut self) -> Next {
+        let env = self.env.clone();
+        let spec = self.record.spec.clone();
+        let mut rising = start::Rising::new(&env, &spec);
+        if let Err(error) = self.enter(State::Starting(rising.planned_assets()), None) {
+            return self.fail(Failure {
+                code: Code::Internal as i32,
+                message: error_chain(&error),
+                stop_reason: String::new(),
+            });
+        }
+        let outcome = {
+            let bring_up = start::bring_up(&env, &spec, &mut rising);
+            tokio::pin!(bring_up);
+            loop {
+                tokio::select! {
+                    outcome = &mut bring_up => break Some(outcome),
+                    command = self.commands.recv() => match command {
+                        None => break None,
+                        Some(command) => self.command_while_starting(command),
+                    }
+                }
+                if self.record.spec.power != Power::On {
+                    break None;
+                }
+            }
+        };
+        match outcome {
+            Some(Ok(())) => {
+                let machine = rising.into_machine();
+                let _ = self.enter(State::Running(machine.assets()), Some(&machine));
+                Next::Run(Box::new(machine))
+            }
+            Some(Err(error)) => {
+                rising.undo(&env).await;
+                self.fail(Failure {
+                    code: error.code() as i32,
+                    message: error_chain(&error),
+                    stop_reason: String::new(),
+                })
+            }
+            None => {
+                rising.undo(&env).await;
+                self.finish("stop-request")
+            }
+        }
+    }
+
+    fn command_while_starting(&mut self, command: Command) {
+        match command {
+            Command::Apply(spec, answer) => {
+                let accepted = self.accept_unchanged_machine(*spec);
+                self.publish(None);
+                reply(answer, accepted);
+            }
+            Command::Reset(answer) => reply(answer, Err(Refusal::NotRunning { id: self.id() })),
+            Command::Delete(answer) => reply(answer, Err(Refusal::Running { id: self.id() })),
+        }
+    }
+
+    /// Running, until vmm-core ends or a stop is wished.
+    async fn watch(&mut self, mut machine: Box<Machine>) -> Next {
+        let mut refresh = tokio::time::interval(REFRESH_INTERVAL);
+        refresh.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let vmm = machine.vmm.clone();
+        loop {
+            tokio::select! {
+                exit = vmm.exited() => return self.ended(*machine, exit).await,
+                changed = machine.daemon_event(&self.env) => {
+                    if changed {
+                        let _ = self.enter(State::Running(machine.assets()), Some(&machine));
+                    }
+                }
+                _ = refresh.tick() => {
+                    machine.refresh().await;
+                    self.note_health(&machine);
+                }
+                command = self.commands.recv() => match command {
+                    None => return Next::Gone,
+                    Some(Command::Apply(spec, answer)) => {
+                        let accepted = self.accept_unchanged_machine(*spec);
+                        self.publish(Some(&machine));
+                        reply(answer, accepted);
+                        match self.record.spec.power {
+                            Power::On => {}
+                            Power::Off => return Next::Stop(machine, StopHow::Ask),
+                            Power::OffNow => return Next::Stop(machine, StopHow::Now),
+                        }
+                    }
+                    Some(Command::Reset(answer)) => {
+                        let done = vmm::reset(&machine.dir).await;
+                        machine.refresh().await;
+                        self.note_health(&machine);
+                        reply(answer, done.map_err(Refusal::from));
+                    }
+                    Some(Command::Delete(answer)) => {
+                        reply(answer, Err(Refusal::Running { id: self.id() }));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes a wish over if its generation allows; durable on return.
+    fn accept(&mut self, spec: Spec) -> Result<(), Refusal> {
+        let id = self.id();
+        let known = &self.record.spec;
+        if spec.generation < known.generation {
+            return Err(Refusal::StaleGeneration {
+                id,
+                given: spec.generation,
+                seen: known.generation,
+            });
+        }
+        if spec.generation == known.generation {
+            let same = *known == spec;
+            return if same {
+                Ok(())
+            } else {
+                Err(Refusal::GenerationTaken {
+                    id,
+                    generation: spec.generation,
+                })
+            };
+        }
+        let before = std::mem::replace(&mut self.record.spec, spec);
+        if let Err(source) = self.env.store.save(&self.record) {
+            self.record.spec = before;
+            return Err(Refusal::Record { id, source });
+        }
+        self.spec.send_replace(Arc::new(self.record.spec.clone()));
+        Ok(())
+    }
+
+    fn accept_unchanged_machine(&mut self, spec: Spec) -> Result<(), Refusal> {
+        let known = &self.record.spec;
+        if spec.generation > known.generation && !known.same_machine(&spec) {
+            return Err(Refusal::Fixed { id: self.id() });
+        }
+        self.accept(spec)
+    }
+
+    /// Persists and publishes a state.
+    fn enter(&mut self, state: State, machine: Option<&Machine>) -> Result<(), RecordError> {
+        self.record.state = state;
+        let saved = self.env.store.save(&self.record);
+        if let Err(error) = &saved {
+            tracing::error!(
+                vm = self.id(),
+                "keeping the VM's state: {}",
+                error_chain(error)
+            );
+        }
+        self.publish(machine);
+        saved
+    }
+
+    fn fail(&mut self, failure: Failure) -> Next {
+        tracing::warn!(vm = self.id(), "failed: {}", failure.message);
+        let _ = self.enter(State::Failed(failure), None);
+        Next::Rest
+    }
+
+    fn finish(&mut self, reason: &str) -> Next {
+        tracing::info!(vm = self.id(), reason, "stopped");
+        let _ = self.enter(
+            State::Stopped {
+                reason: reason.to_owned(),
+            },
+            None,
+        );
+        Next::Rest
+    }
+
+    /// Resting, or started again when that was wished during a stop.
+    fn rest_or_restart(&self, restart: bool) -> Next {
+        if restart && self.record.spec.power == Power::On {
+            Next::Start
+        } else {
+            Next::Rest
+        }
+    }
+
+    fn note_health(&mut self, machine: &Machine) {
+        self.record.resets = machine.health.resets;
+        self.record.first_console_byte_ms = machine.health.first_console_byte_ms;
+        self.publish(Some(machine));
+    }
+
+    fn forget(&mut self) -> Result<(), RecordError> {
+        self.env.store.remove(&self.record.spec.id)?;
+        let dir = self.env.vm_dir(&self.record.spec.id);
+        if let Err(error) = remove_dir(&dir) {
+            tracing::warn!(vm = self.id(), "removing {}: {error}", dir.display());
+        }
+        Ok(())
+    }
+
+    fn publish(&self, machine: Option<&Machine>) {
+        let status = status_of(&self.record, machine);
+        let changed = self.status.send_if_modified(|old| {
+            let changed = *old != status;
+            if changed {
+                *old = status.clone();
+            }
+            changed
+        });
+        if changed {
+            let _ = self.env.changes.send(status);
+        }
+    }
+
+    fn id(&self) -> String {
+        self.record.spec.id.clone()
+    }
+}
+
+fn status_of(record: &Record, machine: Option<&Machine>) -> VmStatus {
+    let mut status = VmStatus {
+        id: record.spec.id.clone(),
+        observed_generation: record.spec.generation,
+        resets: record.resets,
+        first_console_byte_ms: record.first_console_byte_ms,
+        ..VmStatus::default()
+    };
+    let mut started_at_ms = 0;
+    let phase = match &record.state {
+        State::Starting(_) => VmPhase::Starting,
+        State::Running(assets) => {
+            started_at_ms = assets.started_at_ms;
+            match machine {
+                Some(machine) if machine.health.paused => VmPhase::Paused,
+                _ => VmPhase::Running,
+            }
+        }
+        State::Stopping(assets) => {
+            started_at_ms = assets.started_at_ms;
+            VmPhase::Stopping
+        }
+        State::Stopped { reason } => {
+            status.stop_reason = reason.clone();
+            VmPhase::Stopped
+        }
+        State::Failed(failure) => {
+            status.error_code = failure.code;
+            status.error = failure.message.clone();
+            status.stop_reason = failure.stop_reason.clone();
+            VmPhase::Failed
+        }
+    };
+    status.set_phase(phase);
+    status.started_at = (started_at_ms > 0).then(|| prost_types::Timestamp {
+        seconds: (started_at_ms / 1000) as i64,
+        nanos: (started_at_ms % 1000) as i32 * 1_000_000,
+    });
+    if let Some(machine) = machine {
+        status.processes = machine.processes();
+        status.devices = machine.health.devices.clone();
+    }
+    status
+}
+
+fn reply(answer: Answer, result: Result<(), Refusal>) {
+    // Whoever asked may have given up; the outcome is in the status.
+    let _ = answer.send(result);
+}
+
+/// An error and its causes, on one line.
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+/// Socket of `vmm-core` in a VM's directory.
+pub(crate) fn vmm_socket(dir: &Path) -> PathBuf {
+    dir.join("vmm.sock")
+}
+
+/// Removes a directory and what is in it; one that is not there is no error.
+fn remove_dir(dir: &Path) -> std::io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}
+
+/// What ended a process that should run, for people.
+fn ending(program: &str, exit: process::Exit, log: &Path) -> String {
+    match process::last_line(log) {
+        Some(line) => format!("{program} {exit}: {line}"),
+        None => format!("{program} {exit}"),
+    }
+}

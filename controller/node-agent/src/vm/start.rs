@@ -1,0 +1,382 @@
+//! Starting a VM: everything is checked first, then made in the order in which it is needed.
+//! [`Rising`] collects what was made, so that a failure or a cancellation at any point undoes
+//! just that.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use tonic::Code;
+
+use super::{
+    Env,
+    daemon::{self, DaemonError},
+    machine::{Daemon, Machine},
+    now_ms, remove_dir,
+    stop::{self, sweep},
+    vmm::{self, VmmError},
+};
+use crate::{
+    host::{self, HostError},
+    image::{self, Claim, ImageError},
+    process::Process,
+    record::{Assets, DaemonKind},
+    spec::{Disk, DiskSource, Spec},
+    tap::{self, TapError},
+};
+
+/// sun_path less the NUL.
+const MAX_SOCKET_PATH_BYTES: usize = 107;
+
+/// Why a VM could not be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// The host cannot.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A boot file cannot be used.
+    #[error("{what} {path}: {problem}", path = .path.display())]
+    BootFile {
+        /// kernel or initramfs
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A boot file cannot be read.
+    #[error("opening {what} {path}", path = .path.display())]
+    OpenBootFile {
+        /// kernel or initramfs
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A program is missing.
+    #[error("program {path} does not exist; build it, or name its directory with --bin-dir", path = .path.display())]
+    Program {
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// A socket of a third party is missing.
+    #[error("vhost-user device {device}: socket {path} does not exist; start its daemon first", path = .path.display())]
+    ForeignSocket {
+        /// Name of the device.
+        device: String,
+        /// Where the daemon should listen.
+        path: PathBuf,
+    },
+    /// The sockets' names do not fit.
+    #[error("socket path {path} has {} bytes, at most {MAX_SOCKET_PATH_BYTES} fit: choose a shorter --run-dir or shorter names", .path.as_os_str().len(), path = .path.display())]
+    SocketPath {
+        /// The longest one.
+        path: PathBuf,
+    },
+    /// The VM's directory cannot be made.
+    #[error("making {path}", path = .path.display())]
+    Dir {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// An image cannot be used.
+    #[error("disk {disk}")]
+    Image {
+        /// Name of the disk.
+        disk: String,
+        /// Why not.
+        #[source]
+        source: ImageError,
+    },
+    /// A tap cannot be made.
+    #[error("NIC {nic}")]
+    Tap {
+        /// Name of the NIC.
+        nic: String,
+        /// Why not.
+        #[source]
+        source: TapError,
+    },
+    /// A device daemon does not serve.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// `vmm-core` does not run the machine.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+}
+
+impl StartError {
+    /// What the API answers.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::Host(error) => error.code(),
+            Self::BootFile { .. } => Code::InvalidArgument,
+            Self::OpenBootFile { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => Code::NotFound,
+                io::ErrorKind::PermissionDenied => Code::PermissionDenied,
+                _ => Code::FailedPrecondition,
+            },
+            Self::Program { .. } | Self::ForeignSocket { .. } => Code::FailedPrecondition,
+            Self::SocketPath { .. } => Code::InvalidArgument,
+            Self::Dir { .. } => Code::Internal,
+            Self::Image { source, .. } => source.code(),
+            Self::Tap { source, .. } => source.code(),
+            Self::Daemon(error) => error.code(),
+            Self::Vmm(error) => error.code(),
+        }
+    }
+}
+
+/// What exists so far of a VM that is being started.
+pub(super) struct Rising {
+    id: String,
+    dir: PathBuf,
+    dir_made: bool,
+    /// Taps to be made that did not exist before: ours to remove from then on.
+    planned_taps: Vec<String>,
+    taps: Vec<String>,
+    claims: Vec<Claim>,
+    daemons: Vec<Daemon>,
+    vmm: Option<Process>,
+    boot_id: String,
+}
+
+impl Rising {
+    pub(super) fn new(env: &Env, spec: &Spec) -> Self {
+        let planned_taps = (0..spec.nics.len())
+            .filter(|&index| spec.nics[index].tap.is_none())
+            .map(|index| tap::name(&spec.id, index))
+            .filter(|name| !tap::exists(name))
+            .collect();
+        Self {
+            id: spec.id.clone(),
+            dir: env.vm_dir(&spec.id),
+            dir_made: false,
+            planned_taps,
+            taps: Vec::new(),
+            claims: Vec::new(),
+            daemons: Vec::new(),
+            vmm: None,
+            boot_id: env.boot_id.clone(),
+        }
+    }
+
+    /// What the next agent has to remove when this one dies before the VM is up.
+    pub(super) fn planned_assets(&self) -> Assets {
+        Assets {
+            boot_id: self.boot_id.clone(),
+            taps: self.planned_taps.clone(),
+            ..Assets::default()
+        }
+    }
+
+    /// The VM is up.
+    pub(super) fn into_machine(self) -> Machine {
+        let vmm = self.vmm.expect("brought up");
+        Machine::new(
+            self.dir,
+            vmm,
+            self.daemons,
+            self.taps,
+            self.claims,
+            self.boot_id,
+            now_ms(),
+        )
+    }
+
+    /// Removes all that was made.
+    pub(super) async fn undo(mut self, env: &Env) {
+        stop::terminate(self.vmm.take().into_iter().collect()).await;
+        let daemons = self
+            .daemons
+            .iter()
+            .filter_map(|daemon| daemon.process.clone())
+            .collect();
+        stop::terminate(daemons).await;
+        sweep(&self.dir, &[]).await;
+        stop::remove_taps(&self.id, &self.taps).await;
+        if self.dir_made
+            && let Err(error) = remove_dir(&env.vm_dir(&self.id))
+        {
+            tracing::warn!(vm = self.id, "removing {}: {error}", self.dir.display());
+        }
+    }
+}
+
+/// Checks and makes everything that `spec` needs, and starts the machine.
+pub(super) async fn bring_up(
+    env: &Env,
+    spec: &Spec,
+    rising: &mut Rising,
+) -> Result<(), StartError> {
+    let dir = env.vm_dir(&spec.id);
+    let plans = daemon::plans(spec, &env.bin_dir, &dir, &env.volumes);
+    check_host(env, spec, &dir, plans.iter().map(|plan| plan.kind))?;
+    claim_images(env, spec, &mut rising.claims).await?;
+    make_dir(&dir, &mut rising.dir_made)?;
+    for index in 0..spec.nics.len() {
+        make_tap(spec, index, rising).await?;
+    }
+    for plan in plans {
+        let up = plan.bring_up(daemon::Listeners::new()).await?;
+        rising.daemons.push(Daemon::up(plan, up));
+    }
+    let started = Instant::now();
+    rising.vmm = Some(vmm::bring_up(&env.bin_dir, spec, &dir).await?.keep());
+    tracing::info!(
+        vm = spec.id,
+        "running {} ms after exec of vmm-core",
+        started.elapsed().as_millis()
+    );
+    Ok(())
+}
+
+fn check_host(
+    env: &Env,
+    spec: &Spec,
+    dir: &Path,
+    daemons: impl Iterator<Item = DaemonKind>,
+) -> Result<(), StartError> {
+    check_boot_file("kernel", &spec.kernel)?;
+    if let Some(initramfs) = &spec.initramfs {
+        check_boot_file("initramfs", initramfs)?;
+    }
+    check_socket_paths(spec, dir)?;
+    for program in std::iter::once("vmm-core").chain(daemons.map(DaemonKind::program)) {
+        let path = env.bin_dir.join(program);
+        if !path.is_file() {
+            return Err(StartError::Program { path });
+        }
+    }
+    for device in &spec.vhost_user {
+        if !device.socket.exists() {
+            return Err(StartError::ForeignSocket {
+                device: device.name.clone(),
+                path: device.socket.clone(),
+            });
+        }
+    }
+    host::check_kvm()?;
+    host::check_memory(spec.memory_bytes)?;
+    Ok(())
+}
+
+fn check_boot_file(what: &'static str, path: &Path) -> Result<(), StartError> {
+    let error = |source| StartError::OpenBootFile {
+        what,
+        path: path.to_owned(),
+        source,
+    };
+    let problem = |problem| StartError::BootFile {
+        what,
+        path: path.to_owned(),
+        problem,
+    };
+    // Opening a FIFO would wait for its writer.
+    if !fs::metadata(path).map_err(error)?.is_file() {
+        return Err(problem(
+            "is no regular file; name an uncompressed or compressed image file",
+        ));
+    }
+    let file = File::open(path).map_err(error)?;
+    if file.metadata().map_err(error)?.len() == 0 {
+        return Err(problem("is empty; copy it again"));
+    }
+    Ok(())
+}
+
+fn check_socket_paths(spec: &Spec, dir: &Path) -> Result<(), StartError> {
+    let devices = spec
+        .disks
+        .iter()
+        .map(|disk| &disk.name)
+        .chain(spec.nics.iter().map(|nic| &nic.name));
+    let paths = devices
+        .map(|name| daemon::socket(dir, name))
+        .chain(std::iter::once(dir.join("blk.sock")));
+    match paths.max_by_key(|path| path.as_os_str().len()) {
+        Some(path) if path.as_os_str().len() > MAX_SOCKET_PATH_BYTES => {
+            Err(StartError::SocketPath { path })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Claims each image, and checks that nobody else on the host has it.
+async fn claim_images(env: &Env, spec: &Spec, claims: &mut Vec<Claim>) -> Result<(), StartError> {
+    for disk in &spec.disks {
+        let path = disk_path(env, disk)?;
+        let table = env.claims.clone();
+        let (disk, holder) = (disk.clone(), format!("VM {}", spec.id));
+        // Probing waits for other processes' locks.
+        let claiming = tokio::task::spawn_blocking(move || {
+            let claim = || {
+                let file = image::open(&path, disk.read_only)?;
+                if matches!(disk.source, DiskSource::Path(_)) {
+                    image::refuse_qcow2(&path, &file)?;
+                }
+                let claim = table.claim(&path, &file, &holder, disk.read_only)?;
+                image::probe_locks(&path, &file, disk.read_only)?;
+                Ok(claim)
+            };
+            claim().map_err(|source| StartError::Image {
+                disk: disk.name.clone(),
+                source,
+            })
+        });
+        claims.push(
+            claiming
+                .await
+                .unwrap_or_else(|panic| panic!("claiming an image: {panic}"))?,
+        );
+    }
+    Ok(())
+}
+
+fn disk_path(env: &Env, disk: &Disk) -> Result<PathBuf, StartError> {
+    let path = daemon::image_path(&disk.source, &env.volumes);
+    match &disk.source {
+        DiskSource::Volume(id) if !path.exists() => Err(StartError::Image {
+            disk: disk.name.clone(),
+            source: ImageError::NoVolume { id: id.clone() },
+        }),
+        _ => Ok(path),
+    }
+}
+
+fn make_dir(dir: &Path, made: &mut bool) -> Result<(), StartError> {
+    let error = |source| StartError::Dir {
+        path: dir.to_owned(),
+        source,
+    };
+    // Logs of the last run.
+    remove_dir(dir).map_err(error)?;
+    DirBuilder::new().mode(0o700).create(dir).map_err(error)?;
+    *made = true;
+    Ok(())
+}
+
+async fn make_tap(spec: &Spec, index: usize, rising: &mut Rising) -> Result<(), StartError> {
+    let nic = &spec.nics[index];
+    let error = |source| StartError::Tap {
+        nic: nic.name.clone(),
+        source,
+    };
+    let name = daemon::tap_name(spec, index);
+    if nic.tap.is_some() {
+        return tap::open(&name, nic.queue_pairs).map(drop).map_err(error);
+    }
+    if rising.planned_taps.contains(&name) {
+        rising.taps.push(name.clone());
+    }
+    tap::create(&name, nic).await.map_err(error)
+}
