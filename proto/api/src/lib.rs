@@ -3,6 +3,7 @@
 
 pub mod connect;
 pub mod daemon;
+pub mod dirs;
 pub mod errors;
 pub mod fds;
 pub mod listen;

@@ -1,0 +1,188 @@
+//! The gRPC handlers: check the request, run a command or read the store, put the answer into the
+//! API's words. `tonic::Status` appears here and at the hosts' end, nowhere between.
+
+use std::sync::Arc;
+
+use ::api::controller::events_server::EventsServer;
+use ::api::controller::hosts_server::HostsServer;
+use ::api::controller::operations_server::OperationsServer;
+use ::api::controller::vms_server::VmsServer;
+use ::api::controller::volumes_server::VolumesServer;
+use ::api::errors::{invalid_field, status};
+use ::api::serve::Services;
+use tonic::{Code, Status};
+
+use crate::commands::CommandError;
+use crate::node::Node;
+use crate::plan::Observed;
+use crate::reconciler::with_source;
+use crate::store::{Listing, Range, SharedStore, StoreError};
+
+mod console;
+mod events;
+mod hosts;
+mod operations;
+mod vms;
+mod volumes;
+
+/// What all handlers work on.
+#[derive(Clone)]
+pub struct Api {
+    store: SharedStore,
+    node: Node,
+}
+
+impl Api {
+    /// Handlers on `store` for VMs on `node`.
+    pub fn new(store: SharedStore, node: Node) -> Self {
+        Self { store, node }
+    }
+
+    /// All services, to be served.
+    pub fn services(self) -> Services {
+        Services::new()
+            .with(VmsServer::new(self.clone()))
+            .with(VolumesServer::new(self.clone()))
+            .with(HostsServer::new(self.clone()))
+            .with(OperationsServer::new(self.clone()))
+            .with(EventsServer::new(self))
+    }
+
+    fn observed(&self) -> Arc<Observed> {
+        self.node.observed().borrow().clone()
+    }
+
+    /// One page below `prefix`. The token is the last key of the page before.
+    async fn page(
+        &self,
+        prefix: &str,
+        size: u32,
+        token: &str,
+        reverse: bool,
+    ) -> Result<(Listing, String), Status> {
+        if !token.is_empty() && !token.starts_with(prefix) {
+            return Err(invalid_field(
+                "page_token",
+                "is not from an earlier page of this list",
+            ));
+        }
+        let range = Range {
+            prefix: prefix.to_owned(),
+            after: (!token.is_empty()).then(|| token.to_owned()),
+            limit: ::api::validate::page_size(size),
+            reverse,
+        };
+        let listing = self.store.list(range).await.map_err(store_status)?;
+        let next = match listing.items.last() {
+            Some(last) if listing.more => last.key.clone(),
+            _ => String::new(),
+        };
+        Ok((listing, next))
+    }
+}
+
+/// A refused command in the API's words.
+fn command_status(error: CommandError) -> Status {
+    let message = error.to_string();
+    match &error {
+        CommandError::NotFound { what } => {
+            status(Code::NotFound, "NOT_FOUND", message, &[("resource", what)])
+        }
+        CommandError::AlreadyExists { what } => status(
+            Code::AlreadyExists,
+            "ALREADY_EXISTS",
+            message,
+            &[("resource", what)],
+        ),
+        CommandError::RequestIdReused { request_id } => {
+            let metadata = [("request_id", request_id.as_str())];
+            status(Code::AlreadyExists, "REQUEST_ID_REUSED", message, &metadata)
+        }
+        CommandError::EtagMismatch { what, given, etag } => {
+            let metadata = [
+                ("resource", what.as_str()),
+                ("given", given),
+                ("etag", etag),
+            ];
+            status(Code::Aborted, "ETAG_MISMATCH", message, &metadata)
+        }
+        CommandError::Running { vm, phase } => {
+            let metadata = [("vm", vm.as_str()), ("phase", phase)];
+            status(Code::FailedPrecondition, "VM_RUNNING", message, &metadata)
+        }
+        CommandError::NotRunning { vm, phase } => {
+            let metadata = [("vm", vm.as_str()), ("phase", phase)];
+            status(
+                Code::FailedPrecondition,
+                "VM_NOT_RUNNING",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::Deleting { what } => status(
+            Code::FailedPrecondition,
+            "DELETING",
+            message,
+            &[("resource", what)],
+        ),
+        CommandError::VolumeInUse { volume, vms } => {
+            let metadata = [("volume", volume.as_str()), ("vms", vms)];
+            status(
+                Code::FailedPrecondition,
+                "VOLUME_IN_USE",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::NoSuchVolume { field, volume } => {
+            let metadata = [("field", field.as_str()), ("volume", volume)];
+            status(
+                Code::FailedPrecondition,
+                "VOLUME_NOT_FOUND",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::ForeignVolume { field, .. } => {
+            let problem = message
+                .trim_start_matches(field.as_str())
+                .trim_start_matches(": ");
+            invalid_field(field.clone(), problem)
+        }
+        CommandError::NotCancellable { operation } => {
+            let metadata = [("operation", operation.as_str())];
+            status(
+                Code::FailedPrecondition,
+                "NOT_CANCELLABLE",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::Store(StoreError::Conflict { key }) => status(
+            Code::Aborted,
+            "CONTENTION",
+            format!("{key} is being changed by others all the time; try again"),
+            &[("key", key)],
+        ),
+        CommandError::Store(error) => store_status_ref(error),
+    }
+}
+
+fn store_status(error: StoreError) -> Status {
+    store_status_ref(&error)
+}
+
+fn store_status_ref(error: &StoreError) -> Status {
+    match error {
+        StoreError::Compacted { oldest, .. } => status(
+            Code::OutOfRange,
+            "COMPACTED",
+            format!("{error}; list again and watch from the list's revision"),
+            &[("oldest", &oldest.to_string())],
+        ),
+        _ => {
+            tracing::error!(error = %with_source(error), "the store failed");
+            status(Code::Unavailable, "STORE_FAILED", with_source(error), &[])
+        }
+    }
+}

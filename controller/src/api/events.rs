@@ -1,0 +1,152 @@
+//! The `Events` service.
+
+use std::pin::Pin;
+
+use api::controller::events_server::Events;
+use api::controller::*;
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::{Api, store_status};
+use crate::model::prefix;
+use crate::reconciler::decode;
+use crate::store::{Item, Range, Watch};
+
+/// Events waiting for a client; a slow one holds up only its own stream.
+const QUEUE: usize = 64;
+
+#[tonic::async_trait]
+impl Events for Api {
+    async fn list_events(
+        &self,
+        request: Request<ListEventsRequest>,
+    ) -> Result<Response<ListEventsResponse>, Status> {
+        let request = request.into_inner();
+        let (listing, next_page_token) = self
+            .page(
+                prefix::EVENTS,
+                request.page_size,
+                &request.page_token,
+                false,
+            )
+            .await?;
+        let mut events = Vec::with_capacity(listing.items.len());
+        for item in &listing.items {
+            events.push(event(item)?);
+        }
+        events.retain(|event| concerns(event, &request.target));
+        let revision = listing.revision;
+        Ok(Response::new(ListEventsResponse {
+            events,
+            next_page_token,
+            revision,
+        }))
+    }
+
+    type WatchEventsStream =
+        Pin<Box<dyn Stream<Item = Result<WatchEventsResponse, Status>> + Send>>;
+
+    async fn watch_events(
+        &self,
+        request: Request<WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let request = request.into_inner();
+        let newest = *self.store.revision().borrow();
+        let (kept, after) = match request.after_revision {
+            // Older events are in the store even when the log of changes has dropped them.
+            0 => {
+                let listing = self.store.list(Range::all(prefix::EVENTS)).await;
+                let listing = listing.map_err(store_status)?;
+                (listing.items, listing.revision)
+            }
+            after => (vec![], after.min(newest)),
+        };
+        let watch = self
+            .store
+            .watch(prefix::EVENTS, after)
+            .await
+            .map_err(store_status)?;
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        tokio::spawn(send_events(kept, after, watch, request.target, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+/// First what is kept, then a bookmark, then what comes, until the client hangs up.
+async fn send_events(
+    kept: Vec<Item>,
+    revision: u64,
+    mut watch: Watch,
+    target: String,
+    client: mpsc::Sender<Result<WatchEventsResponse, Status>>,
+) {
+    for item in &kept {
+        if !send(event(item), &target, &client).await {
+            return;
+        }
+    }
+    if client.send(Ok(bookmark(revision))).await.is_err() {
+        return;
+    }
+    loop {
+        let change = tokio::select! {
+            change = watch.recv() => change,
+            () = client.closed() => return,
+        };
+        let change = match change {
+            Some(Ok(change)) => change,
+            Some(Err(error)) => {
+                let _ = client.send(Err(store_status(error))).await;
+                return;
+            }
+            None => return,
+        };
+        // Old events that are dropped are no news.
+        let Some(value) = change.value else { continue };
+        let item = Item {
+            key: change.key,
+            value,
+            revision: change.revision,
+        };
+        if !send(event(&item), &target, &client).await {
+            return;
+        }
+    }
+}
+
+/// Whether the client is still there.
+async fn send(
+    event: Result<Event, Status>,
+    target: &str,
+    client: &mpsc::Sender<Result<WatchEventsResponse, Status>>,
+) -> bool {
+    let message = match event {
+        Ok(event) if concerns(&event, target) => {
+            let message = Some(watch_events_response::Message::Event(event));
+            Ok(WatchEventsResponse { message })
+        }
+        Ok(event) => Ok(bookmark(event.revision)),
+        Err(status) => Err(status),
+    };
+    client.send(message).await.is_ok()
+}
+
+fn bookmark(revision: u64) -> WatchEventsResponse {
+    WatchEventsResponse {
+        message: Some(watch_events_response::Message::Bookmark(revision)),
+    }
+}
+
+fn event(item: &Item) -> Result<Event, Status> {
+    let event: Event = decode(&item.key, &item.value).map_err(store_status)?;
+    Ok(Event {
+        revision: item.revision,
+        ..event
+    })
+}
+
+fn concerns(event: &Event, target: &str) -> bool {
+    target.is_empty() || event.target == target
+}

@@ -1,0 +1,117 @@
+//! The `Operations` service.
+
+use std::time::Duration;
+
+use api::controller::operations_server::Operations;
+use api::controller::*;
+use api::validate;
+use tonic::{Request, Response, Status};
+
+use super::{Api, command_status, store_status};
+use crate::commands;
+use crate::model::prefix;
+use crate::reconciler::decode;
+
+const DEFAULT_WAIT_MS: u32 = 30_000;
+
+#[tonic::async_trait]
+impl Operations for Api {
+    async fn get_operation(
+        &self,
+        request: Request<GetOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Ok(Response::new(
+            self.operation(&request.into_inner().name).await?,
+        ))
+    }
+
+    async fn list_operations(
+        &self,
+        request: Request<ListOperationsRequest>,
+    ) -> Result<Response<ListOperationsResponse>, Status> {
+        let request = request.into_inner();
+        let (listing, next_page_token) = self
+            .page(
+                prefix::OPERATIONS,
+                request.page_size,
+                &request.page_token,
+                true,
+            )
+            .await?;
+        let mut operations = Vec::with_capacity(listing.items.len());
+        for item in listing.items {
+            let operation: Operation = decode(&item.key, &item.value).map_err(store_status)?;
+            let target = operation
+                .metadata
+                .as_ref()
+                .map(|metadata| metadata.target.as_str());
+            if request.target.is_empty() || target == Some(&request.target) {
+                operations.push(self.with_progress(operation));
+            }
+        }
+        Ok(Response::new(ListOperationsResponse {
+            operations,
+            next_page_token,
+        }))
+    }
+
+    async fn wait_operation(
+        &self,
+        request: Request<WaitOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let request = request.into_inner();
+        let timeout_ms = match request.timeout_ms {
+            0 => DEFAULT_WAIT_MS,
+            asked => asked.min(validate::MAX_WAIT_MS),
+        };
+        let deadline = tokio::time::sleep(Duration::from_millis(timeout_ms.into()));
+        tokio::pin!(deadline);
+        let mut revision = self.store.revision();
+        loop {
+            revision.mark_unchanged();
+            let operation = self.operation(&request.name).await?;
+            if operation.done {
+                return Ok(Response::new(operation));
+            }
+            tokio::select! {
+                changed = revision.changed() => {
+                    changed.map_err(|_| Status::unavailable("the controller is stopping"))?;
+                }
+                () = &mut deadline => return Ok(Response::new(operation)),
+            }
+        }
+    }
+
+    async fn cancel_operation(
+        &self,
+        request: Request<CancelOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let name = request.into_inner().name;
+        validate::flat_name(&name, "operations")?;
+        let operation = commands::cancel_operation(&self.store, &name).await;
+        operation.map(Response::new).map_err(command_status)
+    }
+}
+
+impl Api {
+    async fn operation(&self, name: &str) -> Result<Operation, Status> {
+        validate::flat_name(name, "operations")?;
+        let stored = commands::get_operation(&self.store, name)
+            .await
+            .map_err(command_status)?;
+        Ok(self.with_progress(stored.record))
+    }
+
+    /// Adds what it waits for.
+    fn with_progress(&self, mut operation: Operation) -> Operation {
+        let observed = self.observed();
+        if let Some(metadata) = operation.metadata.as_mut().filter(|_| !operation.done) {
+            metadata.progress = if observed.connected {
+                "waiting for the host".to_owned()
+            } else {
+                "waiting for the node agent, which does not answer".to_owned()
+            };
+        }
+        operation
+    }
+}

@@ -1,0 +1,83 @@
+//! The `Volumes` service.
+
+use api::controller::volumes_server::Volumes;
+use api::controller::*;
+use api::names::{Name, Parent};
+use api::validate;
+use tonic::{Request, Response, Status};
+
+use super::{Api, command_status, store_status};
+use crate::commands::{self, RequestKey};
+use crate::model::{VolumeRecord, prefix};
+use crate::reconciler::decode;
+
+#[tonic::async_trait]
+impl Volumes for Api {
+    async fn get_volume(
+        &self,
+        request: Request<GetVolumeRequest>,
+    ) -> Result<Response<Volume>, Status> {
+        let name = validate::volume_request(&request.into_inner().name, "")?;
+        let stored = commands::get_volume(&self.store, &name)
+            .await
+            .map_err(command_status)?;
+        Ok(Response::new(commands::visible_volume(
+            &stored.record,
+            &self.observed(),
+        )))
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesResponse>, Status> {
+        let request = request.into_inner();
+        let prefix = match validate::list_parent(&request.parent)? {
+            Parent::All => prefix::VOLUMES.to_owned(),
+            Parent::Project(project) => format!("{}{project}/", prefix::VOLUMES),
+        };
+        let (listing, next_page_token) = self
+            .page(&prefix, request.page_size, &request.page_token, false)
+            .await?;
+        let observed = self.observed();
+        let mut volumes = Vec::with_capacity(listing.items.len());
+        for item in listing.items {
+            let record: VolumeRecord = decode(&item.key, &item.value).map_err(store_status)?;
+            volumes.push(commands::visible_volume(&record, &observed));
+        }
+        Ok(Response::new(ListVolumesResponse {
+            volumes,
+            next_page_token,
+        }))
+    }
+
+    async fn create_volume(
+        &self,
+        request: Request<CreateVolumeRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let request = request.into_inner();
+        validate::create_volume_request(&request)?;
+        let parent = validate::list_parent(&request.parent)?.project();
+        let project = parent.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let name = Name::volume(&project, &request.volume_id);
+        let key = RequestKey::new(&project, &request.request_id, "CreateVolume", &request);
+        let spec = request
+            .volume
+            .and_then(|volume| volume.spec)
+            .unwrap_or_default();
+        let operation =
+            commands::create_volume(&self.store, &name, &spec, &key, request.validate_only).await;
+        operation.map(Response::new).map_err(command_status)
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let request = request.into_inner();
+        let name = validate::volume_request(&request.name, &request.request_id)?;
+        let key = RequestKey::new(&name.project, &request.request_id, "DeleteVolume", &request);
+        let operation = commands::delete_volume(&self.store, &name, &request.etag, &key).await;
+        operation.map(Response::new).map_err(command_status)
+    }
+}

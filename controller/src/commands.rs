@@ -1,0 +1,325 @@
+//! What users can ask for: each command is one transaction on the store that changes what is wanted
+//! and leaves an operation behind. Nothing here talks to a host.
+//!
+//! A command that carries a request id is done once: its repetition answers the same operation.
+
+use api::controller as pb;
+use api::names::Name;
+use prost::Message;
+use thiserror::Error;
+
+use crate::model::{self, RequestRecord, VmRecord, VolumeRecord, key, short};
+use crate::plan::{Observed, Stored};
+use crate::reconciler::decode;
+use crate::store::{SharedStore, StoreError, Transaction};
+
+mod vms;
+mod volumes;
+
+pub(crate) use vms::phase_word;
+pub use vms::{create_vm, delete_vm, start_vm, stop_vm};
+pub use volumes::{create_volume, delete_volume};
+
+/// Others may change the same record at the same time; this many in a row do not happen.
+const MAX_ATTEMPTS: usize = 16;
+
+/// A request id and what it stands for.
+pub struct RequestKey {
+    project: String,
+    id: String,
+    fingerprint: Vec<u8>,
+}
+
+impl RequestKey {
+    /// Of `request`, a message of `method` on something in `project`. An empty `id` means none.
+    pub fn new(project: &str, id: &str, method: &str, request: &impl Message) -> Self {
+        let mut fingerprint = method.as_bytes().to_vec();
+        fingerprint.push(0);
+        fingerprint.extend(request.encode_to_vec());
+        Self {
+            project: project.to_owned(),
+            id: id.to_owned(),
+            fingerprint,
+        }
+    }
+
+    /// The operation that this request began earlier.
+    async fn earlier(&self, store: &SharedStore) -> Result<Option<pb::Operation>, CommandError> {
+        if self.id.is_empty() {
+            return Ok(None);
+        }
+        let Some(item) = store
+            .get(&model::request_key(&self.project, &self.id))
+            .await?
+        else {
+            return Ok(None);
+        };
+        let earlier: RequestRecord = decode(&item.key, &item.value)?;
+        if earlier.fingerprint != self.fingerprint {
+            return Err(CommandError::RequestIdReused {
+                request_id: self.id.clone(),
+            });
+        }
+        let operation = store.get(&earlier.operation).await?;
+        operation
+            .map(|item| Ok(decode(&item.key, &item.value)?))
+            .transpose()
+    }
+
+    /// Stores `operation`, pending, under this request.
+    fn begin(&self, transaction: Transaction, operation: &mut pb::Operation) -> Transaction {
+        if let Some(metadata) = &mut operation.metadata {
+            metadata.request_id = self.id.clone();
+        }
+        let transaction = transaction
+            .put(operation.name.clone(), operation.encode_to_vec())
+            .put(model::pending_key(&operation.name), vec![]);
+        if self.id.is_empty() {
+            return transaction;
+        }
+        let record = RequestRecord {
+            operation: operation.name.clone(),
+            fingerprint: self.fingerprint.clone(),
+        };
+        let key = model::request_key(&self.project, &self.id);
+        transaction
+            .if_absent(key.clone())
+            .put(key, record.encode_to_vec())
+    }
+}
+
+/// Runs `attempt` until nobody else interferes.
+async fn with_retry<T, F>(mut attempt: impl FnMut() -> F) -> Result<T, CommandError>
+where
+    F: Future<Output = Result<T, CommandError>>,
+{
+    for _ in 1..MAX_ATTEMPTS {
+        match attempt().await {
+            Err(CommandError::Store(StoreError::Conflict { .. })) => {}
+            done => return done,
+        }
+    }
+    attempt().await
+}
+
+/// One VM.
+///
+/// # Errors
+/// When there is none of that name.
+pub async fn get_vm(store: &SharedStore, name: &Name) -> Result<Stored<VmRecord>, CommandError> {
+    let item = store.get(&key(name)).await?;
+    let item = item.ok_or_else(|| CommandError::NotFound { what: short(name) })?;
+    Ok(Stored {
+        record: decode(&item.key, &item.value)?,
+        revision: item.revision,
+    })
+}
+
+/// One volume.
+///
+/// # Errors
+/// When there is none of that name.
+pub async fn get_volume(
+    store: &SharedStore,
+    name: &Name,
+) -> Result<Stored<VolumeRecord>, CommandError> {
+    let item = store.get(&key(name)).await?;
+    let item = item.ok_or_else(|| CommandError::NotFound { what: short(name) })?;
+    Ok(Stored {
+        record: decode(&item.key, &item.value)?,
+        revision: item.revision,
+    })
+}
+
+/// One operation.
+///
+/// # Errors
+/// When there is none of that name, or it is too old.
+pub async fn get_operation(
+    store: &SharedStore,
+    name: &str,
+) -> Result<Stored<pb::Operation>, CommandError> {
+    let item = store.get(name).await?;
+    let item = item.ok_or_else(|| CommandError::NotFound {
+        what: name.to_owned(),
+    })?;
+    Ok(Stored {
+        record: decode(&item.key, &item.value)?,
+        revision: item.revision,
+    })
+}
+
+/// Takes an operation back as far as that is possible: a start becomes a stop.
+///
+/// # Errors
+/// When it cannot be taken back.
+pub async fn cancel_operation(
+    store: &SharedStore,
+    name: &str,
+) -> Result<pb::Operation, CommandError> {
+    with_retry(|| async {
+        let Stored {
+            record: mut operation,
+            revision,
+        } = get_operation(store, name).await?;
+        if operation.done {
+            return Ok(operation);
+        }
+        let metadata = operation.metadata.clone().unwrap_or_default();
+        let target = Name::parse_vm(&metadata.target).ok();
+        let (pb::OperationKind::StartVm, Some(target)) = (metadata.kind(), target) else {
+            return Err(CommandError::NotCancellable {
+                operation: name.to_owned(),
+            });
+        };
+        let mut vm = get_vm(store, &target).await?;
+        vms::want_power(&mut vm.record, pb::DesiredPower::OffNow);
+        operation.done = true;
+        operation.end_time = Some(model::now());
+        operation.error = Some(pb::OperationError {
+            code: tonic::Code::Cancelled as i32,
+            message: "cancelled; the VM is stopped".to_owned(),
+            reason: "CANCELLED".to_owned(),
+        });
+        let transaction = Transaction::new()
+            .if_unchanged(name, revision)
+            .if_unchanged(key(&target), vm.revision)
+            .put(key(&target), vm.record.encode_to_vec())
+            .put(name, operation.encode_to_vec())
+            .delete(model::pending_key(name));
+        store.commit(transaction).await?;
+        Ok(operation)
+    })
+    .await
+}
+
+/// What users see of a VM: as stored, with what was seen last.
+pub fn visible_vm(record: &VmRecord, observed: &Observed) -> pb::Vm {
+    let mut vm = record.vm.clone();
+    vm.etag = model::etag(&vm.uid, vm.generation);
+    let stored = vm.status.take().unwrap_or_default();
+    let mut status = match observed.vms.get(&record.node_id) {
+        Some(seen) => model::vm_status(seen, &observed.host_name()),
+        None => stored.clone(),
+    };
+    if status.phase() == pb::VmPhase::Unspecified {
+        status.phase = pb::VmPhase::Pending as i32;
+    }
+    if record.rejected_generation == vm.generation {
+        status.error = stored.error;
+    }
+    status.stale = !observed.connected;
+    vm.status = Some(status);
+    vm
+}
+
+/// What users see of a volume: as stored, with what was seen last.
+pub fn visible_volume(record: &VolumeRecord, observed: &Observed) -> pb::Volume {
+    let mut volume = record.volume.clone();
+    volume.etag = model::etag(&volume.uid, 1);
+    let stored = volume.status.take().unwrap_or_default();
+    let mut status = match observed.volumes.get(&record.node_id) {
+        Some(seen) => model::volume_status(seen, &observed.host_name()),
+        None => stored,
+    };
+    if status.phase() == pb::VolumePhase::Unspecified {
+        status.phase = pb::VolumePhase::Pending as i32;
+    }
+    volume.status = Some(status);
+    volume
+}
+
+/// Why a command was refused.
+#[derive(Debug, Error)]
+pub enum CommandError {
+    /// No such thing.
+    #[error("{what} does not exist")]
+    NotFound {
+        /// `vm web`
+        what: String,
+    },
+    /// The name is taken.
+    #[error("{what} exists already; choose another name or delete it first")]
+    AlreadyExists {
+        /// `vm web`
+        what: String,
+    },
+    /// The id was used for something else.
+    #[error(
+        "request id {request_id:?} was used for a different request; use a new id for each request"
+    )]
+    RequestIdReused {
+        /// As given.
+        request_id: String,
+    },
+    /// Somebody changed it since the caller looked.
+    #[error("{what} was changed meanwhile: its etag is {etag:?}, not {given:?}; look again")]
+    EtagMismatch {
+        /// `vm web`
+        what: String,
+        /// As given.
+        given: String,
+        /// As it is.
+        etag: String,
+    },
+    /// A running VM cannot be deleted.
+    #[error("vm {vm} is {phase}; stop it first: vmctl vm stop {vm}")]
+    Running {
+        /// Its id.
+        vm: String,
+        /// What it is doing.
+        phase: String,
+    },
+    /// Only a running VM can be reset and has a console.
+    #[error("vm {vm} is {phase}; start it first: vmctl vm start {vm}")]
+    NotRunning {
+        /// Its id.
+        vm: String,
+        /// What it is doing.
+        phase: String,
+    },
+    /// Deletion is under way.
+    #[error("{what} is being deleted")]
+    Deleting {
+        /// `vm web`
+        what: String,
+    },
+    /// A VM's spec names the volume.
+    #[error("volume {volume} belongs to {vms}; delete what uses it first: vmctl vm delete NAME")]
+    VolumeInUse {
+        /// Its id.
+        volume: String,
+        /// Those that name it.
+        vms: String,
+    },
+    /// A spec names a volume that is not there.
+    #[error(
+        "{field}: there is no volume {volume}; create it first: vmctl volume create {volume} --size 1G"
+    )]
+    NoSuchVolume {
+        /// Path of the field.
+        field: String,
+        /// Its id.
+        volume: String,
+    },
+    /// A spec names another project's volume.
+    #[error("{field}: {volume} belongs to another project")]
+    ForeignVolume {
+        /// Path of the field.
+        field: String,
+        /// As given.
+        volume: String,
+    },
+    /// Only starts can be taken back.
+    #[error("{operation} cannot be cancelled; wait for it, then undo what it did")]
+    NotCancellable {
+        /// Its name.
+        operation: String,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,262 @@
+//! Commands on VMs.
+
+use api::controller as pb;
+use api::names::Name;
+use prost::Message;
+
+use super::{CommandError, RequestKey, get_vm, visible_vm, with_retry};
+use crate::model::{self, VmRecord, VolumeRecord, key, short};
+use crate::plan::{Observed, Stored};
+use crate::reconciler::decode;
+use crate::store::{SharedStore, Transaction};
+
+/// Stores a VM, not started.
+///
+/// # Errors
+/// When the name is taken or the spec names a volume that is not there.
+pub async fn create_vm(
+    store: &SharedStore,
+    name: &Name,
+    spec: &pb::VmSpec,
+    request: &RequestKey,
+    validate_only: bool,
+) -> Result<pb::Operation, CommandError> {
+    with_retry(|| async {
+        if let Some(earlier) = request.earlier(store).await? {
+            return Ok(earlier);
+        }
+        if store.get(&key(name)).await?.is_some() {
+            return Err(CommandError::AlreadyExists { what: short(name) });
+        }
+        let transaction = require_volumes(store, name, spec, Transaction::new()).await?;
+        let mut operation = model::new_operation(pb::OperationKind::CreateVm, name, 1);
+        if validate_only {
+            return Ok(pb::Operation {
+                name: String::new(),
+                done: true,
+                ..operation
+            });
+        }
+        let uid = model::new_uid();
+        let node_id = model::node_id(name, &uid);
+        let record = VmRecord {
+            vm: pb::Vm {
+                name: name.to_string(),
+                uid,
+                generation: 1,
+                create_time: Some(model::now()),
+                spec: Some(model::complete_spec(spec.clone())),
+                desired_power: pb::DesiredPower::Off as i32,
+                ..Default::default()
+            },
+            node_id: node_id.clone(),
+            rejected_generation: 0,
+        };
+        let event = model::new_event(&name.to_string(), "VM_CREATED", "");
+        let node_id = model::node_id_key(name, &node_id);
+        let transaction = request
+            .begin(transaction, &mut operation)
+            .if_absent(key(name))
+            .if_absent(node_id.clone())
+            .put(key(name), record.encode_to_vec())
+            .put(node_id, name.to_string().into_bytes())
+            .put(event.name.clone(), event.encode_to_vec());
+        store.commit(transaction).await?;
+        Ok(operation)
+    })
+    .await
+}
+
+/// Adds to `transaction` that each volume of `spec` is there and stays there.
+async fn require_volumes(
+    store: &SharedStore,
+    vm: &Name,
+    spec: &pb::VmSpec,
+    mut transaction: Transaction,
+) -> Result<Transaction, CommandError> {
+    for (index, disk) in spec.disks.iter().enumerate() {
+        let Some(pb::disk::Source::Volume(volume)) = &disk.source else {
+            continue;
+        };
+        let field = format!("vm.spec.disks[{index}].volume");
+        let name = Name::parse_volume(volume)
+            .ok()
+            .filter(|name| name.project == vm.project);
+        let Some(name) = name else {
+            return Err(CommandError::ForeignVolume {
+                field,
+                volume: volume.clone(),
+            });
+        };
+        let Some(item) = store.get(&key(&name)).await? else {
+            return Err(CommandError::NoSuchVolume {
+                field,
+                volume: name.id,
+            });
+        };
+        let record: VolumeRecord = decode(&item.key, &item.value)?;
+        if record.volume.deleting {
+            return Err(CommandError::Deleting { what: short(&name) });
+        }
+        transaction = transaction.if_unchanged(key(&name), item.revision);
+    }
+    Ok(transaction)
+}
+
+/// Wants a VM to run.
+///
+/// # Errors
+/// When it does not exist, changed, or is being deleted.
+pub async fn start_vm(
+    store: &SharedStore,
+    name: &Name,
+    etag: &str,
+    request: &RequestKey,
+) -> Result<pb::Operation, CommandError> {
+    let kind = pb::OperationKind::StartVm;
+    set_power(store, name, etag, request, kind, pb::DesiredPower::On).await
+}
+
+/// Wants a VM not to run.
+///
+/// # Errors
+/// As [`start_vm`].
+pub async fn stop_vm(
+    store: &SharedStore,
+    name: &Name,
+    etag: &str,
+    request: &RequestKey,
+    force: bool,
+) -> Result<pb::Operation, CommandError> {
+    let power = if force {
+        pb::DesiredPower::OffNow
+    } else {
+        pb::DesiredPower::Off
+    };
+    set_power(store, name, etag, request, pb::OperationKind::StopVm, power).await
+}
+
+async fn set_power(
+    store: &SharedStore,
+    name: &Name,
+    etag: &str,
+    request: &RequestKey,
+    kind: pb::OperationKind,
+    power: pb::DesiredPower,
+) -> Result<pb::Operation, CommandError> {
+    with_retry(|| async {
+        if let Some(earlier) = request.earlier(store).await? {
+            return Ok(earlier);
+        }
+        let Stored {
+            mut record,
+            revision,
+        } = get_vm(store, name).await?;
+        check_etag(name, &record, etag)?;
+        if record.vm.deleting {
+            return Err(CommandError::Deleting { what: short(name) });
+        }
+        want_power(&mut record, power);
+        let mut operation = model::new_operation(kind, name, record.vm.generation);
+        let reason = match kind {
+            pb::OperationKind::StartVm => "VM_START_REQUESTED",
+            _ => "VM_STOP_REQUESTED",
+        };
+        let event = model::new_event(&name.to_string(), reason, "");
+        let transaction = request
+            .begin(Transaction::new(), &mut operation)
+            .if_unchanged(key(name), revision)
+            .put(key(name), record.encode_to_vec())
+            .put(event.name.clone(), event.encode_to_vec());
+        store.commit(transaction).await?;
+        Ok(operation)
+    })
+    .await
+}
+
+/// A new generation, unless this is wanted already. What is on its way off stays so.
+pub(super) fn want_power(record: &mut VmRecord, power: pb::DesiredPower) {
+    use pb::DesiredPower::{Off, OffNow};
+    let already = match (record.vm.desired_power(), power) {
+        (OffNow, Off) => true,
+        (wanted, power) => wanted == power,
+    };
+    if !already {
+        record.vm.desired_power = power as i32;
+        record.vm.generation += 1;
+    }
+}
+
+/// Wants a VM to be gone.
+///
+/// # Errors
+/// When it does not exist, changed, or runs and `force` is not given.
+pub async fn delete_vm(
+    store: &SharedStore,
+    observed: &Observed,
+    name: &Name,
+    etag: &str,
+    request: &RequestKey,
+    force: bool,
+) -> Result<pb::Operation, CommandError> {
+    with_retry(|| async {
+        if let Some(earlier) = request.earlier(store).await? {
+            return Ok(earlier);
+        }
+        let Stored {
+            mut record,
+            revision,
+        } = get_vm(store, name).await?;
+        check_etag(name, &record, etag)?;
+        let phase = visible_vm(&record, observed)
+            .status
+            .unwrap_or_default()
+            .phase();
+        let idle = matches!(
+            phase,
+            pb::VmPhase::Pending | pb::VmPhase::Stopped | pb::VmPhase::Failed
+        );
+        let wanted_on = record.vm.desired_power() == pb::DesiredPower::On;
+        if !force && !record.vm.deleting && (!idle || wanted_on) {
+            let phase = if idle { pb::VmPhase::Starting } else { phase };
+            return Err(CommandError::Running {
+                vm: name.id.clone(),
+                phase: phase_word(phase),
+            });
+        }
+        if !record.vm.deleting {
+            record.vm.deleting = true;
+            record.vm.generation += 1;
+            record.vm.desired_power = pb::DesiredPower::OffNow as i32;
+        }
+        let generation = record.vm.generation;
+        let mut operation = model::new_operation(pb::OperationKind::DeleteVm, name, generation);
+        let transaction = request
+            .begin(Transaction::new(), &mut operation)
+            .if_unchanged(key(name), revision)
+            .put(key(name), record.encode_to_vec());
+        store.commit(transaction).await?;
+        Ok(operation)
+    })
+    .await
+}
+
+fn check_etag(name: &Name, record: &VmRecord, given: &str) -> Result<(), CommandError> {
+    let etag = model::etag(&record.vm.uid, record.vm.generation);
+    if given.is_empty() || given == etag {
+        return Ok(());
+    }
+    Err(CommandError::EtagMismatch {
+        what: short(name),
+        given: given.to_owned(),
+        etag,
+    })
+}
+
+/// `VM_PHASE_RUNNING` as people write it.
+pub(crate) fn phase_word(phase: pb::VmPhase) -> String {
+    phase
+        .as_str_name()
+        .trim_start_matches("VM_PHASE_")
+        .to_lowercase()
+}

@@ -1,0 +1,22 @@
+//! The controller: users ask it for VMs over gRPC, it keeps what they want in its store and makes
+//! hosts' node agents do it.
+//!
+//! ```text
+//! api        gRPC handlers: requests in, answers out
+//! commands   what users can ask for, as transactions on the store
+//! store      trait and embedded implementation; model: the records in it
+//! plan       pure: (wanted, seen) -> actions
+//! reconciler the loop: load, look, plan, act
+//! node       the connection to a host's agent; agent: starts one in standalone mode
+//! ```
+
+pub mod agent;
+pub mod api;
+pub mod commands;
+pub mod metrics;
+pub mod model;
+pub mod node;
+pub mod options;
+pub mod plan;
+pub mod reconciler;
+pub mod store;

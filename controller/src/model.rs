@@ -1,0 +1,226 @@
+//! What the store holds: records, their keys, and how they look to users and to hosts.
+//!
+//! ```text
+//! vms/{project}/{vm}           VmRecord
+//! volumes/{project}/{volume}   VolumeRecord
+//! node-ids/{kind}/{node id}    name of the resource that has this id on hosts
+//! operations/{id}              controller.v1 Operation; ids sort by age
+//! pending/{id}                 nothing: the operation is not done
+//! requests/{project}/{id}      RequestRecord
+//! events/{id}                  controller.v1 Event; ids sort by age
+//! ```
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use api::controller as pb;
+use api::names::{DEFAULT_PROJECT, Name, VMS};
+use prost::Message;
+use prost_types::Timestamp;
+
+mod convert;
+
+pub use convert::{complete_spec, node_create_volume, node_vm_spec, vm_status, volume_status};
+
+/// A VM as stored.
+#[derive(Clone, PartialEq, Message)]
+pub struct VmRecord {
+    /// What users see; `status` holds what was last recorded.
+    #[prost(message, required, tag = "1")]
+    pub vm: pb::Vm,
+    /// Its id on hosts.
+    #[prost(string, tag = "2")]
+    pub node_id: String,
+    /// The generation that the host refused for good; `vm.status.error` says why.
+    #[prost(uint64, tag = "3")]
+    pub rejected_generation: u64,
+}
+
+/// A volume as stored.
+#[derive(Clone, PartialEq, Message)]
+pub struct VolumeRecord {
+    /// What users see; `status` holds what was last recorded.
+    #[prost(message, required, tag = "1")]
+    pub volume: pb::Volume,
+    /// Its id on hosts.
+    #[prost(string, tag = "2")]
+    pub node_id: String,
+}
+
+/// A request that was given an id.
+#[derive(Clone, PartialEq, Message)]
+pub struct RequestRecord {
+    /// Name of the operation it began.
+    #[prost(string, tag = "1")]
+    pub operation: String,
+    /// Method and request, to tell a repetition from a clash.
+    #[prost(bytes = "vec", tag = "2")]
+    pub fingerprint: Vec<u8>,
+}
+
+impl VmRecord {
+    /// What was last recorded of it.
+    pub fn status(&self) -> pb::VmStatus {
+        self.vm.status.clone().unwrap_or_default()
+    }
+}
+
+/// Key prefixes.
+pub mod prefix {
+    /// VMs of all projects.
+    pub const VMS: &str = "vms/";
+    /// Volumes of all projects.
+    pub const VOLUMES: &str = "volumes/";
+    /// Operations.
+    pub const OPERATIONS: &str = "operations/";
+    /// Ids of operations that are not done.
+    pub const PENDING: &str = "pending/";
+    /// Events.
+    pub const EVENTS: &str = "events/";
+}
+
+/// Key of a VM or volume.
+pub fn key(name: &Name) -> String {
+    format!("{}/{}/{}", name.collection, name.project, name.id)
+}
+
+/// Key that reserves a node id.
+pub fn node_id_key(name: &Name, node_id: &str) -> String {
+    format!("node-ids/{}/{node_id}", name.collection)
+}
+
+/// Key of a request id.
+pub fn request_key(project: &str, request_id: &str) -> String {
+    format!("requests/{project}/{request_id}")
+}
+
+/// Key that marks an operation as not done.
+pub fn pending_key(operation: &str) -> String {
+    format!(
+        "{}{}",
+        prefix::PENDING,
+        operation.trim_start_matches(prefix::OPERATIONS)
+    )
+}
+
+/// The id that a resource has on hosts: its own in the default project. Elsewhere part of the uid is
+/// appended, because two projects may use the same id.
+pub fn node_id(name: &Name, uid: &str) -> String {
+    if name.project == DEFAULT_PROJECT {
+        return name.id.clone();
+    }
+    // 63 bytes with a hyphen and 8 digits.
+    let id = &name.id[..name.id.len().min(54)];
+    format!("{id}-{}", &uid[..8])
+}
+
+/// A new operation on `target`, not done.
+pub fn new_operation(kind: pb::OperationKind, target: &Name, generation: u64) -> pb::Operation {
+    pb::Operation {
+        name: format!("{}{}", prefix::OPERATIONS, sortable_id()),
+        metadata: Some(pb::OperationMetadata {
+            kind: kind as i32,
+            target: target.to_string(),
+            generation,
+            ..Default::default()
+        }),
+        create_time: Some(now()),
+        ..Default::default()
+    }
+}
+
+/// An event about `target`; its revision is known once it is stored.
+pub fn new_event(target: &str, reason: &str, message: impl Into<String>) -> pb::Event {
+    pb::Event {
+        name: format!("{}{}", prefix::EVENTS, sortable_id()),
+        time: Some(now()),
+        target: target.to_owned(),
+        reason: reason.to_owned(),
+        message: message.into(),
+        ..Default::default()
+    }
+}
+
+/// How people and `vmctl` name it: `vm web`.
+pub fn short(name: &Name) -> String {
+    let kind = if name.collection == VMS {
+        "vm"
+    } else {
+        "volume"
+    };
+    if name.project == DEFAULT_PROJECT {
+        format!("{kind} {}", name.id)
+    } else {
+        format!("{kind} {}/{}", name.project, name.id)
+    }
+}
+
+/// The etag of something at a generation.
+pub fn etag(uid: &str, generation: u64) -> String {
+    format!("{}-{generation}", &uid[..8.min(uid.len())])
+}
+
+/// A fresh uid.
+pub fn new_uid() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
+/// The current time.
+pub fn now() -> Timestamp {
+    SystemTime::now().into()
+}
+
+/// Ids that sort by the time of their making: microseconds in hexadecimal, then chance.
+fn sortable_id() -> String {
+    let micros = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_micros();
+    format!("{micros:015x}-{}", &new_uid()[..8])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn node_ids_are_plain_in_the_default_project_and_fit_elsewhere() {
+        let uid = "0123456789ab";
+        assert_eq!(node_id(&Name::vm("default", "web"), uid), "web");
+        let long = node_id(&Name::vm("p", &"a".repeat(63)), uid);
+        assert!(api::names::is_id(&long), "{long}");
+        assert_ne!(node_id(&Name::vm("p", "web"), uid), "web");
+    }
+
+    #[test]
+    fn records_survive_encoding() {
+        let record = VmRecord {
+            vm: pb::Vm {
+                name: "projects/default/vms/a".into(),
+                ..Default::default()
+            },
+            node_id: "a".into(),
+            rejected_generation: 3,
+        };
+        assert_eq!(
+            VmRecord::decode(record.encode_to_vec().as_slice()).unwrap(),
+            record
+        );
+    }
+
+    #[test]
+    fn operations_sort_by_age() {
+        let target = Name::vm("default", "a");
+        let names: Vec<String> = (0..3)
+            .map(|_| {
+                std::thread::sleep(std::time::Duration::from_micros(2));
+                new_operation(pb::OperationKind::StartVm, &target, 1).name
+            })
+            .collect();
+        assert!(names.is_sorted(), "{names:?}");
+        assert!(
+            names
+                .iter()
+                .all(|name| api::names::flat_id(name, "operations").is_ok())
+        );
+    }
+}

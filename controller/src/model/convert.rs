@@ -1,0 +1,259 @@
+//! Between users' messages and hosts' messages.
+
+use api::controller as pb;
+use api::names::Name;
+use api::node;
+
+use super::{VmRecord, VolumeRecord};
+
+/// Used when the request names none.
+const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
+
+/// What a host is told about a VM. `volume_node_ids` knows the volumes that the spec names.
+pub fn node_vm_spec(
+    record: &VmRecord,
+    volume_node_id: impl Fn(&str) -> Option<String>,
+) -> node::VmSpec {
+    let spec = record.vm.spec.clone().unwrap_or_default();
+    node::VmSpec {
+        id: record.node_id.clone(),
+        generation: record.vm.generation,
+        power: power(record.vm.desired_power()) as i32,
+        vcpus: spec.vcpus,
+        memory_bytes: spec.memory_bytes,
+        kernel: spec.kernel,
+        initramfs: spec.initramfs,
+        cmdline: spec.cmdline,
+        disks: spec
+            .disks
+            .into_iter()
+            .map(|disk| node_disk(disk, &volume_node_id))
+            .collect(),
+        nics: spec.nics.into_iter().map(node_nic).collect(),
+        vhost_user: spec.vhost_user.into_iter().map(node_vhost_user).collect(),
+        shutdown_grace_ms: spec.shutdown_grace_ms,
+    }
+}
+
+fn power(desired: pb::DesiredPower) -> node::Power {
+    match desired {
+        pb::DesiredPower::On => node::Power::On,
+        pb::DesiredPower::OffNow => node::Power::OffNow,
+        pb::DesiredPower::Off | pb::DesiredPower::Unspecified => node::Power::Off,
+    }
+}
+
+fn node_disk(disk: pb::Disk, volume_node_id: impl Fn(&str) -> Option<String>) -> node::DiskSpec {
+    use node::disk_spec::Source;
+    let source = disk.source.map(|source| match source {
+        pb::disk::Source::Path(path) => Source::Path(path),
+        // A volume that is gone keeps its own id, so that the host says which one it misses.
+        pb::disk::Source::Volume(volume) => Source::Volume(
+            volume_node_id(&volume)
+                .or_else(|| Name::parse_volume(&volume).ok().map(|name| name.id))
+                .unwrap_or(volume),
+        ),
+    });
+    node::DiskSpec {
+        name: disk.name,
+        source,
+        read_only: disk.read_only,
+        num_queues: disk.num_queues,
+        serial: disk.serial,
+    }
+}
+
+fn node_nic(nic: pb::Nic) -> node::NicSpec {
+    node::NicSpec {
+        name: nic.name,
+        tap: nic.tap,
+        mac: nic.mac,
+        queue_pairs: nic.queue_pairs,
+        host_cidr: nic.host_cidr,
+        bridge: nic.bridge,
+        mtu: nic.mtu,
+    }
+}
+
+fn node_vhost_user(device: pb::VhostUserDevice) -> node::VhostUserSpec {
+    node::VhostUserSpec {
+        name: device.name,
+        r#type: device.r#type,
+        socket: device.socket,
+        num_queues: device.num_queues,
+        queue_size: device.queue_size,
+    }
+}
+
+/// What a host is told about a volume.
+pub fn node_create_volume(record: &VolumeRecord) -> node::CreateVolumeRequest {
+    let spec = record.volume.spec.clone().unwrap_or_default();
+    node::CreateVolumeRequest {
+        id: record.node_id.clone(),
+        size_bytes: spec.size_bytes,
+        source_path: spec.source_path,
+        preallocate: spec.preallocate,
+    }
+}
+
+/// What users are told about a VM that a host reports.
+pub fn vm_status(seen: &node::VmStatus, host: &str) -> pb::VmStatus {
+    pb::VmStatus {
+        phase: phase(seen.phase()) as i32,
+        host: host.to_owned(),
+        observed_generation: seen.observed_generation,
+        error: (!seen.error.is_empty()).then(|| pb::OperationError {
+            code: seen.error_code,
+            message: seen.error.clone(),
+            reason: "VM_FAILED".to_owned(),
+        }),
+        stop_reason: seen.stop_reason.clone(),
+        processes: seen.processes.iter().map(process).collect(),
+        devices: seen.devices.iter().map(device).collect(),
+        started_at: seen.started_at,
+        boot_ms: seen.first_console_byte_ms,
+        resets: seen.resets,
+        stale: false,
+    }
+}
+
+fn phase(phase: node::VmPhase) -> pb::VmPhase {
+    match phase {
+        node::VmPhase::Unspecified => pb::VmPhase::Pending,
+        node::VmPhase::Starting => pb::VmPhase::Starting,
+        node::VmPhase::Running => pb::VmPhase::Running,
+        node::VmPhase::Paused => pb::VmPhase::Paused,
+        node::VmPhase::Stopping => pb::VmPhase::Stopping,
+        node::VmPhase::Stopped => pb::VmPhase::Stopped,
+        node::VmPhase::Failed => pb::VmPhase::Failed,
+    }
+}
+
+fn process(seen: &node::ProcessStatus) -> pb::Process {
+    pb::Process {
+        name: seen.name.clone(),
+        pid: seen.pid,
+        rss_kib: seen.rss_kib,
+        pss_kib: seen.pss_kib,
+        devices: seen.devices.clone(),
+        restarts: seen.restarts,
+        sandbox: seen.sandbox.clone(),
+        log: seen.log.clone(),
+        last_error: seen.last_error.clone(),
+    }
+}
+
+fn device(seen: &node::DeviceStatus) -> pb::DeviceHealth {
+    pb::DeviceHealth {
+        name: seen.name.clone(),
+        r#type: seen.r#type.clone(),
+        connected: seen.connected,
+        incarnations: seen.incarnations,
+        last_error: seen.last_error.clone(),
+        driver_ok: seen.driver_ok,
+    }
+}
+
+/// What users are told about a volume that a host reports.
+pub fn volume_status(seen: &node::VolumeStatus, host: &str) -> pb::VolumeStatus {
+    let phase = if seen.creating {
+        pb::VolumePhase::Creating
+    } else {
+        pb::VolumePhase::Ready
+    };
+    pb::VolumeStatus {
+        phase: phase as i32,
+        host: host.to_owned(),
+        size_bytes: seen.size_bytes,
+        path: seen.path.clone(),
+        attached_to: seen.attached_to.clone(),
+        copied_bytes: seen.copied_bytes,
+        error: None,
+    }
+}
+
+/// Fills in what a VM's spec may leave out: sizes, and names of devices.
+pub fn complete_spec(mut spec: pb::VmSpec) -> pb::VmSpec {
+    if spec.vcpus == 0 {
+        spec.vcpus = 1;
+    }
+    if spec.memory_bytes == 0 {
+        spec.memory_bytes = DEFAULT_MEMORY_BYTES;
+    }
+    let mut taken: Vec<String> = spec
+        .disks
+        .iter()
+        .map(|disk| &disk.name)
+        .chain(spec.nics.iter().map(|nic| &nic.name))
+        .chain(spec.vhost_user.iter().map(|device| &device.name))
+        .filter(|name| !name.is_empty())
+        .cloned()
+        .collect();
+    let mut name = |given: &mut String, stem: &str| {
+        if given.is_empty() {
+            let free = (0..)
+                .map(|n| format!("{stem}{n}"))
+                .find(|name| !taken.contains(name))
+                .expect("numbers do not end");
+            taken.push(free.clone());
+            *given = free;
+        }
+    };
+    spec.disks
+        .iter_mut()
+        .for_each(|disk| name(&mut disk.name, "disk"));
+    spec.nics
+        .iter_mut()
+        .for_each(|nic| name(&mut nic.name, "nic"));
+    spec.vhost_user
+        .iter_mut()
+        .for_each(|device| name(&mut device.name, "dev"));
+    spec
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nameless_devices_get_free_names() {
+        let disk = |name: &str| pb::Disk {
+            name: name.into(),
+            ..Default::default()
+        };
+        let spec = complete_spec(pb::VmSpec {
+            disks: vec![disk(""), disk("disk0"), disk("")],
+            nics: vec![pb::Nic::default()],
+            ..Default::default()
+        });
+        let names: Vec<&str> = spec.disks.iter().map(|disk| disk.name.as_str()).collect();
+        assert_eq!(names, ["disk1", "disk0", "disk2"]);
+        assert_eq!(spec.nics[0].name, "nic0");
+        assert_eq!((spec.vcpus, spec.memory_bytes), (1, DEFAULT_MEMORY_BYTES));
+    }
+
+    #[test]
+    fn hosts_get_a_volume_by_its_id_there() {
+        let record = VmRecord {
+            vm: pb::Vm {
+                generation: 4,
+                desired_power: pb::DesiredPower::On as i32,
+                spec: Some(pb::VmSpec {
+                    disks: vec![pb::Disk {
+                        source: Some(pb::disk::Source::Volume("projects/p/volumes/data".into())),
+                        ..Default::default()
+                    }],
+                    ..Default::default()
+                }),
+                ..Default::default()
+            },
+            node_id: "web".into(),
+            rejected_generation: 0,
+        };
+        let spec = node_vm_spec(&record, |_| Some("data-1234".into()));
+        assert_eq!((spec.id.as_str(), spec.generation), ("web", 4));
+        assert_eq!(spec.power(), node::Power::On);
+        let source = spec.disks[0].source.clone().unwrap();
+        assert_eq!(source, node::disk_spec::Source::Volume("data-1234".into()));
+    }
+}

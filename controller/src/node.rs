@@ -1,0 +1,237 @@
+//! The controller's end of a host: a connection that mends itself, what was last seen there, and
+//! the calls that change something.
+//!
+//! Seeing is level-triggered too: a message on the agent's watch only says that it is time to look;
+//! what is believed always comes from one complete answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::listen::Address;
+use api::node::node_agent_client::NodeAgentClient;
+use api::node::*;
+use tokio::sync::{Mutex, watch};
+use tokio_stream::StreamExt;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use crate::plan::Observed;
+
+/// For one attempt to reach the agent.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// For a call that only begins work or only reads.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// For copying an image into a volume: 1 TiB at 150 MB/s.
+const VOLUME_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
+/// Without news it is looked anyway.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A host's agent. Cheap to clone.
+#[derive(Clone)]
+pub struct Node {
+    address: Address,
+    observed: watch::Sender<Arc<Observed>>,
+    channel: watch::Sender<Option<Channel>>,
+    /// Answers must be believed in the order of the questions.
+    looking: Arc<Mutex<()>>,
+}
+
+impl Node {
+    /// The agent at `address`, not connected yet; [`Node::run`] connects.
+    pub fn new(address: Address) -> Self {
+        Self {
+            address,
+            observed: watch::Sender::new(Arc::default()),
+            channel: watch::Sender::new(None),
+            looking: Arc::default(),
+        }
+    }
+
+    /// What was seen last; changes with what is seen.
+    pub fn observed(&self) -> watch::Receiver<Arc<Observed>> {
+        self.observed.subscribe()
+    }
+
+    /// Keeps the connection and what was seen up to date, for ever.
+    pub async fn run(self) {
+        loop {
+            match api::connect::address(&self.address, CONNECT_TIMEOUT).await {
+                Ok(channel) => {
+                    self.channel.send_replace(Some(channel.clone()));
+                    let status = self.follow(channel).await;
+                    tracing::warn!(node = %self.address, %status, "lost the node agent");
+                }
+                Err(error) => {
+                    tracing::debug!(node = %self.address, %error, "node agent does not answer");
+                }
+            }
+            self.channel.send_replace(None);
+            self.disconnected();
+            tokio::time::sleep(RETRY_INTERVAL).await;
+        }
+    }
+
+    /// Looks whenever the agent says so, until it no longer answers.
+    async fn follow(&self, channel: Channel) -> Status {
+        let mut client = NodeAgentClient::new(channel);
+        let changes = tokio::time::timeout(CALL_TIMEOUT, client.watch_vms(WatchVmsRequest {}));
+        let mut changes = match changes.await {
+            Ok(Ok(changes)) => changes.into_inner(),
+            Ok(Err(status)) => return status,
+            Err(_) => return deadline("WatchVms"),
+        };
+        loop {
+            if let Err(status) = self.look().await {
+                return status;
+            }
+            match tokio::time::timeout(LOOK_INTERVAL, changes.next()).await {
+                Err(_) | Ok(Some(Ok(_))) => {}
+                Ok(Some(Err(status))) => return status,
+                Ok(None) => return Status::unavailable("the agent ended the watch"),
+            }
+        }
+    }
+
+    /// Asks for everything and believes the answer.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub async fn look(&self) -> Result<(), Status> {
+        let _in_order = self.looking.lock().await;
+        let mut client = self.client()?;
+        let host = call("GetHost", client.get_host(GetHostRequest {})).await?;
+        let vms = call("ListVms", client.list_vms(ListVmsRequest {}))
+            .await?
+            .vms;
+        let volumes = call("ListVolumes", client.list_volumes(ListVolumesRequest {}))
+            .await?
+            .volumes;
+        let seen = Observed {
+            host: Some(host),
+            vms: vms.into_iter().map(|vm| (vm.id.clone(), vm)).collect(),
+            volumes: volumes
+                .into_iter()
+                .map(|volume| (volume.id.clone(), volume))
+                .collect(),
+            connected: true,
+            last_seen: Some(crate::model::now()),
+        };
+        self.observed.send_replace(Arc::new(seen));
+        Ok(())
+    }
+
+    fn disconnected(&self) {
+        self.observed.send_if_modified(|observed| {
+            let was_connected = observed.connected;
+            if was_connected {
+                Arc::make_mut(observed).connected = false;
+            }
+            was_connected
+        });
+    }
+
+    /// Applies a whole desired state, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn apply_vm(&self, spec: VmSpec) -> Result<(), Status> {
+        let mut client = self.client()?;
+        let request = ApplyVmRequest { spec: Some(spec) };
+        call("ApplyVm", client.apply_vm(request)).await?;
+        self.look().await
+    }
+
+    /// Removes what is left of a stopped VM, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn delete_vm(&self, id: String) -> Result<(), Status> {
+        let mut client = self.client()?;
+        found(call("DeleteVm", client.delete_vm(DeleteVmRequest { id })).await)?;
+        self.look().await
+    }
+
+    /// Hard-resets a running VM.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn reset_vm(&self, id: String) -> Result<VmStatus, Status> {
+        let mut client = self.client()?;
+        let status = call("ResetVm", client.reset_vm(ResetVmRequest { id })).await?;
+        self.look().await?;
+        Ok(status)
+    }
+
+    /// Makes a volume and waits until it is complete, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn create_volume(&self, request: CreateVolumeRequest) -> Result<(), Status> {
+        let mut client = self.client()?;
+        tokio::time::timeout(VOLUME_TIMEOUT, client.create_volume(request))
+            .await
+            .map_err(|_| deadline("CreateVolume"))??;
+        self.look().await
+    }
+
+    /// Removes a volume, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn delete_volume(&self, id: String) -> Result<(), Status> {
+        let mut client = self.client()?;
+        found(
+            call(
+                "DeleteVolume",
+                client.delete_volume(DeleteVolumeRequest { id }),
+            )
+            .await,
+        )?;
+        self.look().await
+    }
+
+    /// Opens a VM's console.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn console(
+        &self,
+        input: impl tokio_stream::Stream<Item = ConsoleInput> + Send + 'static,
+    ) -> Result<tonic::Streaming<ConsoleOutput>, Status> {
+        let mut client = self.client()?;
+        call("Console", client.console(input)).await
+    }
+
+    fn client(&self) -> Result<NodeAgentClient<Channel>, Status> {
+        let channel = self.channel.borrow().clone().ok_or_else(|| {
+            Status::unavailable(format!(
+                "the node agent at {} does not answer",
+                self.address
+            ))
+        })?;
+        Ok(NodeAgentClient::new(channel))
+    }
+}
+
+async fn call<T>(
+    name: &str,
+    answer: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, Status> {
+    match tokio::time::timeout(CALL_TIMEOUT, answer).await {
+        Ok(answer) => answer.map(tonic::Response::into_inner),
+        Err(_) => Err(deadline(name)),
+    }
+}
+
+/// What is not there needs no removing.
+fn found<T>(answer: Result<T, Status>) -> Result<(), Status> {
+    match answer {
+        Err(status) if status.code() != Code::NotFound => Err(status),
+        _ => Ok(()),
+    }
+}
+
+fn deadline(call: &str) -> Status {
+    Status::deadline_exceeded(format!("the node agent did not answer {call} in time"))
+}

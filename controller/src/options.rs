@@ -1,0 +1,208 @@
+//! The command line, and the directories that it names.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use ::api::dirs;
+use ::api::listen::Address;
+use clap::Parser;
+use nix::fcntl::{Flock, FlockArg};
+use thiserror::Error;
+
+/// Runs virtual machines: keeps what is wanted and makes hosts do it.
+///
+/// Killing the controller changes nothing for running VMs; the next one with the same state
+/// directory goes on. SIGTERM stops it cleanly: VMs, their devices and the node agent run on.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Examples:
+  controller --standalone                              one machine, nothing to configure
+  controller --standalone --listen unix:/run/c.sock    reachable by local users only
+  controller --listen 10.0.0.1:7070 --node 10.0.0.2:7071
+
+Environment:
+  MORTISE_LOG   what to log, such as info or controller=debug (default: info)"
+)]
+pub struct Options {
+    /// Manage this machine: start a node agent here, or adopt the one that runs
+    #[arg(long, conflicts_with = "node", required_unless_present = "node")]
+    pub standalone: bool,
+    /// Manage the machine whose node agent listens there
+    #[arg(long, value_name = "HOST:PORT|unix:PATH")]
+    pub node: Option<Address>,
+    /// Where to serve the API; port 0 lets the system choose
+    #[arg(
+        long,
+        value_name = "HOST:PORT|unix:PATH",
+        default_value = "127.0.0.1:7070"
+    )]
+    pub listen: Address,
+    /// What survives a reboot [default: /var/lib/mortise, or ~/.local/state/mortise unless root]
+    #[arg(long, value_name = "DIR", default_value_os_t = dirs::default_state_dir(), hide_default_value = true)]
+    pub state_dir: PathBuf,
+    /// Sockets [default: /run/mortise, or $XDG_RUNTIME_DIR/mortise unless root]
+    #[arg(long, value_name = "DIR", default_value_os_t = dirs::default_run_dir(), hide_default_value = true)]
+    pub run_dir: PathBuf,
+    /// Where node-agent and the other programs are [default: beside this one]
+    #[arg(long, value_name = "DIR")]
+    pub bin_dir: Option<PathBuf>,
+    /// Serve Prometheus metrics there, at /metrics
+    #[arg(long, value_name = "HOST:PORT|unix:PATH")]
+    pub metrics_listen: Option<Address>,
+}
+
+impl Options {
+    /// The directory of the other programs.
+    ///
+    /// # Errors
+    /// When the system does not tell where this program is.
+    pub fn bin_dir(&self) -> io::Result<PathBuf> {
+        if let Some(dir) = &self.bin_dir {
+            return Ok(dir.clone());
+        }
+        let exe = std::env::current_exe()?;
+        Ok(exe.parent().unwrap_or(Path::new("/")).to_owned())
+    }
+}
+
+/// The state directory, for this controller alone.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl StateDir {
+    /// Creates it (mode 0700) if need be and locks it.
+    ///
+    /// # Errors
+    /// When it cannot be created, belongs to somebody else, or another controller uses it.
+    pub fn lock(path: &Path) -> Result<Self, DirError> {
+        create_dir(path)?;
+        let failed = |source| DirError::Lock {
+            path: path.to_owned(),
+            source,
+        };
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path.join("controller.lock"))
+            .map_err(failed)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Self {
+                path: path.to_owned(),
+                _lock: lock,
+            }),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(DirError::InUse {
+                path: path.to_owned(),
+            }),
+            Err((_, errno)) => Err(failed(errno.into())),
+        }
+    }
+
+    /// The file of the embedded store.
+    pub fn store_file(&self) -> PathBuf {
+        self.path.join("controller.redb")
+    }
+}
+
+/// Creates a directory that only this user may enter, or checks that it is such a one.
+///
+/// # Errors
+/// When it cannot be created or belongs to somebody else.
+pub fn create_dir(path: &Path) -> Result<(), DirError> {
+    let failed = |source| DirError::Create {
+        path: path.to_owned(),
+        source,
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(failed)?;
+    let owner = std::fs::metadata(path).map_err(failed)?.uid();
+    if owner != nix::unistd::geteuid().as_raw() {
+        return Err(DirError::Foreign {
+            path: path.to_owned(),
+            owner,
+        });
+    }
+    Ok(())
+}
+
+/// Why a directory cannot be used.
+#[derive(Debug, Error)]
+pub enum DirError {
+    /// No permission, no space, a file in the way.
+    #[error("cannot create the directory {path}; choose another with --state-dir or --run-dir", path = path.display())]
+    Create {
+        /// As asked for.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody else could change what is in it.
+    #[error("{path} belongs to user {owner}; choose another with --state-dir or --run-dir", path = path.display())]
+    Foreign {
+        /// As asked for.
+        path: PathBuf,
+        /// Its owner's number.
+        owner: u32,
+    },
+    /// There is a controller.
+    #[error("another controller uses {path}; stop it or choose another directory with --state-dir", path = path.display())]
+    InUse {
+        /// As asked for.
+        path: PathBuf,
+    },
+    /// The file system refuses locks.
+    #[error("cannot lock {path}", path = path.display())]
+    Lock {
+        /// As asked for.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        use clap::CommandFactory;
+        Options::command().debug_assert();
+        assert!(
+            Options::try_parse_from(["controller"]).is_err(),
+            "standalone or a node"
+        );
+        let both = ["controller", "--standalone", "--node", "127.0.0.1:1"];
+        assert!(Options::try_parse_from(both).is_err());
+    }
+
+    #[test]
+    fn second_controller_on_a_state_dir_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StateDir::lock(dir.path()).unwrap();
+        let error = StateDir::lock(dir.path()).unwrap_err();
+        assert!(error.to_string().contains("another controller"), "{error}");
+        drop(first);
+        StateDir::lock(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn directory_that_cannot_be_made_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let error = StateDir::lock(&file.join("sub")).unwrap_err();
+        assert!(error.to_string().contains("--state-dir"), "{error}");
+    }
+}

@@ -1,0 +1,481 @@
+//! The loop that makes hosts match the store: load what is wanted, look at what was seen, plan, act,
+//! and again on every change, on every answer, and every few seconds.
+//!
+//! Calls to hosts run beside the loop, one at a time for each resource; what fails for now is tried
+//! again after a growing pause, what is refused for good is recorded.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api::controller as pb;
+use prost::Message;
+use tokio::task::JoinSet;
+use tonic::{Code, Status};
+
+use crate::model::{self, VmRecord, VolumeRecord, prefix};
+use crate::node::Node;
+use crate::plan::{Action, Desired, Observed, Stored, plan};
+use crate::store::{Range, SharedStore, StoreError, Transaction};
+
+/// Without any news the loop runs this often.
+const TICK: Duration = Duration::from_secs(5);
+/// Calls to hosts at one time.
+const MAX_CALLS: usize = 32;
+const FIRST_BACKOFF: Duration = Duration::from_millis(200);
+const MAX_BACKOFF: Duration = Duration::from_secs(15);
+/// A failing store is given this long before the next attempt.
+const STORE_RETRY: Duration = Duration::from_secs(1);
+/// Done operations and events that are kept, and how often the rest goes.
+const MAX_OPERATIONS: usize = 1_000;
+const MAX_EVENTS: usize = 10_000;
+const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// See the module.
+pub struct Reconciler {
+    store: SharedStore,
+    node: Node,
+    calls: JoinSet<(Action, Result<(), Status>)>,
+    /// Resources that a call is under way for.
+    busy: HashSet<String>,
+    backoff: HashMap<String, Backoff>,
+}
+
+struct Backoff {
+    pause: Duration,
+    until: Instant,
+}
+
+impl Reconciler {
+    /// Ready to run.
+    pub fn new(store: SharedStore, node: Node) -> Self {
+        Self {
+            store,
+            node,
+            calls: JoinSet::new(),
+            busy: HashSet::new(),
+            backoff: HashMap::new(),
+        }
+    }
+
+    /// Runs for ever. What it does survives its end at any point.
+    pub async fn run(mut self) {
+        let mut observed = self.node.observed();
+        let mut revision = self.store.revision();
+        let mut collect_at = Instant::now();
+        loop {
+            observed.mark_unchanged();
+            revision.mark_unchanged();
+            let seen = observed.borrow().clone();
+            match self.step(&seen).await {
+                Ok(()) | Err(StoreError::Conflict { .. }) => {}
+                Err(error) => {
+                    tracing::error!(error = %with_source(&error), "cannot reconcile");
+                    tokio::time::sleep(STORE_RETRY).await;
+                }
+            }
+            if Instant::now() >= collect_at {
+                if let Err(error) = collect(&self.store).await {
+                    tracing::warn!(error = %with_source(&error), "cannot remove old records");
+                }
+                collect_at = Instant::now() + COLLECT_INTERVAL;
+            }
+            let wake = self.next_retry().unwrap_or(TICK).min(TICK);
+            tokio::select! {
+                _ = observed.changed() => {}
+                _ = revision.changed() => {}
+                Some(finished) = self.calls.join_next() => self.finished(finished).await,
+                () = tokio::time::sleep(wake) => {}
+            }
+        }
+    }
+
+    async fn step(&mut self, seen: &Arc<Observed>) -> Result<(), StoreError> {
+        let desired = load(&self.store).await?;
+        for action in plan(&desired, seen) {
+            match &action {
+                Action::ApplyVm { name, .. }
+                | Action::DeleteVm { name, .. }
+                | Action::CreateVolume { name, .. }
+                | Action::DeleteVolume { name, .. } => {
+                    let name = name.clone();
+                    self.call(name, action);
+                }
+                Action::RecordVm {
+                    name,
+                    status,
+                    ended,
+                } => {
+                    record_vm(&self.store, &desired.vms[name], status, *ended).await?;
+                }
+                Action::RecordVolume { name, status } => {
+                    record_volume(&self.store, &desired.volumes[name], status).await?;
+                }
+                Action::ForgetVm { name } if !self.busy.contains(name) => {
+                    let stored = &desired.vms[name];
+                    forget(&self.store, name, &stored.record.node_id, stored.revision).await?;
+                }
+                Action::ForgetVolume { name } if !self.busy.contains(name) => {
+                    let stored = &desired.volumes[name];
+                    forget(&self.store, name, &stored.record.node_id, stored.revision).await?;
+                }
+                Action::ForgetVm { .. } | Action::ForgetVolume { .. } => {}
+                Action::FinishOperation { name, error } => {
+                    finish(&self.store, name, error.clone()).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn call(&mut self, name: String, action: Action) {
+        let waits = self
+            .backoff
+            .get(&name)
+            .is_some_and(|backoff| backoff.until > Instant::now());
+        if waits || self.busy.contains(&name) || self.calls.len() >= MAX_CALLS {
+            return;
+        }
+        self.busy.insert(name);
+        let node = self.node.clone();
+        self.calls.spawn(async move {
+            let result = match action.clone() {
+                Action::ApplyVm { spec, .. } => node.apply_vm(spec).await,
+                Action::DeleteVm { node_id, .. } => node.delete_vm(node_id).await,
+                Action::CreateVolume { request, .. } => node.create_volume(request).await,
+                Action::DeleteVolume { node_id, .. } => node.delete_volume(node_id).await,
+                _ => Ok(()),
+            };
+            (action, result)
+        });
+    }
+
+    async fn finished(
+        &mut self,
+        finished: Result<(Action, Result<(), Status>), tokio::task::JoinError>,
+    ) {
+        let (action, result) = match finished {
+            Ok(finished) => finished,
+            Err(error) => {
+                // Whose call it was is not known; all are free to be made again.
+                tracing::error!(%error, "a call to a host panicked");
+                self.busy.clear();
+                return;
+            }
+        };
+        let (Action::ApplyVm { name, .. }
+        | Action::DeleteVm { name, .. }
+        | Action::CreateVolume { name, .. }
+        | Action::DeleteVolume { name, .. }) = &action
+        else {
+            return;
+        };
+        self.busy.remove(name);
+        let Err(status) = result else {
+            self.backoff.remove(name);
+            return;
+        };
+        tracing::warn!(%name, %status, "the host did not do what was asked");
+        if is_final(status.code())
+            && let Err(error) = record_refusal(&self.store, &action, &status).await
+        {
+            tracing::warn!(%name, error = %with_source(&error), "cannot record a host's refusal");
+        }
+        let pause = self
+            .backoff
+            .get(name)
+            .map_or(FIRST_BACKOFF, |last| last.pause * 2);
+        let pause = pause.min(MAX_BACKOFF);
+        self.backoff.insert(
+            name.clone(),
+            Backoff {
+                pause,
+                until: Instant::now() + pause,
+            },
+        );
+    }
+
+    fn next_retry(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let due = self
+            .backoff
+            .values()
+            .map(|backoff| backoff.until)
+            .filter(|until| *until > now);
+        due.min()
+            .map(|until| until - now + Duration::from_millis(1))
+    }
+}
+
+/// Asking again will not help.
+fn is_final(code: Code) -> bool {
+    matches!(
+        code,
+        Code::InvalidArgument
+            | Code::FailedPrecondition
+            | Code::AlreadyExists
+            | Code::NotFound
+            | Code::OutOfRange
+            | Code::PermissionDenied
+            | Code::Unimplemented
+            | Code::Aborted
+    )
+}
+
+/// Everything that is wanted, as of now.
+pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
+    let mut desired = Desired::default();
+    for item in store.list(Range::all(prefix::VMS)).await?.items {
+        let record: VmRecord = decode(&item.key, &item.value)?;
+        let stored = Stored {
+            record,
+            revision: item.revision,
+        };
+        desired.vms.insert(stored.record.vm.name.clone(), stored);
+    }
+    for item in store.list(Range::all(prefix::VOLUMES)).await?.items {
+        let record: VolumeRecord = decode(&item.key, &item.value)?;
+        let stored = Stored {
+            record,
+            revision: item.revision,
+        };
+        desired
+            .volumes
+            .insert(stored.record.volume.name.clone(), stored);
+    }
+    for item in store.list(Range::all(prefix::PENDING)).await?.items {
+        let id = item.key.trim_start_matches(prefix::PENDING);
+        if let Some(item) = store.get(&format!("{}{id}", prefix::OPERATIONS)).await? {
+            desired.pending.push(decode(&item.key, &item.value)?);
+        }
+    }
+    Ok(desired)
+}
+
+async fn record_vm(
+    store: &SharedStore,
+    stored: &Stored<VmRecord>,
+    status: &pb::VmStatus,
+    ended: bool,
+) -> Result<(), StoreError> {
+    let mut record = stored.record.clone();
+    let before = record.status();
+    let mut status = status.clone();
+    // Figures that change all the time are added when somebody reads.
+    status.processes.clear();
+    status.devices.clear();
+    if record.rejected_generation == record.vm.generation {
+        status.error = before.error.clone();
+    }
+    if ended {
+        record.vm.desired_power = pb::DesiredPower::Off as i32;
+    }
+    let name = record.vm.name.clone();
+    let mut transaction = Transaction::new();
+    if before.phase != status.phase || before.resets != status.resets {
+        let event = phase_event(&name, &before, &status);
+        transaction = transaction.put(event.name.clone(), event.encode_to_vec());
+    }
+    record.vm.status = Some(status);
+    let key = key_of(&name);
+    let transaction = transaction
+        .if_unchanged(key.clone(), stored.revision)
+        .put(key, record.encode_to_vec());
+    store.commit(transaction).await.map(drop)
+}
+
+fn phase_event(name: &str, before: &pb::VmStatus, status: &pb::VmStatus) -> pb::Event {
+    if before.phase == status.phase {
+        return model::new_event(name, "VM_RESET", format!("reset {} so far", status.resets));
+    }
+    let reason = status.phase().as_str_name().replace("VM_PHASE_", "VM_");
+    let error = status
+        .error
+        .as_ref()
+        .map(|error| error.message.clone())
+        .unwrap_or_default();
+    let message = match status.phase() {
+        pb::VmPhase::Failed => error,
+        pb::VmPhase::Stopped => status.stop_reason.clone(),
+        pb::VmPhase::Running => format!("on {}", status.host),
+        _ => String::new(),
+    };
+    let mut event = model::new_event(name, &reason, message);
+    event.warning = status.phase() == pb::VmPhase::Failed;
+    event
+}
+
+async fn record_volume(
+    store: &SharedStore,
+    stored: &Stored<VolumeRecord>,
+    status: &pb::VolumeStatus,
+) -> Result<(), StoreError> {
+    let mut record = stored.record.clone();
+    let name = record.volume.name.clone();
+    record.volume.status = Some(pb::VolumeStatus {
+        attached_to: String::new(),
+        ..status.clone()
+    });
+    let event = model::new_event(
+        &name,
+        "VOLUME_READY",
+        format!("{} bytes", status.size_bytes),
+    );
+    let key = key_of(&name);
+    let transaction = Transaction::new()
+        .if_unchanged(key.clone(), stored.revision)
+        .put(key, record.encode_to_vec())
+        .put(event.name.clone(), event.encode_to_vec());
+    store.commit(transaction).await.map(drop)
+}
+
+/// Removes a record that nothing stands for any more.
+async fn forget(
+    store: &SharedStore,
+    name: &str,
+    node_id: &str,
+    revision: u64,
+) -> Result<(), StoreError> {
+    let parsed = api::names::Name::parse_vm(name).or_else(|_| api::names::Name::parse_volume(name));
+    let Ok(parsed) = parsed else { return Ok(()) };
+    let reason = if parsed.collection == api::names::VMS {
+        "VM_DELETED"
+    } else {
+        "VOLUME_DELETED"
+    };
+    let event = model::new_event(name, reason, "");
+    let transaction = Transaction::new()
+        .if_unchanged(model::key(&parsed), revision)
+        .delete(model::key(&parsed))
+        .delete(model::node_id_key(&parsed, node_id))
+        .put(event.name.clone(), event.encode_to_vec());
+    store.commit(transaction).await.map(drop)
+}
+
+async fn finish(
+    store: &SharedStore,
+    name: &str,
+    error: Option<pb::OperationError>,
+) -> Result<(), StoreError> {
+    let Some(item) = store.get(name).await? else {
+        return Ok(());
+    };
+    let mut operation: pb::Operation = decode(name, &item.value)?;
+    operation.done = true;
+    operation.error = error;
+    operation.end_time = Some(model::now());
+    if let Some(metadata) = &mut operation.metadata {
+        metadata.progress.clear();
+    }
+    let transaction = Transaction::new()
+        .if_unchanged(name, item.revision)
+        .put(name, operation.encode_to_vec())
+        .delete(model::pending_key(name));
+    store.commit(transaction).await.map(drop)
+}
+
+/// A host will never do this: note why, and stop wanting it.
+async fn record_refusal(
+    store: &SharedStore,
+    action: &Action,
+    status: &Status,
+) -> Result<(), StoreError> {
+    let error = pb::OperationError {
+        code: status.code() as i32,
+        message: api::errors::explain(status),
+        reason: api::errors::reason(status).unwrap_or_else(|| "HOST_REFUSED".to_owned()),
+    };
+    let (name, generation) = match action {
+        Action::ApplyVm { name, spec } => (name, spec.generation),
+        Action::CreateVolume { name, .. } => (name, 0),
+        // A deletion stays wanted: what stands in its way may go.
+        _ => return Ok(()),
+    };
+    let key = key_of(name);
+    let Some(item) = store.get(&key).await? else {
+        return Ok(());
+    };
+    let mut event = model::new_event(name, "HOST_REFUSED", error.message.clone());
+    event.warning = true;
+    let value = if matches!(action, Action::ApplyVm { .. }) {
+        let mut record: VmRecord = decode(&key, &item.value)?;
+        if record.vm.generation != generation {
+            return Ok(());
+        }
+        record.rejected_generation = generation;
+        record.vm.desired_power = pb::DesiredPower::Off as i32;
+        record.vm.status.get_or_insert_default().error = Some(error);
+        record.encode_to_vec()
+    } else {
+        let mut record: VolumeRecord = decode(&key, &item.value)?;
+        let status = record.volume.status.get_or_insert_default();
+        status.phase = pb::VolumePhase::Failed as i32;
+        status.error = Some(error);
+        record.encode_to_vec()
+    };
+    let transaction = Transaction::new()
+        .if_unchanged(key.clone(), item.revision)
+        .put(key, value)
+        .put(event.name.clone(), event.encode_to_vec());
+    store.commit(transaction).await.map(drop)
+}
+
+/// Removes the oldest done operations, with their request ids, and the oldest events.
+async fn collect(store: &SharedStore) -> Result<(), StoreError> {
+    let operations = store.list(Range::all(prefix::OPERATIONS)).await?.items;
+    let surplus = operations.len().saturating_sub(MAX_OPERATIONS);
+    for item in operations.into_iter().take(surplus) {
+        let operation: pb::Operation = decode(&item.key, &item.value)?;
+        if !operation.done {
+            continue;
+        }
+        let mut transaction = Transaction::new().delete(item.key);
+        let metadata = operation.metadata.unwrap_or_default();
+        let project = metadata.target.split('/').nth(1);
+        if let Some(project) = project.filter(|_| !metadata.request_id.is_empty()) {
+            transaction = transaction.delete(model::request_key(project, &metadata.request_id));
+        }
+        store.commit(transaction).await?;
+    }
+    let events = store.list(Range::all(prefix::EVENTS)).await?.items;
+    let surplus = events.len().saturating_sub(MAX_EVENTS);
+    if surplus > 0 {
+        let mut transaction = Transaction::new();
+        for item in events.into_iter().take(surplus) {
+            transaction = transaction.delete(item.key);
+        }
+        store.commit(transaction).await?;
+    }
+    Ok(())
+}
+
+/// `projects/p/vms/v` is stored at `vms/p/v`.
+fn key_of(name: &str) -> String {
+    let mut parts = name.split('/').skip(1);
+    let project = parts.next().unwrap_or_default();
+    let collection = parts.next().unwrap_or_default();
+    format!(
+        "{collection}/{project}/{}",
+        parts.next().unwrap_or_default()
+    )
+}
+
+/// Decodes a stored record.
+///
+/// # Errors
+/// When the store holds something else.
+pub fn decode<T: Message + Default>(_key: &str, value: &[u8]) -> Result<T, StoreError> {
+    T::decode(value).map_err(|error| StoreError::Backend(Box::new(error)))
+}
+
+/// An error and its causes, for a log line.
+pub fn with_source(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
