@@ -10,10 +10,15 @@ mod smp;
 mod system;
 
 use guest::plan::{End, Job, Plan};
-use guest::report::{self, Report, UP_LINE};
+use guest::report::{self, ON_ROOT_DISK_LINE, Report, UP_LINE};
+
+const ON_ROOT_DISK_ARG: &str = "--on-root-disk";
 
 fn main() {
-    report::print_line(UP_LINE.trim_start_matches(report::PREFIX));
+    match on_root_disk() {
+        false => report::print_line(UP_LINE.trim_start_matches(report::PREFIX)),
+        true => report::print_line(ON_ROOT_DISK_LINE.trim_start_matches(report::PREFIX)),
+    }
     let (plan, problem) = match prepare() {
         Ok(plan) => (plan, None),
         Err(error) => (Plan::default(), Some(error)),
@@ -48,6 +53,9 @@ fn prepare() -> Result<Plan, String> {
     let plan: Plan = cmdline
         .parse()
         .map_err(|error: guest::plan::BadWord| error.to_string())?;
+    if on_root_disk() {
+        return Ok(plan);
+    }
     system::load_modules("devices")?;
     if plan
         .jobs
@@ -59,7 +67,15 @@ fn prepare() -> Result<Plan, String> {
     if plan.end == End::Wait {
         system::load_modules("button")?;
     }
-    Ok(plan)
+    match &plan.root {
+        Some(device) => Err(system::continue_from(device, ON_ROOT_DISK_ARG)),
+        None => Ok(plan),
+    }
+}
+
+/// Whether this is the second life, after [`system::continue_from`].
+fn on_root_disk() -> bool {
+    std::env::args().any(|arg| arg == ON_ROOT_DISK_ARG)
 }
 
 fn run(job: &Job) -> Report {

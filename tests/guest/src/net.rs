@@ -1,22 +1,13 @@
 //! Verified network I/O over the first NIC.
-//!
-//! ```text
-//! guest                          host
-//! payload(seed), bytes     ->
-//!                          <-    SHA-256 of what came
-//!                          <-    payload(!seed), bytes
-//! SHA-256 of what came     ->
-//! ```
 
 use std::fs;
-use std::io::{self, Read, Write};
 use std::net::{SocketAddrV4, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use guest::pattern::{BLOCK_LEN, fill};
+use guest::exchange::as_guest;
+use guest::pattern::BLOCK_LEN;
 use guest::report::Report;
-use sha2::{Digest, Sha256};
 
 use crate::system::wait_for;
 
@@ -76,28 +67,11 @@ fn try_exchange(peer: SocketAddrV4, seed: u64, bytes: u64) -> Result<String, Str
     if !bytes.is_multiple_of(BLOCK_LEN as u64) {
         return Err(format!("{bytes} is not a whole number of blocks"));
     }
-    let mut stream = connect(peer)?;
-    let step = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
-    stream
-        .set_read_timeout(Some(LIMIT))
-        .map_err(step("socket"))?;
-    stream
-        .set_write_timeout(Some(LIMIT))
-        .map_err(step("socket"))?;
-    let sent = send(&mut stream, seed, bytes).map_err(step("send"))?;
-    let mut arrived = [0; 32];
-    stream
-        .read_exact(&mut arrived)
-        .map_err(step("receive the host's hash"))?;
-    if arrived != sent {
-        return Err("the host received something else than was sent".into());
-    }
-    let received = receive(&mut stream, bytes).map_err(step("receive"))?;
-    stream.write_all(&received).map_err(step("send the hash"))?;
-    if received != expected(!seed, bytes) {
-        return Err("something else was received than the host was to send".into());
-    }
-    Ok(received.iter().map(|byte| format!("{byte:02x}")).collect())
+    let stream = connect(peer)?;
+    let socket = |error: std::io::Error| format!("socket: {error}");
+    stream.set_read_timeout(Some(LIMIT)).map_err(socket)?;
+    stream.set_write_timeout(Some(LIMIT)).map_err(socket)?;
+    as_guest(stream, seed, bytes).map(|received| received.to_string())
 }
 
 /// The host's end of the link may come up later than ours.
@@ -112,35 +86,4 @@ fn connect(peer: SocketAddrV4) -> Result<TcpStream, String> {
             Err(_) => std::thread::sleep(Duration::from_millis(100)),
         }
     }
-}
-
-fn send(stream: &mut TcpStream, seed: u64, bytes: u64) -> io::Result<[u8; 32]> {
-    let mut hash = Sha256::new();
-    let mut block = [0; BLOCK_LEN];
-    for index in 0..bytes / BLOCK_LEN as u64 {
-        fill(seed, index, &mut block);
-        hash.update(block);
-        stream.write_all(&block)?;
-    }
-    Ok(hash.finalize().into())
-}
-
-fn receive(stream: &mut TcpStream, bytes: u64) -> io::Result<[u8; 32]> {
-    let mut hash = Sha256::new();
-    let mut block = [0; BLOCK_LEN];
-    for _ in 0..bytes / BLOCK_LEN as u64 {
-        stream.read_exact(&mut block)?;
-        hash.update(block);
-    }
-    Ok(hash.finalize().into())
-}
-
-fn expected(seed: u64, bytes: u64) -> [u8; 32] {
-    let mut hash = Sha256::new();
-    let mut block = [0; BLOCK_LEN];
-    for index in 0..bytes / BLOCK_LEN as u64 {
-        fill(seed, index, &mut block);
-        hash.update(block);
-    }
-    hash.finalize().into()
 }

@@ -1,6 +1,6 @@
 //! A test guest's work, as words on its kernel command line.
 //!
-//! `mortise.smp=4 mortise.addr=10.0.0.2/24 mortise.net=10.0.0.1:5000,SEED,BYTES
+//! `mortise.root=vda mortise.smp=4 mortise.addr=10.0.0.2/24 mortise.net=10.0.0.1:5000,SEED,BYTES
 //! mortise.disk=vda,SEED,BYTES mortise.folder=TAG,SEED mortise.end=poweroff`; jobs run in the
 //! order of their words, and a job may occur several times.
 
@@ -11,6 +11,8 @@ use std::str::FromStr;
 /// All that a guest does after it came up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
+    /// Device with an ext4 file system to continue from, as in `/dev`: vda.
+    pub root: Option<String>,
     /// In order.
     pub jobs: Vec<Job>,
     /// What comes after the jobs.
@@ -95,6 +97,9 @@ impl std::error::Error for BadWord {}
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(device) = &self.root {
+            write!(f, "mortise.root={device} ")?;
+        }
         for job in &self.jobs {
             match job {
                 Job::Smp { cpus } => write!(f, "mortise.smp={cpus} ")?,
@@ -171,6 +176,10 @@ impl Plan {
                 tag: (*tag).to_owned(),
                 seed: seed.parse().ok()?,
             },
+            ("root", [device]) => {
+                self.root = Some((*device).to_owned());
+                return Some(());
+            }
             ("end", [end]) => {
                 self.end = match *end {
                     "poweroff" => End::PowerOff,
@@ -195,6 +204,7 @@ mod tests {
     #[test]
     fn a_plan_survives_the_command_line() {
         let plan = Plan {
+            root: Some("vda".into()),
             jobs: vec![
                 Job::Smp { cpus: 4 },
                 Job::Address("10.0.0.2/24".into()),

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 /// The first line of userspace.
 pub const UP_LINE: &str = "mortise-guest: userspace up";
+/// The first line after the guest moved to its root disk.
+pub const ON_ROOT_DISK_LINE: &str = "mortise-guest: running from the root disk";
 /// Before each report.
 pub const PREFIX: &str = "mortise-guest: ";
 

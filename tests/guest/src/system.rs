@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,6 +33,27 @@ pub(crate) fn mount_on(kind: &str, source: &str, dir: &str) -> Result<(), String
         None::<&str>,
     )
     .map_err(|error| format!("cannot mount {kind} on {dir}: {error}"))
+}
+
+/// Makes a disk's file system the root and starts its `/sbin/init`; returns only a failure.
+pub(crate) fn continue_from(device: &str, arg: &str) -> String {
+    let path = format!("/dev/{device}");
+    let moved = wait_for(&path, Duration::from_secs(20), || {
+        fs::exists(&path).unwrap_or(false)
+    })
+    .and_then(|()| mount_on("ext4", &path, "/mnt"))
+    .and_then(|()| {
+        let entered =
+            std::os::unix::fs::chroot("/mnt").and_then(|()| std::env::set_current_dir("/"));
+        entered.map_err(|error| format!("cannot enter {path}: {error}"))
+    });
+    match moved {
+        Ok(()) => format!(
+            "cannot start /sbin/init: {}",
+            Command::new("/sbin/init").arg(arg).exec()
+        ),
+        Err(error) => error,
+    }
 }
 
 /// Loads the modules listed in `/modules/SET`, one path a line, in that order.
@@ -104,6 +126,7 @@ pub(crate) fn wait_for_power_button() -> Result<(), String> {
 
 /// Runs a shell on the console until it ends.
 pub(crate) fn shell() {
+    guest::report::print_line("waiting for the shell to end");
     if let Err(error) = Command::new("/bin/busybox").arg("sh").status() {
         guest::report::print_line(&format!("cannot run a shell: {error}"));
     }

@@ -7,11 +7,14 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 
 use crate::artifacts::Artifacts;
+use crate::demo::Demo;
 use crate::initramfs::Tool;
 use crate::inside::{self, Events};
 use crate::job::{Event, Job};
 use crate::progress::step;
-use crate::{nested, workspace};
+use crate::runner::Kit;
+use crate::suite::Suite;
+use crate::{nested, workspace, wrappers};
 
 /// Runs Mortise where it can be run: on real KVM, or in an emulated host that has one.
 #[derive(Debug, Parser)]
@@ -23,8 +26,14 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Build, boot a real VM made of separate processes, and verify its disk and network I/O.
+    Demo(Demo),
+    /// Run all tests, the fast ones first.
+    Test(Suite),
     /// Fetch the kernel, QEMU and tools, and print where they are.
     Artifacts,
+    /// Print the variables that integration tests need, to run them by cargo alone.
+    Env,
     /// Boot a nested host and run a command in it, with its output shown.
     ///
     /// There, /dev/kvm is real, and GUEST_KERNEL (ELF), GUEST_BZIMAGE and GUEST_INITRD name a
@@ -63,6 +72,16 @@ impl Cli {
     /// Does what was asked; returns the exit code.
     pub(crate) fn run(self) -> Result<i32> {
         match self.command {
+            Verb::Demo(demo) => demo.run(),
+            Verb::Test(suite) => suite.run(),
+            Verb::Env => {
+                let kit = Kit::prepare()?;
+                let variables = kit.site().variables().into_iter();
+                for (name, path) in variables.chain(wrappers::variables(&kit.artifacts)?) {
+                    println!("export {name}={}", path.display());
+                }
+                Ok(0)
+            }
             Verb::Artifacts => {
                 println!("{}", serde_json::to_string_pretty(&Artifacts::obtain()?)?);
                 Ok(0)
@@ -72,7 +91,14 @@ impl Cli {
                 let mut events = Events::open(&events)?;
                 let job = std::fs::read(&job)
                     .with_context(|| format!("cannot read {}", job.display()))?;
-                inside::run(&serde_json::from_slice(&job)?, &mut events);
+                let end = match inside::run(&serde_json::from_slice(&job)?, &mut events) {
+                    Ok(code) => Event::End { code, error: None },
+                    Err(error) => Event::End {
+                        code: 1,
+                        error: Some(format!("{error:#}")),
+                    },
+                };
+                events.send(&end);
                 Ok(0)
             }
         }

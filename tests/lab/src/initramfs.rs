@@ -5,12 +5,14 @@
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use crate::artifacts::{self, Artifacts, Program, modules};
 use crate::cpio::Cpio;
 use crate::job::Job;
+use crate::nested::RunDir;
 use crate::{tool, workspace};
 
 /// Inside nested hosts.
@@ -19,6 +21,8 @@ pub(crate) const GUEST_KERNEL: &str = "/boot/vmlinux";
 pub(crate) const GUEST_BZIMAGE: &str = "/boot/vmlinuz";
 /// Inside nested hosts.
 pub(crate) const GUEST_INITRD: &str = "/boot/guest.cpio";
+/// Inside nested hosts.
+pub(crate) const GUEST_ROOTFS: &str = "/boot/guest.ext4";
 /// Inside nested hosts: what `/init` runs.
 pub(crate) const JOB_FILE: &str = "/lab/job.json";
 /// Inside nested hosts: module files, one a line, in loading order.
@@ -44,6 +48,9 @@ const HOST_MODULES: &[&str] = &[
     "virtio_net",
     "virtio_blk",
 ];
+
+/// Room for the guest and some writing.
+const ROOTFS_BYTES: u64 = 32 << 20;
 
 /// A program to have in a nested host.
 #[derive(Clone, Debug)]
@@ -93,9 +100,7 @@ impl Tool {
 
 /// Builds the guest's initramfs; cached until kernel or guest binary change.
 pub(crate) fn guest(artifacts: &Artifacts) -> Result<PathBuf> {
-    let binaries = workspace::build(&["build", "--package", "guest"])?;
-    let binary = binaries.first().context("cargo built no guest binary")?;
-    let init = workspace::stripped(&binary.file)?;
+    let init = guest_binary()?;
     let path =
         workspace::lab_subdir("guest")?.join(format!("guest-{}.cpio", artifacts.kernel.release));
     if newer(&path, &[&init, &artifacts.kernel.vmlinux]) {
@@ -114,6 +119,32 @@ pub(crate) fn guest(artifacts: &Artifacts) -> Result<PathBuf> {
     }
     cpio.finish()?;
     fs::rename(&partial, &path)?;
+    Ok(path)
+}
+
+/// Builds an ext4 image with a guest in it, for `mortise.root=`; cached like its initramfs.
+pub(crate) fn guest_rootfs(artifacts: &Artifacts) -> Result<PathBuf> {
+    let init = guest_binary()?;
+    let path = workspace::lab_subdir("guest")?.join("guest.ext4");
+    if newer(&path, &[&init, &artifacts.busybox]) {
+        return Ok(path);
+    }
+    let staging = RunDir::create()?;
+    let tree = staging.0.join("tree");
+    for dir in ["sbin", "bin", "proc", "sys", "dev", "mnt", "tmp"] {
+        fs::create_dir_all(tree.join(dir))?;
+    }
+    fs::copy(&init, tree.join("sbin/init"))?;
+    fs::copy(&artifacts.busybox, tree.join("bin/busybox"))?;
+    let image = staging.0.join("image");
+    File::create(&image)?.set_len(ROOTFS_BYTES)?;
+    tool::output(
+        Command::new(&artifacts.mke2fs)
+            .args(["-q", "-F", "-t", "ext4", "-d"])
+            .arg(&tree)
+            .arg(&image),
+    )?;
+    fs::rename(&image, &path)?;
     Ok(path)
 }
 
@@ -164,6 +195,16 @@ pub(crate) fn nested_host(
     cpio.bytes(JOB_FILE, 0o644, &serde_json::to_vec(job)?)?;
     cpio.finish()?;
     Ok(())
+}
+
+fn guest_binary() -> Result<PathBuf> {
+    let binaries = workspace::build(&["build", "--package", "guest"])?;
+    workspace::stripped(
+        &binaries
+            .first()
+            .context("cargo built no guest binary")?
+            .file,
+    )
 }
 
 fn create(path: &Path) -> Result<Cpio<BufWriter<File>>> {

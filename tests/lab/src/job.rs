@@ -1,5 +1,7 @@
 //! What is run on real KVM, and what it reports: the same directly and in a nested host.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// One run.
@@ -8,6 +10,45 @@ use serde::{Deserialize, Serialize};
 pub(crate) enum Job {
     /// A developer's command, on the host's console.
     Command { argv: Vec<String> },
+    /// The main job, verified from end to end.
+    Demo { site: Site, by_hand: bool },
+    /// The integration tests whose names start with `nested::` and contain `filter`.
+    Tests {
+        site: Site,
+        binary: PathBuf,
+        filter: String,
+        long: bool,
+    },
+}
+
+/// Where things are on the machine on which a job runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Site {
+    /// vmm-core and the others.
+    pub(crate) bin_dir: PathBuf,
+    /// The ELF kernel.
+    pub(crate) kernel: PathBuf,
+    pub(crate) bzimage: PathBuf,
+    pub(crate) initrd: PathBuf,
+    /// An ext4 file system with a guest in it.
+    pub(crate) rootfs: PathBuf,
+    pub(crate) busybox: PathBuf,
+    /// As in `uname -r`.
+    pub(crate) kernel_release: String,
+}
+
+impl Site {
+    /// The variables by which integration tests find these files.
+    pub(crate) fn variables(&self) -> [(&'static str, PathBuf); 6] {
+        [
+            ("MORTISE_BIN_DIR", self.bin_dir.clone()),
+            ("GUEST_KERNEL", self.kernel.clone()),
+            ("GUEST_BZIMAGE", self.bzimage.clone()),
+            ("GUEST_INITRD", self.initrd.clone()),
+            ("GUEST_ROOTFS", self.rootfs.clone()),
+            ("BUSYBOX", self.busybox.clone()),
+        ]
+    }
 }
 
 /// One line of JSON from a running job.
@@ -16,6 +57,66 @@ pub(crate) enum Job {
 pub(crate) enum Event {
     /// A step began, for people.
     Step { text: String },
+    /// The demo's measurements.
+    Demo(DemoReport),
+    /// A test ended.
+    Test(TestResult),
     /// The job ended; nothing follows.
     End { code: i32, error: Option<String> },
+}
+
+/// What the demo saw.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct DemoReport {
+    /// Release of the kernel that the guest booted.
+    pub(crate) guest_kernel: String,
+    /// From exec of vmm-core to the guest's first userspace line.
+    pub(crate) boot_ms: u64,
+    /// CPUs that the guest had running at the same time.
+    pub(crate) vcpus_used: u32,
+    /// Written, flushed and read back in the guest, and found in the image by the host afterwards.
+    pub(crate) disk_verified: bool,
+    pub(crate) disk_bytes: u64,
+    /// Both ways, hashes equal on both sides.
+    pub(crate) net_verified: bool,
+    /// Sum of both ways.
+    pub(crate) net_bytes: u64,
+    /// The guest powered itself off after the power button, and nothing was left behind.
+    pub(crate) clean_shutdown: bool,
+    pub(crate) processes: Vec<Process>,
+    /// Start of the first process to the end of the last.
+    pub(crate) elapsed_ms: u64,
+    /// Whatever was not as it should be.
+    pub(crate) problems: Vec<String>,
+}
+
+/// One process of the running VM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Process {
+    pub(crate) name: String,
+    pub(crate) pid: u32,
+    /// Guest RAM not counted.
+    pub(crate) rss_kib: u64,
+    /// Guest RAM not counted.
+    pub(crate) pss_kib: u64,
+    /// What the kernel says of it: no_new_privs, seccomp, and what the process itself reports.
+    pub(crate) sandbox: Vec<String>,
+}
+
+/// How one test went.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TestResult {
+    pub(crate) name: String,
+    pub(crate) outcome: Outcome,
+    pub(crate) elapsed_ms: u64,
+    /// What a failed test printed, its end.
+    pub(crate) output: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Outcome {
+    Passed,
+    Failed,
+    Skipped,
 }

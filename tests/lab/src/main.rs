@@ -5,13 +5,18 @@
 mod artifacts;
 mod cli;
 mod cpio;
+mod demo;
 mod initramfs;
 mod inside;
 mod job;
+mod kvm;
 mod nested;
 mod progress;
+mod runner;
+mod suite;
 mod tool;
 mod workspace;
+mod wrappers;
 
 use std::process::ExitCode;
 

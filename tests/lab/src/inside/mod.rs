@@ -1,6 +1,10 @@
 //! Runs a job where `/dev/kvm` is a real KVM: on this machine, or as a child of a nested host's
 //! `/init`.
 
+mod child;
+mod demo;
+pub(crate) mod test_run;
+
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -11,41 +15,55 @@ use anyhow::{Context, Result, ensure};
 use crate::job::{Event, Job};
 
 /// Where events go.
-pub(crate) struct Events(File);
+pub(crate) struct Events<'a>(Box<dyn FnMut(&Event) + 'a>);
 
-impl Events {
+impl<'a> Events<'a> {
+    /// Hands each event to a function.
+    pub(crate) fn to(receiver: impl FnMut(&Event) + 'a) -> Self {
+        Self(Box::new(receiver))
+    }
+
+    /// Writes each event as a line. A vanished listener doesn't stop the job.
+    ///
     /// # Errors
     /// When the file can't be opened.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::options().append(true).open(path);
-        Ok(Self(file.with_context(|| {
-            format!("cannot open {}", path.display())
-        })?))
+        let mut file = file.with_context(|| format!("cannot open {}", path.display()))?;
+        Ok(Self::to(move |event| {
+            let mut line = serde_json::to_string(event).unwrap_or_default();
+            line.push('\n');
+            let _ = file.write_all(line.as_bytes());
+        }))
     }
 
-    /// Sends one event. A vanished listener doesn't stop the job.
+    /// Tells people what comes next.
+    pub(crate) fn step(&mut self, text: impl std::fmt::Display) {
+        self.send(&Event::Step {
+            text: text.to_string(),
+        });
+    }
+
+    /// Sends one event.
     pub(crate) fn send(&mut self, event: &Event) {
-        let mut line = serde_json::to_string(event).unwrap_or_default();
-        line.push('\n');
-        let _ = self.0.write_all(line.as_bytes());
+        (self.0)(event);
     }
 }
 
-/// Runs the job and reports its end.
-pub(crate) fn run(job: &Job, events: &mut Events) {
-    let end = match execute(job) {
-        Ok(code) => Event::End { code, error: None },
-        Err(error) => Event::End {
-            code: 1,
-            error: Some(format!("{error:#}")),
-        },
-    };
-    events.send(&end);
-}
-
-fn execute(job: &Job) -> Result<i32> {
+/// Runs the job and returns its exit code.
+///
+/// # Errors
+/// When the job itself could not run.
+pub(crate) fn run(job: &Job, events: &mut Events) -> Result<i32> {
     match job {
         Job::Command { argv } => command(argv),
+        Job::Demo { site, by_hand } => demo::run(site, *by_hand, events),
+        Job::Tests {
+            site,
+            binary,
+            filter,
+            long,
+        } => test_run::run(site, binary, filter, *long, events),
     }
 }
 

@@ -1,0 +1,135 @@
+//! Runs the integration tests that need a KVM, each in its own process under a deadline.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::Events;
+use super::child::Guarded;
+use crate::job::{Event, Outcome, Site, TestResult};
+use crate::nested::RunDir;
+use crate::tool;
+
+/// Tests that need a KVM live in the module of this name.
+pub(crate) const PREFIX: &str = "nested::";
+/// Several boots of an emulated guest on a busy machine.
+const TEST_LIMIT: Duration = Duration::from_secs(240);
+/// For tests marked `#[ignore]`, the long tier.
+const LONG_TEST_LIMIT: Duration = Duration::from_secs(1800);
+/// What a failed test printed last.
+const OUTPUT_LEN: u64 = 16 << 10;
+
+/// Runs the tests whose names contain `filter`; the long ones only if asked.
+pub(super) fn run(
+    site: &Site,
+    binary: &Path,
+    filter: &str,
+    long: bool,
+    events: &mut Events,
+) -> Result<i32> {
+    let all = list(binary, &[])?;
+    let ignored = list(binary, &["--ignored"])?;
+    let mut failed = false;
+    for name in all.iter().filter(|name| name.contains(filter)) {
+        let is_long = ignored.contains(name);
+        let result = if is_long && !long {
+            TestResult {
+                name: name.clone(),
+                outcome: Outcome::Skipped,
+                elapsed_ms: 0,
+                output: String::new(),
+            }
+        } else {
+            run_one(
+                site,
+                binary,
+                name,
+                if is_long { LONG_TEST_LIMIT } else { TEST_LIMIT },
+            )?
+        };
+        failed |= result.outcome == Outcome::Failed;
+        events.send(&Event::Test(result));
+    }
+    Ok(i32::from(failed))
+}
+
+fn list(binary: &Path, args: &[&str]) -> Result<Vec<String>> {
+    let text = tool::output(
+        Command::new(binary)
+            .args(["--list", "--format", "terse"])
+            .args(args),
+    )?;
+    Ok(parse_list(&text))
+}
+
+/// `NAME: test`, one a line.
+fn parse_list(text: &str) -> Vec<String> {
+    let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
+    names
+        .filter(|name| name.starts_with(PREFIX))
+        .map(str::to_owned)
+        .collect()
+}
+
+fn run_one(site: &Site, binary: &Path, name: &str, limit: Duration) -> Result<TestResult> {
+    let dir = RunDir::create_in(Path::new("/tmp"))?;
+    let log = dir.0.join("log");
+    let file = File::create(&log).context("cannot create the test's log")?;
+    let started = Instant::now();
+    let mut test = Guarded::spawn(
+        Command::new(binary)
+            .args([
+                "--exact",
+                name,
+                "--include-ignored",
+                "--nocapture",
+                "--test-threads=1",
+            ])
+            .envs(site.variables())
+            .env("TMPDIR", &dir.0)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file),
+    )?;
+    let (outcome, why) = match test.wait_until(started + limit) {
+        Ok(status) if status.success() => (Outcome::Passed, String::new()),
+        Ok(status) => (Outcome::Failed, format!("\nended with {status}")),
+        Err(error) => (Outcome::Failed, format!("\n{error:#}; killed")),
+    };
+    drop(test);
+    let output = match outcome {
+        Outcome::Failed => tail(&log)? + &why,
+        _ => String::new(),
+    };
+    let elapsed_ms = started.elapsed().as_millis() as u64;
+    Ok(TestResult {
+        name: name.to_owned(),
+        outcome,
+        elapsed_ms,
+        output,
+    })
+}
+
+fn tail(log: &Path) -> Result<String> {
+    let mut file = File::open(log)?;
+    let len = file.metadata()?.len();
+    file.seek(SeekFrom::Start(len.saturating_sub(OUTPUT_LEN)))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_tests_that_need_a_kvm_are_listed() {
+        let text = "layering::edges: test\nnested::boot::elf: test\nnested::bench: benchmark\n";
+        assert_eq!(parse_list(text), ["nested::boot::elf"]);
+    }
+}

@@ -1,0 +1,136 @@
+//! Runs a job on the chosen ground with everything it needs there.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::artifacts::Artifacts;
+use crate::initramfs::{self, Tool};
+use crate::inside::{self, Events};
+use crate::job::{Event, Job, Site};
+use crate::kvm::Ground;
+use crate::nested;
+use crate::workspace::{self, Binary};
+
+/// What a job may use.
+pub(crate) struct Kit {
+    pub(crate) artifacts: Artifacts,
+    /// Of the workspace's default members.
+    pub(crate) binaries: Vec<Binary>,
+    guest_initrd: PathBuf,
+    guest_rootfs: PathBuf,
+}
+
+impl Kit {
+    /// Fetches, builds.
+    pub(crate) fn prepare() -> Result<Self> {
+        let artifacts = Artifacts::obtain()?;
+        crate::progress::step("building");
+        let binaries = workspace::build(&["build"])?;
+        let guest_initrd = initramfs::guest(&artifacts)?;
+        let guest_rootfs = initramfs::guest_rootfs(&artifacts)?;
+        Ok(Self {
+            artifacts,
+            binaries,
+            guest_initrd,
+            guest_rootfs,
+        })
+    }
+
+    /// This machine's files.
+    pub(crate) fn site(&self) -> Site {
+        let bin_dir = self
+            .binaries
+            .first()
+            .and_then(|binary| binary.file.parent());
+        let kernel = &self.artifacts.kernel;
+        Site {
+            bin_dir: bin_dir.unwrap_or(Path::new(".")).to_owned(),
+            kernel: kernel.vmlinux.clone(),
+            bzimage: kernel.bzimage.clone(),
+            initrd: self.guest_initrd.clone(),
+            rootfs: self.guest_rootfs.clone(),
+            busybox: self.artifacts.busybox.clone(),
+            kernel_release: kernel.release.clone(),
+        }
+    }
+
+    /// The same in a nested host.
+    fn nested_site(&self) -> Site {
+        Site {
+            bin_dir: "/usr/bin".into(),
+            kernel: initramfs::GUEST_KERNEL.into(),
+            bzimage: initramfs::GUEST_BZIMAGE.into(),
+            initrd: initramfs::GUEST_INITRD.into(),
+            rootfs: initramfs::GUEST_ROOTFS.into(),
+            busybox: "/bin/busybox".into(),
+            kernel_release: self.artifacts.kernel.release.clone(),
+        }
+    }
+
+    /// The workspace's binaries and the third-party daemons, for a nested host.
+    fn tools(&self) -> Result<Vec<Tool>> {
+        let mut tools: Vec<Tool> = self
+            .binaries
+            .iter()
+            .map(Tool::of_binary)
+            .collect::<Result<_>>()?;
+        let storage_daemon = self.artifacts.storage_daemon.clone();
+        tools.push(Tool {
+            name: "qemu-storage-daemon".into(),
+            program: storage_daemon,
+        });
+        if let Some(virtiofsd) = self.artifacts.virtiofsd.clone() {
+            tools.push(Tool {
+                name: "virtiofsd".into(),
+                program: virtiofsd,
+            });
+        }
+        Ok(tools)
+    }
+}
+
+/// How a job is run.
+pub(crate) struct Run<'a> {
+    pub(crate) ground: &'a Ground,
+    /// Also wanted in a nested host.
+    pub(crate) extra_tools: Vec<Tool>,
+    /// Also wanted there: the third-party daemons.
+    pub(crate) third_parties: bool,
+    pub(crate) memory_mib: u32,
+    pub(crate) timeout: Duration,
+    pub(crate) show_console: bool,
+    pub(crate) log_name: &'a str,
+}
+
+impl Run<'_> {
+    /// Makes the job for the site it runs at and runs it; returns its exit code.
+    pub(crate) fn job(
+        self,
+        kit: &Kit,
+        make: impl FnOnce(Site) -> Job,
+        mut on_event: impl FnMut(&Event),
+    ) -> Result<i32> {
+        match self.ground {
+            Ground::Direct => inside::run(&make(kit.site()), &mut Events::to(&mut on_event)),
+            Ground::Nested(_) => {
+                let mut tools = kit.tools()?;
+                if !self.third_parties {
+                    tools.truncate(kit.binaries.len());
+                }
+                tools.extend(self.extra_tools);
+                let options = nested::Options {
+                    cpus: 2,
+                    memory_mib: self.memory_mib,
+                    timeout: self.timeout,
+                    show_console: self.show_console,
+                    tools,
+                    files: vec![(kit.guest_rootfs.clone(), initramfs::GUEST_ROOTFS.into())],
+                    log_name: self.log_name.to_owned(),
+                };
+                nested::run(&kit.artifacts, &options, &make(kit.nested_site()), on_event)
+            }
+        }
+    }
+}

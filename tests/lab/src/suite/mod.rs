@@ -1,0 +1,238 @@
+//! `cargo lab test`: all tests, the fast ones first, with one count at the end.
+
+mod count;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::artifacts::Program;
+use crate::initramfs::Tool;
+use crate::inside::test_run::PREFIX;
+use crate::job::{Event, Job, Outcome, TestResult};
+use crate::kvm::Ground;
+use crate::progress::step;
+use crate::runner::{Kit, Run};
+use crate::{tool, workspace, wrappers};
+use count::Count;
+
+/// The test run's command line.
+#[derive(Debug, Args)]
+pub(crate) struct Suite {
+    /// Also the long ones (marked `#[ignore]`).
+    #[arg(long)]
+    all: bool,
+    /// Use a nested host even where hardware KVM is there.
+    #[arg(long)]
+    nested: bool,
+    /// Show the nested host's console.
+    #[arg(long, short)]
+    verbose: bool,
+    /// Only tests whose names contain this.
+    filter: Option<String>,
+}
+
+impl Suite {
+    /// Exit code 0 only if no test failed and all stages could run.
+    pub(crate) fn run(self) -> Result<i32> {
+        let kit = Kit::prepare()?;
+        step("building the tests");
+        let on_kvm = self.tests_on_kvm()?;
+        let mut total = Count::default();
+        let mut complete = true;
+        if !self.filter().starts_with(PREFIX) {
+            step("tests that need no VM");
+            let (mut count, success) = self.native(&kit)?;
+            // Those filtered out of this stage come in the next.
+            count.skipped = count.skipped.saturating_sub(on_kvm.all);
+            complete &= success || count.failed > 0;
+            total.add(&count);
+        }
+        if on_kvm.wanted > 0 {
+            let (count, result) = self.on_kvm(&kit, &on_kvm);
+            total.add(&count);
+            if let Err(error) = result {
+                eprintln!("lab: error: {error:#}");
+                // What did not run cannot have passed.
+                total.failed += on_kvm.wanted.saturating_sub(count.sum()).max(1);
+            }
+        }
+        if !complete {
+            eprintln!("lab: error: a test runner failed without naming a test; see above");
+        }
+        println!("{total}");
+        Ok(i32::from(total.failed > 0 || !complete))
+    }
+
+    fn filter(&self) -> &str {
+        self.filter.as_deref().unwrap_or_default()
+    }
+
+    fn tests_on_kvm(&self) -> Result<OnKvm> {
+        let built = workspace::build(&["test", "--workspace", "--no-run"])?;
+        let binary = built.into_iter().find(|binary| binary.name == "it");
+        let binary = binary.context("cargo built no integration tests")?.file;
+        let list = tool::output(Command::new(&binary).args(["--list", "--format", "terse"]))?;
+        let names: Vec<&str> = list
+            .lines()
+            .filter_map(|line| line.strip_suffix(": test"))
+            .filter(|name| name.starts_with(PREFIX))
+            .collect();
+        let wanted = names
+            .iter()
+            .filter(|name| name.contains(self.filter()))
+            .count();
+        Ok(OnKvm {
+            binary,
+            all: names.len() as u64,
+            wanted: wanted as u64,
+        })
+    }
+
+    fn native(&self, kit: &Kit) -> Result<(Count, bool)> {
+        let mut command = if tool::find("cargo-nextest").is_some() {
+            let mut command = workspace::cargo();
+            command.args([
+                "nextest",
+                "run",
+                "--workspace",
+                "--no-fail-fast",
+                "--no-tests=pass",
+            ]);
+            command.args(["-E", &format!("not test(/^{PREFIX}/)")]);
+            if self.all {
+                command.args(["--run-ignored", "all"]);
+            }
+            command.args(&self.filter);
+            command
+        } else {
+            let mut command = workspace::cargo();
+            command
+                .args(["test", "--workspace", "--no-fail-fast"])
+                .args(&self.filter);
+            command.args(["--", "--skip", PREFIX]);
+            if self.all {
+                command.arg("--include-ignored");
+            }
+            command
+        };
+        command
+            .envs(kit.site().variables())
+            .envs(wrappers::variables(&kit.artifacts)?);
+        let (text, success) = relay(&mut command)?;
+        Ok((Count::from_runner(&text), success))
+    }
+
+    fn on_kvm(&self, kit: &Kit, tests: &OnKvm) -> (Count, Result<()>) {
+        let ground = Ground::choose(self.nested);
+        match &ground {
+            Ground::Direct => step("tests on hardware KVM"),
+            Ground::Nested(why) => step(format_args!("tests in a nested host: {why}")),
+        }
+        let (filter, long) = (self.filter().to_owned(), self.all);
+        let mut count = Count::default();
+        let result = self.kvm_run(&ground, tests).and_then(|run| {
+            let make = |site| Job::Tests {
+                site,
+                binary: if ground == Ground::Direct {
+                    tests.binary.clone()
+                } else {
+                    "/usr/bin/it".into()
+                },
+                filter,
+                long,
+            };
+            run.job(kit, make, |event| match event {
+                Event::Step { text } => step(text),
+                Event::Test(result) => {
+                    print_result(result);
+                    count.one(result.outcome);
+                }
+                _ => {}
+            })
+        });
+        (count, result.map(drop))
+    }
+
+    fn kvm_run<'a>(&self, ground: &'a Ground, tests: &OnKvm) -> Result<Run<'a>> {
+        let file = workspace::stripped(&tests.binary)?;
+        let program = Program {
+            file,
+            library_dirs: Vec::new(),
+        };
+        let hours = if self.all { 10 } else { 1 };
+        Ok(Run {
+            ground,
+            extra_tools: vec![Tool {
+                name: "it".into(),
+                program,
+            }],
+            third_parties: true,
+            memory_mib: 3072,
+            timeout: Duration::from_secs(hours * 3600 / 2),
+            show_console: self.verbose,
+            log_name: "test",
+        })
+    }
+}
+
+/// The tests that need a KVM.
+struct OnKvm {
+    binary: PathBuf,
+    all: u64,
+    wanted: u64,
+}
+
+fn print_result(result: &TestResult) {
+    let word = match result.outcome {
+        Outcome::Passed => "PASS",
+        Outcome::Failed => "FAIL",
+        Outcome::Skipped => "SKIP",
+    };
+    println!(
+        "        {word} [{:>8.3}s] {}",
+        result.elapsed_ms as f64 / 1000.0,
+        result.name
+    );
+    if !result.output.is_empty() {
+        for line in result.output.lines() {
+            println!("    {line}");
+        }
+    }
+}
+
+/// Runs a command, shows its output and returns it, with its success.
+fn relay(command: &mut Command) -> Result<(String, bool)> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let stdout = child.stdout.take().context("no pipe")?;
+    let stderr = child.stderr.take().context("no pipe")?;
+    let text = thread::scope(|scope| {
+        let errors = scope.spawn(move || copy(stderr, std::io::stderr()));
+        let mut text = copy(stdout, std::io::stdout());
+        text.push_str(&errors.join().unwrap_or_default());
+        text
+    });
+    Ok((text, child.wait()?.success()))
+}
+
+fn copy(from: impl Read, mut to: impl Write) -> String {
+    let mut text = String::new();
+    let mut lines = BufReader::new(from);
+    let mut line = Vec::new();
+    while matches!(lines.read_until(b'\n', &mut line), Ok(1..)) {
+        let _ = to.write_all(&line);
+        text.push_str(&String::from_utf8_lossy(&line));
+        line.clear();
+    }
+    text
+}

@@ -1,0 +1,60 @@
+//! Scripts that run the unpacked third-party programs with their libraries and firmware.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::artifacts::Artifacts;
+use crate::workspace;
+
+/// The variables by which tests on this machine find third-party programs.
+pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, PathBuf)>> {
+    let mut found = vec![
+        (
+            "QEMU",
+            script("qemu-system-x86_64", &artifacts.qemu.command())?,
+        ),
+        (
+            "QEMU_STORAGE_DAEMON",
+            script("qemu-storage-daemon", &artifacts.storage_daemon.command())?,
+        ),
+        ("MKE2FS", artifacts.mke2fs.clone()),
+    ];
+    if let Some(virtiofsd) = &artifacts.virtiofsd {
+        found.push(("VIRTIOFSD", script("virtiofsd", &virtiofsd.command())?));
+    }
+    Ok(found)
+}
+
+fn script(name: &str, command: &Command) -> Result<PathBuf> {
+    let path = workspace::lab_subdir("bin")?.join(name);
+    let mut text = String::from("#!/bin/sh\nunset LD_LIBRARY_PATH\n");
+    for (key, value) in command.get_envs() {
+        if let Some(value) = value {
+            text.push_str(&format!("export {}={}\n", key.display(), quoted(value)?));
+        }
+    }
+    text.push_str(&format!("exec {}", quoted(command.get_program())?));
+    for arg in command.get_args() {
+        text.push_str(&format!(" {}", quoted(arg)?));
+    }
+    text.push_str(" \"$@\"\n");
+    if fs::read_to_string(&path).is_ok_and(|old| old == text) {
+        return Ok(path);
+    }
+    let partial = path.with_extension(format!("partial-{}", std::process::id()));
+    fs::write(&partial, text)?;
+    fs::set_permissions(&partial, fs::Permissions::from_mode(0o755))?;
+    fs::rename(&partial, &path)?;
+    Ok(path)
+}
+
+fn quoted(text: &std::ffi::OsStr) -> Result<String> {
+    let text = text
+        .to_str()
+        .with_context(|| format!("{} is not UTF-8", text.display()))?;
+    Ok(format!("'{}'", text.replace('\'', r"'\''")))
+}
