@@ -1,26 +1,32 @@
 //! The process around the machine: from the command line to the exit status.
 
 use std::fs;
-use std::io;
-use std::path::Path;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
+use api::listen;
+use sandbox::Access;
 use serde_json::json;
+use tracing::info;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, ConsoleOutput};
 use crate::console::Console;
+use crate::control::{ControlThread, Controls};
 use crate::error::chain;
 use crate::lifecycle::{Inbox, Outcome, Supervisor};
-use crate::machine::{Machine, MachineConfig, MachineError};
+use crate::machine::{Board, Confine, Machine, MachineConfig, MachineError};
+use crate::seccomp::ThreadKind;
 use crate::stdio::StdioConsole;
 
 /// Runs the machine that `cli` asks for; `started` is when the process did.
 pub fn run(cli: Cli, started: Instant) -> ExitCode {
     let filter = EnvFilter::try_from_env("MORTISE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let ansi = io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).init();
     let outcome = match start(&cli, started) {
         Ok(outcome) => outcome,
         Err(why) => Outcome::VmmError(why),
@@ -41,27 +47,78 @@ pub fn run(cli: Cli, started: Instant) -> ExitCode {
 
 fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
     let config = cli.machine_config()?;
+    let opened = config.open().map_err(|err| chain(&err))?;
+    let listener = match &cli.control_socket {
+        Some(path) => Some(listen::unix(path).map_err(|err| chain(&err))?),
+        None => None,
+    };
+    let board = opened.build(&config).map_err(|err| chain(&err))?;
+    confine_process(cli)?;
+
     let console = Arc::new(Console::new(started));
     let inbox = Inbox::new();
-    let machine = assemble(&config, console.clone(), &inbox).map_err(|err| chain(&err))?;
-    let serial = machine.serial().clone();
+    let machine = complete(board, &config, console.clone(), &inbox).map_err(|err| chain(&err))?;
+    let (serial, devices) = (machine.serial().clone(), machine.devices().clone());
     let (supervisor, handle) = Supervisor::new(machine, inbox);
     let stdio = match cli.console {
         ConsoleOutput::None => None,
         ConsoleOutput::Stdio => {
-            let stdio = StdioConsole::start(console, serial, handle.clone());
+            let stdio = StdioConsole::start(console.clone(), serial.clone(), handle.clone(), confine());
             Some(stdio.map_err(|err| format!("cannot start the console's threads: {err}"))?)
         }
     };
+    let controls = Controls {
+        id: cli.id.clone(),
+        vcpus: config.vcpus,
+        memory_bytes: config.memory_bytes,
+        handle,
+        console,
+        serial,
+        devices,
+    };
+    let control = ControlThread::start(listener, controls, || confine()(ThreadKind::Control))?;
+    confine()(ThreadKind::Main)?;
     let outcome = supervisor.run(!cli.no_start);
+    control.finish();
     if let Some(stdio) = stdio {
         stdio.finish();
     }
     Ok(outcome)
 }
 
-fn assemble(config: &MachineConfig, console: Arc<Console>, inbox: &Inbox) -> Result<Machine, MachineError> {
-    config.open()?.build(config)?.attach(config, console)?.ready(config, inbox.reporter(), Box::new(|| Ok(())))
+fn complete(
+    board: Board,
+    config: &MachineConfig,
+    console: Arc<Console>,
+    inbox: &Inbox,
+) -> Result<Machine, MachineError> {
+    board.attach(config, console, &confine())?.ready(config, inbox.reporter(), confine())
+}
+
+/// What holds for all threads; called while there is only one. Kernel, initramfs and `/dev/kvm`
+/// are open by now, and backends are reached through Unix sockets.
+fn confine_process(cli: &Cli) -> Result<(), String> {
+    let written = [&cli.control_socket, &cli.exit_file];
+    let directories = written.into_iter().flatten().map(|path| (directory_of(path), Access::ReadWrite));
+    let directories: Vec<_> = directories.collect();
+    let mut achieved = sandbox::no_core_dumps().map_err(|err| chain(&err))?;
+    achieved += sandbox::deny_network();
+    achieved += sandbox::deny_filesystem(&directories).map_err(|err| chain(&err))?;
+    achieved += sandbox::drop_capabilities(&[]).map_err(|err| chain(&err))?;
+    achieved += sandbox::no_new_privs().map_err(|err| chain(&err))?;
+    info!("sandbox: {}", achieved.names().join(", "));
+    Ok(())
+}
+
+fn confine() -> Confine {
+    Arc::new(|kind: ThreadKind| kind.confine().map(drop).map_err(|err| chain(&err)))
+}
+
+fn directory_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.into(),
+        _ => ".".into(),
+    }
 }
 
 /// Replaces `path` in one step, so that a reader never sees half of it.

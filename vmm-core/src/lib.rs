@@ -4,7 +4,7 @@
 //! that shares the guest's memory: this crate knows no disk, no packet and no controller.
 //!
 //! [`cli`] turns arguments into a configuration, [`machine`] assembles the parts, [`lifecycle`]
-//! owns the machine's state, [`stdio`] serves it to a terminal. [`app`] joins them.
+//! owns the machine's state, [`control`] and [`stdio`] serve it to others. [`app`] joins them.
 
 pub mod acpi;
 pub mod app;
@@ -12,6 +12,7 @@ pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod console;
+pub mod control;
 pub mod error;
 pub mod kvm;
 pub mod layout;
@@ -20,6 +21,7 @@ pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod power;
+pub mod seccomp;
 pub mod serial;
 pub mod stdio;
 pub mod vcpu;

@@ -12,6 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::thread;
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
@@ -36,6 +37,7 @@ use crate::pci::{BusFull, Layout, MmioWindow, RootBus};
 use crate::power::{
     ACPI_PORTS_LEN, AcpiRegisters, KEYBOARD_COMMAND_PORT, KeyboardReset, PowerLatch, RESET_CONTROL_PORT, ResetControl,
 };
+use crate::seccomp::ThreadKind;
 use crate::serial::SerialPort;
 use crate::vcpu::cpuid::CpuidTemplate;
 use crate::vcpu::gate::GateError;
@@ -48,6 +50,10 @@ const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
 /// How long backends may take to stop their rings.
 const RING_STOP_PATIENCE: Duration = Duration::from_secs(5);
 const COM1_PORTS_LEN: u64 = 8;
+
+/// Called on each thread of the kind it names before that touches anything of the guest's: drops
+/// privileges.
+pub type Confine = Arc<dyn Fn(ThreadKind) -> Result<(), String> + Send + Sync>;
 
 /// What machine to make.
 #[derive(Clone, Debug)]
@@ -107,6 +113,9 @@ pub enum MachineError {
     /// Boot structures.
     #[error("cannot write the ACPI tables to guest memory")]
     AcpiTables(#[from] GuestMemoryError),
+    /// A thread could not be confined.
+    #[error("cannot confine a thread: {0}")]
+    Confine(String),
     /// Descriptors or threads.
     #[error("cannot {what}")]
     System {
@@ -211,12 +220,17 @@ impl Board {
     ///
     /// # Errors
     /// A backend does not answer, or descriptors or addresses ran out.
-    pub fn attach(self, config: &MachineConfig, console: Arc<Console>) -> Result<Populated, MachineError> {
+    pub fn attach(
+        self,
+        config: &MachineConfig,
+        console: Arc<Console>,
+        confine: &Confine,
+    ) -> Result<Populated, MachineError> {
         let power = Arc::new(PowerLatch::default());
         let serial = Arc::new(self.serial_port(console.clone())?);
         let ports = port_bus(&serial, &power)?;
         let power_button = self.pin(GED_GSI)?;
-        let (root_bus, devices) = self.pci(config)?;
+        let (root_bus, devices) = self.pci(config, confine)?;
         let mut mmio = Bus::default();
         for range in root_bus.ranges() {
             mmio.insert(range.base, range.len, range.device)?;
@@ -237,7 +251,7 @@ impl Board {
         Ok(eventfd)
     }
 
-    fn pci(&self, config: &MachineConfig) -> Result<(Arc<RootBus>, Devices), MachineError> {
+    fn pci(&self, config: &MachineConfig, confine: &Confine) -> Result<(Arc<RootBus>, Devices), MachineError> {
         let root_bus = RootBus::new(Layout {
             ecam: MmioWindow { base: ECAM_START, len: ECAM_LEN },
             windows: vec![
@@ -245,15 +259,37 @@ impl Board {
                 MmioWindow { base: PCI_MMIO32_START, len: PCI_MMIO32_END - PCI_MMIO32_START },
             ],
         });
-        let memory = Arc::new(self.ram.memory_table());
-        let mut devices = Vec::new();
-        for device in &config.devices {
-            let interrupts = self.interrupts.clone();
-            let device = VirtioPciDevice::connect(device.clone(), memory.clone(), interrupts, ATTACH_PATIENCE)?;
+        let devices = self.connect(&config.devices, confine)?;
+        for device in &devices {
             root_bus.add(device.clone())?;
-            devices.push(device);
         }
         Ok((root_bus, Devices(devices.into())))
+    }
+
+    /// Connects on a confined thread: the threads that keep the connections are started by it, and
+    /// inherit its confinement.
+    fn connect(
+        &self,
+        configs: &[VhostUserDeviceConfig],
+        confine: &Confine,
+    ) -> Result<Vec<Arc<VirtioPciDevice>>, MachineError> {
+        if configs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let memory = Arc::new(self.ram.memory_table());
+        let connect_all = || {
+            confine(ThreadKind::Devices).map_err(MachineError::Confine)?;
+            let connect = |config: &VhostUserDeviceConfig| {
+                let interrupts = self.interrupts.clone();
+                VirtioPciDevice::connect(config.clone(), memory.clone(), interrupts, ATTACH_PATIENCE)
+            };
+            Ok(configs.iter().map(connect).collect::<Result<Vec<_>, _>>()?)
+        };
+        thread::scope(|scope| {
+            let connecting = thread::Builder::new().name("devices".into()).spawn_scoped(scope, connect_all);
+            let connecting = connecting.map_err(system("start a thread"))?;
+            connecting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 }
 
@@ -272,8 +308,7 @@ fn port_bus(serial: &Arc<SerialPort>, power: &Arc<PowerLatch>) -> Result<Bus, Ov
 }
 
 impl Populated {
-    /// Makes the vCPUs and their threads, which call `report` and, before they first run the
-    /// guest, `confine`.
+    /// Makes the vCPUs and their threads, which call `report`.
     ///
     /// # Errors
     /// KVM refused a vCPU, or a thread could not be started.
@@ -281,7 +316,7 @@ impl Populated {
         self,
         config: &MachineConfig,
         report: Box<dyn Fn(Report) + Send + Sync>,
-        confine: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
+        confine: Confine,
     ) -> Result<Machine, MachineError> {
         let Self { board, ports, mmio, power, peripherals } = self;
         let msr_indices = msr_indices(board.vm.kvm())?;
@@ -295,6 +330,7 @@ impl Populated {
             pci_mmio32: (PCI_MMIO32_START as u32, (PCI_MMIO32_END - 1) as u32),
             pci_mmio64: (mmio64_start, mmio64_start + PCI_MMIO64_LEN - 1),
         });
+        let confine = Box::new(move || confine(ThreadKind::Vcpu));
         let threads = VcpuThreads::spawn(vcpus, Surroundings { ports, mmio, power, report, confine })
             .map_err(system("start the vCPU threads"))?;
         let exits = threads.exits();

@@ -7,9 +7,12 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use tracing::error;
 
 use crate::console::Console;
 use crate::lifecycle::Handle;
+use crate::machine::Confine;
+use crate::seccomp::ThreadKind;
 use crate::serial::SerialPort;
 
 /// Ctrl-], which telnet and others use to leave.
@@ -30,16 +33,28 @@ impl StdioConsole {
     ///
     /// # Errors
     /// A thread could not be started.
-    pub fn start(console: Arc<Console>, serial: Arc<SerialPort>, handle: Handle) -> io::Result<Self> {
+    pub fn start(
+        console: Arc<Console>,
+        serial: Arc<SerialPort>,
+        handle: Handle,
+        confine: Confine,
+    ) -> io::Result<Self> {
         let raw_mode = RawMode::enter();
         let escape = raw_mode.is_some();
         let (done, flushed) = sync_channel(1);
+        let confine_input = confine.clone();
         thread::Builder::new().name("stdout".into()).spawn(move || {
-            copy_out(&console);
+            match confine(ThreadKind::Stdio) {
+                Ok(()) => copy_out(&console),
+                Err(err) => error!("no console on standard output: {err}"),
+            }
             // Nobody waits any more if this took too long.
             let _ = done.try_send(());
         })?;
-        thread::Builder::new().name("stdin".into()).spawn(move || copy_in(&serial, &handle, escape))?;
+        thread::Builder::new().name("stdin".into()).spawn(move || match confine_input(ThreadKind::Stdio) {
+            Ok(()) => copy_in(&serial, &handle, escape),
+            Err(err) => error!("no console on standard input: {err}"),
+        })?;
         Ok(Self { flushed, _raw_mode: raw_mode })
     }
 

@@ -1,0 +1,302 @@
+//! The control socket: `mortise.vmm.v1.Vmm` on one small runtime on a thread of its own, which
+//! also turns SIGTERM into a Stop request.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use api::listen::Listener;
+use api::serve::{self, Services};
+use api::vmm::vmm_server::{Vmm, VmmServer};
+use api::vmm::{
+    ConsoleInput, ConsoleOutput, DeviceConnection, DeviceHealth, GetVmmRequest, PauseRequest, PowerButtonRequest,
+    ResetRequest, ResumeRequest, StartRequest, StopRequest, VmmInfo, VmmState,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status, Streaming};
+use tracing::{error, info};
+
+use crate::console::Console;
+use crate::lifecycle::{Handle, Refusal, Request as Lifecycle, State};
+use crate::machine::Devices;
+use crate::serial::SerialPort;
+use crate::virtio_pci;
+
+/// Longest piece of output in one message.
+const CONSOLE_CHUNK_BYTES: usize = 32 << 10;
+/// Messages that wait for a slow reader; beyond them the console moves on without it.
+const CONSOLE_MESSAGES: usize = 4;
+/// Output that arrives within this time goes out in one message.
+const CONSOLE_GATHER: Duration = Duration::from_millis(3);
+/// How often typed bytes are offered again to a guest whose input buffer is full.
+const TYPE_IN_RETRY: Duration = Duration::from_millis(20);
+/// How long a console client may take to say where it wants to start.
+const FIRST_MESSAGE_PATIENCE: Duration = Duration::from_secs(10);
+/// Longer than any transition with its own deadlines takes.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(60);
+/// How long open calls may take to end once the machine has stopped.
+const END_PATIENCE: Duration = Duration::from_secs(4);
+
+/// What the control socket needs of the machine.
+#[derive(Clone)]
+pub struct Controls {
+    /// `--id`.
+    pub id: String,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Guest RAM.
+    pub memory_bytes: u64,
+    /// To the supervisor.
+    pub handle: Handle,
+    /// The guest's output.
+    pub console: Arc<Console>,
+    /// The guest's input.
+    pub serial: Arc<SerialPort>,
+    /// What other processes serve.
+    pub devices: Devices,
+}
+
+/// The thread that serves.
+pub struct ControlThread {
+    stop: watch::Sender<bool>,
+    ended: std::sync::mpsc::Receiver<()>,
+}
+
+impl ControlThread {
+    /// Serves `controls` on `listener`, if there is one, and handles SIGTERM and SIGINT.
+    /// `confine` runs on the new thread before it serves.
+    ///
+    /// # Errors
+    /// The thread or its runtime could not be started, or `confine` failed.
+    pub fn start(
+        listener: Option<Listener>,
+        controls: Controls,
+        confine: impl FnOnce() -> Result<(), String> + Send + 'static,
+    ) -> Result<Self, String> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|err| format!("cannot start the control runtime: {err}"))?;
+        let (stop, stopped) = watch::channel(false);
+        let (end, ended) = std::sync::mpsc::sync_channel(1);
+        let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
+        let thread = move || {
+            let confined = confine();
+            let go_on = confined.is_ok();
+            // The receiver waits until it has got this.
+            let _ = ready.send(confined);
+            if go_on {
+                runtime.block_on(run(listener, controls, stopped));
+                // Nobody waits any more if this took too long.
+                let _ = end.try_send(());
+            }
+        };
+        let spawned: io::Result<_> = thread::Builder::new().name("control".into()).spawn(thread);
+        spawned.map_err(|err| format!("cannot start the control thread: {err}"))?;
+        is_ready.recv().unwrap_or_else(|_| Err("the control thread ended".into()))?;
+        Ok(Self { stop, ended })
+    }
+
+    /// Lets calls in progress end, and then the thread; removes the socket's file.
+    pub fn finish(self) {
+        self.stop.send_replace(true);
+        let _ = self.ended.recv_timeout(END_PATIENCE);
+    }
+}
+
+async fn run(listener: Option<Listener>, controls: Controls, mut stopped: watch::Receiver<bool>) {
+    let handle = controls.handle.clone();
+    let terminated = async move {
+        serve::terminated().await;
+        info!("stopping on a signal");
+        handle.stop();
+        std::future::pending().await
+    };
+    let stopped = async move {
+        // The sender is dropped only when the process ends.
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+    };
+    let served = async move {
+        match listener {
+            Some(listener) => {
+                let services = Services::new().with(VmmServer::new(controls));
+                if let Err(err) = serve::on(listener, services, stopped).await {
+                    error!("the control socket failed: {}", crate::error::chain(&err));
+                }
+            }
+            None => stopped.await,
+        }
+    };
+    tokio::select! {
+        () = served => {}
+        () = terminated => {}
+    }
+}
+
+impl Controls {
+    fn info(&self) -> VmmInfo {
+        let status = self.handle.status();
+        let first_byte = self.console.first_byte_after();
+        VmmInfo {
+            id: self.id.clone(),
+            state: proto_state(status.state()).into(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            vcpus: self.vcpus,
+            memory_bytes: self.memory_bytes,
+            resets: status.resets(),
+            devices: self.devices.health().into_iter().map(proto_device).collect(),
+            // A console that spoke within the first millisecond has spoken.
+            first_console_byte_ms: first_byte.map_or(0, |after| (after.as_millis() as u64).max(1)),
+            exits: status.exits(),
+        }
+    }
+
+    async fn perform(&self, request: Lifecycle) -> Result<Response<VmmInfo>, Status> {
+        match tokio::time::timeout(REQUEST_DEADLINE, self.handle.request(request)).await {
+            Ok(Ok(())) => Ok(Response::new(self.info())),
+            Ok(Err(refusal)) => Err(refusal_status(&refusal)),
+            Err(_) => Err(api::errors::status(
+                Code::DeadlineExceeded,
+                "MACHINE_SLOW",
+                "the machine did not answer in time: look at its log, then try again or stop it",
+                &[],
+            )),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Vmm for Controls {
+    async fn get_vmm(&self, _: Request<GetVmmRequest>) -> Result<Response<VmmInfo>, Status> {
+        Ok(Response::new(self.info()))
+    }
+
+    async fn start(&self, _: Request<StartRequest>) -> Result<Response<VmmInfo>, Status> {
+        self.perform(Lifecycle::Start).await
+    }
+
+    async fn pause(&self, _: Request<PauseRequest>) -> Result<Response<VmmInfo>, Status> {
+        self.perform(Lifecycle::Pause).await
+    }
+
+    async fn resume(&self, _: Request<ResumeRequest>) -> Result<Response<VmmInfo>, Status> {
+        self.perform(Lifecycle::Resume).await
+    }
+
+    async fn reset(&self, _: Request<ResetRequest>) -> Result<Response<VmmInfo>, Status> {
+        self.perform(Lifecycle::Reset).await
+    }
+
+    async fn power_button(&self, _: Request<PowerButtonRequest>) -> Result<Response<VmmInfo>, Status> {
+        self.perform(Lifecycle::PowerButton).await
+    }
+
+    async fn stop(&self, _: Request<StopRequest>) -> Result<Response<VmmInfo>, Status> {
+        self.perform(Lifecycle::Stop).await
+    }
+
+    type ConsoleStream = ReceiverStream<Result<ConsoleOutput, Status>>;
+
+    async fn console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::ConsoleStream>, Status> {
+        let mut input = request.into_inner();
+        let first = tokio::time::timeout(FIRST_MESSAGE_PATIENCE, input.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("send a first message, which may be empty"))??;
+        let first = first.unwrap_or_default();
+        let (output, receiver) = mpsc::channel(CONSOLE_MESSAGES);
+        tokio::spawn(type_in(self.serial.clone(), first.data, input, output.clone()));
+        tokio::spawn(stream_out(self.console.clone(), first.from_offset, output));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+/// Sends the console's output from `offset` on, until the reader goes or the machine stops.
+async fn stream_out(console: Arc<Console>, mut offset: u64, output: mpsc::Sender<Result<ConsoleOutput, Status>>) {
+    let mut grown = console.watch();
+    loop {
+        grown.mark_unchanged();
+        let Some(mut chunk) = console.read(offset) else { return };
+        chunk.data.truncate(CONSOLE_CHUNK_BYTES);
+        offset = chunk.end();
+        if chunk.data.is_empty() {
+            tokio::select! {
+                _ = grown.changed() => tokio::time::sleep(CONSOLE_GATHER).await,
+                () = output.closed() => return,
+            }
+            continue;
+        }
+        let message = ConsoleOutput { offset: chunk.offset, data: chunk.data };
+        if output.send(Ok(message)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Types what the client sends, as fast as the guest reads it, until the client goes.
+async fn type_in(
+    serial: Arc<SerialPort>,
+    first: Vec<u8>,
+    mut input: Streaming<ConsoleInput>,
+    output: mpsc::Sender<Result<ConsoleOutput, Status>>,
+) {
+    let mut data = first;
+    loop {
+        let mut rest = data.as_slice();
+        while !rest.is_empty() && !output.is_closed() {
+            rest = &rest[serial.type_in(rest)..];
+            if !rest.is_empty() {
+                tokio::time::sleep(TYPE_IN_RETRY).await;
+            }
+        }
+        let next = tokio::select! {
+            next = input.message() => next,
+            () = output.closed() => return,
+        };
+        match next {
+            Ok(Some(message)) => data = message.data,
+            // A client that only reads closes its side; its output goes on.
+            Ok(None) | Err(_) => return,
+        }
+    }
+}
+
+fn refusal_status(refusal: &Refusal) -> Status {
+    let (code, reason) = match refusal {
+        Refusal::State { .. } => (Code::FailedPrecondition, "WRONG_STATE"),
+        Refusal::Busy => (Code::ResourceExhausted, "TOO_MANY_REQUESTS"),
+        Refusal::Failed(_) => (Code::Internal, "MACHINE_FAILED"),
+        Refusal::Gone => (Code::Unavailable, "MACHINE_GONE"),
+    };
+    api::errors::status(code, reason, refusal.to_string(), &[])
+}
+
+fn proto_state(state: State) -> VmmState {
+    match state {
+        State::Created => VmmState::Created,
+        State::Running => VmmState::Running,
+        State::Paused => VmmState::Paused,
+        State::Stopped => VmmState::Stopped,
+    }
+}
+
+fn proto_device(health: virtio_pci::DeviceHealth) -> DeviceHealth {
+    let connection = match health.connected {
+        true => DeviceConnection::Connected,
+        false => DeviceConnection::Reconnecting,
+    };
+    DeviceHealth {
+        tag: health.tag,
+        r#type: health.device_type,
+        socket: health.socket,
+        connection: connection.into(),
+        incarnations: health.incarnations,
+        last_error: health.last_error,
+        driver_ok: health.driver_ok,
+        inflight_tracking: health.inflight_tracking,
+    }
+}
