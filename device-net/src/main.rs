@@ -1,2 +1,72 @@
-//! Placeholder.
-fn main() {}
+//! `device-net`: serves virtio-net devices over vhost-user, each backed by a tap.
+//!
+//! The process opens what its command line names, confines itself, and only then talks to a
+//! frontend. Further NICs come over the control socket, as descriptors.
+
+mod cli;
+mod confinement;
+mod nic;
+
+use std::process::ExitCode;
+
+use anyhow::anyhow;
+use api::daemon::{self, DeviceTable};
+use api::fds::Inbox;
+use api::listen;
+use clap::Parser;
+use cli::OpenNic;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let args = cli::Args::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            EnvFilter::try_from_env("MORTISE_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    match serve(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("device-net: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(args: cli::Args) -> anyhow::Result<()> {
+    sandbox::close_other_fds(&args.inherited_fds()?)?;
+    let control = listen::unix(&args.control_socket)?;
+    let fd_socket = args
+        .fd_socket
+        .as_deref()
+        .map(listen::unix_socket)
+        .transpose()?;
+    let metrics = args
+        .metrics_listen
+        .as_deref()
+        .map(listen::tcp)
+        .transpose()?;
+    let nics = args.open_nics()?;
+
+    let achieved = confinement::enter()?;
+    for missing in achieved.missing_names() {
+        tracing::warn!("sandbox: {missing}");
+    }
+    tracing::info!(sandbox = achieved.names().join(" "), "confined");
+
+    let inbox = fd_socket
+        .map(|(listener, file)| Inbox::on(listener, file))
+        .transpose()?;
+    let table = DeviceTable::new("device-net", achieved.into_names(), inbox, nic::attach);
+    let mut socket_files = Vec::new();
+    for OpenNic { parts, socket_file } in nics {
+        let id = parts.request.id.clone();
+        table
+            .attach(parts)
+            .map_err(|status| anyhow!("NIC {id:?}: {}", status.message()))?;
+        socket_files.extend(socket_file);
+    }
+    Ok(daemon::run(&table, control, metrics)?)
+}

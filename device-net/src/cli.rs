@@ -1,0 +1,303 @@
+//! The command line, and opening what it names while that is still possible.
+
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+use api::daemon::Parts;
+use api::device::attach_request::{Device as DeviceConfig, Listener as ListenerConfig};
+use api::device::{AttachRequest, FdRef, NetConfig};
+use api::listen::{self, SocketFile};
+use clap::Parser;
+use vhost_user::backend;
+
+use crate::nic::{MAX_QUEUE_PAIRS, MacAddress, Tap};
+
+/// Serves virtio-net devices over vhost-user, each backed by a tap.
+#[derive(Debug, Parser)]
+#[command(name = "device-net", version)]
+pub(crate) struct Args {
+    /// Unix socket to answer gRPC requests on (service mortise.device.v1.DeviceDaemon)
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control_socket: PathBuf,
+    /// Unix socket that takes the descriptors which attach requests name
+    #[arg(long, value_name = "PATH")]
+    pub(crate) fd_socket: Option<PathBuf>,
+    /// A NIC to serve from the start; may be repeated
+    ///
+    /// id=ID,tap=NAME,socket=PATH[,mac=aa:bb:cc:dd:ee:ff][,queue-pairs=N][,mtu=N].
+    /// Inherited descriptors instead of names: fd=N (repeated for each queue pair), socket-fd=N.
+    #[arg(long = "nic", value_name = "SPEC")]
+    pub(crate) nics: Vec<Nic>,
+    /// Address to answer GET /metrics on
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) metrics_listen: Option<String>,
+}
+
+impl Args {
+    /// The descriptors that NICs are made of, each named once.
+    ///
+    /// # Errors
+    /// One of them is given twice.
+    pub(crate) fn inherited_fds(&self) -> anyhow::Result<Vec<RawFd>> {
+        let mut fds: Vec<RawFd> = self.nics.iter().flat_map(Nic::inherited).collect();
+        fds.sort_unstable();
+        if let Some(pair) = fds.windows(2).find(|pair| pair[0] == pair[1]) {
+            bail!("descriptor {} is given twice", pair[0]);
+        }
+        Ok(fds)
+    }
+
+    /// Opens what the NICs are made of.
+    ///
+    /// # Errors
+    /// What cannot be had, and the remedy.
+    pub(crate) fn open_nics(&self) -> anyhow::Result<Vec<OpenNic>> {
+        self.nics
+            .iter()
+            .map(|nic| nic.open().with_context(|| format!("NIC {:?}", nic.id)))
+            .collect()
+    }
+}
+
+/// One `--nic`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Nic {
+    id: String,
+    tap: TapSource,
+    socket: SocketSource,
+    mac: String,
+    queue_pairs: u16,
+    mtu: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum TapSource {
+    Name(String),
+    Fds(Vec<RawFd>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum SocketSource {
+    Path(PathBuf),
+    Fd(RawFd),
+}
+
+impl Nic {
+    fn inherited(&self) -> Vec<RawFd> {
+        let mut fds = match &self.tap {
+            TapSource::Name(_) => Vec::new(),
+            TapSource::Fds(fds) => fds.clone(),
+        };
+        if let SocketSource::Fd(fd) = self.socket {
+            fds.push(fd);
+        }
+        fds
+    }
+
+    /// Opens the tap and binds the socket.
+    fn open(&self) -> anyhow::Result<OpenNic> {
+        let (tap_name, fds) = match &self.tap {
+            TapSource::Name(name) => (name.clone(), Tap::open(name, self.queue_pairs)?),
+            TapSource::Fds(fds) => (String::new(), fds.iter().copied().map(inherited).collect()),
+        };
+        let (listener, socket_file, socket_path) = match &self.socket {
+            SocketSource::Path(path) => {
+                let (listener, file) = listen::unix_socket(path)?;
+                (listener, Some(file), path.display().to_string())
+            }
+            SocketSource::Fd(fd) => {
+                let listener = backend::listener_from_fd(inherited(*fd))?;
+                (listener, None, format!("fd {fd}"))
+            }
+        };
+        let parts = Parts {
+            request: AttachRequest {
+                id: self.id.clone(),
+                listener: Some(ListenerConfig::SocketPath(socket_path)),
+                device: Some(DeviceConfig::Net(NetConfig {
+                    tap_fds: vec![FdRef::default(); fds.len()],
+                    mac: self.mac.clone(),
+                    mtu: self.mtu,
+                    tap_name,
+                })),
+            },
+            listener,
+            fds,
+        };
+        Ok(OpenNic { parts, socket_file })
+    }
+}
+
+/// A NIC that is ready to be attached.
+#[derive(Debug)]
+pub(crate) struct OpenNic {
+    pub(crate) parts: Parts,
+    /// Removes the socket when start-up fails.
+    pub(crate) socket_file: Option<SocketFile>,
+}
+
+fn inherited(fd: RawFd) -> OwnedFd {
+    // SAFETY: the command line gives this descriptor to us; the standard three are refused when
+    // it is parsed, repetitions in `inherited_fds`, which runs first.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+impl FromStr for Nic {
+    type Err = NicError;
+
+    fn from_str(text: &str) -> Result<Self, NicError> {
+        let (mut id, mut tap, mut socket) = (None, None, None);
+        let (mut mac, mut queue_pairs, mut mtu) = (None, None, None);
+        let mut tap_fds = Vec::new();
+        for field in text.split(',') {
+            let (key, value) = field
+                .split_once('=')
+                .ok_or_else(|| NicError::NoValue(field.to_owned()))?;
+            match key {
+                "id" => set(&mut id, key, value.to_owned())?,
+                "tap" => set(&mut tap, key, value.to_owned())?,
+                "fd" => tap_fds.push(descriptor(key, value)?),
+                "socket" => set(&mut socket, key, SocketSource::Path(value.into()))?,
+                "socket-fd" => {
+                    set(&mut socket, key, SocketSource::Fd(descriptor(key, value)?))?;
+                }
+                "mac" => {
+                    let _: MacAddress = value.parse().map_err(|_| bad(key, value, MAC_SHAPE))?;
+                    set(&mut mac, key, value.to_owned())?;
+                }
+                "queue-pairs" => {
+                    let pairs = value
+                        .parse()
+                        .ok()
+                        .filter(|pairs| (1..=MAX_QUEUE_PAIRS).contains(pairs))
+                        .ok_or_else(|| bad(key, value, "a number from 1 to 16"))?;
+                    set(&mut queue_pairs, key, pairs)?;
+                }
+                "mtu" => {
+                    let bytes = value
+                        .parse()
+                        .ok()
+                        .filter(|mtu| (68..=65521).contains(mtu))
+                        .ok_or_else(|| bad(key, value, "a number from 68 to 65521"))?;
+                    set(&mut mtu, key, bytes)?;
+                }
+                _ => return Err(NicError::UnknownKey(key.to_owned())),
+            }
+        }
+        let (tap, queue_pairs) = match (tap, tap_fds.len(), queue_pairs) {
+            (Some(name), 0, pairs) => (TapSource::Name(name), pairs.unwrap_or(1)),
+            (None, 1.., None) => (TapSource::Fds(tap_fds), 1),
+            (None, 1.., Some(_)) => return Err(NicError::PairsWithFds),
+            _ => return Err(NicError::OneTap),
+        };
+        Ok(Self {
+            id: id.ok_or(NicError::Missing("id"))?,
+            tap,
+            socket: socket.ok_or(NicError::Missing("socket"))?,
+            mac: mac.unwrap_or_default(),
+            queue_pairs,
+            mtu: mtu.unwrap_or(0),
+        })
+    }
+}
+
+const MAC_SHAPE: &str = "a unicast address like 52:54:00:12:34:56";
+
+fn set<T>(slot: &mut Option<T>, key: &str, value: T) -> Result<(), NicError> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(NicError::Twice(key.to_owned())),
+    }
+}
+
+fn descriptor(key: &str, value: &str) -> Result<RawFd, NicError> {
+    value
+        .parse()
+        .ok()
+        .filter(|&fd| fd > 2)
+        .ok_or_else(|| bad(key, value, "an inherited descriptor's number, above 2"))
+}
+
+fn bad(key: &str, value: &str, wanted: &'static str) -> NicError {
+    NicError::BadValue {
+        key: key.to_owned(),
+        value: value.to_owned(),
+        wanted,
+    }
+}
+
+/// A `--nic` that cannot be understood.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NicError {
+    #[error("{0:?} has no value; write key=value")]
+    NoValue(String),
+    #[error("unknown key {0:?}; known are id, tap, fd, socket, socket-fd, mac, queue-pairs, mtu")]
+    UnknownKey(String),
+    #[error("{0} is given twice")]
+    Twice(String),
+    #[error("{0}= is missing")]
+    Missing(&'static str),
+    #[error("give either tap=NAME, or fd=N for each queue pair")]
+    OneTap,
+    #[error("queue-pairs= cannot be given with fd=; give as many fd=N as there are queue pairs")]
+    PairsWithFds,
+    #[error("{key}={value} is not {wanted}")]
+    BadValue {
+        key: String,
+        value: String,
+        wanted: &'static str,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_spec_is_understood() {
+        let nic: Nic =
+            "id=net0,tap=tap7,socket=/run/x.vu,mac=52:54:00:00:00:07,queue-pairs=2,mtu=9000"
+                .parse()
+                .unwrap();
+        assert_eq!(
+            nic,
+            Nic {
+                id: "net0".into(),
+                tap: TapSource::Name("tap7".into()),
+                socket: SocketSource::Path("/run/x.vu".into()),
+                mac: "52:54:00:00:00:07".into(),
+                queue_pairs: 2,
+                mtu: 9000,
+            }
+        );
+    }
+
+    #[test]
+    fn inherited_descriptors_replace_names() {
+        let nic: Nic = "id=n,fd=5,fd=6,socket-fd=7".parse().unwrap();
+        assert_eq!(nic.tap, TapSource::Fds(vec![5, 6]));
+        assert_eq!(nic.socket, SocketSource::Fd(7));
+    }
+
+    #[test]
+    fn each_mistake_is_named() {
+        for (spec, named) in [
+            ("id=n,socket=/x", "tap=NAME"),
+            ("id=n,tap=t,fd=5,socket=/x", "either"),
+            ("tap=t,socket=/x", "id= is missing"),
+            ("id=n,tap=t", "socket= is missing"),
+            ("id=n,tap=t,socket=/x,color=red", "\"color\""),
+            ("id=n,id=m,tap=t,socket=/x", "id is given twice"),
+            ("id=n,tap=t,socket=/x,queue-pairs=17", "1 to 16"),
+            ("id=n,tap=t,socket=/x,mac=01:00:00:00:00:00", "unicast"),
+            ("id=n,tap=t,socket=/x,mtu=12", "68 to 65521"),
+            ("id=n,fd=1,socket=/x", "above 2"),
+            ("id", "key=value"),
+        ] {
+            let error = spec.parse::<Nic>().unwrap_err().to_string();
+            assert!(error.contains(named), "{spec}: {error}");
+        }
+    }
+}
