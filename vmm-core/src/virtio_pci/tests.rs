@@ -2,25 +2,29 @@
 
 mod backends;
 mod guest;
+mod peers;
+mod qemu;
+mod scripted;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
-
-use vhost_user::frontend::Timeouts;
+use std::time::{Duration, Instant};
 
 use self::backends::{Echo, kill, listen, serve};
 use self::guest::{Driver, Guest, TIMEOUTS, wait_until};
-use super::AttachError;
 
 /// A device number without a driver anywhere, so that nothing here depends on a device type.
 const TYPE: &str = "type=42,config-size=16";
+const DEVICE_NEEDS_RESET: u8 = 64;
+
+/// Longest that an access of a vCPU may take here; backends that hang do so for seconds.
+const PROMPT: Duration = Duration::from_millis(500);
 
 #[test]
 fn request_is_served_and_raises_the_queues_interrupt() {
     let directory = tempfile::tempdir().unwrap();
     let (listener, socket) = listen(directory.path());
-    let echo = Echo::new();
-    let _server = serve(&listener, &echo);
+    let _server = serve(&listener, &Echo::new());
     let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
     let mut driver = guest.drive();
     for round in 0..20u8 {
@@ -38,4 +42,369 @@ fn request_is_served_and_raises_the_queues_interrupt() {
         "{health:?}"
     );
     assert_eq!((health.incarnations, health.last_error.as_str()), (1, ""));
+}
+
+#[test]
+fn requests_that_a_killed_backend_held_are_completed_by_the_next() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let mut server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    for round in 1..=5u8 {
+        echo.hold.store(true, Ordering::SeqCst);
+        let taken = echo.taken.load(Ordering::SeqCst);
+        let head = driver.submit(&[round; 64]);
+        wait_until("the backend took the request", || {
+            echo.taken.load(Ordering::SeqCst) > taken
+        });
+        kill(server);
+        echo.hold.store(false, Ordering::SeqCst);
+        server = serve(&listener, &echo);
+        assert_eq!(driver.complete(head, 64), [round; 64], "round {round}");
+        assert_eq!(guest.device.health().incarnations, u64::from(round) + 1);
+    }
+}
+
+#[test]
+fn kick_during_an_outage_is_not_lost() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    kill(server);
+    wait_until("the outage is noticed", || !guest.device.health().connected);
+    let head = driver.submit(b"while nobody listens");
+    let _server = serve(&listener, &echo);
+    assert_eq!(driver.complete(head, 20), b"while nobody listens");
+}
+
+#[test]
+fn driver_that_starts_during_an_outage_is_served_afterwards() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    kill(server);
+    wait_until("the outage is noticed", || !guest.device.health().connected);
+    let mut driver = guest.drive();
+    let head = driver.submit(b"patience");
+    let _server = serve(&listener, &echo);
+    assert_eq!(driver.complete(head, 8), b"patience");
+}
+
+#[test]
+fn driver_can_reset_and_start_again_and_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    for round in 0..5u8 {
+        let mut driver = guest.drive();
+        let head = driver.submit(&[round; 32]);
+        assert_eq!(driver.complete(head, 32), [round; 32], "round {round}");
+    }
+    assert_eq!(
+        guest.device.health().incarnations,
+        1,
+        "a reset keeps the connection"
+    );
+}
+
+#[test]
+fn reset_during_an_outage_completes_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let driver = guest.drive();
+    kill(server);
+    wait_until("the outage is noticed", || !guest.device.health().connected);
+    driver.set_status(0);
+    assert_eq!(driver.status(), 0);
+    let mut driver = guest.drive();
+    let _server = serve(&listener, &echo);
+    let head = driver.submit(b"again");
+    assert_eq!(driver.complete(head, 5), b"again");
+}
+
+#[test]
+fn requests_held_before_a_reset_never_come_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    echo.hold.store(true, Ordering::SeqCst);
+    let server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    driver.submit(b"forgotten");
+    wait_until("the backend took the request", || {
+        echo.taken.load(Ordering::SeqCst) == 1
+    });
+    kill(server);
+    wait_until("the outage is noticed", || !guest.device.health().connected);
+    let mut driver = guest.drive();
+    echo.hold.store(false, Ordering::SeqCst);
+    let _server = serve(&listener, &echo);
+    let head = driver.submit(b"the only one");
+    assert_eq!(driver.complete(head, 12), b"the only one");
+    assert_eq!(
+        driver.rings[0].used_idx(),
+        1,
+        "nothing but the new request was completed"
+    );
+}
+
+#[test]
+fn paused_device_serves_nothing_until_it_is_resumed() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let _server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    for round in 0..3u8 {
+        let head = driver.submit(&[round; 10]);
+        driver.complete(head, 10);
+        guest.device.pause(TIMEOUTS.stop);
+        let taken = echo.taken.load(Ordering::SeqCst);
+        let head = driver.submit(&[round + 100; 10]);
+        // Twice, so that a second pause is seen to do nothing.
+        guest.device.pause(TIMEOUTS.stop);
+        assert_eq!(echo.taken.load(Ordering::SeqCst), taken, "round {round}");
+        guest.device.resume();
+        assert_eq!(
+            driver.complete(head, 10),
+            [round + 100; 10],
+            "round {round}"
+        );
+    }
+}
+
+#[test]
+fn backend_killed_while_paused_is_replaced_and_resumed() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    let head = driver.submit(b"first");
+    driver.complete(head, 5);
+    guest.device.pause(TIMEOUTS.stop);
+    kill(server);
+    wait_until("the outage is noticed", || !guest.device.health().connected);
+    // Neither pausing nor resuming waits for a backend that is not there.
+    let started = Instant::now();
+    guest.device.pause(TIMEOUTS.stop);
+    guest.device.resume();
+    assert!(started.elapsed() < PROMPT, "took {:?}", started.elapsed());
+    let head = driver.submit(b"second");
+    let _server = serve(&listener, &echo);
+    assert_eq!(driver.complete(head, 6), b"second");
+}
+
+#[test]
+fn machine_reset_returns_the_function_to_power_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    for round in 0..3u8 {
+        let mut driver = guest.drive();
+        let head = driver.submit(&[round; 32]);
+        assert_eq!(driver.complete(head, 32), [round; 32], "round {round}");
+        assert_eq!(guest.fabric.doorbell_gpas().len(), 2);
+        let control = driver.msix_control;
+        guest.device.reset(TIMEOUTS.stop);
+        guest.root_bus.place_bars();
+        assert_eq!(guest.fabric.doorbell_gpas(), Vec::<u64>::new());
+        assert_eq!(guest.read(control, 2) & 0x8000, 0, "MSI-X is off");
+        assert_eq!(Driver::find(&guest).status(), 0);
+        assert!(!guest.device.health().driver_ok);
+    }
+}
+
+#[test]
+fn driver_writes_to_configuration_space_reach_the_backend() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let driver = guest.drive();
+    assert_eq!(guest.read(driver.device_cfg + 4, 4), 0x0706_0504);
+    guest.write(driver.device_cfg + 4, 1, 0xaa);
+    assert_eq!(
+        guest.read(driver.device_cfg + 4, 1),
+        0xaa,
+        "the driver sees its write at once"
+    );
+    wait_until("the backend has it", || {
+        echo.config.lock().unwrap()[4] == 0xaa
+    });
+    kill(server);
+    wait_until("the outage is noticed", || !guest.device.health().connected);
+    guest.write(driver.device_cfg + 5, 1, 0xbb);
+    let _server = serve(&listener, &echo);
+    wait_until("the next backend has what was written", || {
+        echo.config.lock().unwrap()[5] == 0xbb
+    });
+    assert_eq!(guest.read(driver.device_cfg + 4, 2), 0xbbaa);
+}
+
+#[test]
+fn changed_configuration_space_interrupts_the_driver() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let _server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let driver = guest.drive();
+    let generation = guest.read(driver.common + 0x15, 1);
+    echo.config.lock().unwrap()[0] = 99;
+    guest.device.refresh_config();
+    wait_until("the interrupt arrives", || {
+        guest
+            .fabric
+            .delivered()
+            .iter()
+            .any(|message| message.data == 0x100)
+    });
+    assert_eq!(guest.read(driver.device_cfg, 1), 99);
+    assert_ne!(guest.read(driver.common + 0x15, 1), generation);
+}
+
+#[test]
+fn masked_vector_is_pending_and_delivered_when_it_is_unmasked() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    driver.program_vector(1, true);
+    let head = driver.submit(b"quiet");
+    let pba = driver.msix_table + 0x1000;
+    wait_until("the vector is pending", || guest.read(pba, 4) == 0b10);
+    assert_eq!(
+        guest.fabric.delivered(),
+        [],
+        "nothing is injected while masked"
+    );
+    assert_eq!(
+        guest.read(pba, 4),
+        0b10,
+        "reading does not clear the pending bit"
+    );
+    driver.program_vector(1, false);
+    assert_eq!(driver.complete(head, 5), b"quiet");
+    assert_eq!(guest.read(pba, 4), 0);
+}
+
+#[test]
+fn backend_without_an_acknowledged_feature_is_refused_until_one_has_it() {
+    const FEATURE: u64 = 1 << 5;
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let complete = Echo::with_features(FEATURE);
+    let server = serve(&listener, &complete);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    assert_ne!(driver.features & FEATURE, 0);
+    kill(server);
+    let server = serve(&listener, &Echo::with_features(0));
+    wait_until("the lesser backend is refused", || {
+        let health = guest.device.health();
+        !health.connected && health.last_error.contains("no longer offers features 0x20")
+    });
+    let head = driver.submit(b"later");
+    kill(server);
+    let _server = serve(&listener, &complete);
+    assert_eq!(driver.complete(head, 5), b"later");
+}
+
+#[test]
+fn ring_outside_memory_leaves_the_device_in_need_of_a_reset() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = Driver::find(&guest);
+    driver.negotiate(u64::MAX);
+    guest.write(driver.common + 0x16, 2, 0);
+    guest.write(driver.common + 0x20, 4, 0xffff_f000);
+    guest.write(driver.common + 0x1c, 2, 1);
+    driver.set_status(0xf);
+    assert_ne!(driver.status() & DEVICE_NEEDS_RESET, 0);
+    let mut driver = guest.drive();
+    let head = driver.submit(b"sane");
+    assert_eq!(driver.complete(head, 4), b"sane", "a reset heals it");
+}
+
+#[test]
+fn ring_that_the_driver_breaks_leaves_the_device_in_need_of_a_reset() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    driver.rings[0].set_desc(0, u64::MAX - 4, 8, 0, 0);
+    driver.rings[0].push_avail(0);
+    driver.kick(0);
+    wait_until("the device needs a reset", || {
+        driver.status() & DEVICE_NEEDS_RESET != 0
+    });
+    let mut driver = guest.drive();
+    let head = driver.submit(b"sane");
+    assert_eq!(driver.complete(head, 4), b"sane", "a reset heals it");
+}
+
+#[test]
+fn features_that_were_not_offered_are_not_accepted() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let driver = Driver::find(&guest);
+    let attempt = |low: u64, high: u64| {
+        driver.set_status(0);
+        driver.set_status(0x3);
+        for (select, half) in [low, high].into_iter().enumerate() {
+            guest.write(driver.common + 8, 4, select as u64);
+            guest.write(driver.common + 0xc, 4, half);
+        }
+        driver.set_status(0xb);
+        driver.status()
+    };
+    assert_eq!(attempt(0, 1), 0xb, "VERSION_1 alone is enough");
+    assert_eq!(attempt(0, 0), 0x3, "VERSION_1 is required");
+    assert_eq!(attempt(0, 0b101), 0x3, "packed rings were not offered");
+    assert_eq!(
+        attempt(1 << 30, 1),
+        0x3,
+        "the protocol's own bit is not the guest's"
+    );
+}
+
+#[test]
+fn device_and_guest_outlive_many_backends() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let mut server = serve(&listener, &echo);
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    let incarnations = Arc::new(guest.device.health().incarnations);
+    for round in 0..20u8 {
+        let head = driver.submit(&[round; 16]);
+        kill(server);
+        server = serve(&listener, &echo);
+        assert_eq!(driver.complete(head, 16), [round; 16], "round {round}");
+    }
+    assert!(guest.device.health().incarnations > *incarnations);
 }

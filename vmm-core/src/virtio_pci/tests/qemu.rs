@@ -1,0 +1,139 @@
+//! qemu-storage-daemon's vhost-user-blk export, a backend that is not ours.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use super::guest::{Driver, Guest, TIMEOUTS, wait_until};
+
+const SECTOR_LEN: usize = 512;
+const VIRTIO_BLK_T_IN: u32 = 0;
+const VIRTIO_BLK_T_OUT: u32 = 1;
+const VIRTIO_BLK_T_FLUSH: u32 = 4;
+
+#[test]
+fn qemu_storage_daemon_reads_writes_and_flushes() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(_daemon) = Daemon::start(directory.path()) else {
+        return;
+    };
+    let guest = attach(directory.path());
+    let mut driver = guest.drive();
+    let capacity_sectors = guest.read(driver.device_cfg, 4);
+    assert_eq!(capacity_sectors, 2048);
+    let block: Vec<u8> = (0..SECTOR_LEN).map(|at| (at % 251) as u8).collect();
+    write(&mut driver, 7, &block);
+    assert_eq!(read(&mut driver, 7), block);
+    flush(&mut driver);
+    let image = fs::read(directory.path().join("disk.img")).unwrap();
+    assert_eq!(image[7 * SECTOR_LEN..8 * SECTOR_LEN], block);
+    driver.set_status(0);
+    wait_until("the reset is complete", || driver.status() == 0);
+    let mut driver = guest.drive();
+    assert_eq!(read(&mut driver, 7), block, "it serves the next driver too");
+}
+
+#[test]
+fn qemu_storage_daemon_is_killed_and_replaced_under_a_driver() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(mut daemon) = Daemon::start(directory.path()) else {
+        return;
+    };
+    let guest = attach(directory.path());
+    let mut driver = guest.drive();
+    for round in 1..=5u8 {
+        write(&mut driver, u64::from(round), &[round; SECTOR_LEN]);
+        // In flight, or done and not seen yet, when the daemon dies.
+        let head = submit(
+            &mut driver,
+            VIRTIO_BLK_T_IN,
+            u64::from(round),
+            &[],
+            SECTOR_LEN,
+        );
+        drop(daemon);
+        daemon = Daemon::start(directory.path()).expect("it was there before");
+        let answer = driver.complete(head, SECTOR_LEN + 1);
+        assert_eq!(
+            answer,
+            [&[round; SECTOR_LEN][..], &[0]].concat(),
+            "round {round}"
+        );
+        wait_until("the next daemon is connected", || {
+            let health = guest.device.health();
+            health.connected && health.incarnations == u64::from(round) + 1
+        });
+    }
+    guest.device.pause(TIMEOUTS.stop);
+    guest.device.resume();
+    assert_eq!(read(&mut driver, 3), [3; SECTOR_LEN]);
+}
+
+struct Daemon(Child);
+
+impl Daemon {
+    /// `None`, with the reason printed, where it is not installed.
+    fn start(directory: &Path) -> Option<Self> {
+        let (image, socket) = (directory.join("disk.img"), directory.join("qsd.sock"));
+        if !image.exists() {
+            fs::write(&image, vec![0; 2048 * SECTOR_LEN]).unwrap();
+        }
+        let _ = fs::remove_file(&socket);
+        let child = Command::new("qemu-storage-daemon")
+            .arg("--blockdev")
+            .arg(format!("driver=file,node-name=disk,filename={}", image.display()))
+            .arg("--export")
+            .arg(format!(
+                "type=vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={}",
+                socket.display()
+            ))
+            .stdin(Stdio::null())
+            .spawn();
+        match child {
+            Ok(child) => Some(Self(child)),
+            Err(error) => {
+                println!("skipped: cannot run qemu-storage-daemon ({error}); install qemu-utils");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn attach(directory: &Path) -> Guest {
+    Guest::attach("type=blk", &directory.join("qsd.sock"), TIMEOUTS).unwrap()
+}
+
+fn submit(driver: &mut Driver<'_>, kind: u32, sector: u64, data: &[u8], room: usize) -> u16 {
+    let header = [
+        &kind.to_le_bytes()[..],
+        &[0; 4],
+        &sector.to_le_bytes(),
+        data,
+    ]
+    .concat();
+    driver.submit_with_room(&header, room + 1)
+}
+
+fn write(driver: &mut Driver<'_>, sector: u64, data: &[u8]) {
+    let head = submit(driver, VIRTIO_BLK_T_OUT, sector, data, 0);
+    assert_eq!(driver.complete(head, 1), [0], "write of sector {sector}");
+}
+
+fn read(driver: &mut Driver<'_>, sector: u64) -> Vec<u8> {
+    let head = submit(driver, VIRTIO_BLK_T_IN, sector, &[], SECTOR_LEN);
+    let mut answer = driver.complete(head, SECTOR_LEN + 1);
+    assert_eq!(answer.pop(), Some(0), "read of sector {sector}");
+    answer
+}
+
+fn flush(driver: &mut Driver<'_>) {
+    let head = submit(driver, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+    assert_eq!(driver.complete(head, 1), [0], "flush");
+}
