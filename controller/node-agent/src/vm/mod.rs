@@ -184,7 +184,10 @@ impl Vm {
     /// When its record cannot be kept.
     pub(crate) fn create(env: Arc<Env>, spec: Spec) -> Result<Self, RecordError> {
         let start = spec.power == Power::On;
-        let record = Record::new(spec);
+        let mut record = Record::new(spec);
+        if start {
+            record.state = State::Starting(Assets::default());
+        }
         env.store.save(&record)?;
         let (vm, actor) = Actor::new(env, record);
         actor.publish(None);
@@ -317,11 +320,17 @@ impl Actor {
                 None => return Next::Gone,
                 Some(Command::Apply(spec, answer)) => {
                     let newer = spec.generation > self.record.spec.generation;
-                    let accepted = self.accept(*spec);
-                    let start = newer && accepted.is_ok() && self.record.spec.power == Power::On;
+                    let start = newer && spec.power == Power::On;
+                    let before = self.record.state.clone();
                     if start {
-                        // The answer must not show the outcome of an earlier run.
+                        // Durable along with the wish: a new agent must not find one without the
+                        // other, and the answer must not show the outcome of an earlier run.
                         self.record.state = State::Starting(Assets::default());
+                    }
+                    let accepted = self.accept(*spec);
+                    let start = start && accepted.is_ok();
+                    if !start {
+                        self.record.state = before;
                     }
                     self.publish(None);
                     reply(answer, accepted);

@@ -1,0 +1,326 @@
+//! A real agent on directories of its own, a client of it, and a look at what it leaves behind.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use api::{
+    connect,
+    node::{
+        ApplyVmRequest, ConsoleInput, DeleteVmRequest, DiskSpec, GetVmRequest, Power, VmPhase,
+        VmSpec, VmStatus, disk_spec::Source, node_agent_client::NodeAgentClient,
+    },
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tonic::{Status, transport::Channel};
+
+/// No test waits longer for anything; a loaded machine of two cores needs a fraction of it.
+const PATIENCE: Duration = Duration::from_secs(60);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// An agent and its directories. Everything that runs there ends with it.
+pub(crate) struct Agent {
+    dir: tempfile::TempDir,
+    child: Child,
+    pub(crate) client: NodeAgentClient<Channel>,
+}
+
+impl Agent {
+    pub(crate) async fn start() -> Self {
+        let bin_dir = Path::new(env!("CARGO_BIN_EXE_node-agent"))
+            .parent()
+            .unwrap();
+        for program in ["vmm-core", "device-blk", "device-net"] {
+            let path = bin_dir.join(program);
+            assert!(
+                path.exists(),
+                "{} is not built: run `cargo build` first",
+                path.display()
+            );
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let child = spawn(dir.path());
+        let client = connect_to(dir.path()).await;
+        Self { dir, child, client }
+    }
+
+    /// Ends the agent with `signal` and waits for it; its VMs stay.
+    pub(crate) fn end(&mut self, signal: Signal) -> ExitStatus {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the agent does not end at {signal}"
+            );
+            std::thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// A new agent in place of one that ended.
+    pub(crate) async fn start_again(&mut self) {
+        self.child = spawn(self.dir.path());
+        self.client = connect_to(self.dir.path()).await;
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn vm_dir(&self, id: &str) -> PathBuf {
+        self.dir.path().join("run/vms").join(id)
+    }
+
+    pub(crate) fn record(&self, id: &str) -> PathBuf {
+        self.dir.path().join("state/vms").join(format!("{id}.json"))
+    }
+
+    /// A new sparse image.
+    pub(crate) fn image(&self, name: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        fs::File::create(&path).unwrap().set_len(8 << 20).unwrap();
+        path
+    }
+
+    pub(crate) async fn apply(&mut self, spec: &VmSpec) -> Result<VmStatus, Status> {
+        let request = ApplyVmRequest {
+            spec: Some(spec.clone()),
+        };
+        self.client
+            .apply_vm(request)
+            .await
+            .map(tonic::Response::into_inner)
+    }
+
+    pub(crate) async fn status(&mut self, id: &str) -> VmStatus {
+        let request = GetVmRequest { id: id.into() };
+        self.client.get_vm(request).await.unwrap().into_inner()
+    }
+
+    pub(crate) async fn delete(&mut self, id: &str) -> Result<(), Status> {
+        self.client
+            .delete_vm(DeleteVmRequest { id: id.into() })
+            .await
+            .map(drop)
+    }
+
+    /// Polls the VM until `wanted` holds.
+    pub(crate) async fn until(
+        &mut self,
+        id: &str,
+        what: &str,
+        wanted: impl Fn(&VmStatus) -> bool,
+    ) -> VmStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.status(id).await;
+            if wanted(&status) {
+                return status;
+            }
+            if Instant::now() > deadline {
+                panic!(
+                    "VM {id} is not {what}: {status:#?}\n{}",
+                    logs(&self.vm_dir(id))
+                );
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
+    }
+
+    /// Applies and waits for the machine to run.
+    pub(crate) async fn run(&mut self, spec: &VmSpec) -> VmStatus {
+        self.apply(spec).await.unwrap();
+        let settled = self
+            .until(&spec.id, "started", |status| {
+                status.phase() != VmPhase::Starting
+            })
+            .await;
+        assert_eq!(settled.phase(), VmPhase::Running, "{}", settled.error);
+        settled
+    }
+
+    /// Applies the same machine with another power wish.
+    pub(crate) async fn power(&mut self, spec: &mut VmSpec, power: Power) {
+        spec.generation += 1;
+        spec.set_power(power);
+        self.apply(spec).await.unwrap();
+    }
+
+    /// Reads the console from its start until it ends with `text`, having sent `input` first.
+    pub(crate) async fn console_until(&mut self, id: &str, input: &[u8], text: &str) {
+        let first = ConsoleInput {
+            vm_id: id.into(),
+            data: input.to_vec(),
+            from_offset: 0,
+        };
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        sender.send(first).await.unwrap();
+        let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let mut output = self.client.console(stream).await.unwrap().into_inner();
+        let mut seen = Vec::new();
+        let reading = async {
+            while let Some(message) = output.message().await.unwrap() {
+                seen.extend(message.data);
+                if seen.ends_with(text.as_bytes()) {
+                    return true;
+                }
+            }
+            false
+        };
+        let found = tokio::time::timeout(PATIENCE, reading).await;
+        assert_eq!(
+            found,
+            Ok(true),
+            "console: {:?}",
+            String::from_utf8_lossy(&seen)
+        );
+    }
+
+    /// Pids of everything that serves a control socket in this agent's directories.
+    pub(crate) fn processes(&self) -> Vec<i32> {
+        processes_below(self.dir.path())
+    }
+
+    /// Asserts that nothing of a VM is left on the host.
+    pub(crate) fn assert_nothing_left(&self, id: &str) {
+        assert_eq!(self.processes(), Vec::<i32>::new(), "processes are left");
+        assert!(
+            !self.vm_dir(id).exists(),
+            "the directory is left: {:?}",
+            files(&self.vm_dir(id))
+        );
+        let tap = format!("/sys/class/net/mt-{id}-0");
+        assert!(!Path::new(&tap).exists(), "{tap} is left");
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        for pid in self.processes() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// A machine of one vCPU that boots `kernel`.
+pub(crate) fn spec(id: &str, kernel: &Path) -> VmSpec {
+    VmSpec {
+        id: id.into(),
+        generation: 1,
+        power: Power::On.into(),
+        vcpus: 1,
+        memory_bytes: 32 << 20,
+        kernel: kernel.display().to_string(),
+        shutdown_grace_ms: 200,
+        ..VmSpec::default()
+    }
+}
+
+pub(crate) fn disk(name: &str, image: &Path) -> DiskSpec {
+    DiskSpec {
+        name: name.into(),
+        source: Some(Source::Path(image.display().to_string())),
+        ..DiskSpec::default()
+    }
+}
+
+/// Pid of one of a VM's processes.
+pub(crate) fn pid(status: &VmStatus, name: &str) -> i32 {
+    let process = status.processes.iter().find(|process| process.name == name);
+    process
+        .unwrap_or_else(|| panic!("no {name} in {status:#?}"))
+        .pid as i32
+}
+
+pub(crate) fn kill_hard(pid: i32) {
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+}
+
+/// Waits until a process is gone (a zombie is).
+pub(crate) async fn gone(pid: i32) {
+    let deadline = Instant::now() + PATIENCE;
+    while is_alive(pid) {
+        assert!(Instant::now() < deadline, "process {pid} does not end");
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+}
+
+pub(crate) fn is_alive(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat[stat.rfind(')').unwrap()..].starts_with(") Z"))
+}
+
+pub(crate) fn files(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn spawn(dir: &Path) -> Child {
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(dir.join("agent.log"))
+        .unwrap();
+    Command::new(env!("CARGO_BIN_EXE_node-agent"))
+        .arg("--listen")
+        .arg(format!("unix:{}", dir.join("agent.sock").display()))
+        .arg("--state-dir")
+        .arg(dir.join("state"))
+        .arg("--run-dir")
+        .arg(dir.join("run"))
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap()
+}
+
+async fn connect_to(dir: &Path) -> NodeAgentClient<Channel> {
+    let channel = connect::unix(&dir.join("agent.sock"), PATIENCE)
+        .await
+        .unwrap_or_else(|error| {
+            let log = fs::read_to_string(dir.join("agent.log")).unwrap_or_default();
+            panic!("{error}\n{log}");
+        });
+    NodeAgentClient::new(channel)
+}
+
+fn processes_below(dir: &Path) -> Vec<i32> {
+    let dir = dir.join("run").display().to_string();
+    let serves = |pid: &i32| {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|cmdline| {
+            let cmdline = String::from_utf8_lossy(&cmdline).replace('\0', " ");
+            cmdline.contains(&format!("--control-socket {dir}"))
+        }) && is_alive(*pid)
+    };
+    fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(serves)
+        .collect()
+}
+
+fn logs(dir: &Path) -> String {
+    let mut text = String::new();
+    for name in files(dir).iter().filter(|name| name.ends_with(".log")) {
+        text += &format!("--- {name}\n");
+        text += &fs::read_to_string(dir.join(name)).unwrap_or_default();
+    }
+    text
+}

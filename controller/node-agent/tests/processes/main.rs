@@ -1,0 +1,10 @@
+//! The agent with real `vmm-core` and daemon processes, on guests of a few instructions that any
+//! /dev/kvm runs, an interpreting one too.
+//!
+//! The other programs are taken from the directory of the agent's own; `cargo build` makes them.
+
+mod adoption;
+mod failures;
+mod guest;
+mod harness;
+mod lifecycle;
