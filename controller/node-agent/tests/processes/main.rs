@@ -8,3 +8,4 @@ mod failures;
 mod guest;
 mod harness;
 mod lifecycle;
+mod resources;
