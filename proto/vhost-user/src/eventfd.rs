@@ -54,9 +54,8 @@ impl EventFd {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: `fd` was just returned by the kernel and is owned by nobody else.
-        Ok(EventFd {
-            file: unsafe { File::from_raw_fd(fd) },
-        })
+        let file = unsafe { File::from_raw_fd(fd) };
+        Ok(EventFd { file })
     }
 
     /// Takes a kick descriptor as received. Its only reader is this process, so it is made

@@ -127,7 +127,7 @@ impl InflightRegion {
                 needed_bytes,
             });
         }
-        if mmap_offset % REGION_ALIGN_BYTES != 0 {
+        if !mmap_offset.is_multiple_of(REGION_ALIGN_BYTES) {
             return Err(InflightError::Map(io::Error::from(
                 io::ErrorKind::InvalidInput,
             )));

@@ -16,7 +16,7 @@ use vhost::vhost_user::BackendReqHandler;
 use super::session::Session;
 
 /// How long the rest of a begun request, or room for the answer, may take.
-const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+const MESSAGE_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 5000 });
 
 /// Interval of looks at a half-received request. Senders write requests whole, so this is rare.
 const PARTIAL_POLL: Duration = Duration::from_millis(5);

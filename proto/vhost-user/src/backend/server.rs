@@ -50,14 +50,17 @@ pub struct Status {
     pub memory_sealed: Option<bool>,
 }
 
-/// The server did not end in time.
+/// The server could not complete everything in time.
 #[derive(Debug, thiserror::Error)]
 #[error("device {name}: {inflight} requests were not completed in time")]
 pub struct StopError {
     /// The device.
     pub name: String,
-    /// Requests still in flight.
+    /// Requests not completed. The frontend's in-flight region, if it has one, holds them for the
+    /// next incarnation.
     pub inflight: u32,
+    /// Whether the server's threads are gone. If not, a device does not return from its work.
+    pub has_ended: bool,
 }
 
 impl Server {
@@ -86,6 +89,8 @@ impl Server {
             .name(name.chars().take(15).collect())
             .spawn(move || {
                 serve(&serving, &listener, &device);
+                // Only then may whoever waits bind or pass on the socket.
+                drop(listener);
                 drop(alive);
             })?;
         Ok(Server { shared, ended })
@@ -95,16 +100,19 @@ impl Server {
     /// listening socket.
     ///
     /// # Errors
-    /// [`StopError`] when requests remain; their threads are left behind.
+    /// [`StopError`] when requests remain or a thread does not end.
     pub fn stop(self, deadline: Duration) -> Result<(), StopError> {
         self.shared.sessions().drain_until = Some(Instant::now() + deadline);
         self.shared.stop.ring();
-        match self.ended.recv_timeout(deadline + Duration::from_secs(1)) {
-            Err(RecvTimeoutError::Timeout) => Err(StopError {
+        let ended = self.ended.recv_timeout(deadline + Duration::from_secs(1));
+        let has_ended = ended != Err(RecvTimeoutError::Timeout);
+        match self.status().inflight {
+            0 if has_ended => Ok(()),
+            inflight => Err(StopError {
                 name: self.shared.name.clone(),
-                inflight: self.status().inflight,
+                inflight,
+                has_ended,
             }),
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => Ok(()),
         }
     }
 

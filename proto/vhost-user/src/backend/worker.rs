@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use super::{Device, QueueHandler, Wake};
 use crate::eventfd::{Doorbell, EventFd};
 use crate::memory::MemoryTable;
-use crate::ring::{Ring, RingError, RingState};
+use crate::ring::{Intake, Ring, RingError, RingState};
 
 /// How long a worker may take to answer a command beyond the work that the command asks for.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -274,25 +274,47 @@ impl Serving {
             .store(handler.is_some(), Ordering::Relaxed);
         let (deadline, answer) = self.serve_until_stopped(&mut handler);
 
-        self.ring.set_paused(true);
         if let Some(handler) = &mut handler {
-            let left = handler.drain(&mut self.ring, deadline);
-            if left > 0 {
-                tracing::warn!(
-                    device = self.label,
-                    queue = self.ring.index(),
-                    left,
-                    "requests left in flight"
-                );
-            }
+            self.drain(handler.as_mut(), deadline);
         }
         self.ring.notify();
         // What the kernel still does for this ring ends here, before anybody hears of the stop.
         drop(handler);
         self.stats.running.store(false, Ordering::Relaxed);
         self.report();
-        let state = self.ring.finish();
+        let mut state = self.ring.finish();
+        if self.is_broken {
+            // The driver broke the ring: what could not be taken up again any more stays in the
+            // region, but does not keep the frontend from stopping the ring.
+            state.in_flight -= state.left_to_resubmit;
+        }
+        self.stats
+            .in_flight
+            .store(u32::from(state.in_flight), Ordering::Relaxed);
         let _ = answer.send(state);
+    }
+
+    /// Completes what is in flight, also what a predecessor left and nobody took up yet.
+    fn drain(&mut self, handler: &mut dyn QueueHandler, deadline: Instant) {
+        self.ring.set_intake(Intake::Draining);
+        loop {
+            let left = handler.drain(&mut self.ring, deadline);
+            if left > 0 {
+                let queue = self.ring.index();
+                tracing::warn!(device = self.label, queue, left, "requests left in flight");
+            }
+            let to_resubmit = self.ring.left_to_resubmit();
+            if left > 0 || to_resubmit == 0 || self.is_broken || Instant::now() >= deadline {
+                break;
+            }
+            if let Err(error) = handler.process(&mut self.ring, Wake::Kick) {
+                self.break_ring(&error);
+            }
+            if self.ring.left_to_resubmit() == to_resubmit {
+                break;
+            }
+        }
+        self.ring.set_intake(Intake::Closed);
     }
 
     fn serve_until_stopped(
@@ -379,7 +401,7 @@ impl Serving {
         // A handler that fails again while it completes what is in flight is left alone.
         self.events_polled = !self.is_broken;
         self.is_broken = true;
-        self.ring.set_paused(true);
+        self.ring.set_intake(Intake::Closed);
         self.stats.running.store(false, Ordering::Relaxed);
         let error = error as &dyn std::error::Error;
         tracing::warn!(
@@ -409,7 +431,9 @@ impl Serving {
                     let _ = answer.send(self.ring.set_memory(memory));
                 }
                 Ok(Command::SetEnabled { enabled, answer }) => {
-                    self.ring.set_paused(!enabled || self.is_broken);
+                    let open = enabled && !self.is_broken;
+                    self.ring
+                        .set_intake(if open { Intake::Open } else { Intake::Closed });
                     let _ = answer.send(());
                 }
                 Ok(Command::SetKick(kick)) => self.kick = Some(kick),

@@ -15,7 +15,10 @@ fn region_is_laid_out_as_specified() {
     assert_eq!(InflightRegion::needed_bytes(1, 1), 64);
     assert_eq!(InflightRegion::needed_bytes(1, 3), 64);
     assert_eq!(InflightRegion::needed_bytes(1, 4), 128);
-    assert_eq!(InflightRegion::needed_bytes(2, 128), 2 * (16 + 128 * 16 + 48));
+    assert_eq!(
+        InflightRegion::needed_bytes(2, 128),
+        2 * (16 + 128 * 16 + 48)
+    );
 
     let (region, file) = InflightRegion::create(2, SIZE).unwrap();
     assert_eq!(file.metadata().unwrap().len(), 256);
@@ -49,7 +52,10 @@ fn region_file_cannot_be_resized() {
 fn impossible_regions_are_refused() {
     for (num_queues, queue_size) in [(0, 1), (1, 0), (1, 32769)] {
         let result = InflightRegion::create(num_queues, queue_size);
-        assert!(matches!(result, Err(InflightError::BadShape { .. })), "{num_queues} {queue_size}");
+        assert!(
+            matches!(result, Err(InflightError::BadShape { .. })),
+            "{num_queues} {queue_size}"
+        );
     }
     let (_region, file) = InflightRegion::create(1, SIZE).unwrap();
     for (offset, len, num_queues, queue_size) in [
@@ -60,9 +66,15 @@ fn impossible_regions_are_refused() {
         (0, u64::MAX, u16::MAX, 32768),
     ] {
         let result = InflightRegion::map(&file, offset, len, num_queues, queue_size);
-        assert!(matches!(result, Err(InflightError::TooShort { .. })), "{offset} {len}");
+        assert!(
+            matches!(result, Err(InflightError::TooShort { .. })),
+            "{offset} {len}"
+        );
     }
-    assert!(matches!(InflightRegion::map(&file, 8, 64, 1, 1), Err(InflightError::Map(_))));
+    assert!(matches!(
+        InflightRegion::map(&file, 8, 64, 1, 1),
+        Err(InflightError::Map(_))
+    ));
 }
 
 #[test]
@@ -78,7 +90,13 @@ fn fresh_region_does_not_clear_entry_zero() {
     let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
     // The ring is in mid-life: a backend without a region served it before.
     let mut queue = queue_of(&region);
-    assert_eq!(queue.recover(1, 1), Recovered { heads: vec![], was_stale: false });
+    assert_eq!(
+        queue.recover(1, 1),
+        Recovered {
+            heads: vec![],
+            was_stale: false
+        }
+    );
     queue.begin(0);
     assert_eq!(queue_of(&region).recover(1, 2).heads, [0]);
 }
@@ -93,9 +111,21 @@ fn batch_ends_in_every_order_of_completion() {
     queue.add_to_batch(0);
     queue.batch_published(2);
     queue.add_to_batch(3);
-    assert_eq!(queue_of(&region).recover(2, 4).heads, [1, 3], "3 was not published");
-    assert_eq!(queue_of(&region).recover(3, 4).heads, [1], "3 was published");
-    assert_eq!(queue_of(&region).recover(3, 4).heads, [1], "recovery is repeatable");
+    assert_eq!(
+        queue_of(&region).recover(2, 4).heads,
+        [1, 3],
+        "3 was not published"
+    );
+    assert_eq!(
+        queue_of(&region).recover(3, 4).heads,
+        [1],
+        "3 was published"
+    );
+    assert_eq!(
+        queue_of(&region).recover(3, 4).heads,
+        [1],
+        "recovery is repeatable"
+    );
 }
 
 #[test]
@@ -131,12 +161,24 @@ fn region_of_an_earlier_ring_is_stale() {
     let mut queue = queue_of(&region);
     queue.recover(100, 100);
     queue.begin(2);
-    assert_eq!(queue_of(&region).recover(0, 1), Recovered { heads: vec![], was_stale: true });
+    assert_eq!(
+        queue_of(&region).recover(0, 1),
+        Recovered {
+            heads: vec![],
+            was_stale: true
+        }
+    );
     // The same, when indices happen to be close: more in flight than was made available.
     let mut queue = queue_of(&region);
     queue.recover(0, 4);
     (0..3).for_each(|head| queue.begin(head));
-    assert_eq!(queue_of(&region).recover(1, 1), Recovered { heads: vec![], was_stale: true });
+    assert_eq!(
+        queue_of(&region).recover(1, 1),
+        Recovered {
+            heads: vec![],
+            was_stale: true
+        }
+    );
 }
 
 #[test]
@@ -155,6 +197,9 @@ fn rubbish_in_the_region_cannot_lead_outside() {
         let used_idx = state as u16 & 7;
         let recovered = queue_of(&region).recover(used_idx, used_idx.wrapping_add(SIZE));
         assert!(recovered.heads.len() <= usize::from(SIZE), "seed {seed}");
-        assert!(recovered.heads.iter().all(|head| *head < SIZE), "seed {seed}");
+        assert!(
+            recovered.heads.iter().all(|head| *head < SIZE),
+            "seed {seed}"
+        );
     }
 }

@@ -102,7 +102,7 @@ impl RingAreas {
         let area = |area: &'static str, user_addr: u64, len_bytes: u64, align_bytes: usize| {
             memory
                 .translate_user(user_addr, len_bytes)
-                .filter(|host| host.as_ptr() as usize % align_bytes == 0)
+                .filter(|host| (host.as_ptr() as usize).is_multiple_of(align_bytes))
                 .ok_or(RingError::BadArea { area, user_addr })
         };
         let entries = u64::from(size);

@@ -14,10 +14,11 @@
 //! ```
 
 mod chain;
+mod error;
 mod layout;
+mod walk;
 
 use std::collections::VecDeque;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -28,112 +29,14 @@ use crate::inflight::QueueInflight;
 use crate::memory::MemoryTable;
 pub use chain::{DescChain, MemoryPin, Segment, SegmentRange};
 use chain::{PinnedMemory, SegmentVec};
+pub use error::RingError;
 pub use layout::RingAddresses;
-use layout::{Desc, RingAreas};
+use layout::RingAreas;
+pub use walk::MAX_INDIRECT_DESCS;
+use walk::Walk;
 
 /// Largest split ring (Virtio 1.2 section 2.7).
 pub const MAX_RING_SIZE: u16 = 32768;
-
-/// Entries of an indirect table at most. Linux makes indirect chains longer than a small ring, so
-/// the bound is not the ring's size but IOV_MAX, what the kernel takes in one call.
-pub const MAX_INDIRECT_DESCS: u32 = 1024;
-
-/// The driver broke the ring, or the device cannot go on serving it. The ring stops; nothing else
-/// does.
-#[derive(Debug, thiserror::Error)]
-pub enum RingError {
-    /// Not a power of two up to [`MAX_RING_SIZE`].
-    #[error("ring size {size} is not a power of two up to {MAX_RING_SIZE}")]
-    BadSize {
-        /// The size.
-        size: u32,
-    },
-    /// One of the three areas is not in the memory table, or misaligned.
-    #[error("{area} at frontend address {user_addr:#x} is misaligned or outside the memory table")]
-    BadArea {
-        /// Which area.
-        area: &'static str,
-        /// Where it was said to be.
-        user_addr: u64,
-    },
-    /// `avail->idx` is more than a ring ahead.
-    #[error("avail index {avail_idx} is more than {size} ahead of {next_avail}")]
-    AvailIdxJump {
-        /// What the driver wrote.
-        avail_idx: u16,
-        /// The next entry the device would take.
-        next_avail: u16,
-        /// Ring size.
-        size: u16,
-    },
-    /// A head in the available ring is no descriptor index.
-    #[error("descriptor head {head} is not below the ring size")]
-    BadHead {
-        /// The head.
-        head: u16,
-    },
-    /// A head was made available again before its chain was completed.
-    #[error("descriptor head {head} was made available while it is in flight")]
-    HeadInFlight {
-        /// The head.
-        head: u16,
-    },
-    /// A `next` field is no descriptor index.
-    #[error("chain {head}: next descriptor {next} is not below the table size")]
-    BadNext {
-        /// The chain.
-        head: u16,
-        /// The field.
-        next: u16,
-    },
-    /// The chain has more descriptors than its table: it loops.
-    #[error("chain {head}: more descriptors than the table has, it loops")]
-    Loop {
-        /// The chain.
-        head: u16,
-    },
-    /// An indirect descriptor that is not allowed here or has an impossible table.
-    #[error("chain {head}: {reason}")]
-    BadIndirect {
-        /// The chain.
-        head: u16,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
-    /// A device-readable descriptor follows a device-writable one.
-    #[error("chain {head}: readable descriptor after a writable one")]
-    ReadableAfterWritable {
-        /// The chain.
-        head: u16,
-    },
-    /// A buffer or table is not entirely in guest memory.
-    #[error("chain {head}: {len_bytes:#x} bytes at guest address {gpa:#x} are not all memory")]
-    BadAddress {
-        /// The chain.
-        head: u16,
-        /// Where the buffer starts.
-        gpa: u64,
-        /// Its length.
-        len_bytes: u32,
-    },
-    /// The buffers of one direction add up to 4 GiB or more.
-    #[error("chain {head}: buffers add up to 4 GiB or more")]
-    TooManyBytes {
-        /// The chain.
-        head: u16,
-    },
-    /// The in-flight region has no place for this ring.
-    #[error("the in-flight region has no place for ring {index} of {size} descriptors")]
-    NoInflightSlot {
-        /// Queue index.
-        index: u16,
-        /// Ring size.
-        size: u16,
-    },
-    /// The device, not the driver, failed.
-    #[error("the device cannot go on serving the ring")]
-    Device(#[source] io::Error),
-}
 
 /// What a ring is started from.
 #[derive(Debug)]
@@ -156,6 +59,17 @@ pub struct RingConfig {
     pub call: Option<Doorbell>,
 }
 
+/// What [`Ring::pop`] yields. Completions go on in every state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Intake {
+    /// Requests left by a dead predecessor, then the driver's new ones.
+    Open,
+    /// Only what a dead predecessor left: the ring is to end with nothing in flight.
+    Draining,
+    /// Nothing.
+    Closed,
+}
+
 /// Where a ring stands; enough to start a successor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingState {
@@ -163,8 +77,10 @@ pub struct RingState {
     pub next_avail: u16,
     /// `used->idx` as published.
     pub used_idx: u16,
-    /// Chains popped (or to be resubmitted) and not completed.
+    /// Chains popped, or to be resubmitted, and not completed.
     pub in_flight: u16,
+    /// Of these, the ones to be resubmitted.
+    pub left_to_resubmit: u16,
 }
 
 /// A running split virtqueue. See the module's description.
@@ -174,8 +90,7 @@ pub struct Ring {
     features: u64,
     event_idx: bool,
     indirect_desc: bool,
-    /// While set, `pop` yields nothing; completions go on.
-    paused: bool,
+    intake: Intake,
     areas: RingAreas,
     addresses: RingAddresses,
     memory: Arc<PinnedMemory>,
@@ -249,7 +164,7 @@ impl Ring {
             features,
             event_idx: features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
             indirect_desc: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
-            paused: false,
+            intake: Intake::Open,
             outstanding: vec![0; usize::from(size).div_ceil(64)],
             outstanding_count: 0,
             areas,
@@ -287,10 +202,7 @@ impl Ring {
     /// [`RingError`] when the driver broke the ring; nothing is taken then.
     #[inline]
     pub fn pop(&mut self) -> Result<Option<DescChain>, RingError> {
-        if self.paused {
-            return Ok(None);
-        }
-        if !self.resubmit.is_empty() {
+        if self.intake != Intake::Open || !self.resubmit.is_empty() {
             return self.pop_resubmitted();
         }
         if self.next_avail == self.seen_avail && !self.look_for_available()? {
@@ -368,8 +280,8 @@ impl Ring {
 
     /// Whether `pop` would yield something.
     pub fn has_available(&mut self) -> bool {
-        if self.paused {
-            return false;
+        if self.intake != Intake::Open {
+            return self.intake == Intake::Draining && !self.resubmit.is_empty();
         }
         if !self.resubmit.is_empty() || self.next_avail != self.seen_avail {
             return true;
@@ -400,7 +312,7 @@ impl Ring {
         fence(Ordering::SeqCst);
         let seen_before = self.seen_avail;
         self.look_for_available()?;
-        Ok(!self.paused && self.seen_avail != seen_before)
+        Ok(self.intake == Intake::Open && self.seen_avail != seen_before)
     }
 
     /// Number of descriptors.
@@ -434,6 +346,7 @@ impl Ring {
             next_avail: self.next_avail,
             used_idx: self.published,
             in_flight: self.in_flight(),
+            left_to_resubmit: self.left_to_resubmit(),
         }
     }
 
@@ -442,14 +355,24 @@ impl Ring {
         self.addresses
     }
 
-    /// While paused, `pop` yields nothing; what is in flight can be completed.
-    pub fn set_paused(&mut self, paused: bool) {
-        self.paused = paused;
+    /// What `pop` yields from now on.
+    pub fn set_intake(&mut self, intake: Intake) {
+        self.intake = intake;
     }
 
-    /// Whether [`Ring::set_paused`] holds.
+    /// What `pop` yields.
+    pub fn intake(&self) -> Intake {
+        self.intake
+    }
+
+    /// Whether the driver's new requests are left alone.
     pub fn is_paused(&self) -> bool {
-        self.paused
+        self.intake != Intake::Open
+    }
+
+    /// Requests of a dead predecessor that `pop` has yet to yield.
+    pub fn left_to_resubmit(&self) -> u16 {
+        self.resubmit.len() as u16
     }
 
     /// Replaces the eventfd that signals the driver.
@@ -471,6 +394,7 @@ impl Ring {
     /// Ends the ring's life in order. When nothing is in flight, the region forgets the ring.
     pub fn finish(mut self) -> RingState {
         self.publish();
+        self.rewind_untouched();
         let state = self.state();
         if state.in_flight == 0
             && let Some(inflight) = &mut self.inflight
@@ -478,6 +402,25 @@ impl Ring {
             inflight.retire();
         }
         state
+    }
+
+    /// Makes what is left to resubmit the driver's again, where that is possible: when these are
+    /// exactly the entries that follow `used->idx` in the available ring. (A receive queue holds
+    /// buffers that no packet came for, and completes in order.)
+    fn rewind_untouched(&mut self) {
+        let first = self.published;
+        let is_next = |(offset, head): (u16, &u16)| {
+            self.areas.avail_entry(first.wrapping_add(offset)) == *head
+        };
+        if self.outstanding_count > 0 || !(0..).zip(&self.resubmit).all(is_next) {
+            return;
+        }
+        self.next_avail = self.next_avail.wrapping_sub(self.resubmit.len() as u16);
+        for head in self.resubmit.drain(..) {
+            if let Some(inflight) = &mut self.inflight {
+                inflight.cancel(head);
+            }
+        }
     }
 
     /// `chain` is no longer in flight.
@@ -516,6 +459,9 @@ impl Ring {
 
     #[cold]
     fn pop_resubmitted(&mut self) -> Result<Option<DescChain>, RingError> {
+        if self.intake == Intake::Closed {
+            return Ok(None);
+        }
         let Some(&head) = self.resubmit.front() else {
             return Ok(None);
         };
@@ -576,121 +522,6 @@ impl Ring {
         let Some(old) = old else { return true };
         let used_event = self.areas.used_event();
         new.wrapping_sub(used_event).wrapping_sub(1) < new.wrapping_sub(old)
-    }
-}
-
-/// The walk along one chain.
-struct Walk<'a> {
-    head: u16,
-    table: &'a MemoryTable,
-    region_hint: &'a mut usize,
-    segments: SegmentVec,
-    /// Index of the first writable segment, once a writable descriptor was seen.
-    writable_from: Option<u32>,
-    /// Readable and writable bytes.
-    len_bytes: [u32; 2],
-}
-
-impl Walk<'_> {
-    fn direct(&mut self, areas: &RingAreas, indirect_desc: bool) -> Result<(), RingError> {
-        let head = self.head;
-        let mut index = head;
-        for _ in 0..areas.size() {
-            let desc = areas.desc(index);
-            if desc.is_indirect() {
-                let reason = "indirect descriptor, but the feature was not negotiated";
-                return match indirect_desc {
-                    true => self.indirect(&desc),
-                    false => Err(RingError::BadIndirect { head, reason }),
-                };
-            }
-            self.add(&desc)?;
-            let Some(next) = desc.next() else {
-                return Ok(());
-            };
-            if next >= areas.size() {
-                return Err(RingError::BadNext { head, next });
-            }
-            index = next;
-        }
-        Err(RingError::Loop { head })
-    }
-
-    fn indirect(&mut self, table: &Desc) -> Result<(), RingError> {
-        let head = self.head;
-        let bad = |reason| Err(RingError::BadIndirect { head, reason });
-        let count = table.len_bytes() / Desc::SIZE_BYTES;
-        if table.next().is_some() {
-            return bad("descriptor is both indirect and chained");
-        }
-        if table.len_bytes() % Desc::SIZE_BYTES != 0 || count == 0 || count > MAX_INDIRECT_DESCS {
-            return bad("indirect table is empty, too long or not a multiple of 16 bytes");
-        }
-        let mut index = 0;
-        for _ in 0..count {
-            let desc = self.read_indirect(table.gpa(), index)?;
-            if desc.is_indirect() {
-                return bad("indirect descriptor inside an indirect table");
-            }
-            self.add(&desc)?;
-            let Some(next) = desc.next() else {
-                return Ok(());
-            };
-            if u32::from(next) >= count {
-                return Err(RingError::BadNext { head, next });
-            }
-            index = u32::from(next);
-        }
-        Err(RingError::Loop { head })
-    }
-
-    /// Copies one entry of an indirect table; the table may span regions, an entry may not.
-    fn read_indirect(&mut self, table_gpa: u64, index: u32) -> Result<Desc, RingError> {
-        let len_bytes = Desc::SIZE_BYTES;
-        let gpa = table_gpa.wrapping_add(u64::from(index * len_bytes));
-        let bad = RingError::BadAddress {
-            head: self.head,
-            gpa,
-            len_bytes,
-        };
-        match self.table.translate(gpa, self.region_hint) {
-            // SAFETY: `translate` says that 16 bytes follow in the mapping, which `table` holds.
-            Some((host, following)) if following >= u64::from(len_bytes) => {
-                Ok(unsafe { Desc::read_unaligned(host) })
-            }
-            _ => Err(bad),
-        }
-    }
-
-    /// Adds a buffer, split where it crosses from one region into the next.
-    #[inline]
-    fn add(&mut self, desc: &Desc) -> Result<(), RingError> {
-        let head = self.head;
-        let direction = usize::from(desc.is_writable());
-        match (desc.is_writable(), self.writable_from) {
-            (true, None) => self.writable_from = Some(self.segments.len() as u32),
-            (false, Some(_)) => return Err(RingError::ReadableAfterWritable { head }),
-            _ => {}
-        }
-        self.len_bytes[direction] = self.len_bytes[direction]
-            .checked_add(desc.len_bytes())
-            .ok_or(RingError::TooManyBytes { head })?;
-        let (mut gpa, mut left) = (desc.gpa(), u64::from(desc.len_bytes()));
-        while left > 0 {
-            let Some((host, following)) = self.table.translate(gpa, self.region_hint) else {
-                return Err(RingError::BadAddress {
-                    head,
-                    gpa: desc.gpa(),
-                    len_bytes: desc.len_bytes(),
-                });
-            };
-            let len = left.min(following);
-            self.segments.push(Segment::new(host, len as usize));
-            // No overflow: the region ends below 2^64. Past its end the next region is looked up.
-            gpa = gpa.saturating_add(len);
-            left -= len;
-        }
-        Ok(())
     }
 }
 

@@ -32,7 +32,12 @@ impl Fixture {
     fn with_memory(memory: GuestMemory, features: u64) -> Fixture {
         let memory = Arc::new(memory);
         let driver = DriverRing::new(&memory, 0, SIZE, features);
-        Fixture { memory, driver, call: EventFd::new().unwrap(), features }
+        Fixture {
+            memory,
+            driver,
+            call: EventFd::new().unwrap(),
+            features,
+        }
     }
 
     fn config(&self) -> RingConfig {
@@ -53,7 +58,10 @@ impl Fixture {
     }
 
     fn ring_with(&self, region: &InflightRegion) -> Ring {
-        let config = RingConfig { inflight: region.queue(0, SIZE), ..self.config() };
+        let config = RingConfig {
+            inflight: region.queue(0, SIZE),
+            ..self.config()
+        };
         Ring::start(config).unwrap()
     }
 
@@ -70,12 +78,18 @@ fn heads(ring: &mut Ring) -> Vec<u16> {
 fn chain_yields_readable_then_writable_bytes_and_completion_reaches_the_driver() {
     let mut fixture = Fixture::new(0);
     fixture.memory.write(DATA_GPA, b"hello world");
-    let head = fixture.driver.add(&[(DATA_GPA, 5), (DATA_GPA + 5, 6)], &[(DATA_GPA + 64, 4), (DATA_GPA + 128, 8)]);
+    let head = fixture.driver.add(
+        &[(DATA_GPA, 5), (DATA_GPA + 5, 6)],
+        &[(DATA_GPA + 64, 4), (DATA_GPA + 128, 8)],
+    );
     let mut ring = fixture.ring();
 
     let chain = ring.pop().unwrap().unwrap();
     assert_eq!(Some(chain.head()), head);
-    assert_eq!((chain.readable_len_bytes(), chain.writable_len_bytes()), (11, 12));
+    assert_eq!(
+        (chain.readable_len_bytes(), chain.writable_len_bytes()),
+        (11, 12)
+    );
     let mut bytes = [0; 11];
     assert_eq!(chain.read_at(0, &mut bytes), 11);
     assert_eq!(&bytes, b"hello world");
@@ -83,7 +97,13 @@ fn chain_yields_readable_then_writable_bytes_and_completion_reaches_the_driver()
     assert_eq!(&bytes[..3], b"o w");
     assert_eq!(chain.read_at(11, &mut bytes), 0);
     assert_eq!(chain.write_at(2, b"abcdefghijklm"), 10);
-    assert_eq!(chain.writable_range(3, 2).map(|segment| segment.len()).collect::<Vec<_>>(), [1, 1]);
+    assert_eq!(
+        chain
+            .writable_range(3, 2)
+            .map(|segment| segment.len())
+            .collect::<Vec<_>>(),
+        [1, 1]
+    );
 
     ring.complete(chain, 12);
     assert_eq!(fixture.driver.pop_used(), None, "not published yet");
@@ -116,7 +136,11 @@ fn indices_wrap_around_without_losing_requests() {
         assert_eq!(chain.head(), head);
         ring.complete(chain, round);
         ring.notify();
-        assert_eq!(fixture.driver.pop_used(), Some((head, round)), "round {round}");
+        assert_eq!(
+            fixture.driver.pop_used(),
+            Some((head, round)),
+            "round {round}"
+        );
     }
     assert_eq!(ring.state().in_flight, 0);
 }
@@ -125,7 +149,10 @@ fn indices_wrap_around_without_losing_requests() {
 fn indirect_chain_longer_than_the_ring_is_resolved() {
     let mut fixture = Fixture::new(INDIRECT);
     let writable: Vec<_> = (0..100).map(|index| (DATA_GPA + index * 16, 16)).collect();
-    fixture.driver.add_indirect(TABLE_GPA, &[(DATA_GPA, 8)], &writable).unwrap();
+    fixture
+        .driver
+        .add_indirect(TABLE_GPA, &[(DATA_GPA, 8)], &writable)
+        .unwrap();
     let mut ring = fixture.ring();
     let chain = ring.pop().unwrap().unwrap();
     assert_eq!(chain.readable().len(), 1);
@@ -143,13 +170,23 @@ fn buffer_across_adjacent_regions_becomes_two_segments() {
     fixture.driver.add(&[(0x20000 - 16, 48)], &[]).unwrap();
     let mut ring = fixture.ring();
     let chain = ring.pop().unwrap().unwrap();
-    assert_eq!(chain.readable().iter().map(Segment::len).collect::<Vec<_>>(), [16, 32]);
+    assert_eq!(
+        chain
+            .readable()
+            .iter()
+            .map(Segment::len)
+            .collect::<Vec<_>>(),
+        [16, 32]
+    );
 }
 
 #[test]
 fn zero_length_descriptors_yield_no_segments() {
     let mut fixture = Fixture::new(0);
-    fixture.driver.add(&[(DATA_GPA, 0), (DATA_GPA, 4)], &[(u64::MAX, 0)]).unwrap();
+    fixture
+        .driver
+        .add(&[(DATA_GPA, 0), (DATA_GPA, 4)], &[(u64::MAX, 0)])
+        .unwrap();
     let chain = fixture.ring().pop().unwrap().unwrap();
     assert_eq!((chain.readable().len(), chain.writable().len()), (1, 0));
 }
@@ -178,7 +215,10 @@ fn descriptor_loop_is_refused() {
 #[test]
 fn next_beyond_the_ring_is_refused() {
     let error = error_of(0, |driver| driver.set_desc(0, DATA_GPA, 4, F_NEXT, SIZE));
-    assert!(matches!(error, RingError::BadNext { next: SIZE, .. }), "{error}");
+    assert!(
+        matches!(error, RingError::BadNext { next: SIZE, .. }),
+        "{error}"
+    );
 }
 
 #[test]
@@ -187,14 +227,26 @@ fn readable_after_writable_is_refused() {
         driver.set_desc(0, DATA_GPA, 4, F_NEXT | F_WRITE, 1);
         driver.set_desc(1, DATA_GPA, 4, 0, 0);
     });
-    assert!(matches!(error, RingError::ReadableAfterWritable { .. }), "{error}");
+    assert!(
+        matches!(error, RingError::ReadableAfterWritable { .. }),
+        "{error}"
+    );
 }
 
 #[test]
 fn addresses_outside_memory_are_refused() {
-    for (gpa, len) in [(MEMORY_BYTES, 1), (MEMORY_BYTES - 1, 2), (u64::MAX, 1), (u64::MAX - 3, 16), (0, u32::MAX)] {
+    for (gpa, len) in [
+        (MEMORY_BYTES, 1),
+        (MEMORY_BYTES - 1, 2),
+        (u64::MAX, 1),
+        (u64::MAX - 3, 16),
+        (0, u32::MAX),
+    ] {
         let error = error_of(0, |driver| driver.set_desc(0, gpa, len, 0, 0));
-        assert!(matches!(error, RingError::BadAddress { .. }), "{gpa:#x}+{len:#x}: {error}");
+        assert!(
+            matches!(error, RingError::BadAddress { .. }),
+            "{gpa:#x}+{len:#x}: {error}"
+        );
     }
 }
 
@@ -215,13 +267,20 @@ fn bad_indirect_tables_are_refused() {
         (INDIRECT, 24, F_INDIRECT),
         (INDIRECT, (MAX_INDIRECT_DESCS + 1) * 16, F_INDIRECT),
         (INDIRECT, 16, F_INDIRECT | F_NEXT),
-        (INDIRECT, u32::MAX & !15, F_INDIRECT),
+        (INDIRECT, !15, F_INDIRECT),
     ];
     for (features, len, flags) in cases {
-        let error = error_of(features, |driver| driver.set_desc(0, TABLE_GPA, len, flags, 1));
-        assert!(matches!(error, RingError::BadIndirect { .. }), "{len:#x} {flags:#x}: {error}");
+        let error = error_of(features, |driver| {
+            driver.set_desc(0, TABLE_GPA, len, flags, 1)
+        });
+        assert!(
+            matches!(error, RingError::BadIndirect { .. }),
+            "{len:#x} {flags:#x}: {error}"
+        );
     }
-    let outside = error_of(INDIRECT, |driver| driver.set_desc(0, u64::MAX - 15, 32, F_INDIRECT, 0));
+    let outside = error_of(INDIRECT, |driver| {
+        driver.set_desc(0, u64::MAX - 15, 32, F_INDIRECT, 0)
+    });
     assert!(matches!(outside, RingError::BadAddress { .. }), "{outside}");
 }
 
@@ -242,7 +301,10 @@ fn nested_and_looping_indirect_tables_are_refused() {
         driver.set_desc(0, TABLE_GPA, 16, F_INDIRECT, 0);
         driver.write_desc(TABLE_GPA, DATA_GPA, 4, F_NEXT, 1);
     });
-    assert!(matches!(beyond, RingError::BadNext { next: 1, .. }), "{beyond}");
+    assert!(
+        matches!(beyond, RingError::BadNext { next: 1, .. }),
+        "{beyond}"
+    );
 }
 
 #[test]
@@ -250,12 +312,25 @@ fn avail_index_jump_and_bad_head_are_refused() {
     let mut fixture = Fixture::new(0);
     fixture.driver.set_avail_idx(SIZE + 1);
     let error = fixture.ring().pop().unwrap_err();
-    assert!(matches!(error, RingError::AvailIdxJump { avail_idx: 9, next_avail: 0, size: SIZE }), "{error}");
+    assert!(
+        matches!(
+            error,
+            RingError::AvailIdxJump {
+                avail_idx: 9,
+                next_avail: 0,
+                size: SIZE
+            }
+        ),
+        "{error}"
+    );
 
     let mut fixture = Fixture::new(0);
     fixture.driver.push_avail(SIZE);
     let error = fixture.ring().pop().unwrap_err();
-    assert!(matches!(error, RingError::BadHead { head: SIZE }), "{error}");
+    assert!(
+        matches!(error, RingError::BadHead { head: SIZE }),
+        "{error}"
+    );
 }
 
 #[test]
@@ -265,7 +340,10 @@ fn avail_index_that_goes_backwards_is_refused() {
     let mut ring = fixture.ring();
     fixture.driver.set_avail_idx(99);
     assert!(matches!(ring.pop(), Err(RingError::AvailIdxJump { .. })));
-    assert!(matches!(ring.enable_notification(), Err(RingError::AvailIdxJump { .. })));
+    assert!(matches!(
+        ring.enable_notification(),
+        Err(RingError::AvailIdxJump { .. })
+    ));
 }
 
 #[test]
@@ -285,19 +363,46 @@ fn areas_outside_memory_or_misaligned_do_not_start() {
     let good = fixture.driver.addresses();
     let bad = [
         RingAddresses { desc: 0, ..good },
-        RingAddresses { desc: good.desc + MEMORY_BYTES - 16, ..good },
-        RingAddresses { used: u64::MAX - 3, ..good },
-        RingAddresses { avail: good.desc + MEMORY_BYTES, ..good },
-        RingAddresses { desc: good.desc + 8, ..good },
-        RingAddresses { used: good.used + 2, ..good },
-        RingAddresses { avail: good.avail + 1, ..good },
+        RingAddresses {
+            desc: good.desc + MEMORY_BYTES - 16,
+            ..good
+        },
+        RingAddresses {
+            used: u64::MAX - 3,
+            ..good
+        },
+        RingAddresses {
+            avail: good.desc + MEMORY_BYTES,
+            ..good
+        },
+        RingAddresses {
+            desc: good.desc + 8,
+            ..good
+        },
+        RingAddresses {
+            used: good.used + 2,
+            ..good
+        },
+        RingAddresses {
+            avail: good.avail + 1,
+            ..good
+        },
     ];
     for addresses in bad {
-        let result = Ring::start(RingConfig { addresses, ..fixture.config() });
-        assert!(matches!(result, Err(RingError::BadArea { .. })), "{addresses:x?}");
+        let result = Ring::start(RingConfig {
+            addresses,
+            ..fixture.config()
+        });
+        assert!(
+            matches!(result, Err(RingError::BadArea { .. })),
+            "{addresses:x?}"
+        );
     }
     for size in [0, 3, 100, 65535] {
-        let result = Ring::start(RingConfig { size, ..fixture.config() });
+        let result = Ring::start(RingConfig {
+            size,
+            ..fixture.config()
+        });
         assert!(matches!(result, Err(RingError::BadSize { .. })), "{size}");
     }
 }
@@ -355,7 +460,11 @@ fn event_idx_batch_signals_once_when_it_passes_used_event() {
     while let Some(chain) = ring.pop().unwrap() {
         ring.complete(chain, 4);
     }
-    assert_eq!(fixture.driver.used_idx(), 0, "completions are published as a batch");
+    assert_eq!(
+        fixture.driver.used_idx(),
+        0,
+        "completions are published as a batch"
+    );
     ring.notify();
     assert_eq!(fixture.driver.used_idx(), 3);
     assert!(fixture.was_called());
@@ -371,12 +480,18 @@ fn driver_kicks_exactly_when_the_device_sleeps() {
             for round in 0..4 {
                 assert!(!ring.enable_notification().unwrap());
                 fixture.driver.add(&[(DATA_GPA, 4)], &[]).unwrap();
-                assert!(fixture.driver.needs_kick(), "round {round} from {start}: asleep");
+                assert!(
+                    fixture.driver.needs_kick(),
+                    "round {round} from {start}: asleep"
+                );
                 ring.disable_notification();
                 let chain = ring.pop().unwrap().unwrap();
                 ring.complete(chain, 0);
                 fixture.driver.add(&[(DATA_GPA, 4)], &[]).unwrap();
-                assert!(!fixture.driver.needs_kick(), "round {round} from {start}: awake");
+                assert!(
+                    !fixture.driver.needs_kick(),
+                    "round {round} from {start}: awake"
+                );
                 // What came without a kick shows when notifications are enabled again.
                 assert!(ring.enable_notification().unwrap());
                 let chain = ring.pop().unwrap().unwrap();
@@ -416,13 +531,13 @@ fn paused_ring_yields_nothing_but_completes() {
     fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap();
     let mut ring = fixture.ring();
     let chain = ring.pop().unwrap().unwrap();
-    ring.set_paused(true);
+    ring.set_intake(Intake::Closed);
     assert!(ring.pop().unwrap().is_none());
     assert!(!ring.has_available());
     ring.complete(chain, 4);
     ring.notify();
     assert!(fixture.driver.pop_used().is_some());
-    ring.set_paused(false);
+    ring.set_intake(Intake::Open);
     assert!(ring.pop().unwrap().is_some());
 }
 
@@ -438,7 +553,10 @@ fn memory_change_keeps_chains_in_flight_mapped() {
     let mut ring = Ring::start(config).unwrap();
     let chain = ring.pop().unwrap().unwrap();
     ring.set_memory(fixture.memory.table().unwrap()).unwrap();
-    assert!(first_mapping.upgrade().is_some(), "the chain holds the old mapping");
+    assert!(
+        first_mapping.upgrade().is_some(),
+        "the chain holds the old mapping"
+    );
     let mut bytes = [0; 10];
     assert_eq!(chain.read_at(0, &mut bytes), 10);
     assert_eq!(&bytes, b"still here");
@@ -446,9 +564,15 @@ fn memory_change_keeps_chains_in_flight_mapped() {
     ring.complete(chain, 0);
     assert!(first_mapping.upgrade().is_some(), "the pin holds it still");
     drop(pin);
-    assert!(first_mapping.upgrade().is_none(), "nobody needs it any more");
+    assert!(
+        first_mapping.upgrade().is_none(),
+        "nobody needs it any more"
+    );
     ring.publish();
-    assert!(fixture.driver.pop_used().is_some(), "the ring works in the new table");
+    assert!(
+        fixture.driver.pop_used().is_some(),
+        "the ring works in the new table"
+    );
 }
 
 #[test]
@@ -462,7 +586,15 @@ fn unpopped_chain_comes_again_and_is_not_in_flight() {
     for chain in chains.into_iter().rev() {
         ring.unpop(chain);
     }
-    assert_eq!(ring.state(), RingState { next_avail: 0, used_idx: 0, in_flight: 0 });
+    assert_eq!(
+        ring.state(),
+        RingState {
+            next_avail: 0,
+            used_idx: 0,
+            in_flight: 0,
+            left_to_resubmit: 0
+        }
+    );
     assert_eq!(heads(&mut ring), [first, second]);
     drop(ring);
     assert_eq!(heads(&mut fixture.ring_with(&region)), [first, second]);
@@ -471,7 +603,9 @@ fn unpopped_chain_comes_again_and_is_not_in_flight() {
 #[test]
 fn crash_before_completion_resubmits_in_the_order_taken() {
     let mut fixture = Fixture::new(0);
-    let all: Vec<u16> = (0..5).map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap()).collect();
+    let all: Vec<u16> = (0..5)
+        .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
+        .collect();
     let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     let mut chains: Vec<_> = (0..4).map(|_| ring.pop().unwrap().unwrap()).collect();
@@ -482,13 +616,87 @@ fn crash_before_completion_resubmits_in_the_order_taken() {
 
     let mut ring = fixture.ring_with(&region);
     assert_eq!(ring.state().in_flight, 3);
-    assert_eq!(heads(&mut ring), [all[0], all[2], all[3], all[4]], "resubmitted first, then new ones");
+    assert_eq!(
+        heads(&mut ring),
+        [all[0], all[2], all[3], all[4]],
+        "resubmitted first, then new ones"
+    );
+}
+
+#[test]
+fn draining_ring_yields_what_is_left_to_resubmit_and_nothing_new() {
+    let mut fixture = Fixture::new(0);
+    let old = fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap();
+    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let mut ring = fixture.ring_with(&region);
+    assert_eq!(heads(&mut ring), [old]);
+    drop(ring);
+    fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap();
+    let mut ring = fixture.ring_with(&region);
+    ring.set_intake(Intake::Closed);
+    assert_eq!(heads(&mut ring), [] as [u16; 0]);
+    assert_eq!(ring.left_to_resubmit(), 1);
+    ring.set_intake(Intake::Draining);
+    assert!(ring.has_available());
+    let chain = ring.pop().unwrap().unwrap();
+    assert_eq!(chain.head(), old);
+    assert!(ring.pop().unwrap().is_none());
+    ring.complete(chain, 4);
+    assert_eq!(ring.finish().in_flight, 0);
+}
+
+#[test]
+fn resubmitted_buffers_that_were_not_used_become_the_drivers_again() {
+    let mut fixture = Fixture::new(0);
+    let all: Vec<u16> = (0..4)
+        .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
+        .collect();
+    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let mut ring = fixture.ring_with(&region);
+    let mut chains: Vec<_> = (0..3).map(|_| ring.pop().unwrap().unwrap()).collect();
+    ring.complete(chains.remove(0), 4);
+    ring.publish();
+    drop((ring, chains));
+
+    let mut ring = fixture.ring_with(&region);
+    let chain = ring.pop().unwrap().unwrap();
+    ring.unpop(chain);
+    let stopped = RingState {
+        next_avail: 1,
+        used_idx: 1,
+        in_flight: 0,
+        left_to_resubmit: 0,
+    };
+    assert_eq!(ring.finish(), stopped);
+    assert_eq!(heads(&mut fixture.ring_with(&region)), all[1..]);
+}
+
+#[test]
+fn requests_completed_out_of_order_are_not_rewound() {
+    let mut fixture = Fixture::new(0);
+    let all: Vec<u16> = (0..2)
+        .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
+        .collect();
+    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let mut ring = fixture.ring_with(&region);
+    let mut chains: Vec<_> = (0..2).map(|_| ring.pop().unwrap().unwrap()).collect();
+    ring.complete(chains.remove(1), 4);
+    ring.publish();
+    drop((ring, chains));
+    assert_eq!(fixture.ring_with(&region).finish().in_flight, 1);
+    assert_eq!(
+        heads(&mut fixture.ring_with(&region)),
+        all[..1],
+        "still in the region"
+    );
 }
 
 #[test]
 fn crash_between_publishing_and_clearing_does_not_run_the_batch_again() {
     let mut fixture = Fixture::new(0);
-    let all: Vec<u16> = (0..4).map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap()).collect();
+    let all: Vec<u16> = (0..4)
+        .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
+        .collect();
     let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     let mut chains: Vec<_> = (0..4).map(|_| ring.pop().unwrap().unwrap()).collect();
@@ -505,7 +713,9 @@ fn crash_between_publishing_and_clearing_does_not_run_the_batch_again() {
 #[test]
 fn crash_before_publishing_runs_the_batch_again() {
     let mut fixture = Fixture::new(0);
-    let all: Vec<u16> = (0..3).map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap()).collect();
+    let all: Vec<u16> = (0..3)
+        .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
+        .collect();
     let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
     for _ in 0..3 {
         let mut ring = fixture.ring_with(&region);
@@ -525,7 +735,15 @@ fn drained_ring_starts_again_anywhere() {
     let mut ring = fixture.ring_with(&region);
     let chain = ring.pop().unwrap().unwrap();
     ring.complete(chain, 4);
-    assert_eq!(ring.finish(), RingState { next_avail: 1, used_idx: 1, in_flight: 0 });
+    assert_eq!(
+        ring.finish(),
+        RingState {
+            next_avail: 1,
+            used_idx: 1,
+            in_flight: 0,
+            left_to_resubmit: 0
+        }
+    );
 
     // The guest reset the driver: indices start at 0 again, the region is the same.
     fixture.driver = DriverRing::new(&fixture.memory, 0, SIZE, 0);
