@@ -15,7 +15,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, ConsoleOutput};
 use crate::console::Console;
-use crate::control::{ControlThread, Controls};
+use crate::control::{self, ControlThread, Controls};
 use crate::error::chain;
 use crate::lifecycle::{Inbox, Outcome, Supervisor};
 use crate::machine::{Board, Confine, Machine, MachineConfig, MachineError};
@@ -54,6 +54,7 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
     };
     let board = opened.build(&config).map_err(|err| chain(&err))?;
     confine_process(cli)?;
+    control::terminating_signals().thread_block().map_err(|err| format!("cannot block signals: {err}"))?;
 
     let console = Arc::new(Console::new(started));
     let inbox = Inbox::new();

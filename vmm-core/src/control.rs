@@ -13,6 +13,8 @@ use api::vmm::{
     ConsoleInput, ConsoleOutput, DeviceConnection, DeviceHealth, GetVmmRequest, PauseRequest, PowerButtonRequest,
     ResetRequest, ResumeRequest, StartRequest, StopRequest, VmmInfo, VmmState,
 };
+use nix::sys::signal::{SigSet, Signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -65,7 +67,8 @@ pub struct ControlThread {
 }
 
 impl ControlThread {
-    /// Serves `controls` on `listener`, if there is one, and handles SIGTERM and SIGINT.
+    /// Serves `controls` on `listener`, if there is one, and handles [`terminating_signals`],
+    /// which the caller has blocked.
     /// `confine` runs on the new thread before it serves.
     ///
     /// # Errors
@@ -107,13 +110,7 @@ impl ControlThread {
 }
 
 async fn run(listener: Option<Listener>, controls: Controls, mut stopped: watch::Receiver<bool>) {
-    let handle = controls.handle.clone();
-    let terminated = async move {
-        serve::terminated().await;
-        info!("stopping on a signal");
-        handle.stop();
-        std::future::pending().await
-    };
+    let terminated = stop_on_signal(controls.handle.clone());
     let stopped = async move {
         // The sender is dropped only when the process ends.
         let _ = stopped.wait_for(|stopped| *stopped).await;
@@ -133,6 +130,25 @@ async fn run(listener: Option<Listener>, controls: Controls, mut stopped: watch:
         () = served => {}
         () = terminated => {}
     }
+}
+
+/// Signals that end a process, which are blocked on every thread but this one: their handler makes
+/// system calls that other threads may not make.
+pub fn terminating_signals() -> SigSet {
+    SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT])
+}
+
+async fn stop_on_signal(handle: Handle) {
+    let catch = |kind| signal(kind).expect("no other handler was set");
+    let (mut terminate, mut interrupt) = (catch(SignalKind::terminate()), catch(SignalKind::interrupt()));
+    terminating_signals().thread_unblock().expect("the set is valid");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    info!("stopping on a signal");
+    handle.stop();
+    std::future::pending().await
 }
 
 impl Controls {

@@ -4,9 +4,9 @@
 //! |---|---|
 //! | vCPU | the vCPU's KVM calls, interrupt routes and doorbells |
 //! | devices | Unix sockets to backends, shared memory, interrupt routes and doorbells |
-//! | control | Unix sockets |
+//! | control | Unix sockets, removing the control socket's file |
 //! | stdio | nothing |
-//! | main | interrupt controllers and routes, guest memory, the exit file and the control socket's file |
+//! | main | interrupt controllers and routes, guest memory, the exit file |
 
 use sandbox::Achieved;
 use sandbox::seccomp::{Profile, SeccompError, Syscalls, sets};
@@ -38,7 +38,10 @@ impl ThreadKind {
                 let sockets = sets::unix_sockets().with(sets::shared_memory()).with(sets::file_io());
                 ("vmm-core-devices", sets::base().with(sockets).with(interrupts()))
             }
-            Self::Control => ("vmm-core-control", sets::base().with(sets::tokio())),
+            Self::Control => {
+                let socket_file = Syscalls::new().allow(&[libc::SYS_unlink, libc::SYS_lstat, libc::SYS_statx]);
+                ("vmm-core-control", sets::base().with(sets::tokio()).with(socket_file))
+            }
             Self::Stdio => ("vmm-core-stdio", sets::base()),
             Self::Main => {
                 let machine = interrupts().with(irqchip()).with(sets::file_io()).with(sets::files());

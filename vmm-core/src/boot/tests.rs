@@ -85,7 +85,7 @@ fn elf_with_note_boots_by_pvh_with_its_module() {
     let (ram, entry) = boot(&elf(true), Some(b"cpio"), ElfProtocol::Auto);
     let expected = Entry { protocol: Protocol::Pvh, rip: LOAD + 1, params: PVH_START_INFO };
     assert_eq!(entry.unwrap(), expected);
-    assert_eq!(read(&ram, LOAD), *CODE.first_chunk::<13>().unwrap());
+    assert_eq!(read(&ram, LOAD), *CODE.first_chunk::<12>().unwrap());
     assert_eq!(read(&ram, PVH_START_INFO), 0x336e_c578u32.to_le_bytes());
     let module = read_u64(&ram, read_u64(&ram, PVH_START_INFO + 16));
     assert_eq!(&read(&ram, module), b"cpio");
@@ -113,7 +113,7 @@ fn bzimage_enters_at_its_64_bit_entry_and_gets_its_header_back() {
     let (ram, entry) = boot(&bzimage(1), None, ElfProtocol::Auto);
     let expected = Entry { protocol: Protocol::Linux64, rip: 0x10_0200, params: ZERO_PAGE };
     assert_eq!(entry.unwrap(), expected);
-    assert_eq!(read(&ram, 0x10_0000), *CODE.first_chunk::<13>().unwrap());
+    assert_eq!(read(&ram, 0x10_0000), *CODE.first_chunk::<12>().unwrap());
     assert_eq!(&read(&ram, ZERO_PAGE + 0x202), b"HdrS");
     assert_eq!(read(&ram, ZERO_PAGE + 0x206), 0x20fu16.to_le_bytes());
     assert_eq!(boot(&bzimage(0), None, ElfProtocol::Auto).1.unwrap().protocol, Protocol::Linux32);

@@ -1,0 +1,115 @@
+//! The control socket, with tiny guests behind it.
+
+mod tiny_guest;
+
+use std::time::Duration;
+
+use api::vmm::vmm_client::VmmClient;
+use api::vmm::{
+    ConsoleInput, GetVmmRequest, PauseRequest, PowerButtonRequest, ResetRequest, ResumeRequest, StartRequest,
+    StopRequest, VmmState,
+};
+use tiny_guest::{Code, DEADLINE, Vmm, kvm_is_usable, poll};
+use tonic::transport::Channel;
+
+/// Prints dots for ever.
+fn dots() -> Code {
+    Code::default().raw(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xeb, 0xfd])
+}
+
+fn with_client<F: Future>(vmm: &Vmm, test: impl FnOnce(VmmClient<Channel>) -> F) -> F::Output {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    poll(|| vmm.control_socket().exists().then_some(()));
+    runtime.block_on(async {
+        let channel = api::connect::unix(&vmm.control_socket(), DEADLINE).await.unwrap();
+        tokio::time::timeout(DEADLINE, test(VmmClient::new(channel))).await.expect("test ends in time")
+    })
+}
+
+#[test]
+fn life_goes_from_created_to_stopped() {
+    if !kvm_is_usable("life_goes_from_created_to_stopped") {
+        return;
+    }
+    let vmm = Vmm::start(&dots(), &["--no-start", "--id", "dots", "--cpus", "2"]);
+    with_client(&vmm, async |mut client| {
+        let info = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
+        assert_eq!((info.state(), info.id.as_str(), info.vcpus), (VmmState::Created, "dots", 2));
+        assert_eq!((info.memory_bytes, info.first_console_byte_ms, info.exits), (32 << 20, 0, 0));
+        let refused = client.pause(PauseRequest {}).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+        assert!(refused.message().contains("created: start it first"), "{refused}");
+
+        for _ in 0..2 {
+            let info = client.start(StartRequest {}).await.unwrap().into_inner();
+            assert_eq!(info.state(), VmmState::Running);
+        }
+        wait_for_output(&mut client, 0).await;
+
+        for _ in 0..2 {
+            let info = client.pause(PauseRequest {}).await.unwrap().into_inner();
+            assert_eq!(info.state(), VmmState::Paused);
+        }
+        let paused = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let later = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
+        assert_eq!(paused.exits, later.exits, "no vCPU executes guest code");
+        let refused = client.power_button(PowerButtonRequest {}).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+
+        let info = client.resume(ResumeRequest {}).await.unwrap().into_inner();
+        assert_eq!(info.state(), VmmState::Running);
+        wait_for_output(&mut client, later.exits + 10).await;
+
+        let info = client.reset(ResetRequest {}).await.unwrap().into_inner();
+        assert_eq!((info.state(), info.resets), (VmmState::Running, 1));
+        wait_for_output(&mut client, info.exits + 10).await;
+        client.power_button(PowerButtonRequest {}).await.unwrap();
+        client.stop(StopRequest {}).await.unwrap();
+    });
+    let ended = vmm.wait();
+    assert!(ended.status.success(), "{ended:?}");
+    assert!(ended.exit_file.contains("\"stop-request\"") && !ended.socket_left, "{ended:?}");
+}
+
+async fn wait_for_output(client: &mut VmmClient<Channel>, exits: u64) {
+    loop {
+        let info = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
+        if info.first_console_byte_ms > 0 && info.exits > exits {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[test]
+fn console_is_replayed_to_every_reader_and_takes_input() {
+    if !kvm_is_usable("console_is_replayed_to_every_reader_and_takes_input") {
+        return;
+    }
+    // Prints "ab", waits for a byte, prints that.
+    let code = Code::default().print("ab");
+    let code = code.raw(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 1, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec, 0xee]);
+    let vmm = Vmm::start(&code.halt(), &[]);
+    with_client(&vmm, async |mut client| {
+        let only_from = |offset: u64| ConsoleInput { data: Vec::new(), from_offset: offset };
+        let mut readers = Vec::new();
+        for offset in [0, 1] {
+            let stream = client.console(tokio_stream::iter([only_from(offset)])).await.unwrap();
+            readers.push((offset, stream.into_inner()));
+        }
+        let typed = ConsoleInput { data: b"c".to_vec(), from_offset: u64::MAX };
+        let _writer = client.console(tokio_stream::iter([typed])).await.unwrap();
+        for (offset, mut stream) in readers {
+            let mut text = Vec::new();
+            while !text.ends_with(b"c") {
+                let message = stream.message().await.unwrap().unwrap();
+                assert_eq!(message.offset, offset + text.len() as u64);
+                text.extend(message.data);
+            }
+            assert_eq!(text, b"abc"[offset as usize..]);
+        }
+        client.stop(StopRequest {}).await.unwrap();
+    });
+    assert!(vmm.wait().status.success());
+}
