@@ -1,0 +1,44 @@
+//! What this process may still do once it serves guests.
+//!
+//! The process gives up the file system, the network and all capabilities before its first
+//! thread starts; from then on images and sockets reach it only as descriptors. A queue's
+//! thread gives up more, once its io_uring stands: it talks to no socket and sets up no further
+//! ring, and its ring is restricted to disk operations (see [`crate::engine::uring`]).
+
+use sandbox::seccomp::{Arg, Profile, SeccompError, Syscalls, sets};
+use sandbox::{Achieved, Confinement, ConfinementError};
+
+/// Confines the process; must be called while it has a single thread.
+///
+/// # Errors
+/// A step failed that every supported kernel can take.
+pub(crate) fn enter() -> Result<Achieved, ConfinementError> {
+    Confinement::new(Profile::new("device-blk", process_syscalls())).enter()
+}
+
+/// Confines the calling thread to what a queue needs.
+///
+/// # Errors
+/// The kernel refused the filter.
+pub(crate) fn confine_queue_thread() -> Result<(), SeccompError> {
+    Profile::new("device-blk-queue", queue_syscalls()).apply_to_this_thread().map(drop)
+}
+
+/// The control socket's runtime, descriptor inbox, vhost-user sessions, opening of passed
+/// images, and starting of queue threads.
+fn process_syscalls() -> Syscalls {
+    sets::base()
+        .with(sets::tokio())
+        .with(sets::open_sockets())
+        .with(sets::shared_memory())
+        .with(sets::file_io())
+        .with(sets::io_uring())
+        // A queue's thread confines itself further; a filter can only take away.
+        .allow(&[libc::SYS_seccomp])
+        .allow_if(libc::SYS_prctl, &[Arg::Int(0, libc::PR_SET_NO_NEW_PRIVS as u32)])
+}
+
+/// Waiting for kicks and completions, entering the ring that exists.
+fn queue_syscalls() -> Syscalls {
+    sets::base().allow(&[libc::SYS_io_uring_enter])
+}

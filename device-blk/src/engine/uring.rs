@@ -1,0 +1,271 @@
+//! The io_uring of one queue's thread.
+//!
+//! The ring starts disabled, is restricted to the operations that a disk needs
+//! (`IORING_REGISTER_RESTRICTIONS`), and is enabled then: system call filters do not see what
+//! goes through a ring, so without this a hijacked daemon could open files and connect
+//! sockets. Files and buffers are not registered: that would hold the image's lock until the
+//! ring's teardown has ended, and make every recovery 25 to 40 ms longer.
+//!
+//! Completions wake the thread through an eventfd, which is muted while the thread is at work
+//! anyway, so that it costs nothing under load. (Polling the ring's own descriptor would save
+//! it altogether, but a ring that defers its completions does not wake such a poll.)
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use io_uring::register::Restriction;
+use io_uring::{IoUring, opcode, squeue, types};
+use vhost_user::eventfd::EventFd;
+
+/// Operations the ring executes; anything else fails with EACCES.
+const ALLOWED_OPS: [u8; 7] = [
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::AsyncCancel::CODE,
+];
+
+/// `user_data` of the request that cancels all others.
+const CANCEL_ALL: u64 = u64::MAX;
+/// How long the kernel may be short of memory for requests before the thread looks elsewhere.
+const SUBMIT_PATIENCE: Duration = Duration::from_millis(200);
+const SUBMIT_RETRY_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Why there is no ring.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UringError {
+    /// Absent, or switched off.
+    #[error(
+        "io_uring is not available: it needs Linux 5.10 or newer, kernel.io_uring_disabled = 0 \
+         (sysctl), and a container runtime whose seccomp profile allows it"
+    )]
+    Unavailable(#[source] io::Error),
+    /// The ring could not be limited to disk operations.
+    #[error("io_uring cannot be restricted to disk operations")]
+    Restrict(#[source] io::Error),
+    /// No eventfd for its completions.
+    #[error("io_uring cannot signal completions")]
+    Eventfd(#[source] io::Error),
+}
+
+/// A restricted ring; belongs to the thread that made it.
+pub(crate) struct Uring {
+    ring: IoUring,
+    completed: EventFd,
+    /// Requests the kernel has and has not answered, plus those pushed and not submitted.
+    unanswered: usize,
+}
+
+impl Uring {
+    /// A ring for `entries` requests at one time.
+    pub(crate) fn new(entries: u16) -> Result<Self, UringError> {
+        let ring = set_up(u32::from(entries)).map_err(UringError::Unavailable)?;
+        let completed = EventFd::new().map_err(UringError::Eventfd)?;
+        ring.submitter()
+            .register_eventfd(completed.as_fd().as_raw_fd())
+            .map_err(UringError::Eventfd)?;
+        restrict(&ring).map_err(UringError::Restrict)?;
+        Ok(Self { ring, completed, unanswered: 0 })
+    }
+
+    /// Becomes readable when a request completes while the ring is not muted.
+    pub(crate) fn completion_event(&self) -> BorrowedFd<'_> {
+        self.completed.as_fd()
+    }
+
+    /// Stops signalling completions: the thread looks for them by itself until
+    /// [`Self::unmute`].
+    pub(crate) fn mute(&mut self) {
+        self.ring.completion().disable_eventfd();
+    }
+
+    /// Signals completions from now on. True when some arrived in the meantime: then look
+    /// again before going to sleep.
+    pub(crate) fn unmute(&mut self) -> bool {
+        self.ring.completion().enable_eventfd();
+        // The kernel posts a completion and then looks at the flag; we clear the flag and then
+        // look for completions. Without the fence both could miss the other.
+        fence(Ordering::SeqCst);
+        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
+    }
+
+    /// Makes the event readable.
+    pub(crate) fn raise_completion_event(&self) {
+        self.completed.ring();
+    }
+
+    /// Makes the event unreadable again.
+    pub(crate) fn take_completion_event(&self) {
+        // It fails only when there is nothing to take.
+        let _ = self.completed.take();
+    }
+
+    /// Requests that will still complete.
+    pub(crate) fn unanswered(&self) -> usize {
+        self.unanswered
+    }
+
+    /// Queues a request for the next [`Self::submit`].
+    ///
+    /// # Safety
+    /// Memory that `entry` names stays valid until its completion was returned; vectors of
+    /// segments until it was submitted.
+    ///
+    /// # Panics
+    /// With more requests than the ring has entries: callers hold one request per entry.
+    pub(crate) unsafe fn push(&mut self, entry: squeue::Entry) {
+        // SAFETY: the caller keeps what the entry points to.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        pushed.expect("one entry for each request");
+        self.unanswered += 1;
+    }
+
+    /// Hands what was pushed to the kernel, and lets it post completions that it deferred.
+    pub(crate) fn submit(&mut self) {
+        let give_up = Instant::now() + SUBMIT_PATIENCE;
+        while self.has_work_for_kernel() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                // Short of memory. What is pushed stays; a completion or the next kick
+                // brings us back here.
+                Err(error) => {
+                    if Instant::now() >= give_up {
+                        tracing::error!(%error, "io_uring takes no requests; trying again later");
+                        return;
+                    }
+                    std::thread::sleep(SUBMIT_RETRY_INTERVAL);
+                }
+            }
+        }
+    }
+
+    fn has_work_for_kernel(&mut self) -> bool {
+        let queue = self.ring.submission();
+        !queue.is_empty() || queue.taskrun()
+    }
+
+    /// The next completion: the request's `user_data` and its result.
+    pub(crate) fn next_completion(&mut self) -> Option<(u64, i32)> {
+        loop {
+            let entry = self.ring.completion().next()?;
+            self.unanswered -= 1;
+            if entry.user_data() != CANCEL_ALL {
+                return Some((entry.user_data(), entry.result()));
+            }
+        }
+    }
+
+    /// Submits, and waits until a completion is there or `deadline` has passed.
+    pub(crate) fn wait(&mut self, deadline: Instant) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = types::Timespec::from(left);
+        let args = types::SubmitArgs::new().timespec(&timeout);
+        match self.ring.submitter().submit_with_args(1, &args) {
+            Ok(_) => {}
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ETIME | libc::EINTR)) => {}
+            Err(error) => {
+                tracing::error!(%error, "io_uring cannot wait for completions");
+                std::thread::sleep(SUBMIT_RETRY_INTERVAL.min(left));
+            }
+        }
+    }
+
+    /// Asks the kernel to give up what it can; everything still completes.
+    pub(crate) fn cancel_all(&mut self) {
+        self.submit();
+        let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any())
+            .build()
+            .user_data(CANCEL_ALL);
+        // SAFETY: a cancellation names no memory.
+        if unsafe { self.ring.submission().push(&cancel) }.is_ok() {
+            self.unanswered += 1;
+            self.submit();
+        }
+    }
+}
+
+/// The cheapest set-up that this kernel knows.
+fn set_up(entries: u32) -> io::Result<IoUring> {
+    // Linux 6.1: completions are posted when the thread asks for them, in one go.
+    let deferred = IoUring::builder()
+        .dontfork()
+        .setup_r_disabled()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(entries);
+    match deferred {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            IoUring::builder().dontfork().setup_r_disabled().build(entries)
+        }
+        result => result,
+    }
+}
+
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    let mut restrictions = Vec::from(ALLOWED_OPS.map(Restriction::sqe_op));
+    restrictions.push(Restriction::sqe_flags_allowed(0));
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    use super::*;
+
+    #[test]
+    fn operations_that_no_disk_needs_are_refused() {
+        let mut uring = Uring::new(8).unwrap();
+        let path = c"/dev/null";
+        let open = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr())
+            .build()
+            .user_data(7);
+        // SAFETY: the path is a constant.
+        unsafe { uring.push(open) };
+        uring.wait(Instant::now() + Duration::from_secs(10));
+        assert_eq!(uring.next_completion(), Some((7, -libc::EACCES)));
+        assert_eq!(uring.unanswered(), 0);
+    }
+
+    fn is_signalled(uring: &Uring, timeout: PollTimeout) -> bool {
+        let mut polls = [PollFd::new(uring.completion_event(), PollFlags::POLLIN)];
+        poll(&mut polls, timeout).unwrap() == 1
+    }
+
+    fn push_sync(uring: &mut Uring, file: &std::fs::File) {
+        let sync = opcode::Fsync::new(types::Fd(file.as_raw_fd())).build().user_data(1);
+        // SAFETY: a sync names no memory.
+        unsafe { uring.push(sync) };
+    }
+
+    #[test]
+    fn completions_are_signalled_unless_muted() {
+        let mut uring = Uring::new(8).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        assert!(!is_signalled(&uring, PollTimeout::ZERO));
+        push_sync(&mut uring, &file);
+        uring.submit();
+        let started = Instant::now();
+        assert!(is_signalled(&uring, PollTimeout::from(20_000u16)));
+        assert!(started.elapsed() < Duration::from_secs(10), "the poll was woken");
+        uring.take_completion_event();
+        uring.mute();
+        uring.submit();
+        assert_eq!(uring.next_completion(), Some((1, 0)));
+
+        push_sync(&mut uring, &file);
+        uring.wait(Instant::now() + Duration::from_secs(20));
+        assert!(!is_signalled(&uring, PollTimeout::ZERO));
+        assert!(uring.unmute(), "what came in the meantime is noticed");
+        assert_eq!(uring.next_completion(), Some((1, 0)));
+        assert!(!uring.unmute());
+    }
+}

@@ -1,0 +1,137 @@
+//! Whether a file takes `O_DIRECT`, and how buffers must be aligned for it.
+//!
+//! Guests see 512-byte sectors, because partition tables depend on the sector size and images
+//! are moved between hosts. A file whose direct I/O is coarser than that (a native 4 KiB disk,
+//! some file systems) is therefore served through the page cache, which reads and writes any
+//! sector correctly. Coarse *memory* alignment is no obstacle: such buffers are bounced.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::SECTOR_BYTES;
+use crate::engine::buffer::AlignedBuffer;
+
+/// How `O_DIRECT` requests must be aligned. Their offsets and lengths are whole sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DirectIo {
+    /// Alignment of buffers in memory, a power of two.
+    pub(crate) mem_align_bytes: usize,
+}
+
+/// Sets `O_DIRECT` on the description when the file takes it with 512-byte sectors.
+pub(crate) fn enable(file: &File) -> io::Result<Option<DirectIo>> {
+    let from_kernel = statx_alignment(file);
+    if let Some(Alignment { offset_bytes, .. }) = from_kernel
+        && (offset_bytes == 0 || u64::from(offset_bytes) > SECTOR_BYTES)
+    {
+        set(file, false)?;
+        return Ok(None);
+    }
+    if set(file, true).is_err() {
+        return Ok(None);
+    }
+    let mem_align_bytes = match from_kernel {
+        Some(Alignment { mem_bytes, .. }) => Some(mem_bytes as usize),
+        None => probe(file),
+    };
+    match mem_align_bytes {
+        Some(align) if align.is_power_of_two() && align <= AlignedBuffer::ALIGN_BYTES => {
+            Ok(Some(DirectIo { mem_align_bytes: align }))
+        }
+        _ => {
+            set(file, false)?;
+            Ok(None)
+        }
+    }
+}
+
+/// Clears `O_DIRECT`, which a passed descriptor may carry.
+pub(crate) fn disable(file: &File) -> io::Result<()> {
+    set(file, false)
+}
+
+/// Also clears `O_NONBLOCK`: io_uring would answer EAGAIN instead of waiting for the disk.
+fn set(file: &File, on: bool) -> io::Result<()> {
+    // SAFETY: F_GETFL takes no argument and touches no memory.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let base = flags & !(libc::O_DIRECT | libc::O_NONBLOCK);
+    let wanted = if on { base | libc::O_DIRECT } else { base };
+    // SAFETY: F_SETFL takes an integer and touches no memory.
+    if wanted != flags && unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, wanted) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+struct Alignment {
+    mem_bytes: u32,
+    /// 0 where direct I/O is not supported.
+    offset_bytes: u32,
+}
+
+/// `STATX_DIOALIGN`, since Linux 6.1 and not for every file system.
+fn statx_alignment(file: &File) -> Option<Alignment> {
+    // SAFETY: `statx` is plain data, for which all zeroes is a value.
+    let mut info: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a NUL-terminated constant and `info` a valid buffer for the call.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &mut info,
+        )
+    };
+    (result == 0 && info.stx_mask & libc::STATX_DIOALIGN != 0).then_some(Alignment {
+        mem_bytes: info.stx_dio_mem_align,
+        offset_bytes: info.stx_dio_offset_align,
+    })
+}
+
+/// Asks by reading one sector into ever coarser buffers; `None` when sectors cannot be read.
+fn probe(file: &File) -> Option<usize> {
+    let buffer = AlignedBuffer::new(2 * AlignedBuffer::ALIGN_BYTES);
+    [SECTOR_BYTES as usize, AlignedBuffer::ALIGN_BYTES].into_iter().find(|&align| {
+        // SAFETY: the buffer is two alignment units long, so a sector fits behind `align`;
+        // offset 512 stays inside every image of at least two sectors, and a shorter one
+        // reads nothing.
+        let read = unsafe {
+            libc::pread(
+                file.as_raw_fd(),
+                buffer.as_ptr().add(align).cast(),
+                SECTOR_BYTES as usize,
+                SECTOR_BYTES as libc::off_t,
+            )
+        };
+        read >= 0
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn direct_io_on_this_file_system_takes_sectors_or_is_off() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let direct = enable(image.as_file()).unwrap();
+        // SAFETY: F_GETFL takes no argument and touches no memory.
+        let flags = unsafe { libc::fcntl(image.as_file().as_raw_fd(), libc::F_GETFL) };
+        assert_eq!(flags & libc::O_DIRECT != 0, direct.is_some());
+        if direct.is_some() {
+            let buffer = AlignedBuffer::new(4096);
+            // SAFETY: the buffer holds 512 bytes.
+            let read = unsafe {
+                libc::pread(image.as_file().as_raw_fd(), buffer.as_ptr().cast(), 512, 512)
+            };
+            assert_eq!(read, 512);
+        }
+        disable(image.as_file()).unwrap();
+    }
+}

@@ -1,0 +1,12 @@
+//! The real `device-blk` process, driven by third parties: the `virtio-driver` crate as a
+//! vhost-user frontend, QEMU's tools, and gRPC clients.
+
+mod control;
+mod daemon;
+mod driver;
+mod io;
+mod lifecycle;
+mod locks;
+mod qemu;
+mod sandboxed;
+mod wrong_requests;
