@@ -28,6 +28,7 @@ pub struct Agent {
     socket: PathBuf,
     state_dir: PathBuf,
     run_dir: PathBuf,
+    bin_dir: PathBuf,
     log: PathBuf,
     pid_file: PathBuf,
 }
@@ -47,6 +48,7 @@ impl Agent {
             socket: run_dir.join("node-agent.sock"),
             state_dir: state_dir.join("node"),
             run_dir: run_dir.to_owned(),
+            bin_dir: bin_dir.to_owned(),
             log: state_dir.join("node-agent.log"),
             pid_file: run_dir.join("node-agent.pid"),
         })
@@ -98,6 +100,8 @@ impl Agent {
             .arg(&self.state_dir)
             .arg("--run-dir")
             .arg(&self.run_dir)
+            .arg("--bin-dir")
+            .arg(&self.bin_dir)
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(failed)?)
             .stderr(log);

@@ -1,2 +1,80 @@
-//! Placeholder.
-fn main() {}
+//! `vmctl`: people's and scripts' way to the controller.
+//!
+//! ```text
+//! cli        what can be typed; spec: the words for disks, NICs and sizes
+//! client     the connection, operations to wait for, errors in words
+//! commands   one module for each noun, and run
+//! console    a terminal on a VM's serial port
+//! output     tables and colours; json: any message as JSON
+//! ```
+//!
+//! Exit status: 0 done, 1 failed, 2 not understood.
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+
+mod cli;
+mod client;
+mod commands;
+mod console;
+mod json;
+mod output;
+mod spec;
+mod standalone;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    reset_sigpipe();
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("vmctl: error: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(dispatch(cli));
+    // A thread may still be reading the terminal; nobody waits for it.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            let text = format!("{error:#}");
+            eprintln!("vmctl: error: {}", text.replace('\n', "\n  "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    let global = cli.global;
+    match cli.command {
+        Command::Vm { command } => commands::vm::run(&global, command).await,
+        Command::Volume { command } => commands::volume::run(&global, command).await,
+        Command::Host { command } => commands::host::run(&global, command).await,
+        Command::Op { command } => commands::op::run(&global, command).await,
+        Command::Events(args) => commands::events::run(&global, args).await,
+        Command::Run(args) => commands::run::run(&global, *args).await,
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "vmctl", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// `vmctl vm list | head -1` ends quietly instead of with a panic.
+fn reset_sigpipe() {
+    // SAFETY: SIG_DFL is no handler, so no code runs in signal context.
+    let _ = unsafe {
+        nix::sys::signal::signal(
+            nix::sys::signal::Signal::SIGPIPE,
+            nix::sys::signal::SigHandler::SigDfl,
+        )
+    };
+}

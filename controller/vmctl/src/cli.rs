@@ -1,0 +1,429 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use api::listen::Address;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::spec::{DiskArg, NetArg, VhostUserArg, parse_size};
+
+/// Runs virtual machines made of separate processes
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "Examples:
+  vmctl run --kernel vmlinuz --disk debian.raw --net   boot a VM and attach its console
+  vmctl vm list                                        what is there
+  vmctl vm stop web && vmctl vm delete web             shut down and remove
+  vmctl vm show web -o json | jq .status               for scripts
+
+Exit status: 0 done, 1 failed, 2 command line not understood."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Where the controller listens: http://HOST:PORT or unix:PATH
+    #[arg(
+        long,
+        global = true,
+        env = "MORTISE_ENDPOINT",
+        value_name = "ADDRESS",
+        default_value = "http://127.0.0.1:7070"
+    )]
+    pub(crate) endpoint: Address,
+    /// Project that names without one belong to
+    #[arg(long, global = true, env = "MORTISE_PROJECT", default_value = api::names::DEFAULT_PROJECT)]
+    pub(crate) project: String,
+    /// Format of what is printed on stdout
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+    /// No progress on stderr
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people
+    Table,
+    /// For programs: the API's messages, proto3 JSON with field names as in the .proto files
+    Json,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Create, start, stop, look at and delete VMs
+    Vm {
+        #[command(subcommand)]
+        command: VmCommand,
+    },
+    /// Create and delete volumes: disk images that outlive VMs
+    Volume {
+        #[command(subcommand)]
+        command: VolumeCommand,
+    },
+    /// Look at hosts
+    Host {
+        #[command(subcommand)]
+        command: HostCommand,
+    },
+    /// Look at and wait for long-running operations
+    Op {
+        #[command(subcommand)]
+        command: OpCommand,
+    },
+    /// What happened, oldest first
+    #[command(after_help = "Examples:
+  vmctl events
+  vmctl events --follow --vm web")]
+    Events(EventsArgs),
+    /// Create a VM, start it and attach its console, all in one
+    #[command(
+        long_about = "Create a VM, start it and attach its console, all in one.
+
+If no controller answers on this machine, a standalone one is started; it keeps running.
+Without a terminal, the console's output is printed until the VM stops.
+
+Exit status: 0 when the guest shut down or you left its console, 1 when it failed.",
+        after_help = "Examples:
+  vmctl run --kernel vmlinuz --disk debian.raw --cmdline 'root=/dev/vda1 console=ttyS0'
+  vmctl run --kernel vmlinuz --initramfs initrd.img --disk root.raw --disk data.raw,readonly \\
+            --net host-cidr=192.168.100.1/24 --cpus 4 --memory 2G --name web --rm
+  vmctl run --kernel vmlinuz --disk root.raw --detach
+
+Ctrl-] leaves the console; the VM runs on."
+    )]
+    Run(Box<RunArgs>),
+    /// Print a shell's completion script
+    #[command(after_help = "Examples:
+  source <(vmctl completion bash)
+  vmctl completion zsh > ~/.zfunc/_vmctl
+  vmctl completion fish > ~/.config/fish/completions/vmctl.fish")]
+    Completion {
+        /// Which shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+}
+
+/// `vmctl vm ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Create a VM; it is not started
+    #[command(after_help = "Examples:
+  vmctl vm create web --kernel /boot/vmlinuz --disk /images/web.raw --net --memory 1G
+  vmctl vm create web --kernel /boot/vmlinuz --disk volume=data
+  vmctl vm create web -f spec.json
+
+spec.json holds the API's VmSpec; `vmctl vm show NAME -o json | jq .spec` prints one.")]
+    Create(Box<VmCreateArgs>),
+    /// List VMs
+    List {
+        /// Of all projects
+        #[arg(long)]
+        all_projects: bool,
+    },
+    /// Show everything about a VM
+    Show {
+        /// The VM
+        name: String,
+    },
+    /// Boot a VM and wait until it runs
+    Start {
+        /// The VM
+        name: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Shut a VM down and wait until it is off
+    #[command(after_help = "Examples:
+  vmctl vm stop web           press the power button; stop hard after the grace period
+  vmctl vm stop web --force   stop hard at once")]
+    Stop {
+        /// The VM
+        name: String,
+        /// Without asking the guest
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Hard-reset a running VM
+    Reset {
+        /// The VM
+        name: String,
+    },
+    /// Attach a VM's serial console; Ctrl-] leaves it
+    #[command(after_help = "Examples:
+  vmctl vm console web              interactive
+  vmctl vm console web </dev/null   only print, until the VM stops")]
+    Console {
+        /// The VM
+        name: String,
+        /// Only what the guest prints from now on, nothing held back
+        #[arg(long)]
+        new_only: bool,
+    },
+    /// Delete a VM; its disks and volumes stay
+    #[command(after_help = "Examples:
+  vmctl vm delete web           refused while web runs
+  vmctl vm delete web --force   stops it hard first")]
+    Delete {
+        /// The VM
+        name: String,
+        /// Stop it hard first if it runs
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+}
+
+/// Whether to wait for an operation.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct WaitArgs {
+    /// Return at once; `vmctl op wait` waits later
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+}
+
+/// What a VM is made of.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct MachineArgs {
+    /// Kernel: bzImage, or vmlinux with PVH or 64-bit entry
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initramfs: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) cmdline: Option<String>,
+    /// A disk: IMAGE or volume=NAME, then any of readonly, queues=N, serial=TEXT, name=NAME
+    #[arg(long = "disk", value_name = "IMAGE[,OPTION..]")]
+    pub(crate) disks: Vec<DiskArg>,
+    /// A NIC on a new tap; options: tap=NAME (an existing one), host-cidr=ADDRESS/BITS,
+    /// bridge=NAME, mac=ADDRESS, queues=N, mtu=N, name=NAME
+    #[arg(long = "net", value_name = "OPTION[,OPTION..]", num_args = 0..=1, default_missing_value = "")]
+    pub(crate) nets: Vec<NetArg>,
+    /// A device of a third-party daemon: type=blk|net|fs|vsock|rng|NUMBER,socket=PATH, then any of
+    /// queues=N, queue-size=N, name=NAME
+    #[arg(long = "vhost-user", value_name = "type=TYPE,socket=PATH[,OPTION..]")]
+    pub(crate) vhost_user: Vec<VhostUserArg>,
+    /// Virtual CPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u32>,
+    /// Memory, such as 512M or 4G [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) memory: Option<u64>,
+    /// How long the guest may take to shut down before it is stopped hard [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) shutdown_grace: Option<u32>,
+}
+
+/// `vmctl vm create`
+#[derive(Debug, Args)]
+pub(crate) struct VmCreateArgs {
+    /// Name of the VM: a-z, 0-9 and hyphen
+    pub(crate) name: String,
+    /// Take the spec from a JSON file, - for stdin; options given as well override it
+    #[arg(short, long, value_name = "FILE", required_unless_present = "kernel")]
+    pub(crate) file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    /// The same id again creates nothing twice [default: a random one]
+    #[arg(long, value_name = "ID")]
+    pub(crate) request_id: Option<String>,
+    /// Only check whether it could be created
+    #[arg(long)]
+    pub(crate) validate_only: bool,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+}
+
+/// `vmctl run`
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    /// Name of the VM [default: a random one]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Delete the VM after it stopped, or when this command is interrupted
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// Return once the VM runs, instead of attaching its console
+    #[arg(short, long, conflicts_with = "rm")]
+    pub(crate) detach: bool,
+    /// State directory of the controller that is started if none answers
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// Directory for its sockets
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run_dir: Option<PathBuf>,
+}
+
+/// `vmctl volume ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Create a volume and wait until it is complete
+    #[command(after_help = "Examples:
+  vmctl volume create data --size 10G
+  vmctl volume create root --from /images/debian.raw --size 20G
+  vmctl run --kernel vmlinuz --disk volume=root")]
+    Create {
+        /// Name of the volume: a-z, 0-9 and hyphen
+        name: String,
+        /// Its size, such as 10G [default: that of --from]
+        #[arg(long, value_parser = parse_size, required_unless_present = "from")]
+        size: Option<u64>,
+        /// Raw image on the host to copy
+        #[arg(long, value_name = "FILE")]
+        from: Option<PathBuf>,
+        /// Reserve all space now
+        #[arg(long)]
+        preallocate: bool,
+        /// The same id again creates nothing twice [default: a random one]
+        #[arg(long, value_name = "ID")]
+        request_id: Option<String>,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// List volumes
+    List {
+        /// Of all projects
+        #[arg(long)]
+        all_projects: bool,
+    },
+    /// Show everything about a volume
+    Show {
+        /// The volume
+        name: String,
+    },
+    /// Delete a volume and what is in it
+    Delete {
+        /// The volume
+        name: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+}
+
+/// `vmctl host ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum HostCommand {
+    /// List hosts
+    List,
+}
+
+/// `vmctl op ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum OpCommand {
+    /// List operations, newest first
+    List {
+        /// Only those on this VM
+        #[arg(long, value_name = "NAME")]
+        vm: Option<String>,
+        /// At most so many
+        #[arg(long, default_value_t = 20)]
+        limit: u32,
+    },
+    /// Wait until an operation is done; its failure is this command's
+    Wait {
+        /// The operation, as printed by --no-wait and op list
+        name: String,
+        /// Give up after so many seconds
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u64>,
+    },
+    /// Take an operation back: a start that is not done yet becomes a stop
+    Cancel {
+        /// The operation
+        name: String,
+    },
+}
+
+/// `vmctl events`
+#[derive(Debug, Args)]
+pub(crate) struct EventsArgs {
+    /// Go on printing what happens
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Only about this VM
+    #[arg(long, value_name = "NAME")]
+    pub(crate) vm: Option<String>,
+    /// Only what happened after this revision
+    #[arg(long, value_name = "REVISION", default_value_t = 0)]
+    pub(crate) after: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_takes_the_documented_options() {
+        let cli = Cli::try_parse_from([
+            "vmctl",
+            "run",
+            "--kernel",
+            "k",
+            "--initramfs",
+            "i",
+            "--cmdline",
+            "console=ttyS0",
+            "--disk",
+            "a.raw",
+            "--disk",
+            "b.raw,readonly",
+            "--net",
+            "--net",
+            "host-cidr=10.0.0.1/24",
+            "--cpus",
+            "2",
+            "--memory",
+            "512M",
+            "--name",
+            "web",
+            "--rm",
+        ])
+        .unwrap();
+        let Command::Run(args) = cli.command else {
+            panic!("{:?}", cli.command)
+        };
+        assert_eq!((args.machine.disks.len(), args.machine.nets.len()), (2, 2));
+        assert_eq!(args.machine.memory, Some(512 << 20));
+        assert!(args.rm);
+    }
+
+    #[test]
+    fn endpoint_takes_url_and_socket() {
+        for endpoint in ["http://127.0.0.1:1", "127.0.0.1:1", "unix:/run/c.sock"] {
+            Cli::try_parse_from(["vmctl", "--endpoint", endpoint, "host", "list"]).unwrap();
+        }
+        assert!(Cli::try_parse_from(["vmctl", "--endpoint", "nonsense", "host", "list"]).is_err());
+    }
+
+    #[test]
+    fn create_needs_a_kernel_or_a_file() {
+        assert!(Cli::try_parse_from(["vmctl", "vm", "create", "web"]).is_err());
+        Cli::try_parse_from(["vmctl", "vm", "create", "web", "-f", "x.json"]).unwrap();
+    }
+}

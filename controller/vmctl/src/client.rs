@@ -1,0 +1,183 @@
+//! The connection to the controller, what went wrong in words, and waiting for operations.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use api::connect::ConnectError;
+use api::controller as pb;
+use api::controller::operations_client::OperationsClient;
+use api::controller::vms_client::VmsClient;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use crate::cli::Global;
+
+/// For a controller that should be there.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// One call of WaitOperation; in between, progress is shown and a lost controller is noticed.
+const WAIT_SLICE_MS: u32 = 1_000;
+/// How long a controller that restarts may be away while an operation is waited for.
+const AWAY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Between two looks for a controller that is away.
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Connects to the controller.
+///
+/// # Errors
+/// When none answers, saying how to start one.
+pub(crate) async fn connect(global: &Global) -> anyhow::Result<Channel> {
+    try_connect(global, CONNECT_TIMEOUT).await.map_err(|error| {
+        anyhow!(
+            "{error}; start a controller with `controller --standalone`, or name another address with --endpoint or MORTISE_ENDPOINT"
+        )
+    })
+}
+
+/// Connects to the controller, if there is one.
+///
+/// # Errors
+/// When none answers in time.
+pub(crate) async fn try_connect(
+    global: &Global,
+    timeout: Duration,
+) -> Result<Channel, ConnectError> {
+    api::connect::address(&global.endpoint, timeout).await
+}
+
+/// An answer of the API in words.
+pub(crate) fn failed(status: Status) -> anyhow::Error {
+    let text = api::errors::explain(&status);
+    match status.code() {
+        Code::Unavailable if api::errors::reason(&status).is_none() => {
+            anyhow!("the controller does not answer: {text}")
+        }
+        Code::Unimplemented => {
+            anyhow!("the controller does not know this; it may be older than vmctl ({text})")
+        }
+        _ => anyhow!(text),
+    }
+}
+
+/// Waits for an operation, showing progress unless `quiet`.
+///
+/// # Errors
+/// When it failed, `timeout` has passed, or the controller is gone for good.
+pub(crate) async fn wait(
+    global: &Global,
+    channel: &Channel,
+    operation: pb::Operation,
+    what: &str,
+    timeout: Option<Duration>,
+) -> anyhow::Result<pb::Operation> {
+    let mut client = OperationsClient::new(channel.clone());
+    let mut progress = Progress::new(global.quiet, what);
+    let begun = Instant::now();
+    let mut answered = Instant::now();
+    let mut operation = operation;
+    while !operation.done {
+        if timeout.is_some_and(|timeout| begun.elapsed() >= timeout) {
+            let name = operation.name;
+            return Err(anyhow!(
+                "{what}: not done in time; wait on with `vmctl op wait {name}`"
+            ));
+        }
+        let request = pb::WaitOperationRequest {
+            name: operation.name.clone(),
+            timeout_ms: WAIT_SLICE_MS,
+        };
+        match client.wait_operation(request).await {
+            Ok(answer) => {
+                operation = answer.into_inner();
+                answered = Instant::now();
+            }
+            // Operations survive a controller's restart; so does waiting.
+            Err(status) if is_away(&status) && answered.elapsed() < AWAY_TIMEOUT => {
+                tokio::time::sleep(RETRY_INTERVAL).await;
+            }
+            Err(status) => return Err(failed(status)),
+        }
+        let metadata = operation.metadata.as_ref();
+        progress.show(metadata.map_or("", |metadata| metadata.progress.as_str()));
+    }
+    progress.clear();
+    match &operation.error {
+        None => Ok(operation),
+        Some(error) => Err(anyhow!("{what}: {}", error.message)),
+    }
+}
+
+/// Whether the answer means that nobody is there at the moment.
+pub(crate) fn is_away(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::Unavailable | Code::Cancelled | Code::Unknown
+    )
+}
+
+/// One VM.
+///
+/// # Errors
+/// When there is none, or the controller does not answer.
+pub(crate) async fn get_vm(channel: &Channel, name: &str) -> Result<pb::Vm, Status> {
+    let request = pb::GetVmRequest {
+        name: name.to_owned(),
+    };
+    VmsClient::new(channel.clone())
+        .get_vm(request)
+        .await
+        .map(tonic::Response::into_inner)
+}
+
+/// What goes on, on one line of stderr, if that is a terminal.
+pub(crate) struct Progress {
+    shown: bool,
+    what: String,
+    begun: Instant,
+}
+
+impl Progress {
+    /// Nothing shown yet.
+    pub(crate) fn new(quiet: bool, what: &str) -> Self {
+        let shown = !quiet && std::io::stderr().is_terminal();
+        let progress = Self {
+            shown,
+            what: what.to_owned(),
+            begun: Instant::now(),
+        };
+        progress.show("");
+        progress
+    }
+
+    /// Replaces the line.
+    pub(crate) fn show(&self, detail: &str) {
+        if self.shown {
+            let seconds = self.begun.elapsed().as_secs();
+            let detail = if detail.is_empty() {
+                String::new()
+            } else {
+                format!(": {detail}")
+            };
+            eprint!("\r\x1b[K{} ({seconds}s){detail}", self.what);
+            let _ = std::io::stderr().flush();
+        }
+    }
+
+    fn clear(&mut self) {
+        if std::mem::take(&mut self.shown) {
+            eprint!("\r\x1b[K");
+            let _ = std::io::stderr().flush();
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+/// A fresh id for a request that may be repeated.
+pub(crate) fn request_id(given: Option<String>) -> String {
+    given.unwrap_or_else(|| uuid::Uuid::new_v4().to_string())
+}

@@ -1,0 +1,306 @@
+//! The words for machines on the command line, and the API's spec that they make.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::Context as _;
+use api::controller as pb;
+use api::names::Name;
+
+use crate::cli::MachineArgs;
+
+/// Parses `512M`, `4G`, `1T`, `64K` or a plain number of bytes. `MiB` and `MB` mean the same: powers
+/// of 1024.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let error = || format!("{text:?} is no size; write a number and K, M, G or T, such as 512M");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..]
+        .to_ascii_uppercase()
+        .trim_end_matches("IB")
+        .trim_end_matches('B')
+    {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(error()),
+    };
+    let number: u64 = digits.parse().map_err(|_| error())?;
+    number.checked_mul(1 << shift).ok_or_else(error)
+}
+
+/// `--disk`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DiskArg {
+    source: DiskSource,
+    read_only: bool,
+    queues: u32,
+    serial: String,
+    name: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum DiskSource {
+    Image(PathBuf),
+    Volume(String),
+}
+
+impl FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut words = text.split(',');
+        let first = words.next().unwrap_or_default();
+        let source = match first.split_once('=') {
+            Some(("volume", name)) => DiskSource::Volume(name.to_owned()),
+            Some(("path", path)) => DiskSource::Image(path.into()),
+            _ if first.is_empty() => return Err("name an image or volume=NAME first".to_owned()),
+            _ => DiskSource::Image(first.into()),
+        };
+        let mut disk = Self {
+            source,
+            read_only: false,
+            queues: 0,
+            serial: String::new(),
+            name: String::new(),
+        };
+        for word in words {
+            match word.split_once('=') {
+                None if matches!(word, "readonly" | "ro") => disk.read_only = true,
+                Some(("queues", number)) => disk.queues = parse_number("queues", number)?,
+                Some(("serial", serial)) => disk.serial = serial.to_owned(),
+                Some(("name", name)) => disk.name = name.to_owned(),
+                _ => {
+                    return Err(format!(
+                        "{word:?} is no option of a disk; there are readonly, queues=N, serial=TEXT and name=NAME"
+                    ));
+                }
+            }
+        }
+        Ok(disk)
+    }
+}
+
+/// `--net`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct NetArg(pb::Nic);
+
+impl FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut nic = pb::Nic::default();
+        for word in text.split(',').filter(|word| !word.is_empty()) {
+            match word.split_once('=') {
+                Some(("tap", name)) => nic.tap = name.to_owned(),
+                Some(("host-cidr", cidr)) => nic.host_cidr = cidr.to_owned(),
+                Some(("bridge", name)) => nic.bridge = name.to_owned(),
+                Some(("mac", mac)) => nic.mac = mac.to_owned(),
+                Some(("queues", number)) => nic.queue_pairs = parse_number("queues", number)?,
+                Some(("mtu", number)) => nic.mtu = parse_number("mtu", number)?,
+                Some(("name", name)) => nic.name = name.to_owned(),
+                _ => {
+                    return Err(format!(
+                        "{word:?} is no option of a NIC; there are tap=, host-cidr=, bridge=, mac=, queues=, mtu= and name="
+                    ));
+                }
+            }
+        }
+        Ok(Self(nic))
+    }
+}
+
+/// `--vhost-user`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct VhostUserArg(pb::VhostUserDevice);
+
+impl FromStr for VhostUserArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut device = pb::VhostUserDevice::default();
+        for word in text.split(',') {
+            match word.split_once('=') {
+                Some(("type", kind)) => device.r#type = kind.to_owned(),
+                Some(("socket", path)) => device.socket = path.to_owned(),
+                Some(("queues", number)) => device.num_queues = parse_number("queues", number)?,
+                Some(("queue-size", number)) => {
+                    device.queue_size = parse_number("queue-size", number)?;
+                }
+                Some(("name", name)) => device.name = name.to_owned(),
+                _ => {
+                    return Err(format!(
+                        "{word:?} is no option; there are type=, socket=, queues=, queue-size= and name="
+                    ));
+                }
+            }
+        }
+        if device.r#type.is_empty() || device.socket.is_empty() {
+            return Err("type= and socket= are needed".to_owned());
+        }
+        Ok(Self(device))
+    }
+}
+
+fn parse_number(option: &str, text: &str) -> Result<u32, String> {
+    text.parse()
+        .map_err(|_| format!("{option}={text}: {text:?} is no number"))
+}
+
+/// Puts what was typed over `base`.
+///
+/// # Errors
+/// When the current directory is not known, or a volume's name is wrong.
+pub(crate) fn vm_spec(
+    args: MachineArgs,
+    mut spec: pb::VmSpec,
+    project: &str,
+) -> anyhow::Result<pb::VmSpec> {
+    if let Some(kernel) = args.kernel {
+        spec.kernel = absolute(&kernel)?;
+    }
+    if let Some(initramfs) = args.initramfs {
+        spec.initramfs = absolute(&initramfs)?;
+    }
+    if let Some(cmdline) = args.cmdline {
+        spec.cmdline = cmdline;
+    }
+    spec.vcpus = args.cpus.unwrap_or(spec.vcpus);
+    spec.memory_bytes = args.memory.unwrap_or(spec.memory_bytes);
+    if let Some(seconds) = args.shutdown_grace {
+        spec.shutdown_grace_ms = seconds.saturating_mul(1000);
+    }
+    for disk in args.disks {
+        spec.disks.push(api_disk(disk, project)?);
+    }
+    spec.nics.extend(args.nets.into_iter().map(|net| net.0));
+    for VhostUserArg(mut device) in args.vhost_user {
+        device.socket = absolute(Path::new(&device.socket))?;
+        spec.vhost_user.push(device);
+    }
+    Ok(spec)
+}
+
+fn api_disk(disk: DiskArg, project: &str) -> anyhow::Result<pb::Disk> {
+    let source = match disk.source {
+        DiskSource::Image(path) => pb::disk::Source::Path(absolute(&path)?),
+        DiskSource::Volume(name) => {
+            pb::disk::Source::Volume(volume_name(&name, project)?.to_string())
+        }
+    };
+    Ok(pb::Disk {
+        name: disk.name,
+        source: Some(source),
+        read_only: disk.read_only,
+        num_queues: disk.queues,
+        serial: disk.serial,
+    })
+}
+
+/// A VM by its short or its full name.
+///
+/// # Errors
+/// When it is neither.
+pub(crate) fn vm_name(text: &str, project: &str) -> anyhow::Result<Name> {
+    let full = if text.contains('/') {
+        text.to_owned()
+    } else {
+        Name::vm(project, text).to_string()
+    };
+    Ok(Name::parse_vm(&full)?)
+}
+
+/// A volume by its short or its full name.
+///
+/// # Errors
+/// When it is neither.
+pub(crate) fn volume_name(text: &str, project: &str) -> anyhow::Result<Name> {
+    let full = if text.contains('/') {
+        text.to_owned()
+    } else {
+        Name::volume(project, text).to_string()
+    };
+    Ok(Name::parse_volume(&full)?)
+}
+
+/// What a path means here. The host may be another machine, so the file need not exist.
+///
+/// # Errors
+/// When the current directory is gone, or the path is not UTF-8.
+pub(crate) fn absolute(path: &Path) -> anyhow::Result<String> {
+    let path = std::path::absolute(path)
+        .with_context(|| format!("cannot tell what {} means here", path.display()))?;
+    let text = path
+        .to_str()
+        .with_context(|| format!("{} is not UTF-8", path.display()))?;
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("4GiB"), Ok(4 << 30));
+        assert_eq!(parse_size("4gb"), Ok(4 << 30));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        for bad in ["", "M", "1X", "-1M", "1.5G", "99999999T"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn disks_are_images_or_volumes_with_options() {
+        let disk: DiskArg = "/img.raw,readonly,queues=4,serial=s1".parse().unwrap();
+        let disk = api_disk(disk, "default").unwrap();
+        assert_eq!(disk.source, Some(pb::disk::Source::Path("/img.raw".into())));
+        assert_eq!(
+            (disk.read_only, disk.num_queues, disk.serial.as_str()),
+            (true, 4, "s1")
+        );
+        let volume = api_disk("volume=data".parse().unwrap(), "p").unwrap();
+        assert_eq!(
+            volume.source,
+            Some(pb::disk::Source::Volume("projects/p/volumes/data".into()))
+        );
+        for bad in ["", ",readonly", "/img,speed=9", "/img,queues=x"] {
+            assert!(bad.parse::<DiskArg>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn relative_images_become_absolute() {
+        let disk = api_disk("img.raw".parse().unwrap(), "default").unwrap();
+        let Some(pb::disk::Source::Path(path)) = disk.source else {
+            panic!()
+        };
+        assert_eq!(
+            Path::new(&path),
+            std::env::current_dir().unwrap().join("img.raw")
+        );
+    }
+
+    #[test]
+    fn nets_and_vhost_user_devices() {
+        assert_eq!("".parse::<NetArg>().unwrap(), NetArg::default());
+        let net: NetArg = "host-cidr=10.0.0.1/24,mtu=9000".parse().unwrap();
+        assert_eq!((net.0.host_cidr.as_str(), net.0.mtu), ("10.0.0.1/24", 9000));
+        assert!("speed=1".parse::<NetArg>().is_err());
+        let fs: VhostUserArg = "type=fs,socket=/s,queues=1".parse().unwrap();
+        assert_eq!((fs.0.r#type.as_str(), fs.0.num_queues), ("fs", 1));
+        assert!("type=fs".parse::<VhostUserArg>().is_err());
+    }
+
+    #[test]
+    fn names_are_short_or_full() {
+        assert_eq!(vm_name("web", "p").unwrap(), Name::vm("p", "web"));
+        assert_eq!(
+            vm_name("projects/q/vms/web", "p").unwrap(),
+            Name::vm("q", "web")
+        );
+        assert!(vm_name("Web", "p").is_err());
+    }
+}
