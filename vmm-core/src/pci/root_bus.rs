@@ -232,7 +232,7 @@ fn decode_ecam(offset: u64, len: usize) -> Option<(usize, u16)> {
     let register = offset % ECAM_FUNCTION_LEN;
     let in_bus_0 = function < (SLOTS * 8) as u64 && function.is_multiple_of(8);
     let aligned = len.is_power_of_two() && len <= 8 && register.is_multiple_of(len as u64);
-    (in_bus_0 && aligned).then(|| ((function / 8) as usize, register as u16))
+    (in_bus_0 && aligned).then_some(((function / 8) as usize, register as u16))
 }
 
 /// A window of BARs.

@@ -6,12 +6,15 @@ mod peers;
 mod qemu;
 mod scripted;
 
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use self::backends::{Echo, kill, listen, serve};
 use self::guest::{Driver, Guest, TIMEOUTS, wait_until};
+use crate::seccomp::ThreadKind;
 
 /// A device number without a driver anywhere, so that nothing here depends on a device type.
 const TYPE: &str = "type=42,config-size=16";
@@ -407,4 +410,42 @@ fn device_and_guest_outlive_many_backends() {
         assert_eq!(driver.complete(head, 16), [round; 16], "round {round}");
     }
     assert!(guest.device.health().incarnations > *incarnations);
+}
+
+/// A filter cannot be taken off again, so a child process, this program once more, puts it on.
+#[test]
+fn link_works_under_the_system_call_filter_of_its_threads() {
+    const IN_CHILD: &str = "VMM_CORE_TEST_CONFINED_LINK";
+    if std::env::var_os(IN_CHILD).is_none() {
+        let name = "virtio_pci::tests::link_works_under_the_system_call_filter_of_its_threads";
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(IN_CHILD, "1")
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {stderr}", output.status);
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let echo = Echo::new();
+    let mut server = serve(&listener, &echo);
+    sandbox::no_new_privs().unwrap();
+    let attach = || {
+        ThreadKind::Devices.confine().unwrap();
+        Guest::attach(TYPE, &socket, TIMEOUTS).unwrap()
+    };
+    let guest = thread::scope(|scope| scope.spawn(attach).join().unwrap());
+    let mut driver = guest.drive();
+    for round in 0..3u8 {
+        let head = driver.submit(&[round; 16]);
+        kill(server);
+        server = serve(&listener, &echo);
+        assert_eq!(driver.complete(head, 16), [round; 16], "round {round}");
+        guest.device.pause(TIMEOUTS.stop);
+        guest.device.resume();
+    }
+    driver.set_status(0);
+    wait_until("the reset is complete", || driver.status() == 0);
 }
