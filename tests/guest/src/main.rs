@@ -5,6 +5,7 @@
 
 mod disk;
 mod folder;
+mod memory;
 mod net;
 mod smp;
 mod system;
@@ -81,6 +82,7 @@ fn on_root_disk() -> bool {
 fn run(job: &Job) -> Report {
     match job {
         Job::Smp { cpus } => smp::check(*cpus),
+        Job::Memory { mib } => memory::check(*mib),
         Job::Address(cidr) => net::set_address(cidr),
         Job::Net { peer, seed, bytes } => net::exchange(*peer, *seed, *bytes),
         Job::Disk {

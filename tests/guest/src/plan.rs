@@ -27,6 +27,11 @@ pub enum Job {
         /// How many have to be online.
         cpus: u32,
     },
+    /// Have at least that much memory.
+    Memory {
+        /// Usable, as the kernel counts.
+        mib: u64,
+    },
     /// Give the first NIC an address, as `A.B.C.D/PREFIX`.
     Address(String),
     /// Exchange a payload with the host and compare hashes.
@@ -103,6 +108,7 @@ impl fmt::Display for Plan {
         for job in &self.jobs {
             match job {
                 Job::Smp { cpus } => write!(f, "mortise.smp={cpus} ")?,
+                Job::Memory { mib } => write!(f, "mortise.memory={mib} ")?,
                 Job::Address(cidr) => write!(f, "mortise.addr={cidr} ")?,
                 Job::Net { peer, seed, bytes } => write!(f, "mortise.net={peer},{seed},{bytes} ")?,
                 Job::Disk {
@@ -156,6 +162,9 @@ impl Plan {
             ("smp", [cpus]) => Job::Smp {
                 cpus: cpus.parse().ok()?,
             },
+            ("memory", [mib]) => Job::Memory {
+                mib: mib.parse().ok()?,
+            },
             ("addr", [cidr]) => Job::Address((*cidr).to_owned()),
             ("net", [peer, seed, bytes]) => Job::Net {
                 peer: peer.parse().ok()?,
@@ -207,6 +216,7 @@ mod tests {
             root: Some("vda".into()),
             jobs: vec![
                 Job::Smp { cpus: 4 },
+                Job::Memory { mib: 4096 },
                 Job::Address("10.0.0.2/24".into()),
                 Job::Net {
                     peer: "10.0.0.1:5000".parse().unwrap(),

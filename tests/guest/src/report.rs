@@ -24,6 +24,13 @@ pub enum Report {
         /// What went wrong.
         error: Option<String>,
     },
+    /// Memory that the kernel may use.
+    Memory {
+        /// As the kernel counts.
+        mib: u64,
+        /// What went wrong.
+        error: Option<String>,
+    },
     /// A disk was written and read back, or only read.
     Disk {
         /// As in `/dev`.
@@ -79,6 +86,7 @@ impl Report {
     pub fn error(&self) -> Option<&str> {
         match self {
             Self::Smp { error, .. }
+            | Self::Memory { error, .. }
             | Self::Disk { error, .. }
             | Self::Net { error, .. }
             | Self::Address { error, .. }

@@ -17,7 +17,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("node-agent", &["api"]),
     ("vmctl", &["api"]),
     ("guest", &[]),
-    ("lab", &[]),
+    ("lab", &["guest"]),
     ("it", &[]),
 ];
 

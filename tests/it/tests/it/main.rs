@@ -1,6 +1,13 @@
 //! Integration tests: real processes, third-party peers, real guests. One binary.
 //!
-//! Modules under `nested` need a KVM that can run Linux and are run by `cargo lab test` inside
-//! the nested host (or directly where hardware KVM is there).
+//! Modules under `nested` need a KVM that can run Linux; `cargo lab test` runs them inside the
+//! nested host, or directly where hardware KVM is there. `cargo lab env` prints the variables that
+//! the others need when they are run by cargo alone.
 
+mod guest_run;
 mod layering;
+mod nested;
+mod process;
+mod qemu_frontend;
+mod reflection;
+mod site;

@@ -173,7 +173,7 @@ impl Suite {
                 program,
             }],
             third_parties: true,
-            memory_mib: 3072,
+            memory_mib: 6144,
             timeout: Duration::from_secs(hours * 3600 / 2),
             show_console: self.verbose,
             log_name: "test",
