@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// The writing end of an eventfd whose reader is not trusted: ringing it never blocks.
 #[derive(Debug)]
@@ -110,6 +110,12 @@ impl EventFd {
     /// Gives the descriptor away.
     pub fn into_fd(self) -> OwnedFd {
         self.file.into()
+    }
+}
+
+impl AsRawFd for EventFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
 }
 

@@ -24,6 +24,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
+use crate::eventfd::EventFd;
 use crate::memory::Mapping;
 
 const REGION_ALIGN_BYTES: u64 = 64;
@@ -139,6 +140,11 @@ impl InflightRegion {
             num_queues,
             queue_size,
         })
+    }
+
+    /// Guards the region in case its file can be truncated: see [`Mapping::guard`].
+    pub fn guard(&self, truncated: &Arc<EventFd>) {
+        self.mapping.guard(truncated);
     }
 
     /// The part of one queue, for rings of at most `queue_size` descriptors.

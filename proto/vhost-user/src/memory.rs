@@ -3,12 +3,20 @@
 //! A [`MemoryTable`] is immutable: adding or removing a region makes a new table that shares the
 //! [`Mapping`]s of the old one. Whoever holds a table (a ring, a request in flight) keeps its
 //! mappings alive, so a table change never unmaps memory under a running request.
+//!
+//! A file that its owner can truncate is [guarded](MemoryTable::guard): losing a page of it ends a
+//! session, not the process.
+
+mod guard;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+use crate::eventfd::EventFd;
+use guard::Guard;
 
 /// ADD_MEM_REG takes this many regions at most (QEMU's own limit).
 pub const MAX_REGIONS: usize = 509;
@@ -68,6 +76,8 @@ pub struct Mapping {
     base: NonNull<u8>,
     len_bytes: usize,
     offset_in_page: usize,
+    /// None inside: guarding was tried in vain.
+    guard: OnceLock<Option<Guard>>,
 }
 
 // SAFETY: the mapping is plain memory; it is only reached through raw pointers whose users
@@ -110,6 +120,7 @@ impl Mapping {
             base: NonNull::new(base.cast()).ok_or_else(invalid)?,
             len_bytes: map_len,
             offset_in_page: offset_in_page as usize,
+            guard: OnceLock::new(),
         })
     }
 
@@ -117,6 +128,17 @@ impl Mapping {
     pub fn as_ptr(&self) -> NonNull<u8> {
         // SAFETY: `offset_in_page` is less than `len_bytes`, so the result is in the mapping.
         unsafe { self.base.add(self.offset_in_page) }
+    }
+
+    /// Makes the loss of a page ring `truncated` instead of killing the process.
+    pub fn guard(&self, truncated: &Arc<EventFd>) {
+        self.guard.get_or_init(|| {
+            let guard = Guard::new(self.base, self.len_bytes, Arc::clone(truncated));
+            let warn = |error: &io::Error| {
+                tracing::warn!(%error, "shared memory is not guarded against truncation");
+            };
+            guard.inspect_err(warn).ok()
+        });
     }
 
     /// Bytes from [`Mapping::as_ptr`] to the end.
@@ -127,6 +149,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.guard.take();
         // SAFETY: `base` and `len_bytes` are what mmap returned, and nobody else unmaps them.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len_bytes) };
     }
@@ -293,6 +316,13 @@ impl MemoryTable {
             .cloned()
             .collect();
         Ok(MemoryTable { regions })
+    }
+
+    /// Guards every region whose file can be truncated: see [`Mapping::guard`].
+    pub fn guard(&self, truncated: &Arc<EventFd>) {
+        for region in self.regions.iter().filter(|region| !region.sealed) {
+            region.mapping.guard(truncated);
+        }
     }
 
     /// The regions by rising guest address.

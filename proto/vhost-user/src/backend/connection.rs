@@ -30,6 +30,7 @@ const FLAG_NEED_REPLY: u32 = 1 << 3;
 pub(super) enum SessionEnd {
     HungUp,
     Stopped,
+    MemoryTruncated,
     Truncated,
     Oversized {
         payload_bytes: usize,
@@ -46,6 +47,10 @@ impl fmt::Display for SessionEnd {
         match self {
             SessionEnd::HungUp => write!(f, "the frontend hung up"),
             SessionEnd::Stopped => write!(f, "the server was stopped"),
+            SessionEnd::MemoryTruncated => write!(
+                f,
+                "the frontend truncated the memory that it shares: seal it (F_SEAL_SHRINK)"
+            ),
             SessionEnd::Truncated => write!(f, "a request was truncated"),
             SessionEnd::Oversized { payload_bytes } => {
                 write!(
@@ -66,15 +71,55 @@ impl fmt::Display for SessionEnd {
     }
 }
 
+/// What ends a session from outside of its connection, when readable.
+#[derive(Clone, Copy)]
+pub(super) struct Interrupts<'a> {
+    /// The server is to stop.
+    pub(super) stop: BorrowedFd<'a>,
+    /// A page of the frontend's memory is gone.
+    pub(super) truncated: BorrowedFd<'a>,
+}
+
+impl Interrupts<'_> {
+    /// A poll set of the connection and these.
+    fn and(&self, stream: &UnixStream, events: libc::c_short) -> [libc::pollfd; 3] {
+        let entry = |fd: BorrowedFd<'_>, events| libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events,
+            revents: 0,
+        };
+        [
+            entry(stream.as_fd(), events),
+            entry(self.stop, libc::POLLIN),
+            entry(self.truncated, libc::POLLIN),
+        ]
+    }
+}
+
+/// Polls the set; what is ready of the connection, or why the session ends.
+fn poll(
+    polls: &mut [libc::pollfd; 3],
+    timeout_ms: libc::c_int,
+) -> Result<libc::c_short, SessionEnd> {
+    // SAFETY: three valid pollfds with descriptors that their owners keep open throughout.
+    let ready = unsafe { libc::poll(polls.as_mut_ptr(), 3, timeout_ms) };
+    match polls {
+        _ if ready <= 0 => Ok(0),
+        [_, stop, _] if stop.revents != 0 => Err(SessionEnd::Stopped),
+        [_, _, truncated] if truncated.revents != 0 => Err(SessionEnd::MemoryTruncated),
+        [connection, ..] => Ok(connection.revents),
+    }
+}
+
 /// Serves requests until the frontend hangs up, breaks the protocol, or `stop` is readable.
 pub(super) fn serve(
     stream: UnixStream,
     session: Session,
-    stop: BorrowedFd<'_>,
+    interrupts: Interrupts<'_>,
 ) -> (SessionEnd, Session) {
     let session = Arc::new(Mutex::new(session));
     let end = match stream.try_clone() {
-        Ok(requests) => serve_requests(&stream, requests, &session, stop),
+        Ok(requests) => serve_requests(&stream, requests, &session, interrupts),
         Err(error) => SessionEnd::Socket(error),
     };
     // The request handler, the only other owner, is gone.
@@ -89,11 +134,11 @@ fn serve_requests(
     stream: &UnixStream,
     requests: UnixStream,
     session: &Arc<Mutex<Session>>,
-    stop: BorrowedFd<'_>,
+    interrupts: Interrupts<'_>,
 ) -> SessionEnd {
     let mut handler = BackendReqHandler::from_stream(requests, Arc::clone(session));
     loop {
-        let header = match await_request(stream, stop) {
+        let header = match await_request(stream, interrupts) {
             Ok(header) => header,
             Err(end) => return end,
         };
@@ -120,17 +165,17 @@ struct Header {
 }
 
 /// Waits until a whole request has arrived and an answer can be sent.
-fn await_request(stream: &UnixStream, stop: BorrowedFd<'_>) -> Result<Header, SessionEnd> {
-    wait_for(stream, libc::POLLIN, stop, None)?;
+fn await_request(stream: &UnixStream, interrupts: Interrupts<'_>) -> Result<Header, SessionEnd> {
+    wait_for(stream, libc::POLLIN, interrupts, None)?;
     let deadline = Instant::now() + MESSAGE_TIMEOUT;
     let header = loop {
         match peek_request(stream)? {
             Some(header) => break header,
             None if Instant::now() >= deadline => return Err(SessionEnd::Truncated),
-            None => await_rest(stream, stop)?,
+            None => await_rest(stream, interrupts)?,
         }
     };
-    wait_for(stream, libc::POLLOUT, stop, Some(deadline))?;
+    wait_for(stream, libc::POLLOUT, interrupts, Some(deadline))?;
     Ok(header)
 }
 
@@ -207,63 +252,25 @@ fn is_set_request(request: u32) -> bool {
 fn wait_for(
     stream: &UnixStream,
     events: libc::c_short,
-    stop: BorrowedFd<'_>,
+    interrupts: Interrupts<'_>,
     deadline: Option<Instant>,
 ) -> Result<(), SessionEnd> {
     loop {
-        let timeout_ms = deadline.map_or(-1, |deadline| {
-            deadline
-                .saturating_duration_since(Instant::now())
-                .as_millis() as libc::c_int
-        });
-        let mut polls =
-            [(stream.as_fd(), events), (stop, libc::POLLIN)].map(|(fd, events)| libc::pollfd {
-                fd: fd.as_raw_fd(),
-                events,
-                revents: 0,
-            });
-        // SAFETY: two valid pollfds with descriptors that are open throughout.
-        let ready = unsafe { libc::poll(polls.as_mut_ptr(), 2, timeout_ms) };
-        if ready < 0 {
-            continue;
-        }
-        if polls[1].revents != 0 {
-            return Err(SessionEnd::Stopped);
-        }
-        if polls[0].revents & events != 0 {
-            return Ok(());
-        }
-        if polls[0].revents != 0 {
-            return Err(SessionEnd::HungUp);
-        }
-        if ready == 0 {
-            return Err(SessionEnd::AnswersNotRead);
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout_ms = left.map_or(-1, |left| left.as_millis() as libc::c_int);
+        match poll(&mut interrupts.and(stream, events), timeout_ms)? {
+            0 if left.is_some_and(|left| left.is_zero()) => return Err(SessionEnd::AnswersNotRead),
+            0 => {}
+            ready if ready & events != 0 => return Ok(()),
+            _ => return Err(SessionEnd::HungUp),
         }
     }
 }
 
 /// A part of a request is there: POLLIN would return at once, so look again a little later.
-fn await_rest(stream: &UnixStream, stop: BorrowedFd<'_>) -> Result<(), SessionEnd> {
-    let mut polls =
-        [(stream.as_fd(), libc::POLLRDHUP), (stop, libc::POLLIN)].map(|(fd, events)| {
-            libc::pollfd {
-                fd: fd.as_raw_fd(),
-                events,
-                revents: 0,
-            }
-        });
-    // SAFETY: two valid pollfds with descriptors that are open throughout.
-    unsafe {
-        libc::poll(
-            polls.as_mut_ptr(),
-            2,
-            PARTIAL_POLL.as_millis() as libc::c_int,
-        )
-    };
-    if polls[1].revents != 0 {
-        return Err(SessionEnd::Stopped);
-    }
-    if polls[0].revents == 0 {
+fn await_rest(stream: &UnixStream, interrupts: Interrupts<'_>) -> Result<(), SessionEnd> {
+    let timeout_ms = PARTIAL_POLL.as_millis() as libc::c_int;
+    if poll(&mut interrupts.and(stream, libc::POLLRDHUP), timeout_ms)? == 0 {
         return Ok(());
     }
     // The peer is gone. What it sent before may be whole by now.

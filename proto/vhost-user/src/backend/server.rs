@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Device;
-use super::connection;
+use super::connection::{self, Interrupts};
 use super::session::Session;
 use super::worker::QueueStats;
 use crate::eventfd::EventFd;
@@ -213,8 +213,25 @@ fn serve(shared: &Arc<Shared>, listener: &UnixListener, device: &Arc<dyn Device>
                 "frontend connected"
             );
         }
-        let session = Session::new(&shared.name, Arc::clone(device), Arc::clone(shared));
-        let (end, mut session) = connection::serve(stream, session, shared.stop.as_fd());
+        let truncated = match EventFd::new() {
+            Ok(event) => Arc::new(event),
+            Err(error) => {
+                tracing::warn!(device = shared.name, %error, "no descriptors left for a session");
+                thread::sleep(ACCEPT_RETRY);
+                continue;
+            }
+        };
+        let interrupts = Interrupts {
+            stop: shared.stop.as_fd(),
+            truncated: truncated.as_fd(),
+        };
+        let session = Session::new(
+            &shared.name,
+            Arc::clone(device),
+            Arc::clone(shared),
+            Arc::clone(&truncated),
+        );
+        let (end, mut session) = connection::serve(stream, session, interrupts);
         tracing::info!(device = shared.name, %end, "session ended");
         {
             let mut sessions = shared.sessions();

@@ -15,7 +15,7 @@ mod requests;
 use std::error::Error as StdError;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ use super::server::Shared;
 use super::worker::{Worker, WorkerError};
 use crate::eventfd::{Doorbell, EventFd};
 use crate::inflight::{InflightError, InflightRegion};
-use crate::memory::{MemoryError, MemoryTable, Region, RegionLayout};
+use crate::memory::{MemoryError, MemoryTable, Region, RegionLayout, is_sealed_against_shrinking};
 use crate::ring::{Ring, RingAddresses, RingConfig, RingError};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
@@ -109,13 +109,20 @@ pub(super) struct Session {
     acked_protocol_features: u64,
     memory: Option<Arc<MemoryTable>>,
     inflight: Option<InflightRegion>,
+    /// Rung when the frontend's files turn out shorter than they were.
+    truncated: Arc<EventFd>,
     vrings: Vec<Vring>,
     /// The last request was refused by this handler, not by the protocol's parser.
     refused: bool,
 }
 
 impl Session {
-    pub(super) fn new(name: &str, device: Arc<dyn Device>, shared: Arc<Shared>) -> Session {
+    pub(super) fn new(
+        name: &str,
+        device: Arc<dyn Device>,
+        shared: Arc<Shared>,
+        truncated: Arc<EventFd>,
+    ) -> Session {
         let vrings = (0..device.num_queues()).map(|_| Vring::default()).collect();
         Session {
             name: name.to_owned(),
@@ -126,6 +133,7 @@ impl Session {
             acked_protocol_features: 0,
             memory: None,
             inflight: None,
+            truncated,
             vrings,
             refused: false,
         }
@@ -250,6 +258,7 @@ impl Session {
 
     /// Goes over to another memory table, unless a running ring is not in it.
     fn use_memory(&mut self, memory: MemoryTable) -> std::result::Result<(), Refusal> {
+        memory.guard(&self.truncated);
         let memory = Arc::new(memory);
         for (index, vring) in (0..).zip(&self.vrings) {
             let Some(addresses) = vring.addresses.filter(|_| vring.worker.is_some()) else {
@@ -393,13 +402,11 @@ impl Session {
             num_queues,
             queue_size,
         } = *inflight;
-        self.inflight = Some(InflightRegion::map(
-            file,
-            mmap_offset,
-            mmap_size,
-            num_queues,
-            queue_size,
-        )?);
+        let region = InflightRegion::map(file, mmap_offset, mmap_size, num_queues, queue_size)?;
+        if !is_sealed_against_shrinking(file.as_fd()) {
+            region.guard(&self.truncated);
+        }
+        self.inflight = Some(region);
         Ok(())
     }
 

@@ -5,7 +5,8 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd};
 
 use super::peers::{
-    Guest, MEMORY_BYTES, NEED_REPLY, RING_SIZE, Raw, VERSION, addresses, message, state, words,
+    Guest, Honest, MEMORY_BYTES, NEED_REPLY, RING_SIZE, Raw, VERSION, addresses, message, state,
+    words,
 };
 use super::*;
 use crate::eventfd::EventFd;
@@ -489,4 +490,32 @@ fn received_descriptors_are_closed_on_exec_and_at_the_sessions_end() {
     assert_eq!(flags_of_copies(), [libc::FD_CLOEXEC; 2]);
     drop(raw);
     eventually("all are closed", || flags_of_copies().is_empty());
+}
+
+#[test]
+fn memory_truncated_under_a_ring_ends_that_session_only() {
+    let served = Served::new();
+    let neighbour = Served::new();
+    let mut witness = Honest::connect(&neighbour);
+    witness.set_up();
+    witness.start(0);
+
+    for round in 0..3 {
+        let mut honest = Honest::connect(&served);
+        honest.set_up();
+        honest.track_inflight();
+        honest.start(0);
+        honest.assert_echo(0, b"before");
+        // Not through `honest`: the test's own access to the memory would end the test.
+        honest.guest.memory.file().set_len(0).unwrap();
+        honest.guest.kicks[0].write(1).unwrap();
+        eventually("the session ends", || {
+            let status = served.status();
+            status.sessions == round + 1 && !status.connected
+        });
+        let end = served.status().last_session_end.unwrap();
+        assert!(end.contains("truncated the memory"), "{end}");
+        witness.assert_echo(0, b"the neighbour goes on");
+    }
+    served.assert_serves();
 }
