@@ -11,6 +11,9 @@ pub mod memory;
 pub mod session;
 mod watchdog;
 
+#[cfg(test)]
+mod tests;
+
 pub use link::{Connected, Endpoint, Events, Link, LinkError, LinkHealth, Timeouts, Wiring};
 pub use memory::{MemoryRegion, MemoryTable};
 pub use session::{Activation, Offer, QueueEvents, QueueState};

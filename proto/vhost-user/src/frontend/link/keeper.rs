@@ -114,7 +114,7 @@ impl Keeper {
     fn adopt(&mut self, mut connected: Connected) {
         let config = connected.offer.config.take();
         let mut control = self.shared.lock();
-        control.health.connected = control.activation.is_none();
+        control.health.connected = control.activation.is_none() || control.paused;
         control.health.incarnations += 1;
         control.health.inflight_tracking = connected.offer.tracks_inflight();
         drop(control);
