@@ -9,6 +9,7 @@ mod cli;
 mod console;
 mod host;
 mod image;
+mod metrics;
 mod process;
 mod record;
 mod service;
@@ -21,8 +22,9 @@ mod volumes;
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context;
-use api::{listen::Listener, node::node_agent_server::NodeAgentServer, serve};
+use api::{listen::Listener, metrics::serve_http, node::node_agent_server::NodeAgentServer, serve};
 use clap::Parser;
+use tokio::runtime::Handle;
 
 use crate::{
     agent::{Agent, Dirs},
@@ -54,7 +56,18 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     // Bound first: an agent that cannot serve must not touch VMs.
     let listener = Listener::bind(&cli.listen)?;
     let address = listener.address();
+    let metrics_listener = cli
+        .metrics_listen
+        .as_ref()
+        .map(Listener::bind)
+        .transpose()?;
     let agent = Arc::new(Agent::open(&dirs)?);
+    if let Some(listener) = metrics_listener {
+        let (agent, runtime) = (agent.clone(), Handle::current());
+        let render =
+            move || tokio::task::block_in_place(|| runtime.block_on(metrics::collect(&agent)));
+        tokio::spawn(serve_http(listener, render));
+    }
     tracing::info!(%address, state = %dirs.state.display(), run = %dirs.run.display(), "serving");
     let services = serve::Services::new().with(NodeAgentServer::new(Service::new(agent)));
     serve::on(listener, services, serve::terminated()).await?;

@@ -112,7 +112,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts `program` in a session of its own, with stdin closed and stdout and stderr appended
+    /// Starts `program` in a session of its own and in the root directory, with stdin closed and stdout and stderr appended
     /// to `log`. It keeps running when the agent dies.
     ///
     /// # Errors
@@ -130,6 +130,7 @@ impl Process {
         let mut command = Command::new(program);
         command
             .args(args)
+            .current_dir("/")
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors);
@@ -204,14 +205,6 @@ impl Process {
                 std::ptr::null::<libc::siginfo_t>(),
                 0,
             );
-        }
-    }
-
-    /// SIGTERM, `grace` to follow it, then SIGKILL; returns when the process is gone.
-    pub(crate) async fn terminate(&self, grace: Duration) {
-        self.signal(Signal::SIGTERM);
-        if self.exited_within(grace).await.is_none() {
-            self.kill().await;
         }
     }
 

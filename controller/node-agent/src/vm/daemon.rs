@@ -20,8 +20,8 @@ use std::{
 use api::{
     connect,
     device::{
-        AttachRequest, BlkConfig, FdRef, GetDaemonRequest, ListDevicesRequest, NetConfig,
-        attach_request, device_daemon_client::DeviceDaemonClient,
+        AttachRequest, BlkConfig, FdRef, GetDaemonRequest, GetMetricsRequest, ListDevicesRequest,
+        NetConfig, attach_request, device_daemon_client::DeviceDaemonClient,
     },
     fds, listen,
 };
@@ -42,6 +42,8 @@ const UP_WITHIN: Duration = Duration::from_secs(15);
 /// Attaching waits for the ghost requests of a killed incarnation, which a slow disk may hold.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
 const CALL_DEADLINE: Duration = Duration::from_secs(5);
+/// Half of what the responder has for a scrape.
+const METRICS_DEADLINE: Duration = Duration::from_secs(2);
 const SEND_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Listening vhost-user sockets by device name. Held while the VM runs, so that connecting never
@@ -432,6 +434,27 @@ impl Plan {
             message: status.message().to_owned(),
         }
     }
+}
+
+/// A daemon's metrics; `None` when it is not there or does not answer.
+pub(super) async fn metrics(dir: &Path, kind: DaemonKind) -> Option<String> {
+    let socket = dir.join(format!("{}.sock", kind.stem()));
+    if !socket.exists() {
+        return None;
+    }
+    let asking = async {
+        let channel = connect::unix(&socket, METRICS_DEADLINE).await.ok()?;
+        let mut client = DeviceDaemonClient::new(channel);
+        Some(
+            client
+                .get_metrics(GetMetricsRequest {})
+                .await
+                .ok()?
+                .into_inner()
+                .text,
+        )
+    };
+    tokio::time::timeout(METRICS_DEADLINE, asking).await.ok()?
 }
 
 fn open_image(disk: &str, path: &Path, read_only: bool) -> Result<File, DaemonError> {

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// A daemon that lived this long is started again at once.
-const STABLE_AFTER: Duration = Duration::from_secs(10);
+const STABLE_AFTER: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Health is read between other work; a `vmm-core` that does not answer must not hold that up.

@@ -16,9 +16,11 @@
 //! state its predecessor left it in. Daemons that die are restarted within Running.
 
 mod adopt;
+mod command;
 mod daemon;
 mod machine;
 mod start;
+mod status;
 mod stop;
 mod vmm;
 
@@ -28,15 +30,21 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use api::node::{VmPhase, VmStatus};
+use api::node::VmStatus;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tonic::Code;
 
-use self::{machine::Machine, stop::StopHow};
+pub(crate) use self::command::Refusal;
+use self::{
+    command::{Answer, Command, reply},
+    machine::Machine,
+    status::status_of,
+    stop::StopHow,
+};
 use crate::{
     image::Claims,
     process,
-    record::{Assets, Failure, Record, RecordError, State, Store},
+    record::{Assets, DaemonKind, Failure, Record, RecordError, State, Store},
     spec::{Power, Spec},
     volumes,
 };
@@ -78,103 +86,6 @@ pub(crate) struct Vm {
     commands: mpsc::Sender<Command>,
     status: watch::Receiver<VmStatus>,
     spec: watch::Receiver<Arc<Spec>>,
-}
-
-/// Why a command was not carried out.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Refusal {
-    /// An older wish.
-    #[error(
-        "VM {id}: generation {given} is older than {seen}, which was applied already; read the VM and apply again"
-    )]
-    StaleGeneration {
-        /// The VM.
-        id: String,
-        /// As given.
-        given: u64,
-        /// As known.
-        seen: u64,
-    },
-    /// A different wish of the same age.
-    #[error(
-        "VM {id}: generation {generation} was applied already with another spec; every change needs a higher generation"
-    )]
-    GenerationTaken {
-        /// The VM.
-        id: String,
-        /// As given.
-        generation: u64,
-    },
-    /// A change that a running machine cannot take.
-    #[error(
-        "VM {id} runs; its vcpus, memory, kernel and devices can be changed once it is stopped"
-    )]
-    Fixed {
-        /// The VM.
-        id: String,
-    },
-    /// The command needs a running VM.
-    #[error("VM {id} does not run; start it first")]
-    NotRunning {
-        /// The VM.
-        id: String,
-    },
-    /// The command needs a stopped VM.
-    #[error("VM {id} runs; stop it first")]
-    Running {
-        /// The VM.
-        id: String,
-    },
-    /// It was deleted meanwhile.
-    #[error("VM {id} does not exist on this host")]
-    Gone {
-        /// The VM.
-        id: String,
-    },
-    /// It has more to do than it can.
-    #[error("VM {id} has too many commands waiting; try again")]
-    Busy {
-        /// The VM.
-        id: String,
-    },
-    /// The wish cannot be kept.
-    #[error("VM {id}: keeping its state")]
-    Record {
-        /// The VM.
-        id: String,
-        /// Why not.
-        #[source]
-        source: RecordError,
-    },
-    /// vmm-core refused.
-    #[error(transparent)]
-    Vmm(#[from] vmm::VmmError),
-}
-
-impl Refusal {
-    /// What the API answers.
-    pub(crate) fn code(&self) -> Code {
-        match self {
-            Self::StaleGeneration { .. } => Code::Aborted,
-            Self::GenerationTaken { .. }
-            | Self::Fixed { .. }
-            | Self::NotRunning { .. }
-            | Self::Running { .. } => Code::FailedPrecondition,
-            Self::Gone { .. } => Code::NotFound,
-            Self::Busy { .. } => Code::ResourceExhausted,
-            Self::Record { .. } => Code::Internal,
-            Self::Vmm(error) => error.code(),
-        }
-    }
-}
-
-type Answer = oneshot::Sender<Result<(), Refusal>>;
-
-#[derive(Debug)]
-enum Command {
-    Apply(Box<Spec>, Answer),
-    Reset(Answer),
-    Delete(Answer),
 }
 
 impl Vm {
@@ -395,7 +306,9 @@ impl Actor {
         };
         match outcome {
             Some(Ok(())) => {
-                let machine = rising.into_machine();
+                let mut machine = rising.into_machine();
+                machine.refresh().await;
+                self.note_resets(&machine);
                 let _ = self.enter(State::Running(machine.assets()), Some(&machine));
                 Next::Run(Box::new(machine))
             }
@@ -550,9 +463,13 @@ impl Actor {
     }
 
     fn note_health(&mut self, machine: &Machine) {
+        self.note_resets(machine);
+        self.publish(Some(machine));
+    }
+
+    fn note_resets(&mut self, machine: &Machine) {
         self.record.resets = machine.health.resets;
         self.record.first_console_byte_ms = machine.health.first_console_byte_ms;
-        self.publish(Some(machine));
     }
 
     fn forget(&mut self) -> Result<(), RecordError> {
@@ -583,56 +500,6 @@ impl Actor {
     }
 }
 
-fn status_of(record: &Record, machine: Option<&Machine>) -> VmStatus {
-    let mut status = VmStatus {
-        id: record.spec.id.clone(),
-        observed_generation: record.spec.generation,
-        resets: record.resets,
-        first_console_byte_ms: record.first_console_byte_ms,
-        ..VmStatus::default()
-    };
-    let mut started_at_ms = 0;
-    let phase = match &record.state {
-        State::Starting(_) => VmPhase::Starting,
-        State::Running(assets) => {
-            started_at_ms = assets.started_at_ms;
-            match machine {
-                Some(machine) if machine.health.paused => VmPhase::Paused,
-                _ => VmPhase::Running,
-            }
-        }
-        State::Stopping(assets) => {
-            started_at_ms = assets.started_at_ms;
-            VmPhase::Stopping
-        }
-        State::Stopped { reason } => {
-            status.stop_reason = reason.clone();
-            VmPhase::Stopped
-        }
-        State::Failed(failure) => {
-            status.error_code = failure.code;
-            status.error = failure.message.clone();
-            status.stop_reason = failure.stop_reason.clone();
-            VmPhase::Failed
-        }
-    };
-    status.set_phase(phase);
-    status.started_at = (started_at_ms > 0).then(|| prost_types::Timestamp {
-        seconds: (started_at_ms / 1000) as i64,
-        nanos: (started_at_ms % 1000) as i32 * 1_000_000,
-    });
-    if let Some(machine) = machine {
-        status.processes = machine.processes();
-        status.devices = machine.health.devices.clone();
-    }
-    status
-}
-
-fn reply(answer: Answer, result: Result<(), Refusal>) {
-    // Whoever asked may have given up; the outcome is in the status.
-    let _ = answer.send(result);
-}
-
 /// An error and its causes, on one line.
 pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -643,6 +510,17 @@ pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// The metrics of a VM's daemons, of those that answer in time.
+pub(crate) async fn daemon_metrics(dir: &Path) -> Vec<String> {
+    let mut texts = Vec::new();
+    for kind in [DaemonKind::Blk, DaemonKind::Net] {
+        if let Some(text) = daemon::metrics(dir, kind).await {
+            texts.push(text);
+        }
+    }
+    texts
 }
 
 /// Socket of `vmm-core` in a VM's directory.

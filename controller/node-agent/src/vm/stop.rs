@@ -169,8 +169,12 @@ pub(super) async fn terminate(processes: Vec<Process>) {
     for process in &processes {
         process.signal(Signal::SIGTERM);
     }
+    let deadline = Instant::now() + DRAIN_WITHIN;
     for process in &processes {
-        process.terminate(DRAIN_WITHIN).await;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if process.exited_within(left).await.is_none() {
+            process.kill().await;
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::{
     fs,
+    io::{Read, Write},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -185,6 +187,16 @@ impl Agent {
         );
     }
 
+    /// What a scrape of /metrics gets.
+    pub(crate) fn scrape(&self) -> String {
+        let mut stream = UnixStream::connect(self.dir.path().join("metrics.sock")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
     /// Pids of everything that serves a control socket in this agent's directories.
     pub(crate) fn processes(&self) -> Vec<i32> {
         processes_below(self.dir.path())
@@ -285,6 +297,8 @@ fn spawn(dir: &Path) -> Child {
         .arg(dir.join("state"))
         .arg("--run-dir")
         .arg(dir.join("run"))
+        .arg("--metrics-listen")
+        .arg(format!("unix:{}", dir.join("metrics.sock").display()))
         .stdin(Stdio::null())
         .stderr(log)
         .spawn()

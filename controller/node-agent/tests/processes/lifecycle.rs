@@ -45,6 +45,14 @@ async fn machine_with_a_disk_runs_and_stops_without_a_trace() {
         );
     }
 
+    let metrics = agent.scrape();
+    for line in [
+        "mortise_vms{phase=\"running\"} 1\n",
+        "mortise_device_connected{vm=\"web\",daemon=\"device-blk\",device=\"root\"} 1\n",
+    ] {
+        assert!(metrics.contains(line), "{line:?} is not in {metrics}");
+    }
+
     agent.power(&mut vm, Power::Off).await;
     let status = agent
         .until("web", "stopped", |status| {

@@ -1,0 +1,165 @@
+//! What Prometheus gets: the agent's own figures, and those of all VMs' daemons with the VM's name
+//! added to their labels.
+
+use std::{collections::BTreeMap, fmt::Write, sync::Arc};
+
+use api::node::{VmPhase, VmStatus};
+
+use crate::{agent::Agent, vm};
+
+/// Metric families in the text format, merged from several sources.
+#[derive(Debug, Default)]
+struct Exposition {
+    families: BTreeMap<String, Family>,
+}
+
+#[derive(Debug, Default)]
+struct Family {
+    /// The HELP, TYPE and UNIT lines.
+    head: Vec<String>,
+    samples: Vec<String>,
+}
+
+/// All metrics of this host's VMs, in Prometheus' text format.
+pub(crate) async fn collect(agent: &Arc<Agent>) -> String {
+    let mut exposition = Exposition::default();
+    let vms = agent.all().await;
+    let statuses: Vec<VmStatus> = vms.iter().map(vm::Vm::status).collect();
+    exposition.add_text(None, &own_metrics(&statuses));
+    let asking: Vec<_> = statuses
+        .iter()
+        .filter(|status| !status.processes.is_empty())
+        .map(|status| {
+            let dir = agent.env.vm_dir(&status.id);
+            let id = status.id.clone();
+            tokio::spawn(async move { (id, vm::daemon_metrics(&dir).await) })
+        })
+        .collect();
+    for answer in asking {
+        if let Ok((id, texts)) = answer.await {
+            for text in texts {
+                exposition.add_text(Some(&id), &text);
+            }
+        }
+    }
+    exposition.to_string()
+}
+
+fn own_metrics(statuses: &[VmStatus]) -> String {
+    let mut text = String::from(
+        "# HELP mortise_vms VMs that the agent knows, by phase.\n# TYPE mortise_vms gauge\n",
+    );
+    for phase in [
+        VmPhase::Starting,
+        VmPhase::Running,
+        VmPhase::Paused,
+        VmPhase::Stopping,
+        VmPhase::Stopped,
+        VmPhase::Failed,
+    ] {
+        let count = statuses
+            .iter()
+            .filter(|status| status.phase() == phase)
+            .count();
+        let name = phase
+            .as_str_name()
+            .trim_start_matches("VM_PHASE_")
+            .to_ascii_lowercase();
+        let _ = writeln!(text, "mortise_vms{{phase=\"{name}\"}} {count}");
+    }
+    text.push_str(
+        "# HELP mortise_process_restarts Times a VM's process was restarted.\n\
+         # TYPE mortise_process_restarts counter\n",
+    );
+    for status in statuses {
+        for process in &status.processes {
+            let _ = writeln!(
+                text,
+                "mortise_process_restarts_total{{vm=\"{}\",process=\"{}\"}} {}",
+                status.id, process.name, process.restarts
+            );
+        }
+    }
+    text
+}
+
+impl Exposition {
+    /// Adds a source's text. Its samples get a `vm` label if one is given.
+    fn add_text(&mut self, vm: Option<&str>, text: &str) {
+        let mut current = String::new();
+        for line in text
+            .lines()
+            .filter(|line| !line.is_empty() && *line != "# EOF")
+        {
+            if let Some(comment) = line.strip_prefix("# ") {
+                let Some(name) = comment.split(' ').nth(1) else {
+                    continue;
+                };
+                current = name.to_owned();
+                let family = self.families.entry(current.clone()).or_default();
+                if !family.head.iter().any(|known| known == line) {
+                    family.head.push(line.to_owned());
+                }
+            } else {
+                let family = self.families.entry(current.clone()).or_default();
+                family.samples.push(labelled(vm, line));
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Exposition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for family in self
+            .families
+            .values()
+            .filter(|family| !family.samples.is_empty())
+        {
+            for line in family.head.iter().chain(&family.samples) {
+                writeln!(f, "{line}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// VM names need no escaping: they are letters, digits and hyphens.
+fn labelled(vm: Option<&str>, sample: &str) -> String {
+    let Some(vm) = vm else {
+        return sample.to_owned();
+    };
+    let end = sample.find(['{', ' ']).unwrap_or(sample.len());
+    let (name, rest) = sample.split_at(end);
+    match rest.strip_prefix('{') {
+        Some(labels) => format!("{name}{{vm=\"{vm}\",{labels}"),
+        None => format!("{name}{{vm=\"{vm}\"}}{rest}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn same_family_of_two_vms_is_one_family() {
+        let text =
+            "# HELP reads Reads.\n# TYPE reads counter\nreads_total{disk=\"a b\"} 1\n# EOF\n";
+        let mut exposition = Exposition::default();
+        exposition.add_text(Some("web"), text);
+        exposition.add_text(Some("db"), text);
+        exposition.add_text(
+            Some("db"),
+            "# HELP idle Nothing.\n# TYPE idle gauge\n# EOF\n",
+        );
+        assert_eq!(
+            exposition.to_string(),
+            "# HELP reads Reads.\n# TYPE reads counter\n\
+             reads_total{vm=\"web\",disk=\"a b\"} 1\nreads_total{vm=\"db\",disk=\"a b\"} 1\n"
+        );
+    }
+
+    #[test]
+    fn sample_without_labels_gets_one() {
+        assert_eq!(labelled(Some("web"), "up 1"), "up{vm=\"web\"} 1");
+    }
+}
