@@ -91,10 +91,16 @@ impl Args {
     /// One is named twice: it can have one owner.
     pub(crate) fn inherited_fds(&self) -> Result<Vec<RawFd>, String> {
         let mut fds = Vec::new();
-        for source in self.disks.iter().flat_map(|disk| [&disk.image, &disk.socket]) {
+        for source in self
+            .disks
+            .iter()
+            .flat_map(|disk| [&disk.image, &disk.socket])
+        {
             if let Source::Fd(fd) = *source {
                 if fds.contains(&fd) {
-                    return Err(format!("descriptor {fd} is named twice; pass one for each use"));
+                    return Err(format!(
+                        "descriptor {fd} is named twice; pass one for each use"
+                    ));
                 }
                 fds.push(fd);
             }
@@ -118,12 +124,18 @@ fn parse_disk(spec: &str) -> Result<DiskArg, String> {
     for part in spec.split(',') {
         match part.split_once('=') {
             Some(("id", value)) => set_once(&mut id, "id", value.to_owned())?,
-            Some(("path", value)) => set_once(&mut image, "path or fd", Source::Path(value.into()))?,
+            Some(("path", value)) => {
+                set_once(&mut image, "path or fd", Source::Path(value.into()))?
+            }
             Some(("fd", value)) => {
                 set_once(&mut image, "path or fd", Source::Fd(parse_fd("fd", value)?))?;
             }
             Some(("socket", value)) => {
-                set_once(&mut socket, "socket or socket-fd", Source::Path(value.into()))?;
+                set_once(
+                    &mut socket,
+                    "socket or socket-fd",
+                    Source::Path(value.into()),
+                )?;
             }
             Some(("socket-fd", value)) => {
                 let fd = Source::Fd(parse_fd("socket-fd", value)?);
@@ -150,7 +162,15 @@ fn parse_disk(spec: &str) -> Result<DiskArg, String> {
     }
     let image = image.ok_or("path= (or fd=) is missing")?;
     let socket = socket.ok_or("socket= (or socket-fd=) is missing")?;
-    Ok(DiskArg { id, image, socket, read_only, page_cache, num_queues, serial })
+    Ok(DiskArg {
+        id,
+        image,
+        socket,
+        read_only,
+        page_cache,
+        num_queues,
+        serial,
+    })
 }
 
 fn set_once<T>(place: &mut Option<T>, name: &str, value: T) -> Result<(), String> {
@@ -163,7 +183,9 @@ fn set_once<T>(place: &mut Option<T>, name: &str, value: T) -> Result<(), String
 fn parse_fd(key: &str, value: &str) -> Result<RawFd, String> {
     match value.parse() {
         Ok(fd) if fd > 2 => Ok(fd),
-        _ => Err(format!("{key}={value}: an open descriptor above 2 is wanted")),
+        _ => Err(format!(
+            "{key}={value}: an open descriptor above 2 is wanted"
+        )),
     }
 }
 
@@ -177,7 +199,9 @@ fn parse_queues(value: &str) -> Result<u16, String> {
 fn parse_serial(value: &str) -> Result<String, String> {
     let printable = value.bytes().all(|byte| (0x20..0x7f).contains(&byte));
     if value.len() > ID_BYTES || !printable {
-        return Err(format!("serial={value}: at most {ID_BYTES} printable ASCII characters fit"));
+        return Err(format!(
+            "serial={value}: at most {ID_BYTES} printable ASCII characters fit"
+        ));
     }
     Ok(value.to_owned())
 }
@@ -230,7 +254,11 @@ mod tests {
     fn descriptor_named_twice_is_refused() {
         let args = |disks: &[&str]| {
             let specs = disks.iter().flat_map(|disk| ["--disk", disk]);
-            Args::parse_from(["device-blk", "--control-socket", "c"].into_iter().chain(specs))
+            Args::parse_from(
+                ["device-blk", "--control-socket", "c"]
+                    .into_iter()
+                    .chain(specs),
+            )
         };
         let fine = args(&["id=a,fd=7,socket-fd=8", "id=b,path=x,socket-fd=9"]);
         assert_eq!(fine.inherited_fds(), Ok(vec![7, 8, 9]));

@@ -21,7 +21,9 @@ pub(crate) fn enter() -> Result<Achieved, ConfinementError> {
 /// # Errors
 /// The kernel refused the filter.
 pub(crate) fn confine_queue_thread() -> Result<(), SeccompError> {
-    Profile::new("device-blk-queue", queue_syscalls()).apply_to_this_thread().map(drop)
+    Profile::new("device-blk-queue", queue_syscalls())
+        .apply_to_this_thread()
+        .map(drop)
 }
 
 /// The control socket's runtime, descriptor inbox, vhost-user sessions, opening of passed
@@ -35,7 +37,10 @@ fn process_syscalls() -> Syscalls {
         .with(sets::io_uring())
         // A queue's thread confines itself further; a filter can only take away.
         .allow(&[libc::SYS_seccomp])
-        .allow_if(libc::SYS_prctl, &[Arg::Int(0, libc::PR_SET_NO_NEW_PRIVS as u32)])
+        .allow_if(
+            libc::SYS_prctl,
+            &[Arg::Int(0, libc::PR_SET_NO_NEW_PRIVS as u32)],
+        )
 }
 
 /// Waiting for kicks and completions, entering the ring that exists.

@@ -37,8 +37,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let inherited_fds = args.inherited_fds().map_err(anyhow::Error::msg)?;
     sandbox::close_other_fds(&inherited_fds)?;
     let control = listen::unix(&args.control_socket)?;
-    let fd_socket = args.fd_socket.as_deref().map(listen::unix_socket).transpose()?;
-    let metrics = args.metrics_listen.as_deref().map(listen::tcp).transpose()?;
+    let fd_socket = args
+        .fd_socket
+        .as_deref()
+        .map(listen::unix_socket)
+        .transpose()?;
+    let metrics = args
+        .metrics_listen
+        .as_deref()
+        .map(listen::tcp)
+        .transpose()?;
     let opened = args
         .disks
         .iter()
@@ -50,7 +58,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         tracing::warn!("the sandbox lacks {missing}");
     }
 
-    let inbox = fd_socket.map(|(listener, file)| Inbox::on(listener, file)).transpose()?;
+    let inbox = fd_socket
+        .map(|(listener, file)| Inbox::on(listener, file))
+        .transpose()?;
     let lock_wait = args.lock_wait;
     let opened_images = Arc::new(Mutex::new(BTreeMap::new()));
     let images = Arc::clone(&opened_images);
@@ -59,9 +69,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Disk::attach(parts, opened, lock_wait)
     });
     let mut socket_files = Vec::new();
-    for Opened { parts, image, socket_file } in opened {
+    for Opened {
+        parts,
+        image,
+        socket_file,
+    } in opened
+    {
         lock(&opened_images).insert(parts.request.id.clone(), image);
-        table.attach(parts).map_err(|status| anyhow!("{}", status.message()))?;
+        table
+            .attach(parts)
+            .map_err(|status| anyhow!("{}", status.message()))?;
         socket_files.extend(socket_file);
     }
     tracing::info!(
@@ -89,7 +106,10 @@ struct Opened {
 
 fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
     let (file, image_name) = match &disk.image {
-        Source::Path(path) => (raw::open_file(path, disk.read_only)?, path.display().to_string()),
+        Source::Path(path) => (
+            raw::open_file(path, disk.read_only)?,
+            path.display().to_string(),
+        ),
         Source::Fd(fd) => (File::from(inherited(*fd)?), format!("fd {fd}")),
     };
     let options = OpenOptions {
@@ -103,7 +123,10 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
             let (listener, file) = listen::unix_socket(path)?;
             (listener, Some(file))
         }
-        Source::Fd(fd) => (vhost_user::backend::listener_from_fd(inherited(*fd)?)?, None),
+        Source::Fd(fd) => (
+            vhost_user::backend::listener_from_fd(inherited(*fd)?)?,
+            None,
+        ),
     };
     let request = AttachRequest {
         id: disk.id.clone(),
@@ -120,8 +143,16 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
             page_cache: disk.page_cache,
         })),
     };
-    let parts = Parts { request, listener, fds: Vec::new() };
-    Ok(Opened { parts, image, socket_file })
+    let parts = Parts {
+        request,
+        listener,
+        fds: Vec::new(),
+    };
+    Ok(Opened {
+        parts,
+        image,
+        socket_file,
+    })
 }
 
 /// Takes over a descriptor that the command line names.
@@ -155,9 +186,15 @@ impl Disk {
         opened: Option<RawImage>,
         lock_wait: Duration,
     ) -> Result<Arc<dyn ServedDevice>, Status> {
-        let Parts { request, listener, fds } = parts;
+        let Parts {
+            request,
+            listener,
+            fds,
+        } = parts;
         let Some(DeviceConfig::Blk(config)) = request.device else {
-            return Err(Status::invalid_argument("blk: missing; this daemon serves disks alone"));
+            return Err(Status::invalid_argument(
+                "blk: missing; this daemon serves disks alone",
+            ));
         };
         let num_queues = match u16::try_from(config.num_queues) {
             Ok(0) => 1,
@@ -168,8 +205,16 @@ impl Disk {
                 )));
             }
         };
-        let name = if config.image_name.is_empty() { &request.id } else { &config.image_name };
-        let serial = if config.serial.is_empty() { &request.id } else { &config.serial };
+        let name = if config.image_name.is_empty() {
+            &request.id
+        } else {
+            &config.image_name
+        };
+        let serial = if config.serial.is_empty() {
+            &request.id
+        } else {
+            &config.serial
+        };
         let image = match opened {
             Some(image) => image,
             None => {
@@ -197,7 +242,10 @@ impl Disk {
         let device = Arc::new(BlkDevice::new(image, serial, num_queues));
         let server = Server::spawn(&request.id, listener, device.clone())
             .map_err(|error| Status::resource_exhausted(format!("cannot serve: {error}")))?;
-        Ok(Arc::new(Self { device, serving: Mutex::new(Serving::Running(server)) }))
+        Ok(Arc::new(Self {
+            device,
+            serving: Mutex::new(Serving::Running(server)),
+        }))
     }
 }
 
@@ -255,7 +303,9 @@ impl ServedDevice for Disk {
 
     fn stop(&self) {
         let mut serving = lock(&self.serving);
-        let Serving::Running(server) = &*serving else { return };
+        let Serving::Running(server) = &*serving else {
+            return;
+        };
         let last = vhost_user::backend::Status {
             connected: false,
             queues_running: 0,

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use vhost_user::backend::{Device, QueueHandler};
 
+use crate::confinement;
 use crate::engine::{Backend, BlkQueue, CacheMode, MAX_QUEUE_SIZE};
 use crate::image::{RawImage, SECTOR_BYTES};
 use crate::request::{ID_BYTES, Limits, MAX_RANGE_SECTORS, MAX_RANGES};
-use crate::confinement;
 use crate::stats::{QueueStats, Snapshot};
 
 /// `VIRTIO_BLK_F_*`, as bit numbers (Virtio 1.2 section 5.2.3).
@@ -148,7 +148,10 @@ impl Device for BlkDevice {
                 "requests of an earlier session still run in the kernel; restart the daemon",
             ));
         }
-        let stats = self.queues.get(usize::from(index)).ok_or(io::ErrorKind::InvalidInput)?;
+        let stats = self
+            .queues
+            .get(usize::from(index))
+            .ok_or(io::ErrorKind::InvalidInput)?;
         let backend = Backend {
             image: Arc::clone(&self.image),
             serial: self.serial,
@@ -213,9 +216,16 @@ mod tests {
     fn disk(read_only: bool, num_queues: u16) -> BlkDevice {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1 << 20).unwrap();
-        let options =
-            OpenOptions { read_only, page_cache: false, lock_patience: Duration::ZERO };
-        BlkDevice::new(RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap(), "serial", num_queues)
+        let options = OpenOptions {
+            read_only,
+            page_cache: false,
+            lock_patience: Duration::ZERO,
+        };
+        BlkDevice::new(
+            RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap(),
+            "serial",
+            num_queues,
+        )
     }
 
     #[test]
@@ -259,7 +269,10 @@ mod tests {
     fn driver_without_flush_gets_write_through() {
         let disk = disk(false, 1);
         assert!(matches!(disk.cache_mode(0), CacheMode::WriteThrough));
-        assert!(matches!(disk.cache_mode(feature::FLUSH), CacheMode::WriteBack));
+        assert!(matches!(
+            disk.cache_mode(feature::FLUSH),
+            CacheMode::WriteBack
+        ));
     }
 
     #[test]
@@ -279,7 +292,13 @@ mod tests {
     #[test]
     fn other_config_fields_cannot_be_written() {
         let disk = disk(false, 1);
-        for (offset, data) in [(0, &[0; 8][..]), (32, &[2]), (32, &[0, 0]), (33, &[1]), (u32::MAX, &[1])] {
+        for (offset, data) in [
+            (0, &[0; 8][..]),
+            (32, &[2]),
+            (32, &[0, 0]),
+            (33, &[1]),
+            (u32::MAX, &[1]),
+        ] {
             assert!(disk.write_config(offset, data).is_err(), "{offset}");
         }
     }
@@ -289,9 +308,16 @@ mod tests {
         let long = "0123456789012345678901234";
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(4096).unwrap();
-        let options =
-            OpenOptions { read_only: true, page_cache: true, lock_patience: Duration::ZERO };
-        let disk = BlkDevice::new(RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap(), long, 1);
+        let options = OpenOptions {
+            read_only: true,
+            page_cache: true,
+            lock_patience: Duration::ZERO,
+        };
+        let disk = BlkDevice::new(
+            RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap(),
+            long,
+            1,
+        );
         assert_eq!(&disk.serial[..], &long.as_bytes()[..20]);
     }
 }

@@ -23,6 +23,7 @@ mod image;
 mod request;
 mod stats;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -31,7 +32,11 @@ use tracing_subscriber::EnvFilter;
 fn main() -> ExitCode {
     let args = cli::Args::parse();
     let filter = EnvFilter::try_from_env("MORTISE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
     match daemon::run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -95,14 +95,24 @@ impl OpKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Request {
     /// Into the writable bytes from the first on.
-    Read { offset_bytes: u64, len_bytes: u32 },
+    Read {
+        offset_bytes: u64,
+        len_bytes: u32,
+    },
     /// From the readable bytes behind the header.
-    Write { offset_bytes: u64, len_bytes: u32 },
+    Write {
+        offset_bytes: u64,
+        len_bytes: u32,
+    },
     Flush,
     /// Ranges are in the readable bytes behind the header: see [`parse_ranges`].
-    Discard { payload_bytes: usize },
+    Discard {
+        payload_bytes: usize,
+    },
     /// As for a discard.
-    WriteZeroes { payload_bytes: usize },
+    WriteZeroes {
+        payload_bytes: usize,
+    },
     /// The serial number, into the writable bytes from the first on.
     GetId,
 }
@@ -146,11 +156,15 @@ pub(crate) fn parse(
             if !limits.discard {
                 return Err(Status::Unsupp);
             }
-            Ok(Request::Discard { payload_bytes: ranges_payload(data_out_bytes)? })
+            Ok(Request::Discard {
+                payload_bytes: ranges_payload(data_out_bytes)?,
+            })
         }
         OpKind::WriteZeroes => {
             refuse_if_read_only(limits)?;
-            Ok(Request::WriteZeroes { payload_bytes: ranges_payload(data_out_bytes)? })
+            Ok(Request::WriteZeroes {
+                payload_bytes: ranges_payload(data_out_bytes)?,
+            })
         }
         OpKind::GetId if data_in_bytes == 0 => Err(Status::IoErr),
         OpKind::GetId => Ok(Request::GetId),
@@ -160,7 +174,11 @@ pub(crate) fn parse(
 
 /// Section 5.2.6.2: a read-only device fails writes and changes nothing.
 fn refuse_if_read_only(limits: &Limits) -> Result<(), Status> {
-    if limits.read_only { Err(Status::IoErr) } else { Ok(()) }
+    if limits.read_only {
+        Err(Status::IoErr)
+    } else {
+        Ok(())
+    }
 }
 
 /// Where data of a read or write starts in the image.
@@ -217,7 +235,10 @@ pub(crate) fn parse_ranges(
     payload: &[u8],
     limits: &Limits,
 ) -> Result<Vec<ByteRange>, Status> {
-    payload.chunks_exact(RANGE_BYTES).map(|range| parse_range(op, range, limits)).collect()
+    payload
+        .chunks_exact(RANGE_BYTES)
+        .map(|range| parse_range(op, range, limits))
+        .collect()
 }
 
 fn parse_range(op: RangeOp, range: &[u8], limits: &Limits) -> Result<ByteRange, Status> {

@@ -43,7 +43,8 @@ impl QueueStats {
     /// Requests went back unanswered: the next session gets them again.
     pub(crate) fn forget(&self, requests: u64) {
         let inflight = self.inflight.load(Ordering::Relaxed);
-        self.inflight.store(inflight.saturating_sub(requests), Ordering::Relaxed);
+        self.inflight
+            .store(inflight.saturating_sub(requests), Ordering::Relaxed);
     }
 }
 

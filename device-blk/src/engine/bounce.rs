@@ -21,7 +21,11 @@ impl BouncePool {
             return None;
         }
         self.lent += 1;
-        Some(self.free.pop().unwrap_or_else(|| AlignedBuffer::new(BOUNCE_BYTES)))
+        Some(
+            self.free
+                .pop()
+                .unwrap_or_else(|| AlignedBuffer::new(BOUNCE_BYTES)),
+        )
     }
 
     pub(crate) fn give_back(&mut self, buffer: AlignedBuffer) {

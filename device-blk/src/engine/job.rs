@@ -117,11 +117,21 @@ impl Job {
             done_bytes: 0,
             bounce: None,
         };
-        Self { chain, kind, work: Work::Transfer(transfer), retries: 0 }
+        Self {
+            chain,
+            kind,
+            work: Work::Transfer(transfer),
+            retries: 0,
+        }
     }
 
     pub(super) fn flush(chain: DescChain) -> Self {
-        Self { chain, kind: OpKind::Flush, work: Work::Flush { done: false }, retries: 0 }
+        Self {
+            chain,
+            kind: OpKind::Flush,
+            work: Work::Flush { done: false },
+            retries: 0,
+        }
     }
 
     pub(super) fn ranges(chain: DescChain, op: RangeOp, ranges: Vec<ByteRange>) -> Self {
@@ -130,8 +140,19 @@ impl Job {
             RangeOp::WriteZeroes => OpKind::WriteZeroes,
         };
         let step = RangeStep::Fallocate;
-        let work = Work::Ranges(Ranges { op, ranges, index: 0, done_bytes: 0, step });
-        Self { chain, kind, work, retries: 0 }
+        let work = Work::Ranges(Ranges {
+            op,
+            ranges,
+            index: 0,
+            done_bytes: 0,
+            step,
+        });
+        Self {
+            chain,
+            kind,
+            work,
+            retries: 0,
+        }
     }
 
     /// Bytes the request is about, for the statistics.
@@ -145,7 +166,11 @@ impl Job {
 
     /// The operation to put into the ring now. `iovecs` is scratch space that must stay as it
     /// is until the operation was submitted.
-    pub(super) fn next(&mut self, backing: &mut Backing<'_>, iovecs: &mut Vec<libc::iovec>) -> Next {
+    pub(super) fn next(
+        &mut self,
+        backing: &mut Backing<'_>,
+        iovecs: &mut Vec<libc::iovec>,
+    ) -> Next {
         match &mut self.work {
             Work::Transfer(transfer) => transfer.next(&self.chain, backing, iovecs),
             Work::Flush { done: false } => Next::Submit(sync(backing.image)),
@@ -164,7 +189,11 @@ impl Job {
                 transfer.return_bounce(backing.bounce);
             }
             self.retries += 1;
-            return if self.retries > MAX_RETRIES { Err(-result) } else { Ok(()) };
+            return if self.retries > MAX_RETRIES {
+                Err(-result)
+            } else {
+                Ok(())
+            };
         }
         match &mut self.work {
             Work::Transfer(transfer) => transfer.completed(&self.chain, result, backing),
@@ -218,7 +247,9 @@ impl Transfer {
         pool: &mut BouncePool,
         iovecs: &mut Vec<libc::iovec>,
     ) -> bool {
-        let Some(mut buffer) = pool.take() else { return false };
+        let Some(mut buffer) = pool.take() else {
+            return false;
+        };
         let len_bytes = left_bytes.min(BOUNCE_BYTES);
         if self.direction == Direction::Write {
             let into = &mut buffer.as_mut_slice()[..len_bytes];
@@ -226,7 +257,10 @@ impl Transfer {
             debug_assert_eq!(copied, len_bytes, "lengths were checked");
         }
         iovecs.clear();
-        iovecs.push(libc::iovec { iov_base: buffer.as_ptr().cast(), iov_len: len_bytes });
+        iovecs.push(libc::iovec {
+            iov_base: buffer.as_ptr().cast(),
+            iov_len: len_bytes,
+        });
         self.bounce = Some(buffer);
         true
     }
@@ -234,26 +268,30 @@ impl Transfer {
     fn entry(&self, backing: &Backing<'_>, iovecs: &[libc::iovec]) -> squeue::Entry {
         let fd = types::Fd(backing.image.raw_fd());
         let offset = self.offset_bytes + self.done_bytes as u64;
-        let sync_flag = if backing.write_through { libc::RWF_DSYNC } else { 0 };
+        let sync_flag = if backing.write_through {
+            libc::RWF_DSYNC
+        } else {
+            0
+        };
         match (self.direction, iovecs) {
             (Direction::Read, [one]) => {
-                opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32).offset(offset).build()
+                opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32)
+                    .offset(offset)
+                    .build()
             }
-            (Direction::Read, many) => {
-                opcode::Readv::new(fd, many.as_ptr(), many.len() as u32).offset(offset).build()
-            }
+            (Direction::Read, many) => opcode::Readv::new(fd, many.as_ptr(), many.len() as u32)
+                .offset(offset)
+                .build(),
             (Direction::Write, [one]) => {
                 opcode::Write::new(fd, one.iov_base.cast_const().cast(), one.iov_len as u32)
                     .offset(offset)
                     .rw_flags(sync_flag)
                     .build()
             }
-            (Direction::Write, many) => {
-                opcode::Writev::new(fd, many.as_ptr(), many.len() as u32)
-                    .offset(offset)
-                    .rw_flags(sync_flag)
-                    .build()
-            }
+            (Direction::Write, many) => opcode::Writev::new(fd, many.as_ptr(), many.len() as u32)
+                .offset(offset)
+                .rw_flags(sync_flag)
+                .build(),
         }
     }
 
@@ -311,15 +349,20 @@ impl Ranges {
             self.step = RangeStep::WriteZeroes;
         }
         if self.step == RangeStep::Fallocate {
-            let how =
-                if punch { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+            let how = if punch {
+                libc::FALLOC_FL_PUNCH_HOLE
+            } else {
+                libc::FALLOC_FL_ZERO_RANGE
+            };
             return opcode::Fallocate::new(fd, left_bytes)
                 .offset(offset)
                 .mode(how | libc::FALLOC_FL_KEEP_SIZE)
                 .build();
         }
         zero_iovecs(left_bytes, iovecs);
-        opcode::Writev::new(fd, iovecs.as_ptr(), iovecs.len() as u32).offset(offset).build()
+        opcode::Writev::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
+            .offset(offset)
+            .build()
     }
 
     fn completed(&mut self, result: i32, backing: &mut Backing<'_>) -> Result<(), i32> {
@@ -358,7 +401,9 @@ impl Ranges {
 
 /// fdatasync: covers every write that completed before.
 fn sync(image: &RawImage) -> squeue::Entry {
-    opcode::Fsync::new(types::Fd(image.raw_fd())).flags(types::FsyncFlags::DATASYNC).build()
+    opcode::Fsync::new(types::Fd(image.raw_fd()))
+        .flags(types::FsyncFlags::DATASYNC)
+        .build()
 }
 
 /// Points at zeroes, for `len_bytes` or as much as goes into one operation.
@@ -369,7 +414,10 @@ fn zero_iovecs(len_bytes: u64, iovecs: &mut Vec<libc::iovec>) {
     let mut left_bytes = len_bytes;
     while left_bytes > 0 && iovecs.len() < ZEROES_IOVECS {
         let iov_len = left_bytes.min(ZEROES_BYTES as u64) as usize;
-        iovecs.push(libc::iovec { iov_base: zeroes.as_ptr().cast(), iov_len });
+        iovecs.push(libc::iovec {
+            iov_base: zeroes.as_ptr().cast(),
+            iov_len,
+        });
         left_bytes -= iov_len as u64;
     }
 }
@@ -387,5 +435,9 @@ fn check_progress(result: i32, image: &RawImage) -> Result<usize, i32> {
         Some(_) => moved_bytes - moved_bytes % SECTOR_BYTES as usize,
         None => moved_bytes,
     };
-    if usable_bytes == 0 { Err(libc::EIO) } else { Ok(usable_bytes) }
+    if usable_bytes == 0 {
+        Err(libc::EIO)
+    } else {
+        Ok(usable_bytes)
+    }
 }

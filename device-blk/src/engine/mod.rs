@@ -156,12 +156,14 @@ impl BlkQueue {
         let data_in_bytes = chain.writable_len_bytes() - 1;
         let limits = &self.backend.limits;
         let job = match request::parse(&header, data_out_bytes, data_in_bytes, limits) {
-            Ok(Request::Read { offset_bytes, len_bytes }) => {
-                Job::transfer(chain, Direction::Read, offset_bytes, len_bytes)
-            }
-            Ok(Request::Write { offset_bytes, len_bytes }) => {
-                Job::transfer(chain, Direction::Write, offset_bytes, len_bytes)
-            }
+            Ok(Request::Read {
+                offset_bytes,
+                len_bytes,
+            }) => Job::transfer(chain, Direction::Read, offset_bytes, len_bytes),
+            Ok(Request::Write {
+                offset_bytes,
+                len_bytes,
+            }) => Job::transfer(chain, Direction::Write, offset_bytes, len_bytes),
             Ok(Request::Flush) => Job::flush(chain),
             Ok(Request::Discard { payload_bytes }) => {
                 match ranges_job(chain, RangeOp::Discard, payload_bytes, limits) {
@@ -216,7 +218,10 @@ impl BlkQueue {
         while let Some((user_data, result)) = self.uring.next_completion() {
             progress = true;
             let index = user_data as usize;
-            let job = self.slots[index].job.as_mut().expect("completions belong to jobs");
+            let job = self.slots[index]
+                .job
+                .as_mut()
+                .expect("completions belong to jobs");
             let mut backing = Backing {
                 image: &self.backend.image,
                 write_through: self.backend.cache.is_write_through(),
@@ -227,7 +232,8 @@ impl BlkQueue {
                 Ok(()) => self.advance(ring, index),
                 Err(errno) => {
                     let kind = job.kind;
-                    self.complaints.complain(self.backend.image.name(), kind, errno);
+                    self.complaints
+                        .complain(self.backend.image.name(), kind, errno);
                     self.retire(ring, index, Status::IoErr);
                 }
             }
@@ -271,7 +277,11 @@ impl BlkQueue {
         let ok = status == Status::Ok;
         // Section 2.7.8.2: the length tells what was written from the start on, which for a
         // failed read is nothing.
-        let written_bytes = if ok || writable_bytes == 1 { writable_bytes } else { 0 };
+        let written_bytes = if ok || writable_bytes == 1 {
+            writable_bytes
+        } else {
+            0
+        };
         self.stats.finish(kind, bytes, ok);
         ring.complete(chain, written_bytes);
     }
@@ -361,7 +371,10 @@ struct Complaints {
 
 impl Complaints {
     fn complain(&mut self, image: &str, kind: OpKind, errno: i32) {
-        if self.last.is_some_and(|last| last.elapsed() < COMPLAINT_INTERVAL) {
+        if self
+            .last
+            .is_some_and(|last| last.elapsed() < COMPLAINT_INTERVAL)
+        {
             self.withheld += 1;
             return;
         }
@@ -371,3 +384,6 @@ impl Complaints {
         tracing::warn!(image, op = kind.name(), %error, withheld, "request failed; the guest gets IOERR");
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -70,7 +70,11 @@ impl Uring {
             .register_eventfd(completed.as_fd().as_raw_fd())
             .map_err(UringError::Eventfd)?;
         restrict(&ring).map_err(UringError::Restrict)?;
-        Ok(Self { ring, completed, unanswered: 0 })
+        Ok(Self {
+            ring,
+            completed,
+            unanswered: 0,
+        })
     }
 
     /// Becomes readable when a request completes while the ring is not muted.
@@ -201,9 +205,10 @@ fn set_up(entries: u32) -> io::Result<IoUring> {
         .setup_taskrun_flag()
         .build(entries);
     match deferred {
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            IoUring::builder().dontfork().setup_r_disabled().build(entries)
-        }
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
+            .dontfork()
+            .setup_r_disabled()
+            .build(entries),
         result => result,
     }
 }
@@ -241,7 +246,9 @@ mod tests {
     }
 
     fn push_sync(uring: &mut Uring, file: &std::fs::File) {
-        let sync = opcode::Fsync::new(types::Fd(file.as_raw_fd())).build().user_data(1);
+        let sync = opcode::Fsync::new(types::Fd(file.as_raw_fd()))
+            .build()
+            .user_data(1);
         // SAFETY: a sync names no memory.
         unsafe { uring.push(sync) };
     }
@@ -255,7 +262,10 @@ mod tests {
         uring.submit();
         let started = Instant::now();
         assert!(is_signalled(&uring, PollTimeout::from(20_000u16)));
-        assert!(started.elapsed() < Duration::from_secs(10), "the poll was woken");
+        assert!(
+            started.elapsed() < Duration::from_secs(10),
+            "the poll was woken"
+        );
         uring.take_completion_event();
         uring.mute();
         uring.submit();

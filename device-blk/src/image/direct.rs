@@ -37,7 +37,9 @@ pub(crate) fn enable(file: &File) -> io::Result<Option<DirectIo>> {
     };
     match mem_align_bytes {
         Some(align) if align.is_power_of_two() && align <= AlignedBuffer::ALIGN_BYTES => {
-            Ok(Some(DirectIo { mem_align_bytes: align }))
+            Ok(Some(DirectIo {
+                mem_align_bytes: align,
+            }))
         }
         _ => {
             set(file, false)?;
@@ -96,20 +98,22 @@ fn statx_alignment(file: &File) -> Option<Alignment> {
 /// Asks by reading one sector into ever coarser buffers; `None` when sectors cannot be read.
 fn probe(file: &File) -> Option<usize> {
     let buffer = AlignedBuffer::new(2 * AlignedBuffer::ALIGN_BYTES);
-    [SECTOR_BYTES as usize, AlignedBuffer::ALIGN_BYTES].into_iter().find(|&align| {
-        // SAFETY: the buffer is two alignment units long, so a sector fits behind `align`;
-        // offset 512 stays inside every image of at least two sectors, and a shorter one
-        // reads nothing.
-        let read = unsafe {
-            libc::pread(
-                file.as_raw_fd(),
-                buffer.as_ptr().add(align).cast(),
-                SECTOR_BYTES as usize,
-                SECTOR_BYTES as libc::off_t,
-            )
-        };
-        read >= 0
-    })
+    [SECTOR_BYTES as usize, AlignedBuffer::ALIGN_BYTES]
+        .into_iter()
+        .find(|&align| {
+            // SAFETY: the buffer is two alignment units long, so a sector fits behind `align`;
+            // offset 512 stays inside every image of at least two sectors, and a shorter one
+            // reads nothing.
+            let read = unsafe {
+                libc::pread(
+                    file.as_raw_fd(),
+                    buffer.as_ptr().add(align).cast(),
+                    SECTOR_BYTES as usize,
+                    SECTOR_BYTES as libc::off_t,
+                )
+            };
+            read >= 0
+        })
 }
 
 #[cfg(test)]
@@ -128,7 +132,12 @@ mod tests {
             let buffer = AlignedBuffer::new(4096);
             // SAFETY: the buffer holds 512 bytes.
             let read = unsafe {
-                libc::pread(image.as_file().as_raw_fd(), buffer.as_ptr().cast(), 512, 512)
+                libc::pread(
+                    image.as_file().as_raw_fd(),
+                    buffer.as_ptr().cast(),
+                    512,
+                    512,
+                )
             };
             assert_eq!(read, 512);
         }

@@ -56,17 +56,25 @@ pub(crate) fn acquire(
             Ok(Some(holder)) => {
                 release(file);
                 if Instant::now() >= give_up {
-                    return Err(ImageError::InUse { name: name.to_owned(), holder });
+                    return Err(ImageError::InUse {
+                        name: name.to_owned(),
+                        holder,
+                    });
                 }
                 std::thread::sleep(RETRY_INTERVAL);
             }
             Err(source) => {
                 release(file);
                 return Err(match source.raw_os_error() {
-                    Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => {
-                        ImageError::NoLocks { name: name.to_owned(), source }
-                    }
-                    _ => ImageError::Io { name: name.to_owned(), action: "be locked", source },
+                    Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => ImageError::NoLocks {
+                        name: name.to_owned(),
+                        source,
+                    },
+                    _ => ImageError::Io {
+                        name: name.to_owned(),
+                        action: "be locked",
+                        source,
+                    },
                 });
             }
         }
@@ -78,11 +86,19 @@ fn try_acquire(file: &File, read_only: bool) -> io::Result<Option<&'static str>>
     const OURS: &str = "it holds a lock on the whole image, as device-blk does";
     const QEMUS: &str = "it holds QEMU's image lock, as QEMU, qemu-img and device-blk do";
 
-    let own = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+    let own = if read_only {
+        libc::F_RDLCK
+    } else {
+        libc::F_WRLCK
+    };
     if !lock(file, own, 0, OWN_LEN)? {
         return Ok(Some(OURS));
     }
-    let used: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
+    let used: &[i64] = if read_only {
+        &[CONSISTENT_READ]
+    } else {
+        &[CONSISTENT_READ, WRITE]
+    };
     let shared = [CONSISTENT_READ, WRITE_UNCHANGED];
     let unshared = || ALL_PERMS.into_iter().filter(|perm| !shared.contains(perm));
     for &perm in used {
@@ -111,7 +127,10 @@ fn try_acquire(file: &File, read_only: bool) -> io::Result<Option<&'static str>>
 /// Gives up every lock of this description.
 fn release(file: &File) {
     let unlocked = lock(file, libc::F_UNLCK, 0, 0);
-    debug_assert!(unlocked.is_ok(), "unlocking cannot fail where locking was tried");
+    debug_assert!(
+        unlocked.is_ok(),
+        "unlocking cannot fail where locking was tried"
+    );
 }
 
 fn range(kind: i32, start: i64, len: i64) -> libc::flock {
@@ -152,7 +171,11 @@ mod tests {
     use super::*;
 
     fn open(path: &std::path::Path, write: bool) -> File {
-        std::fs::OpenOptions::new().read(true).write(write).open(path).unwrap()
+        std::fs::OpenOptions::new()
+            .read(true)
+            .write(write)
+            .open(path)
+            .unwrap()
     }
 
     #[test]
@@ -161,13 +184,22 @@ mod tests {
         let now = Duration::ZERO;
         let (a, b) = (open(image.path(), true), open(image.path(), true));
         acquire(&a, "a", false, now).unwrap();
-        assert!(matches!(acquire(&b, "b", false, now), Err(ImageError::InUse { .. })));
-        assert!(matches!(acquire(&b, "b", true, now), Err(ImageError::InUse { .. })));
+        assert!(matches!(
+            acquire(&b, "b", false, now),
+            Err(ImageError::InUse { .. })
+        ));
+        assert!(matches!(
+            acquire(&b, "b", true, now),
+            Err(ImageError::InUse { .. })
+        ));
         drop(a);
         acquire(&b, "b", true, now).unwrap();
         let (c, d) = (open(image.path(), false), open(image.path(), true));
         acquire(&c, "c", true, now).unwrap();
-        assert!(matches!(acquire(&d, "d", false, now), Err(ImageError::InUse { .. })));
+        assert!(matches!(
+            acquire(&d, "d", false, now),
+            Err(ImageError::InUse { .. })
+        ));
     }
 
     #[test]

@@ -23,7 +23,9 @@ pub(crate) const SECTOR_BYTES: u64 = 512;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ImageError {
     /// The path leads nowhere.
-    #[error("image {name}: no such file; create it first, for example with `qemu-img create -f raw {name} 10G`")]
+    #[error(
+        "image {name}: no such file; create it first, for example with `qemu-img create -f raw {name} 10G`"
+    )]
     Missing {
         /// The path.
         name: String,
@@ -48,7 +50,9 @@ pub(crate) enum ImageError {
         kind: &'static str,
     },
     /// Less than a sector.
-    #[error("image {name} has {len_bytes} bytes, and a disk needs 512 at least; grow it first, for example with `truncate -s 10G {name}`")]
+    #[error(
+        "image {name} has {len_bytes} bytes, and a disk needs 512 at least; grow it first, for example with `truncate -s 10G {name}`"
+    )]
     TooSmall {
         /// Name of the image.
         name: String,
@@ -56,7 +60,9 @@ pub(crate) enum ImageError {
         len_bytes: u64,
     },
     /// The descriptor cannot be written.
-    #[error("image {name} is open for reading only; pass a descriptor opened for reading and writing, or attach the disk read-only")]
+    #[error(
+        "image {name} is open for reading only; pass a descriptor opened for reading and writing, or attach the disk read-only"
+    )]
     NotWritable {
         /// Name of the image.
         name: String,
@@ -68,7 +74,9 @@ pub(crate) enum ImageError {
         name: String,
     },
     /// Somebody else's lock.
-    #[error("image {name} is in use by another process ({holder}); stop that process, or wait until it has closed the image")]
+    #[error(
+        "image {name} is in use by another process ({holder}); stop that process, or wait until it has closed the image"
+    )]
     InUse {
         /// Name of the image.
         name: String,
@@ -76,7 +84,9 @@ pub(crate) enum ImageError {
         holder: &'static str,
     },
     /// Locks are what keeps two writers apart, so nothing is served without them.
-    #[error("image {name}: its file system does not support locks; move the image to one that does (ext4, xfs, btrfs, NFSv4, ...)")]
+    #[error(
+        "image {name}: its file system does not support locks; move the image to one that does (ext4, xfs, btrfs, NFSv4, ...)"
+    )]
     NoLocks {
         /// Name of the image.
         name: String,

@@ -21,10 +21,21 @@ pub(crate) fn open_file(path: &Path, read_only: bool) -> Result<File, ImageError
         .open(path)
         .map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ImageError::Missing { name },
-            io::ErrorKind::IsADirectory => ImageError::WrongKind { name, kind: "directory" },
+            io::ErrorKind::IsADirectory => ImageError::WrongKind {
+                name,
+                kind: "directory",
+            },
             _ => {
-                let action = if read_only { "be opened for reading" } else { "be opened for writing" };
-                ImageError::Io { name, action, source }
+                let action = if read_only {
+                    "be opened for reading"
+                } else {
+                    "be opened for writing"
+                };
+                ImageError::Io {
+                    name,
+                    action,
+                    source,
+                }
             }
         })
 }
@@ -63,7 +74,11 @@ impl RawImage {
         lock::acquire(&file, &name, options.read_only, options.lock_patience)?;
         let io_error = |action| {
             let name = name.clone();
-            move |source| ImageError::Io { name, action, source }
+            move |source| ImageError::Io {
+                name,
+                action,
+                source,
+            }
         };
         let len_bytes = measure(&file).map_err(io_error("be measured"))?;
         let capacity_sectors = len_bytes / SECTOR_BYTES;
@@ -79,7 +94,11 @@ impl RawImage {
         let block_bytes = file.metadata().map_err(io_error("be inspected"))?.blksize();
         let image = Self {
             punches_holes: !options.read_only && punches_holes(&file, len_bytes),
-            physical_block_bytes: block_bytes.clamp(SECTOR_BYTES, 4096) as u32,
+            physical_block_bytes: if block_bytes.is_power_of_two() {
+                block_bytes.clamp(SECTOR_BYTES, 4096) as u32
+            } else {
+                SECTOR_BYTES as u32
+            },
             file,
             name,
             read_only: options.read_only,
@@ -134,7 +153,10 @@ impl RawImage {
         }
         let mut sector = crate::engine::buffer::AlignedBuffer::new(4096);
         let head = sector.as_mut_slice();
-        if self.file.read_exact_at(&mut head[..SECTOR_BYTES as usize], 0).is_ok()
+        if self
+            .file
+            .read_exact_at(&mut head[..SECTOR_BYTES as usize], 0)
+            .is_ok()
             && let Some(format) = known_format(head)
         {
             tracing::warn!(
@@ -163,11 +185,18 @@ fn check_access(file: &File, name: &str, read_only: bool) -> Result<(), ImageErr
         } else {
             "pipe or socket"
         };
-        return Err(ImageError::WrongKind { name: name.to_owned(), kind });
+        return Err(ImageError::WrongKind {
+            name: name.to_owned(),
+            kind,
+        });
     }
     match flags & libc::O_ACCMODE {
-        libc::O_RDONLY if !read_only => Err(ImageError::NotWritable { name: name.to_owned() }),
-        libc::O_WRONLY => Err(ImageError::NotReadable { name: name.to_owned() }),
+        libc::O_RDONLY if !read_only => Err(ImageError::NotWritable {
+            name: name.to_owned(),
+        }),
+        libc::O_WRONLY => Err(ImageError::NotReadable {
+            name: name.to_owned(),
+        }),
         _ => Ok(()),
     }
 }
@@ -181,7 +210,9 @@ fn measure(file: &File) -> io::Result<u64> {
 
 /// Tries a hole behind the end of the image, where it changes nothing.
 fn punches_holes(file: &File, len_bytes: u64) -> bool {
-    let Ok(offset) = libc::off_t::try_from(len_bytes.next_multiple_of(4096)) else { return false };
+    let Ok(offset) = libc::off_t::try_from(len_bytes.next_multiple_of(4096)) else {
+        return false;
+    };
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     // SAFETY: fallocate takes integers and touches no memory.
     let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, 4096) };
@@ -198,7 +229,10 @@ fn known_format(head: &[u8]) -> Option<&'static str> {
         (b"vhdxfile", "VHDX"),
         (b"<<< ", "VDI"),
     ];
-    MAGICS.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, name)| *name)
+    MAGICS
+        .iter()
+        .find(|(magic, _)| head.starts_with(magic))
+        .map(|(_, name)| *name)
 }
 
 #[cfg(test)]
@@ -210,8 +244,11 @@ mod tests {
         RawImage::from_file(file, path.display().to_string(), options)
     }
 
-    const OPTIONS: OpenOptions =
-        OpenOptions { read_only: false, page_cache: false, lock_patience: Duration::ZERO };
+    const OPTIONS: OpenOptions = OpenOptions {
+        read_only: false,
+        page_cache: false,
+        lock_patience: Duration::ZERO,
+    };
 
     fn image_of(len_bytes: u64) -> tempfile::NamedTempFile {
         let image = tempfile::NamedTempFile::new().unwrap();
@@ -240,13 +277,28 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let missing = open(&dir.path().join("none"), OPTIONS).unwrap_err();
         assert!(matches!(missing, ImageError::Missing { .. }), "{missing}");
-        let read_only = OpenOptions { read_only: true, ..OPTIONS };
+        let read_only = OpenOptions {
+            read_only: true,
+            ..OPTIONS
+        };
         for options in [OPTIONS, read_only] {
             let directory = open(dir.path(), options).unwrap_err();
-            assert!(matches!(directory, ImageError::WrongKind { kind: "directory", .. }));
+            assert!(matches!(
+                directory,
+                ImageError::WrongKind {
+                    kind: "directory",
+                    ..
+                }
+            ));
         }
         let device = open(Path::new("/dev/null"), OPTIONS).unwrap_err();
-        assert!(matches!(device, ImageError::WrongKind { kind: "character device", .. }));
+        assert!(matches!(
+            device,
+            ImageError::WrongKind {
+                kind: "character device",
+                ..
+            }
+        ));
     }
 
     #[test]
@@ -268,7 +320,10 @@ mod tests {
         else {
             return;
         };
-        let options = OpenOptions { page_cache: true, ..OPTIONS };
+        let options = OpenOptions {
+            page_cache: true,
+            ..OPTIONS
+        };
         let image = RawImage::from_file(passed, "x".into(), options).unwrap();
         // SAFETY: F_GETFL takes no argument and touches no memory.
         let flags = unsafe { libc::fcntl(image.raw_fd(), libc::F_GETFL) };

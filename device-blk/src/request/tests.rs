@@ -2,8 +2,15 @@
 
 use super::*;
 
-const LIMITS: Limits = Limits { capacity_sectors: 100, read_only: false, discard: true };
-const READ_ONLY: Limits = Limits { read_only: true, ..LIMITS };
+const LIMITS: Limits = Limits {
+    capacity_sectors: 100,
+    read_only: false,
+    discard: true,
+};
+const READ_ONLY: Limits = Limits {
+    read_only: true,
+    ..LIMITS
+};
 
 fn header(kind: u32, sector: u64) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
@@ -26,8 +33,20 @@ fn read(sector: u64, len_bytes: u32) -> Result<Request, Status> {
 
 #[test]
 fn read_of_the_last_sector_is_accepted() {
-    assert_eq!(read(99, 512), Ok(Request::Read { offset_bytes: 99 * 512, len_bytes: 512 }));
-    assert_eq!(read(0, 51_200), Ok(Request::Read { offset_bytes: 0, len_bytes: 51_200 }));
+    assert_eq!(
+        read(99, 512),
+        Ok(Request::Read {
+            offset_bytes: 99 * 512,
+            len_bytes: 512
+        })
+    );
+    assert_eq!(
+        read(0, 51_200),
+        Ok(Request::Read {
+            offset_bytes: 0,
+            len_bytes: 51_200
+        })
+    );
 }
 
 #[test]
@@ -54,30 +73,57 @@ fn data_that_is_no_whole_sectors_reports_ioerr() {
 
 #[test]
 fn writes_use_the_readable_data_and_reads_the_writable() {
-    assert_eq!(parse(&header(VIRTIO_BLK_T_IN, 0), 512, 0, &LIMITS), Err(Status::IoErr));
-    assert_eq!(parse(&header(VIRTIO_BLK_T_OUT, 0), 0, 512, &LIMITS), Err(Status::IoErr));
+    assert_eq!(
+        parse(&header(VIRTIO_BLK_T_IN, 0), 512, 0, &LIMITS),
+        Err(Status::IoErr)
+    );
+    assert_eq!(
+        parse(&header(VIRTIO_BLK_T_OUT, 0), 0, 512, &LIMITS),
+        Err(Status::IoErr)
+    );
 }
 
 #[test]
 fn everything_that_changes_a_read_only_disk_reports_ioerr() {
-    for kind in [VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
-        assert_eq!(parse(&header(kind, 0), 512, 0, &READ_ONLY), Err(Status::IoErr), "{kind}");
+    for kind in [
+        VIRTIO_BLK_T_OUT,
+        VIRTIO_BLK_T_DISCARD,
+        VIRTIO_BLK_T_WRITE_ZEROES,
+    ] {
+        assert_eq!(
+            parse(&header(kind, 0), 512, 0, &READ_ONLY),
+            Err(Status::IoErr),
+            "{kind}"
+        );
     }
-    assert_eq!(parse(&header(VIRTIO_BLK_T_FLUSH, 0), 0, 0, &READ_ONLY), Ok(Request::Flush));
+    assert_eq!(
+        parse(&header(VIRTIO_BLK_T_FLUSH, 0), 0, 0, &READ_ONLY),
+        Ok(Request::Flush)
+    );
     assert!(parse(&header(VIRTIO_BLK_T_IN, 0), 0, 512, &READ_ONLY).is_ok());
 }
 
 #[test]
 fn unknown_types_report_unsupp() {
     for kind in [2, 3, 5, 6, 7, 9, 10, 12, 14, 15, 16, 0x8000_0000, u32::MAX] {
-        assert_eq!(parse(&header(kind, 0), 512, 512, &LIMITS), Err(Status::Unsupp), "{kind}");
+        assert_eq!(
+            parse(&header(kind, 0), 512, 512, &LIMITS),
+            Err(Status::Unsupp),
+            "{kind}"
+        );
     }
 }
 
 #[test]
 fn id_needs_room() {
-    assert_eq!(parse(&header(VIRTIO_BLK_T_GET_ID, 0), 0, 0, &LIMITS), Err(Status::IoErr));
-    assert_eq!(parse(&header(VIRTIO_BLK_T_GET_ID, 0), 0, 20, &LIMITS), Ok(Request::GetId));
+    assert_eq!(
+        parse(&header(VIRTIO_BLK_T_GET_ID, 0), 0, 0, &LIMITS),
+        Err(Status::IoErr)
+    );
+    assert_eq!(
+        parse(&header(VIRTIO_BLK_T_GET_ID, 0), 0, 20, &LIMITS),
+        Ok(Request::GetId)
+    );
 }
 
 #[test]
@@ -94,7 +140,10 @@ fn payload_of_no_or_too_many_or_torn_ranges_reports_ioerr() {
 
 #[test]
 fn discard_that_is_not_offered_reports_unsupp() {
-    let limits = Limits { discard: false, ..LIMITS };
+    let limits = Limits {
+        discard: false,
+        ..LIMITS
+    };
     let parsed = parse(&header(VIRTIO_BLK_T_DISCARD, 0), 16, 0, &limits);
     assert_eq!(parsed, Err(Status::Unsupp));
 }
@@ -104,34 +153,59 @@ fn ranges_inside_the_disk_are_accepted() {
     let payload = [range(0, 100, 0), range(99, 1, 0), range(100, 0, 0)].concat();
     let ranges = parse_ranges(RangeOp::Discard, &payload, &LIMITS).unwrap();
     assert_eq!(ranges.len(), 3);
-    assert_eq!(ranges[0], ByteRange { offset_bytes: 0, len_bytes: 51_200, unmap: true });
+    assert_eq!(
+        ranges[0],
+        ByteRange {
+            offset_bytes: 0,
+            len_bytes: 51_200,
+            unmap: true
+        }
+    );
 }
 
 #[test]
 fn one_range_past_end_refuses_all() {
     let payload = [range(0, 1, 0), range(99, 2, 0)].concat();
-    assert_eq!(parse_ranges(RangeOp::Discard, &payload, &LIMITS), Err(Status::IoErr));
+    assert_eq!(
+        parse_ranges(RangeOp::Discard, &payload, &LIMITS),
+        Err(Status::IoErr)
+    );
     let overflow = range(u64::MAX, 1, 0);
-    assert_eq!(parse_ranges(RangeOp::WriteZeroes, &overflow, &LIMITS), Err(Status::IoErr));
+    assert_eq!(
+        parse_ranges(RangeOp::WriteZeroes, &overflow, &LIMITS),
+        Err(Status::IoErr)
+    );
 }
 
 #[test]
 fn giant_range_reports_ioerr() {
-    let limits = Limits { capacity_sectors: u64::MAX / 512, ..LIMITS };
+    let limits = Limits {
+        capacity_sectors: u64::MAX / 512,
+        ..LIMITS
+    };
     let most = range(0, MAX_RANGE_SECTORS, 0);
     assert!(parse_ranges(RangeOp::Discard, &most, &limits).is_ok());
     let giant = range(0, MAX_RANGE_SECTORS + 1, 0);
-    assert_eq!(parse_ranges(RangeOp::Discard, &giant, &limits), Err(Status::IoErr));
+    assert_eq!(
+        parse_ranges(RangeOp::Discard, &giant, &limits),
+        Err(Status::IoErr)
+    );
 }
 
 #[test]
 fn unmap_is_a_flag_of_write_zeroes_alone() {
     let unmap = range(0, 1, FLAG_UNMAP);
-    assert_eq!(parse_ranges(RangeOp::Discard, &unmap, &LIMITS), Err(Status::Unsupp));
+    assert_eq!(
+        parse_ranges(RangeOp::Discard, &unmap, &LIMITS),
+        Err(Status::Unsupp)
+    );
     let ranges = parse_ranges(RangeOp::WriteZeroes, &unmap, &LIMITS).unwrap();
     assert!(ranges[0].unmap);
     let keep = parse_ranges(RangeOp::WriteZeroes, &range(0, 1, 0), &LIMITS).unwrap();
     assert!(!keep[0].unmap);
     let unknown = range(0, 1, 2);
-    assert_eq!(parse_ranges(RangeOp::WriteZeroes, &unknown, &LIMITS), Err(Status::Unsupp));
+    assert_eq!(
+        parse_ranges(RangeOp::WriteZeroes, &unknown, &LIMITS),
+        Err(Status::Unsupp)
+    );
 }

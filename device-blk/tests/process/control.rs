@@ -29,8 +29,14 @@ struct Manager {
 impl Manager {
     fn of(place: Place) -> Self {
         let runtime = Runtime::new().unwrap();
-        let channel = runtime.block_on(api::connect::unix(&place.control(), DEADLINE)).unwrap();
-        Self { runtime, client: DeviceDaemonClient::new(channel), place }
+        let channel = runtime
+            .block_on(api::connect::unix(&place.control(), DEADLINE))
+            .unwrap();
+        Self {
+            runtime,
+            client: DeviceDaemonClient::new(channel),
+            place,
+        }
     }
 
     fn send(&self, token: &str, fd: BorrowedFd<'_>) {
@@ -45,7 +51,9 @@ impl Manager {
 
     /// Sends image `a.img` and a listening socket, and asks to attach them.
     fn attach(&mut self, request: AttachRequest) -> Result<Device, Status> {
-        self.runtime.block_on(self.client.attach(request)).map(tonic::Response::into_inner)
+        self.runtime
+            .block_on(self.client.attach(request))
+            .map(tonic::Response::into_inner)
     }
 
     fn detach(&mut self, id: &str) -> Result<(), Status> {
@@ -54,17 +62,24 @@ impl Manager {
     }
 
     fn list(&mut self) -> Vec<Device> {
-        let listed = self.runtime.block_on(self.client.list_devices(ListDevicesRequest {}));
+        let listed = self
+            .runtime
+            .block_on(self.client.list_devices(ListDevicesRequest {}));
         listed.unwrap().into_inner().devices
     }
 
     fn get(&mut self, id: &str) -> Device {
         let request = GetDeviceRequest { id: id.to_owned() };
-        self.runtime.block_on(self.client.get_device(request)).unwrap().into_inner()
+        self.runtime
+            .block_on(self.client.get_device(request))
+            .unwrap()
+            .into_inner()
     }
 
     fn metrics(&mut self) -> String {
-        let metrics = self.runtime.block_on(self.client.get_metrics(GetMetricsRequest {}));
+        let metrics = self
+            .runtime
+            .block_on(self.client.get_metrics(GetMetricsRequest {}));
         metrics.unwrap().into_inner().text
     }
 }
@@ -72,9 +87,13 @@ impl Manager {
 fn request(id: &str, socket_token: &str, image_token: &str) -> AttachRequest {
     AttachRequest {
         id: id.to_owned(),
-        listener: Some(Listener::SocketFd(FdRef { token: socket_token.to_owned() })),
+        listener: Some(Listener::SocketFd(FdRef {
+            token: socket_token.to_owned(),
+        })),
         device: Some(DeviceConfig::Blk(BlkConfig {
-            image_fd: Some(FdRef { token: image_token.to_owned() }),
+            image_fd: Some(FdRef {
+                token: image_token.to_owned(),
+            }),
             image_name: format!("{id}.img"),
             num_queues: 2,
             ..BlkConfig::default()
@@ -146,7 +165,10 @@ fn attach_of_an_image_in_use_fails_and_leaves_nothing() {
     manager.send_image("i2", "a.img");
     let error = manager.attach(request("b", "s2", "i2")).unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
-    assert!(error.message().contains("b.img") && error.message().contains("in use"), "{error}");
+    assert!(
+        error.message().contains("b.img") && error.message().contains("in use"),
+        "{error}"
+    );
     assert_eq!(manager.list().len(), 1);
     daemon.assert_alive();
 }
@@ -160,7 +182,11 @@ fn wrong_descriptors_are_refused() {
     let refused = |manager: &mut Manager, image: &str, read_write: bool| {
         manager.send("s", listener.as_fd());
         let path = manager.place.path(image);
-        let file = File::options().read(true).write(read_write).open(path).unwrap();
+        let file = File::options()
+            .read(true)
+            .write(read_write)
+            .open(path)
+            .unwrap();
         manager.send("i", file.as_fd());
         manager.attach(request("a", "s", "i")).unwrap_err()
     };
@@ -198,11 +224,21 @@ fn disks_of_the_command_line_are_listed_beside_attached_ones() {
 #[test]
 fn sandbox_is_reported() {
     let (daemon, mut manager) = managed();
-    let info = manager.runtime.block_on(manager.client.get_daemon(GetDaemonRequest {}));
+    let info = manager
+        .runtime
+        .block_on(manager.client.get_daemon(GetDaemonRequest {}));
     let info = info.unwrap().into_inner();
     assert_eq!((info.name.as_str(), info.pid), ("device-blk", daemon.pid()));
-    assert!(info.sandbox.iter().any(|name| name == "no_new_privs"), "{:?}", info.sandbox);
-    assert!(info.sandbox.iter().any(|name| name == "seccomp:device-blk"), "{:?}", info.sandbox);
+    assert!(
+        info.sandbox.iter().any(|name| name == "no_new_privs"),
+        "{:?}",
+        info.sandbox
+    );
+    assert!(
+        info.sandbox.iter().any(|name| name == "seccomp:device-blk"),
+        "{:?}",
+        info.sandbox
+    );
 }
 
 #[test]
@@ -221,7 +257,9 @@ fn metrics_count_requests_and_sessions() {
 
     let mut stream = TcpStream::connect(&address).unwrap();
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
     let mut over_http = String::new();
     stream.read_to_string(&mut over_http).unwrap();
     for text in [over_http, manager.metrics()] {

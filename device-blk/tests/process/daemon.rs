@@ -36,8 +36,15 @@ impl Place {
 
     /// `id=NAME,path=NAME.img,socket=NAME.vu`
     pub(crate) fn disk(&self, id: &str) -> String {
-        let (image, socket) = (self.path(&format!("{id}.img")), self.path(&format!("{id}.vu")));
-        format!("id={id},path={},socket={}", image.display(), socket.display())
+        let (image, socket) = (
+            self.path(&format!("{id}.img")),
+            self.path(&format!("{id}.vu")),
+        );
+        format!(
+            "id={id},path={},socket={}",
+            image.display(),
+            socket.display()
+        )
     }
 
     pub(crate) fn socket(&self, id: &str) -> PathBuf {
@@ -62,7 +69,10 @@ pub(crate) fn numbered_sector(sector: u64) -> [u8; 512] {
 
 pub(crate) fn read_image(path: &Path, offset: u64, len: usize) -> Vec<u8> {
     let mut data = vec![0; len];
-    File::open(path).unwrap().read_exact_at(&mut data, offset).unwrap();
+    File::open(path)
+        .unwrap()
+        .read_exact_at(&mut data, offset)
+        .unwrap();
     data
 }
 
@@ -113,7 +123,10 @@ impl Daemon {
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap());
         adjust(&mut command);
-        Self { child: command.spawn().unwrap(), log }
+        Self {
+            child: command.spawn().unwrap(),
+            log,
+        }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -139,7 +152,11 @@ impl Daemon {
     /// Panics when the daemon has died.
     pub(crate) fn assert_alive(&mut self) {
         let ended = self.child.try_wait().unwrap();
-        assert!(ended.is_none(), "the daemon ended with {ended:?}: {}", self.log());
+        assert!(
+            ended.is_none(),
+            "the daemon ended with {ended:?}: {}",
+            self.log()
+        );
     }
 }
 

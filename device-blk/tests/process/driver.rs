@@ -62,18 +62,21 @@ impl Client {
     }
 
     pub(crate) fn connect_with(socket: &Path, num_queues: usize, features: u64) -> Self {
-        let transport = VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(
-            socket.to_str().unwrap(),
-            features,
-        )
-        .unwrap();
+        let transport =
+            VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(socket.to_str().unwrap(), features)
+                .unwrap();
         let mut transport: Box<VirtioBlkTransport> = Box::new(transport);
-        let queues =
-            VirtioBlkQueue::setup_queues(&mut *transport, num_queues, QUEUE_SIZE).unwrap();
+        let queues = VirtioBlkQueue::setup_queues(&mut *transport, num_queues, QUEUE_SIZE).unwrap();
         let buffer = SharedBuffer::new();
         let address = buffer.mapping.as_ptr().as_ptr() as usize;
-        transport.map_mem_region(address, BUFFER_BYTES, buffer.file.as_raw_fd(), 0).unwrap();
-        Self { queues, transport, buffer }
+        transport
+            .map_mem_region(address, BUFFER_BYTES, buffer.file.as_raw_fd(), 0)
+            .unwrap();
+        Self {
+            queues,
+            transport,
+            buffer,
+        }
     }
 
     pub(crate) fn features(&self) -> VirtioBlkFeatureFlags {
@@ -104,7 +107,11 @@ impl Client {
     /// Reads `len` bytes into the start of the buffer and returns them.
     pub(crate) fn read(&mut self, offset: u64, len: usize) -> Vec<u8> {
         self.buffer()[..len].fill(0xee);
-        assert_eq!(self.read_at(0, offset, 0, len), 0, "read of {len} at {offset}");
+        assert_eq!(
+            self.read_at(0, offset, 0, len),
+            0,
+            "read of {len} at {offset}"
+        );
         self.buffer()[..len].to_vec()
     }
 
@@ -135,7 +142,10 @@ impl Client {
             .iter()
             .map(|&(at, iov_len)| {
                 assert!(at + iov_len <= BUFFER_BYTES);
-                iovec { iov_base: base.wrapping_add(at).cast(), iov_len }
+                iovec {
+                    iov_base: base.wrapping_add(at).cast(),
+                    iov_len,
+                }
             })
             .collect();
         let (vectors, count) = (iovecs.as_ptr(), iovecs.len());
@@ -152,25 +162,45 @@ impl Client {
     }
 
     /// Queues a write without waiting for it.
-    pub(crate) fn submit_write(&mut self, queue: usize, offset: u64, at: usize, len: usize, id: usize) {
+    pub(crate) fn submit_write(
+        &mut self,
+        queue: usize,
+        offset: u64,
+        at: usize,
+        len: usize,
+        id: usize,
+    ) {
         let source = &self.buffer.as_mut_slice()[at..at + len];
         self.queues[queue].write(offset, source, id).unwrap();
     }
 
     /// Queues a read without waiting for it.
-    pub(crate) fn submit_read(&mut self, queue: usize, offset: u64, at: usize, len: usize, id: usize) {
+    pub(crate) fn submit_read(
+        &mut self,
+        queue: usize,
+        offset: u64,
+        at: usize,
+        len: usize,
+        id: usize,
+    ) {
         let target = &mut self.buffer.as_mut_slice()[at..at + len];
         self.queues[queue].read(offset, target, id).unwrap();
     }
 
     pub(crate) fn kick(&self, queue: usize) {
-        self.transport.get_submission_notifier(queue).notify().unwrap();
+        self.transport
+            .get_submission_notifier(queue)
+            .notify()
+            .unwrap();
     }
 
     /// Waits for one completion: its id and result.
     pub(crate) fn completion(&mut self, queue: usize) -> (usize, i32) {
         await_some("a request completes", || {
-            self.queues[queue].completions().next().map(|done| (done.context, done.ret))
+            self.queues[queue]
+                .completions()
+                .next()
+                .map(|done| (done.context, done.ret))
         })
     }
 
@@ -218,7 +248,9 @@ impl RawClient {
         // SAFETY: the transport keeps this memory mapped, and it is dropped after the queue.
         let memory = unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr(), memory.len()) };
         let queue = Virtqueue::new(translator, memory, QUEUE_SIZE, features).unwrap();
-        transport.setup_queues(std::slice::from_ref(&queue)).unwrap();
+        transport
+            .setup_queues(std::slice::from_ref(&queue))
+            .unwrap();
         Self { queue, transport }
     }
 
@@ -251,7 +283,13 @@ impl RawClient {
                         Piece::Status => (std::slice::from_mut(&mut request.status), true),
                     };
                     let iov_base = bytes.as_mut_ptr().cast();
-                    add(iovec { iov_base, iov_len: bytes.len() }, from_device)?;
+                    add(
+                        iovec {
+                            iov_base,
+                            iov_len: bytes.len(),
+                        },
+                        from_device,
+                    )?;
                 }
                 Ok(())
             })

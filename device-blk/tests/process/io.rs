@@ -35,7 +35,11 @@ fn device_describes_itself() {
         | VirtioBlkFeatureFlags::DISCARD
         | VirtioBlkFeatureFlags::WRITE_ZEROES
         | VirtioBlkFeatureFlags::CONFIG_WCE;
-    assert!(client.features().contains(expected), "{:?}", client.features());
+    assert!(
+        client.features().contains(expected),
+        "{:?}",
+        client.features()
+    );
     assert!(!client.features().contains(VirtioBlkFeatureFlags::RO));
 }
 
@@ -46,18 +50,33 @@ fn write_read_verify(extra: &str) {
     let mut client = Client::connect(&place.socket("a"));
 
     assert_eq!(client.read(17 * 512, 512), numbered_sector(17));
-    for (seed, (offset, len)) in
-        [(0, 512), (512, 4096), (4096, 65_536), (8191 * 512, 512), (1 << 20, 1 << 20)]
-            .into_iter()
-            .enumerate()
+    for (seed, (offset, len)) in [
+        (0, 512),
+        (512, 4096),
+        (4096, 65_536),
+        (8191 * 512, 512),
+        (1 << 20, 1 << 20),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let data = pattern(seed as u64 + 1, len);
         assert_eq!(client.write(offset, &data), 0);
-        assert!(client.read(offset, len) == data, "what was written at {offset} comes back");
+        assert!(
+            client.read(offset, len) == data,
+            "what was written at {offset} comes back"
+        );
         assert_eq!(client.flush(), 0);
-        assert!(read_image(&image, offset, len) == data, "{offset} is in the image");
+        assert!(
+            read_image(&image, offset, len) == data,
+            "{offset} is in the image"
+        );
     }
-    assert_eq!(read_image(&image, 5000 * 512, 512), numbered_sector(5000), "neighbours are unharmed");
+    assert_eq!(
+        read_image(&image, 5000 * 512, 512),
+        numbered_sector(5000),
+        "neighbours are unharmed"
+    );
 }
 
 #[test]
@@ -79,7 +98,11 @@ fn image_on_tmpfs_is_served() {
     let place = Place::new();
     let image = dir.path().join("t.img");
     std::fs::write(&image, pattern(9, 1 << 20)).unwrap();
-    let disk = format!("id=t,path={},socket={}", image.display(), place.socket("t").display());
+    let disk = format!(
+        "id=t,path={},socket={}",
+        image.display(),
+        place.socket("t").display()
+    );
     let _daemon = Daemon::start(&place, &[&disk]);
     let mut client = Client::connect(&place.socket("t"));
     assert!(client.read(0, 1 << 20) == pattern(9, 1 << 20));
@@ -105,8 +128,16 @@ fn buffers_at_any_address_are_served() {
         client.buffer()[..at + len + 1].fill(0xee);
         assert_eq!(client.read_at(0, 512, at, len), 0);
         assert!(client.buffer()[at..at + len] == data, "buffer at {at}");
-        assert_eq!(client.buffer()[at - 1], 0xee, "nothing before the buffer is touched");
-        assert_eq!(client.buffer()[at + len], 0xee, "nothing behind the buffer is touched");
+        assert_eq!(
+            client.buffer()[at - 1],
+            0xee,
+            "nothing before the buffer is touched"
+        );
+        assert_eq!(
+            client.buffer()[at + len],
+            0xee,
+            "nothing behind the buffer is touched"
+        );
         assert!(read_image(&image, 512, len) == data);
     }
 }
@@ -131,11 +162,16 @@ fn segments_of_any_length_add_up() {
             rest = &rest[part..];
         }
         assert_eq!(client.transfer(true, 1024, parts), 0);
-        assert!(read_image(&image, 1024, len) == data, "{parts:?} in the image");
+        assert!(
+            read_image(&image, 1024, len) == data,
+            "{parts:?} in the image"
+        );
         client.buffer()[..128 << 10].fill(0xee);
         assert_eq!(client.transfer(false, 1024, parts), 0);
-        let gathered: Vec<u8> =
-            parts.iter().flat_map(|&(at, part)| client.buffer()[at..at + part].to_vec()).collect();
+        let gathered: Vec<u8> = parts
+            .iter()
+            .flat_map(|&(at, part)| client.buffer()[at..at + part].to_vec())
+            .collect();
         assert!(gathered == data, "{parts:?} read back");
     }
 }
@@ -181,7 +217,10 @@ fn many_requests_in_flight_on_many_queues_keep_their_data() {
                 let (id, result) = client.completion(queue);
                 assert_eq!(result, 0);
                 let (at, expected) = (slot(queue, id), pattern(offset(round, queue, id), LEN));
-                assert!(client.buffer()[at..at + LEN] == expected, "round {round} queue {queue} id {id}");
+                assert!(
+                    client.buffer()[at..at + LEN] == expected,
+                    "round {round} queue {queue} id {id}"
+                );
             }
         }
     }
@@ -198,15 +237,40 @@ fn discarded_blocks_are_given_back_and_zeroes_read_zero() {
     assert_eq!(client.discard(1 << 20, 4 << 20), 0);
     assert_eq!(client.flush(), 0);
     let blocks_after = image.metadata().unwrap().blocks();
-    assert!(blocks_after + 4096 <= blocks_before, "{blocks_before} -> {blocks_after} blocks");
+    assert!(
+        blocks_after + 4096 <= blocks_before,
+        "{blocks_before} -> {blocks_after} blocks"
+    );
 
-    for (offset, len, unmap) in [(0, 512, false), (1536, 65_536, true), (6 << 20, 1 << 20, false)] {
+    for (offset, len, unmap) in [
+        (0, 512, false),
+        (1536, 65_536, true),
+        (6 << 20, 1 << 20, false),
+    ] {
         assert_eq!(client.write_zeroes(offset, len, unmap), 0);
-        assert!(client.read(offset, len as usize).iter().all(|&byte| byte == 0), "{offset}");
-        assert!(read_image(&image, offset, len as usize).iter().all(|&byte| byte == 0));
+        assert!(
+            client
+                .read(offset, len as usize)
+                .iter()
+                .all(|&byte| byte == 0),
+            "{offset}"
+        );
+        assert!(
+            read_image(&image, offset, len as usize)
+                .iter()
+                .all(|&byte| byte == 0)
+        );
     }
-    assert_eq!(client.read(512, 512), numbered_sector(1), "neighbours are unharmed");
-    assert_eq!(image.metadata().unwrap().len(), 8 << 20, "the image keeps its size");
+    assert_eq!(
+        client.read(512, 512),
+        numbered_sector(1),
+        "neighbours are unharmed"
+    );
+    assert_eq!(
+        image.metadata().unwrap().len(),
+        8 << 20,
+        "the image keeps its size"
+    );
 }
 
 #[test]

@@ -20,7 +20,10 @@ fn sessions_follow_one_another() {
         let mut client = Client::connect(&place.socket("a"));
         if session > 0 {
             let before = pattern(session - 1, 4096);
-            assert!(client.read((session - 1) * 4096, 4096) == before, "session {session}");
+            assert!(
+                client.read((session - 1) * 4096, 4096) == before,
+                "session {session}"
+            );
         }
         assert_eq!(client.write(session * 4096, &pattern(session, 4096)), 0);
     }
@@ -60,7 +63,10 @@ fn sigkilled_daemon_is_replaced_at_once() {
         }
         client.kick(0);
         daemon.end(Signal::SIGKILL);
-        assert!(read_image(&image, round * 65_536, 65_536) == data, "round {round}");
+        assert!(
+            read_image(&image, round * 65_536, 65_536) == data,
+            "round {round}"
+        );
     }
 }
 
@@ -89,7 +95,11 @@ fn inherited_descriptors_are_served() {
     let place = Place::new();
     let image = place.image("a.img", 64);
     let listener = UnixListener::bind(place.socket("a")).unwrap();
-    let file = std::fs::File::options().read(true).write(true).open(&image).unwrap();
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&image)
+        .unwrap();
     let (image_fd, socket_fd) = (file.as_raw_fd(), listener.as_raw_fd());
     let start = || {
         let spec = "id=a,fd=100,socket-fd=101";
@@ -98,7 +108,11 @@ fn inherited_descriptors_are_served() {
             unsafe {
                 command.pre_exec(move || {
                     let copied = libc::dup2(image_fd, 100) >= 0 && libc::dup2(socket_fd, 101) >= 0;
-                    if copied { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+                    if copied {
+                        Ok(())
+                    } else {
+                        Err(std::io::Error::last_os_error())
+                    }
                 });
             }
         })
@@ -119,19 +133,34 @@ fn failure(place: &Place, spec: &str, more: &[&str]) -> String {
     let mut daemon = Daemon::spawn(place, &[spec], more, |_| ());
     assert_eq!(daemon.ended().code(), Some(1), "{}", daemon.log());
     let log = daemon.log();
-    let errors: Vec<_> = log.lines().filter(|line| line.starts_with("device-blk: error: ")).collect();
+    let errors: Vec<_> = log
+        .lines()
+        .filter(|line| line.starts_with("device-blk: error: "))
+        .collect();
     assert_eq!(errors.len(), 1, "{log}");
-    assert!(!place.control().exists(), "the control socket is left behind");
+    assert!(
+        !place.control().exists(),
+        "the control socket is left behind"
+    );
     errors[0].to_owned()
 }
 
 #[test]
 fn images_that_cannot_be_served_are_named_with_the_remedy() {
     let place = Place::new();
-    let spec = |path: &Path| format!("id=a,path={},socket={}", path.display(), place.socket("a").display());
+    let spec = |path: &Path| {
+        format!(
+            "id=a,path={},socket={}",
+            path.display(),
+            place.socket("a").display()
+        )
+    };
     let missing = place.path("none.img");
     let error = failure(&place, &spec(&missing), &[]);
-    assert!(error.contains(missing.to_str().unwrap()) && error.contains("qemu-img create"), "{error}");
+    assert!(
+        error.contains(missing.to_str().unwrap()) && error.contains("qemu-img create"),
+        "{error}"
+    );
 
     let directory = place.path("dir");
     std::fs::create_dir(&directory).unwrap();
@@ -140,8 +169,14 @@ fn images_that_cannot_be_served_are_named_with_the_remedy() {
 
     let empty = place.image("empty.img", 0);
     let error = failure(&place, &spec(&empty), &[]);
-    assert!(error.contains("0 bytes") && error.contains("truncate"), "{error}");
-    assert!(!place.socket("a").exists(), "the vhost-user socket is left behind");
+    assert!(
+        error.contains("0 bytes") && error.contains("truncate"),
+        "{error}"
+    );
+    assert!(
+        !place.socket("a").exists(),
+        "the vhost-user socket is left behind"
+    );
 }
 
 #[test]
@@ -150,7 +185,10 @@ fn sockets_that_cannot_be_bound_are_named() {
     place.image("a.img", 64);
     let _other = UnixListener::bind(place.socket("a")).unwrap();
     let error = failure(&place, &place.disk("a"), &[]);
-    assert!(error.contains(place.socket("a").to_str().unwrap()), "{error}");
+    assert!(
+        error.contains(place.socket("a").to_str().unwrap()),
+        "{error}"
+    );
     assert!(place.socket("a").exists(), "somebody else's socket stays");
 
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -184,5 +222,9 @@ fn image_of_another_format_is_served_raw_with_a_warning() {
     let daemon = Daemon::start(&place, &[&place.disk("a")]);
     let mut client = Client::connect(&place.socket("a"));
     assert_eq!(client.read(0, 512)[..4], *b"QFI\xfb");
-    assert!(daemon.log().contains("qemu-img convert"), "{}", daemon.log());
+    assert!(
+        daemon.log().contains("qemu-img convert"),
+        "{}",
+        daemon.log()
+    );
 }

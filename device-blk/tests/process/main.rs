@@ -2,6 +2,7 @@
 //! vhost-user frontend, QEMU's tools, and gRPC clients.
 
 mod control;
+mod crash;
 mod daemon;
 mod driver;
 mod io;

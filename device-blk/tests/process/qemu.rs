@@ -8,7 +8,10 @@ use crate::locks::has_tool;
 
 /// Runs qemu-io commands over the daemon's socket.
 fn qemu_io(socket: &Path, commands: &[&str]) -> Output {
-    let options = format!("driver=virtio-blk-vhost-user,path={},cache.direct=on", socket.display());
+    let options = format!(
+        "driver=virtio-blk-vhost-user,path={},cache.direct=on",
+        socket.display()
+    );
     let mut qemu_io = Command::new("qemu-io");
     for command in commands {
         qemu_io.args(["-c", command]);
@@ -48,7 +51,19 @@ fn qemu_writes_reads_and_verifies() {
     }
     assert!(done.status.success(), "{said}");
     assert!(!said.contains("failed"), "{said}");
-    assert!(read_image(&image, 0, 1 << 20).iter().all(|&byte| byte == 0xa5));
-    assert!(read_image(&image, 1_049_088, 512).iter().all(|&byte| byte == 0x5a));
-    assert!(read_image(&image, 2 << 20, 64 << 10).iter().all(|&byte| byte == 0));
+    assert!(
+        read_image(&image, 0, 1 << 20)
+            .iter()
+            .all(|&byte| byte == 0xa5)
+    );
+    assert!(
+        read_image(&image, 1_049_088, 512)
+            .iter()
+            .all(|&byte| byte == 0x5a)
+    );
+    assert!(
+        read_image(&image, 2 << 20, 64 << 10)
+            .iter()
+            .all(|&byte| byte == 0)
+    );
 }

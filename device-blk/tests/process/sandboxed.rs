@@ -21,11 +21,18 @@ fn every_thread_is_filtered_and_without_privileges() {
         let status = task.unwrap().path().join("status").display().to_string();
         assert_eq!(status_field(&status, "NoNewPrivs:"), "1", "{status}");
         assert_eq!(status_field(&status, "Seccomp:"), "2", "{status}");
-        assert_eq!(status_field(&status, "CapEff:"), "0000000000000000", "{status}");
+        assert_eq!(
+            status_field(&status, "CapEff:"),
+            "0000000000000000",
+            "{status}"
+        );
         let filters: u32 = status_field(&status, "Seccomp_filters:").parse().unwrap();
         if status_field(&status, "Name:").contains("/q") {
             queue_threads += 1;
-            assert!(filters > 1, "a queue's thread has a filter of its own: {filters}");
+            assert!(
+                filters > 1,
+                "a queue's thread has a filter of its own: {filters}"
+            );
         }
     }
     assert!(queue_threads > 0);
@@ -50,6 +57,9 @@ fn only_known_descriptors_are_open() {
     daemon.assert_alive();
     for entry in std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap() {
         let target = std::fs::read_link(entry.unwrap().path()).unwrap();
-        assert!(!target.ends_with("secret"), "an inherited descriptor is still open");
+        assert!(
+            !target.ends_with("secret"),
+            "an inherited descriptor is still open"
+        );
     }
 }

@@ -1,0 +1,171 @@
+//! The engine on a ring in this process: what ends a queue, and what it counts.
+
+use std::time::Duration;
+
+use vhost_user::driver::{DriverRing, GuestMemory};
+use vhost_user::ring::RingConfig;
+
+use super::*;
+use crate::image::OpenOptions;
+use crate::stats::Snapshot;
+
+const CAPACITY_SECTORS: u64 = 2048;
+const SIZE: u16 = 64;
+const HEADERS_GPA: u64 = 0x1_0000;
+const STATUS_GPA: u64 = 0x2_0000;
+const DATA_GPA: u64 = 0x10_0000;
+const LEN_BYTES: u32 = 16 << 10;
+const NO_STATUS: u8 = 0xff;
+
+struct Rig {
+    memory: Arc<GuestMemory>,
+    driver: DriverRing,
+    ring: Ring,
+    queue: BlkQueue,
+    stats: Arc<QueueStats>,
+    _file: tempfile::NamedTempFile,
+}
+
+fn rig(cache: CacheMode) -> Rig {
+    let memory = Arc::new(GuestMemory::new(4 << 20).unwrap());
+    let driver = DriverRing::new(&memory, 0, SIZE, 0);
+    let ring = Ring::start(RingConfig {
+        index: 0,
+        size: SIZE,
+        features: 0,
+        addresses: driver.addresses(),
+        memory: memory.table().unwrap(),
+        next_avail: 0,
+        inflight: None,
+        call: None,
+    })
+    .unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(CAPACITY_SECTORS * 512).unwrap();
+    let options = OpenOptions {
+        read_only: false,
+        page_cache: false,
+        lock_patience: Duration::ZERO,
+    };
+    let image = RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap();
+    let backend = Backend {
+        image: Arc::new(image),
+        serial: [0; ID_BYTES],
+        limits: Limits {
+            capacity_sectors: CAPACITY_SECTORS,
+            read_only: false,
+            discard: true,
+        },
+        cache,
+        has_ghosts: Arc::default(),
+    };
+    let stats = Arc::<QueueStats>::default();
+    let queue = BlkQueue::new(backend, Arc::clone(&stats)).unwrap();
+    Rig {
+        memory,
+        driver,
+        ring,
+        queue,
+        stats,
+        _file: file,
+    }
+}
+
+impl Rig {
+    /// Makes write number `slot` available: its own data to its own place.
+    fn offer_write(&mut self, slot: u64, byte: u8) {
+        let mut header = [0; HEADER_BYTES];
+        header[0] = 1;
+        header[8..].copy_from_slice(&(slot * u64::from(LEN_BYTES) / 512).to_le_bytes());
+        let header_gpa = HEADERS_GPA + slot * 16;
+        let data_gpa = DATA_GPA + slot * u64::from(LEN_BYTES);
+        self.memory.write(header_gpa, &header);
+        self.memory.write(data_gpa, &vec![byte; LEN_BYTES as usize]);
+        self.memory.write(STATUS_GPA + slot, &[NO_STATUS]);
+        let readable = [(header_gpa, 16), (data_gpa, LEN_BYTES)];
+        self.driver
+            .add(&readable, &[(STATUS_GPA + slot, 1)])
+            .unwrap();
+    }
+
+    fn status(&self, slot: u64) -> u8 {
+        self.memory.read(STATUS_GPA + slot, 1)[0]
+    }
+
+    fn image_bytes(&self, slot: u64) -> Vec<u8> {
+        use std::os::unix::fs::FileExt;
+        let mut bytes = vec![0; LEN_BYTES as usize];
+        let file = std::fs::File::open(self._file.path()).unwrap();
+        file.read_exact_at(&mut bytes, slot * u64::from(LEN_BYTES))
+            .unwrap();
+        bytes
+    }
+}
+
+#[test]
+fn drain_completes_what_is_in_flight() {
+    let mut rig = rig(CacheMode::WriteBack);
+    for slot in 0..16 {
+        rig.offer_write(slot, slot as u8 + 1);
+    }
+    rig.queue.process(&mut rig.ring, Wake::Kick).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    assert_eq!(rig.queue.drain(&mut rig.ring, deadline), 0);
+    rig.ring.publish();
+    for slot in 0..16 {
+        assert_eq!(rig.status(slot), 0, "write {slot}");
+        assert!(
+            rig.image_bytes(slot)
+                .iter()
+                .all(|&byte| byte == slot as u8 + 1)
+        );
+        assert!(rig.driver.pop_used().is_some());
+    }
+    let total = Snapshot::of([&*rig.stats]);
+    assert_eq!(total.op(OpKind::Write).requests, 16);
+    assert_eq!(total.op(OpKind::Write).bytes, 16 * u64::from(LEN_BYTES));
+    assert_eq!((total.inflight, total.errors()), (0, 0));
+}
+
+#[test]
+fn dropped_queue_leaves_nothing_running_and_answers_nothing() {
+    let mut rig = rig(CacheMode::WriteBack);
+    for slot in 0..16 {
+        rig.offer_write(slot, 7);
+    }
+    // Taken off the ring and submitted, never reaped.
+    rig.queue.accept(&mut rig.ring).unwrap();
+    rig.queue.uring.submit();
+    assert_eq!(Snapshot::of([&*rig.stats]).inflight, 16);
+    let Rig { queue, stats, .. } = &mut rig;
+    let has_ghosts = Arc::clone(&queue.backend.has_ghosts);
+    let backend = queue.backend.clone();
+    let fresh = BlkQueue::new(backend, Arc::clone(stats)).unwrap();
+    drop(std::mem::replace(queue, fresh));
+    assert!(!has_ghosts.load(Ordering::Acquire));
+    assert_eq!(Snapshot::of([&*rig.stats]).inflight, 0);
+    assert_eq!(rig.ring.in_flight(), 16, "the next session gets them again");
+    for slot in 0..16 {
+        assert_eq!(rig.status(slot), NO_STATUS);
+    }
+}
+
+#[test]
+fn write_through_reaches_the_image_in_every_mode() {
+    let toggled = Arc::new(AtomicBool::new(false));
+    for cache in [
+        CacheMode::WriteThrough,
+        CacheMode::Toggled(Arc::clone(&toggled)),
+    ] {
+        assert!(cache.is_write_through());
+        let mut rig = rig(cache);
+        rig.offer_write(3, 9);
+        rig.queue.process(&mut rig.ring, Wake::Kick).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        assert_eq!(rig.queue.drain(&mut rig.ring, deadline), 0);
+        assert_eq!(rig.status(3), 0);
+        assert!(rig.image_bytes(3).iter().all(|&byte| byte == 9));
+    }
+    toggled.store(true, Ordering::Release);
+    assert!(!CacheMode::Toggled(toggled).is_write_through());
+}
