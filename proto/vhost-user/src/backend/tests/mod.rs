@@ -41,6 +41,7 @@ struct EchoDevice {
     /// The next `start_queue` fails.
     refuses_to_start: AtomicBool,
     resets: AtomicU32,
+    queues_started: AtomicU32,
     /// First byte of each request, in the order taken, over all sessions.
     taken: Mutex<Vec<u8>>,
 }
@@ -79,6 +80,7 @@ impl Device for EchoHandle {
         if self.0.refuses_to_start.load(Ordering::SeqCst) {
             return Err(io::Error::other("not today"));
         }
+        self.0.queues_started.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(EchoQueue {
             device: Arc::clone(&self.0),
             held: VecDeque::new(),
