@@ -7,12 +7,14 @@
 //!                                                                      request
 //! ```
 //!
-//! - [`cli`], [`daemon`], [`confinement`]: starting up and confining the process;
-//! - [`device`]: features, configuration space, queues;
-//! - [`request`]: what drivers ask for, checked; no I/O;
-//! - [`engine`]: doing it with io_uring, one ring for each queue's thread;
-//! - [`image`]: files, their alignment and their locks;
-//! - [`stats`]: counters.
+//! | module | what it does |
+//! |---|---|
+//! | [`cli`], [`daemon`], [`confinement`] | starting up and confining the process |
+//! | [`device`] | features, configuration space, queues |
+//! | [`request`] | what drivers ask for, checked; no I/O |
+//! | [`engine`] | doing it with io_uring, one ring for each queue's thread |
+//! | [`image`] | files, their alignment and their locks |
+//! | [`stats`] | counters |
 
 mod cli;
 mod confinement;

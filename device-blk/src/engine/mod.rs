@@ -28,7 +28,8 @@ use vhost_user::ring::{DescChain, Ring, RingError};
 
 use crate::image::RawImage;
 use crate::request::{
-    self, HEADER_BYTES, ID_BYTES, Limits, MAX_RANGES, OpKind, RANGE_BYTES, RangeOp, Request, Status,
+    self, ByteRange, HEADER_BYTES, ID_BYTES, Limits, MAX_RANGES, OpKind, RANGE_BYTES, RangeOp,
+    Request, Status,
 };
 use crate::stats::QueueStats;
 use bounce::BouncePool;
@@ -166,15 +167,15 @@ impl BlkQueue {
             }) => Job::transfer(chain, Direction::Write, offset_bytes, len_bytes),
             Ok(Request::Flush) => Job::flush(chain),
             Ok(Request::Discard { payload_bytes }) => {
-                match ranges_job(chain, RangeOp::Discard, payload_bytes, limits) {
-                    Ok(job) => job,
-                    Err((chain, status)) => return self.answer(ring, chain, kind, 0, status),
+                match copy_ranges(&chain, RangeOp::Discard, payload_bytes, limits) {
+                    Ok(ranges) => Job::ranges(chain, RangeOp::Discard, ranges),
+                    Err(status) => return self.answer(ring, chain, kind, 0, status),
                 }
             }
             Ok(Request::WriteZeroes { payload_bytes }) => {
-                match ranges_job(chain, RangeOp::WriteZeroes, payload_bytes, limits) {
-                    Ok(job) => job,
-                    Err((chain, status)) => return self.answer(ring, chain, kind, 0, status),
+                match copy_ranges(&chain, RangeOp::WriteZeroes, payload_bytes, limits) {
+                    Ok(ranges) => Job::ranges(chain, RangeOp::WriteZeroes, ranges),
+                    Err(status) => return self.answer(ring, chain, kind, 0, status),
                 }
             }
             Ok(Request::GetId) => {
@@ -288,19 +289,16 @@ impl BlkQueue {
 }
 
 /// Copies and checks the ranges of a discard or write-zeroes.
-fn ranges_job(
-    chain: DescChain,
+fn copy_ranges(
+    chain: &DescChain,
     op: RangeOp,
     payload_bytes: usize,
     limits: &Limits,
-) -> Result<Job, (DescChain, Status)> {
+) -> Result<Vec<ByteRange>, Status> {
     let mut payload = [0; MAX_RANGES * RANGE_BYTES];
     let payload = &mut payload[..payload_bytes];
     chain.read_at(HEADER_BYTES, payload);
-    match request::parse_ranges(op, payload, limits) {
-        Ok(ranges) => Ok(Job::ranges(chain, op, ranges)),
-        Err(status) => Err((chain, status)),
-    }
+    request::parse_ranges(op, payload, limits)
 }
 
 impl QueueHandler for BlkQueue {
