@@ -4,7 +4,7 @@
 //! - [`header`]: the virtio-net header and the offloads that both sides agreed on
 //! - [`tap`]: the kernel's end; [`steering`]: which of its queues take part
 //! - [`rx`], [`tx`], [`ctrl`]: what serves each kind of ring
-//! - [`stats`]: counters
+//! - [`stats`]: counters, of frames and bytes
 
 mod ctrl;
 mod device;

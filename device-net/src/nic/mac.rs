@@ -32,7 +32,10 @@ impl FromStr for MacAddress {
         let mut octets = [0; 6];
         let mut parts = text.split(':');
         for octet in &mut octets {
-            let part = parts.next().filter(|part| part.len() == 2);
+            // from_str_radix takes a sign.
+            let part = parts
+                .next()
+                .filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()));
             *octet = part
                 .and_then(|part| u8::from_str_radix(part, 16).ok())
                 .ok_or_else(refused)?;

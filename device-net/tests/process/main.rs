@@ -1,0 +1,15 @@
+//! The real binary with a real tap, driven by a driver of our own over vhost-user, and by the
+//! kernel's network stack from the tap's other side.
+//!
+//! Each test runs in a network namespace of its own, so that taps and addresses never meet. Where
+//! that is not permitted, a test says so and passes.
+
+mod control;
+mod daemon;
+mod frame;
+mod guest;
+mod host;
+mod hostile;
+mod queues;
+mod start;
+mod traffic;
