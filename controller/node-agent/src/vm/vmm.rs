@@ -172,12 +172,21 @@ pub(super) async fn bring_up(bin_dir: &Path, spec: &Spec, dir: &Path) -> Result<
     }
 }
 
+/// Polls until vCPUs run. That it does not answer yet is no failure: it may be waiting for a
+/// device, and says what is wrong when it gives up.
 async fn running(dir: &Path) -> Result<(), VmmError> {
     let mut client = client(dir, UP_WITHIN).await?;
     loop {
-        let info = get(&mut client).await?;
-        if matches!(info.state(), VmmState::Running | VmmState::Paused) {
-            return Ok(());
+        match get(&mut client).await {
+            Ok(info) if matches!(info.state(), VmmState::Running | VmmState::Paused) => {
+                return Ok(());
+            }
+            Ok(_) => {}
+            Err(VmmError::Call {
+                code: Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable,
+                ..
+            }) => {}
+            Err(error) => return Err(error),
         }
         tokio::time::sleep(POLL_INTERVAL).await;
     }

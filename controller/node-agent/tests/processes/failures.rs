@@ -7,7 +7,7 @@ use tonic::Code;
 
 use crate::{
     guest,
-    harness::{Agent, disk, spec},
+    harness::{Agent, disk, is_alive, spec},
 };
 
 async fn failed(agent: &mut Agent, vm: &VmSpec) -> VmStatus {
@@ -185,6 +185,57 @@ async fn bridge_that_is_not_there_leaves_no_tap() {
     }];
     let status = failed(&mut agent, &vm).await;
     assert_error(&status, Code::NotFound, &["no-such-br", "ip link add"]);
+}
+
+#[tokio::test]
+async fn daemon_that_ends_at_once_is_quoted() {
+    let script = "echo starting >&2; echo 'device-blk: error: no luck today' >&2; exit 3";
+    let mut agent = Agent::start_with("device-blk", script).await;
+    let mut vm = spec("web", &guest::sleeper(agent.path()));
+    vm.disks = vec![disk("root", &agent.image("root.raw"))];
+    let status = failed(&mut agent, &vm).await;
+    let parts = ["device-blk exited with status 3", "no luck today"];
+    assert_error(&status, Code::FailedPrecondition, &parts);
+}
+
+#[tokio::test]
+async fn daemon_that_never_answers_is_given_up_and_killed() {
+    let script = "echo $$ > $(dirname $2)/../../../pid; echo thinking >&2; exec sleep 1000";
+    let mut agent = Agent::start_with("device-blk", script).await;
+    let mut vm = spec("web", &guest::sleeper(agent.path()));
+    vm.disks = vec![disk("root", &agent.image("root.raw"))];
+    let status = failed(&mut agent, &vm).await;
+    assert_error(
+        &status,
+        Code::DeadlineExceeded,
+        &["device-blk did not answer", "thinking"],
+    );
+    let pid = fs::read_to_string(agent.path().join("pid"))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    assert!(!is_alive(pid), "it was not killed");
+}
+
+#[tokio::test]
+async fn foreign_daemon_that_never_answers_is_named() {
+    let mut agent = Agent::start().await;
+    let socket = agent.path().join("mute.sock");
+    let _mute = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let mut vm = spec("web", &guest::sleeper(agent.path()));
+    vm.vhost_user = vec![api::node::VhostUserSpec {
+        name: "share".into(),
+        r#type: "fs".into(),
+        socket: socket.display().to_string(),
+        ..Default::default()
+    }];
+    let status = failed(&mut agent, &vm).await;
+    assert_error(
+        &status,
+        Code::FailedPrecondition,
+        &["vmm-core", "share", "mute.sock"],
+    );
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{Read, Write},
-    os::unix::net::UnixStream,
+    os::unix::{fs::PermissionsExt, net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -22,6 +22,8 @@ use nix::{
 };
 use tonic::{Status, transport::Channel};
 
+/// What an agent starts.
+const PROGRAMS: [&str; 3] = ["vmm-core", "device-blk", "device-net"];
 /// No test waits longer for anything; a loaded machine of two cores needs a fraction of it.
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -29,27 +31,40 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// An agent and its directories. Everything that runs there ends with it.
 pub(crate) struct Agent {
     dir: tempfile::TempDir,
+    bin_dir: PathBuf,
     child: Child,
     pub(crate) client: NodeAgentClient<Channel>,
 }
 
 impl Agent {
     pub(crate) async fn start() -> Self {
-        let bin_dir = Path::new(env!("CARGO_BIN_EXE_node-agent"))
-            .parent()
-            .unwrap();
-        for program in ["vmm-core", "device-blk", "device-net"] {
-            let path = bin_dir.join(program);
-            assert!(
-                path.exists(),
-                "{} is not built: run `cargo build` first",
-                path.display()
-            );
-        }
+        let bin_dir = built("node-agent").parent().unwrap().to_owned();
+        Self::start_in(tempfile::tempdir().unwrap(), bin_dir).await
+    }
+
+    /// An agent for which `program` is this shell script instead.
+    pub(crate) async fn start_with(program: &str, script: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let child = spawn(dir.path());
+        let bin_dir = dir.path().join("bin");
+        fs::create_dir(&bin_dir).unwrap();
+        for other in PROGRAMS.into_iter().filter(|other| *other != program) {
+            std::os::unix::fs::symlink(built(other), bin_dir.join(other)).unwrap();
+        }
+        let path = bin_dir.join(program);
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        Self::start_in(dir, bin_dir).await
+    }
+
+    async fn start_in(dir: tempfile::TempDir, bin_dir: PathBuf) -> Self {
+        let child = spawn(dir.path(), &bin_dir);
         let client = connect_to(dir.path()).await;
-        Self { dir, child, client }
+        Self {
+            dir,
+            bin_dir,
+            child,
+            client,
+        }
     }
 
     /// Ends the agent with `signal` and waits for it; its VMs stay.
@@ -70,7 +85,7 @@ impl Agent {
 
     /// A new agent in place of one that ended.
     pub(crate) async fn start_again(&mut self) {
-        self.child = spawn(self.dir.path());
+        self.child = spawn(self.dir.path(), &self.bin_dir);
         self.client = connect_to(self.dir.path()).await;
     }
 
@@ -284,7 +299,18 @@ pub(crate) fn files(dir: &Path) -> Vec<String> {
     names
 }
 
-fn spawn(dir: &Path) -> Child {
+/// A program of this build.
+fn built(program: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_node-agent")).with_file_name(program);
+    assert!(
+        path.exists(),
+        "{} is not built: run `cargo build` first",
+        path.display()
+    );
+    path
+}
+
+fn spawn(dir: &Path, bin_dir: &Path) -> Child {
     let log = fs::OpenOptions::new()
         .create(true)
         .append(true)
@@ -297,6 +323,8 @@ fn spawn(dir: &Path) -> Child {
         .arg(dir.join("state"))
         .arg("--run-dir")
         .arg(dir.join("run"))
+        .arg("--bin-dir")
+        .arg(bin_dir)
         .arg("--metrics-listen")
         .arg(format!("unix:{}", dir.join("metrics.sock").display()))
         .stdin(Stdio::null())

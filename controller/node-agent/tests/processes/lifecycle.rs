@@ -149,6 +149,36 @@ async fn killed_device_blk_comes_back_under_the_running_machine() {
 }
 
 #[tokio::test]
+async fn device_blk_killed_again_and_again_always_comes_back() {
+    const KILLS: u64 = 10;
+    let mut agent = Agent::start().await;
+    let mut vm = spec("web", &guest::sleeper(agent.path()));
+    vm.disks = vec![disk("root", &agent.image("root.raw"))];
+    let mut status = agent.run(&vm).await;
+    let vmm = pid(&status, "vmm-core");
+    for kill in 1..=KILLS {
+        kill_hard(pid(&status, "device-blk"));
+        status = agent
+            .until("web", "connected again", |status| {
+                status.processes[1].restarts == kill
+                    && status
+                        .devices
+                        .iter()
+                        .any(|root| root.connected && root.incarnations > kill)
+            })
+            .await;
+    }
+    assert_eq!(pid(&status, "vmm-core"), vmm);
+    agent.power(&mut vm, Power::OffNow).await;
+    agent
+        .until("web", "stopped", |status| {
+            status.phase() == VmPhase::Stopped
+        })
+        .await;
+    assert_eq!(agent.processes(), [0; 0]);
+}
+
+#[tokio::test]
 async fn killed_vmm_core_fails_the_vm_and_takes_its_daemons_along() {
     let mut agent = Agent::start().await;
     let mut vm = spec("web", &guest::sleeper(agent.path()));
