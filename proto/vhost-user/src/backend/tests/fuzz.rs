@@ -42,9 +42,12 @@ impl Random {
 /// A request of any kind, with fields that are right more often than not: else nothing behind
 /// the first checks would be reached.
 fn any_message(random: &mut Random, user_addr: u64) -> (u32, Vec<u8>) {
-    let code = match random.below(20) {
+    let code = match random.below(40) {
         0 => random.next() as u32,
-        _ => 1 + random.below(44) as u32,
+        1 => 1 + random.below(44) as u32,
+        _ => random.pick(&[
+            1, 5, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 24, 25, 31, 32, 34, 36, 37, 38,
+        ]),
     };
     let index = random.number(&[0, 1]) as u32;
     let area = |random: &mut Random, offset: u64| random.number(&[user_addr + offset]);
@@ -110,8 +113,17 @@ fn random_messages_never_keep_the_next_frontend_out() {
             raw.negotiate();
         }
         if random.below(4) > 0 {
-            let fd = guest.memory.file().as_raw_fd();
-            raw.request(5, 1, &words(&[1, 0, 0x10_0000, user_addr, 0]), &[fd]);
+            raw.request(5, 1, &words(&[1, 0, 0x10_0000, user_addr, 0]), &fds[..1]);
+            // Whatever the driver wrote there.
+            let rubbish: Vec<u8> = (0..0x200).map(|_| random.below(20) as u8).collect();
+            guest.memory.write(0, &rubbish);
+        }
+        if random.below(4) > 0 {
+            raw.request(8, 1, &state(0, 16), &[]);
+            let areas = [0, 0x3000, 0x2000].map(|offset| user_addr + offset);
+            raw.request(9, 1, &addresses(0, areas[0], areas[1], areas[2]), &[]);
+            raw.request(12, 1, &words(&[0]), &fds[1..]);
+            raw.request(18, 1, &state(0, 1), &[]);
         }
         raw.stream.set_nonblocking(true).unwrap();
         for _ in 0..1 + random.below(60) {
