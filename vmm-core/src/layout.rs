@@ -60,6 +60,8 @@ pub const CMDLINE_CAPACITY: usize = 0x1_0000;
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// RSDP, then the other ACPI tables.
 pub const ACPI_START: u64 = 0xe_0000;
+/// Where an 80x86 starts after a reset, as a real-mode jump reaches it.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where kernels are loaded from.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 

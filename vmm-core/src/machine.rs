@@ -30,12 +30,13 @@ use crate::kvm::routes::KvmInterrupts;
 use crate::kvm::{self, KvmError, Vm};
 use crate::layout::{
     ACPI_PORT, ACPI_START, COM1_GSI, COM1_PORT, ECAM_LEN, ECAM_START, GED_GSI, PCI_MMIO32_END, PCI_MMIO32_START,
-    PCI_MMIO64_LEN,
+    PCI_MMIO64_LEN, RESET_VECTOR,
 };
 use crate::memory::{GuestRam, MemoryError};
 use crate::pci::{BusFull, Layout, MmioWindow, RootBus};
 use crate::power::{
-    ACPI_PORTS_LEN, AcpiRegisters, KEYBOARD_COMMAND_PORT, KeyboardReset, PowerLatch, RESET_CONTROL_PORT, ResetControl,
+    ACPI_PORTS_LEN, AcpiRegisters, KEYBOARD_COMMAND_PORT, KeyboardReset, PowerLatch, RESET_CONTROL_PORT, RESET_STUB,
+    ResetControl,
 };
 use crate::seccomp::ThreadKind;
 use crate::serial::SerialPort;
@@ -111,8 +112,8 @@ pub enum MachineError {
     #[error("vCPUs did not follow an order")]
     Vcpus(#[from] GateError),
     /// Boot structures.
-    #[error("cannot write the ACPI tables to guest memory")]
-    AcpiTables(#[from] GuestMemoryError),
+    #[error("cannot write the firmware's tables to guest memory")]
+    FirmwareTables(#[from] GuestMemoryError),
     /// A thread could not be confined.
     #[error("cannot confine a thread: {0}")]
     Confine(String),
@@ -344,7 +345,9 @@ impl Machine {
     /// # Errors
     /// Kernel or initramfs do not fit, or a vCPU refused.
     pub fn boot(&mut self) -> Result<(), MachineError> {
-        self.board.ram.memory().write_slice(&self.acpi_tables, GuestAddress(ACPI_START))?;
+        let memory = self.board.ram.memory();
+        memory.write_slice(&self.acpi_tables, GuestAddress(ACPI_START))?;
+        memory.write_slice(&RESET_STUB, GuestAddress(RESET_VECTOR))?;
         let entry = self.board.boot.load(&self.board.ram, ACPI_START)?;
         Ok(self.threads().power_on(entry)?)
     }

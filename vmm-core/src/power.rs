@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::bus::BusDevice;
+use crate::layout::ACPI_PORT;
 
 /// Offsets from [`crate::layout::ACPI_PORT`].
 pub const SLEEP_CONTROL: u64 = 0;
@@ -31,6 +32,14 @@ const SLEEP_TYPE_MASK: u8 = 0x7;
 const SLEEP_ENABLE: u8 = 1 << 5;
 const RESET_CPU: u8 = 1 << 2;
 const KEYBOARD_PULSE_RESET: u8 = 0xfe;
+
+/// What firmware has at the reset vector, in real mode: a write to the reset register. Linux jumps
+/// there when it finds hardware-reduced ACPI, expects EFI to reset the machine, and finds none.
+pub const RESET_STUB: [u8; 10] = {
+    let [low, high] = (ACPI_PORT + RESET as u16).to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; again: cli; hlt; jmp again
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xfa, 0xf4, 0xeb, 0xfc]
+};
 
 /// What the guest asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -42,6 +42,24 @@ fn every_reset_register_boots_the_guest_again_from_clean_memory() {
     }
 }
 
+/// Linux does this when it finds hardware-reduced ACPI without EFI.
+#[test]
+fn jump_to_the_reset_vector_in_real_mode_resets() {
+    if !kvm_is_usable("jump_to_the_reset_vector_in_real_mode_resets") {
+        return;
+    }
+    // A vCPU that gets a SIPI with vector 0xff starts in real mode at ff00:0000, which is at 0xff000: a slide of
+    // no-ops leads from there to the vector. This guest may write there, as it owns all memory.
+    let slide = (0xf_f000..0xf_fff0).step_by(4).fold(Code::default().print("x"), |code, at| code.store32(at, 0x9090_9090));
+    let code = slide
+        .store32(0xfee0_00f0, 0x1ff) // local APIC on
+        .store32(0xfee0_0300, 0xc_4500) // INIT to all others
+        .store32(0xfee0_0300, 0xc_46ff) // SIPI to all others, vector 0xff
+        .raw(&[0xf3, 0x90, 0xeb, 0xfc]); // pause for ever
+    let vmm = Vmm::start(&code, &["--cpus", "2"]);
+    assert_eq!(vmm.read(3), "xxx");
+}
+
 #[test]
 fn triple_fault_resets_a_guest_that_has_printed_and_fails_one_that_has_not() {
     if !kvm_is_usable("triple_fault_resets_a_guest_that_has_printed_and_fails_one_that_has_not") {

@@ -25,7 +25,7 @@ pub struct MapEntry {
 }
 
 /// The map of a machine with `ram`. From the end of conventional memory to 1 MiB all is
-/// reserved: the ACPI tables lie there.
+/// reserved: the ACPI tables and the reset vector lie there.
 pub fn memory_map(ram: &GuestRam) -> Vec<MapEntry> {
     use RangeType::{Ram, Reserved};
     let range = |start, end, kind| MapEntry { start, len: end - start, kind };
