@@ -26,7 +26,11 @@ use crate::stdio::StdioConsole;
 pub fn run(cli: Cli, started: Instant) -> ExitCode {
     let filter = EnvFilter::try_from_env("MORTISE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let ansi = io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(ansi)
+        .init();
     let outcome = match start(&cli, started) {
         Ok(outcome) => outcome,
         Err(why) => Outcome::VmmError(why),
@@ -34,7 +38,10 @@ pub fn run(cli: Cli, started: Instant) -> ExitCode {
     if let Some(path) = &cli.exit_file
         && let Err(err) = write_exit_file(path, &outcome)
     {
-        eprintln!("vmm-core: error: cannot write --exit-file {}: {err}", path.display());
+        eprintln!(
+            "vmm-core: error: cannot write --exit-file {}: {err}",
+            path.display()
+        );
     }
     match outcome {
         Outcome::GuestShutdown | Outcome::StopRequest => ExitCode::SUCCESS,
@@ -54,7 +61,9 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
     };
     let board = opened.build(&config).map_err(|err| chain(&err))?;
     confine_process(cli)?;
-    control::terminating_signals().thread_block().map_err(|err| format!("cannot block signals: {err}"))?;
+    control::terminating_signals()
+        .thread_block()
+        .map_err(|err| format!("cannot block signals: {err}"))?;
 
     let console = Arc::new(Console::new(started));
     let inbox = Inbox::new();
@@ -64,7 +73,8 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
     let stdio = match cli.console {
         ConsoleOutput::None => None,
         ConsoleOutput::Stdio => {
-            let stdio = StdioConsole::start(console.clone(), serial.clone(), handle.clone(), confine());
+            let stdio =
+                StdioConsole::start(console.clone(), serial.clone(), handle.clone(), confine());
             Some(stdio.map_err(|err| format!("cannot start the console's threads: {err}"))?)
         }
     };
@@ -93,14 +103,19 @@ fn complete(
     console: Arc<Console>,
     inbox: &Inbox,
 ) -> Result<Machine, MachineError> {
-    board.attach(config, console, &confine())?.ready(config, inbox.reporter(), confine())
+    board
+        .attach(config, console, &confine())?
+        .ready(config, inbox.reporter(), confine())
 }
 
 /// What holds for all threads; called while there is only one. Kernel, initramfs and `/dev/kvm`
 /// are open by now, and backends are reached through Unix sockets.
 fn confine_process(cli: &Cli) -> Result<(), String> {
     let written = [&cli.control_socket, &cli.exit_file];
-    let directories = written.into_iter().flatten().map(|path| (directory_of(path), Access::ReadWrite));
+    let directories = written
+        .into_iter()
+        .flatten()
+        .map(|path| (directory_of(path), Access::ReadWrite));
     let directories: Vec<_> = directories.collect();
     let mut achieved = sandbox::no_core_dumps().map_err(|err| chain(&err))?;
     achieved += sandbox::deny_network();
@@ -131,6 +146,9 @@ fn write_exit_file(path: &Path, outcome: &Outcome) -> io::Result<()> {
     };
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
-    fs::write(&partial, format!("{}\n", json!({ "reason": reason, "message": message })))?;
+    fs::write(
+        &partial,
+        format!("{}\n", json!({ "reason": reason, "message": message })),
+    )?;
     fs::rename(&partial, path)
 }

@@ -37,9 +37,17 @@ impl Bus {
     ///
     /// # Errors
     /// The range is empty, wraps around or overlaps another one.
-    pub fn insert(&mut self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
+    pub fn insert(
+        &mut self,
+        base: u64,
+        len: u64,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), Overlap> {
         let overlap = Overlap { base, len };
-        let end = base.checked_add(len).filter(|end| *end > base).ok_or(overlap)?;
+        let end = base
+            .checked_add(len)
+            .filter(|end| *end > base)
+            .ok_or(overlap)?;
         let at = self.ranges.partition_point(|range| range.base < base);
         let after_previous = at == 0 || self.ranges[at - 1].end() <= base;
         let before_next = self.ranges.get(at).is_none_or(|next| end <= next.base);
@@ -67,7 +75,10 @@ impl Bus {
 
     /// The device that owns all of `[addr, addr + len)`, and the offset in its range.
     fn find(&self, addr: u64, len: usize) -> Option<(&dyn BusDevice, u64)> {
-        let at = self.ranges.partition_point(|range| range.base <= addr).checked_sub(1)?;
+        let at = self
+            .ranges
+            .partition_point(|range| range.base <= addr)
+            .checked_sub(1)?;
         let range = &self.ranges[at];
         let offset = addr - range.base;
         let fits = offset < range.len && len as u64 <= range.len - offset;
@@ -132,8 +143,18 @@ mod tests {
         let device = Arc::new(Recorder::default());
         let mut bus = Bus::default();
         bus.insert(0x1000, 0x10, device.clone()).unwrap();
-        for (base, len) in [(0xfff, 2), (0x1000, 0x10), (0x100f, 1), (0x800, 0x1000), (0x3000, 0), (u64::MAX, 2)] {
-            assert!(bus.insert(base, len, device.clone()).is_err(), "{base:#x}+{len:#x}");
+        for (base, len) in [
+            (0xfff, 2),
+            (0x1000, 0x10),
+            (0x100f, 1),
+            (0x800, 0x1000),
+            (0x3000, 0),
+            (u64::MAX, 2),
+        ] {
+            assert!(
+                bus.insert(base, len, device.clone()).is_err(),
+                "{base:#x}+{len:#x}"
+            );
         }
         bus.insert(0x1010, 1, device.clone()).unwrap();
         bus.insert(0xfff, 1, device).unwrap();

@@ -90,9 +90,13 @@ impl ValueEnum for ElfProtocol {
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
         Some(match self {
-            Self::Auto => PossibleValue::new("auto").help("PVH if the kernel has that entry, else linux64"),
+            Self::Auto => {
+                PossibleValue::new("auto").help("PVH if the kernel has that entry, else linux64")
+            }
             Self::Pvh => PossibleValue::new("pvh").help("PVH (Xen's start info)"),
-            Self::Linux64 => PossibleValue::new("linux64").help("Linux 64-bit boot protocol (zero page)"),
+            Self::Linux64 => {
+                PossibleValue::new("linux64").help("Linux 64-bit boot protocol (zero page)")
+            }
         })
     }
 }
@@ -105,7 +109,10 @@ impl Cli {
     pub fn machine_config(&self) -> Result<MachineConfig, String> {
         let mut tags = HashSet::new();
         if let Some(twice) = self.device.iter().find(|device| !tags.insert(&device.tag)) {
-            return Err(format!("two devices have tag={}: give each --device its own tag", twice.tag));
+            return Err(format!(
+                "two devices have tag={}: give each --device its own tag",
+                twice.tag
+            ));
         }
         Ok(MachineConfig {
             kvm_path: self.kvm.clone(),
@@ -128,10 +135,18 @@ fn parse_size(text: &str) -> Result<u64, String> {
         "K" | "k" | "KiB" => 10,
         "M" | "m" | "MiB" => 20,
         "G" | "g" | "GiB" => 30,
-        other => return Err(format!("unknown suffix {other:?}: use K, M or G, for example 512M")),
+        other => {
+            return Err(format!(
+                "unknown suffix {other:?}: use K, M or G, for example 512M"
+            ));
+        }
     };
-    let number: u64 = digits.parse().map_err(|_| "not a size: give a number with K, M or G, for example 512M")?;
-    number.checked_mul(1 << shift).ok_or_else(|| "more than 64 bits can count".into())
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "not a size: give a number with K, M or G, for example 512M")?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "more than 64 bits can count".into())
 }
 
 #[cfg(test)]
@@ -158,15 +173,26 @@ mod tests {
     #[test]
     fn vcpus_out_of_range_are_refused() {
         for cpus in ["0", "33", "-1", "many"] {
-            assert!(Cli::try_parse_from(["vmm-core", "--kernel", "k", "--cpus", cpus]).is_err(), "{cpus}");
+            assert!(
+                Cli::try_parse_from(["vmm-core", "--kernel", "k", "--cpus", cpus]).is_err(),
+                "{cpus}"
+            );
         }
-        assert_eq!(Cli::try_parse_from(["vmm-core", "--kernel", "k", "--cpus", "32"]).unwrap().cpus, 32);
+        assert_eq!(
+            Cli::try_parse_from(["vmm-core", "--kernel", "k", "--cpus", "32"])
+                .unwrap()
+                .cpus,
+            32
+        );
     }
 
     #[test]
     fn devices_need_tags_of_their_own() {
         let device = "tag=a,type=blk,socket=/s";
-        let cli = Cli::try_parse_from(["vmm-core", "--kernel", "k", "--device", device, "--device", device]).unwrap();
+        let cli = Cli::try_parse_from([
+            "vmm-core", "--kernel", "k", "--device", device, "--device", device,
+        ])
+        .unwrap();
         assert!(cli.machine_config().unwrap_err().contains("tag=a"));
     }
 }

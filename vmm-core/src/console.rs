@@ -51,7 +51,12 @@ impl Chunk {
 impl Console {
     /// An empty console of a process that started at `started`.
     pub fn new(started: Instant) -> Self {
-        Self { started, held: Mutex::default(), grown: Condvar::new(), end: watch::Sender::new(0) }
+        Self {
+            started,
+            held: Mutex::default(),
+            grown: Condvar::new(),
+            end: watch::Sender::new(0),
+        }
     }
 
     /// Takes output of the guest.
@@ -84,7 +89,10 @@ impl Console {
     /// Like [`Self::read`], but waits up to `patience` for something.
     pub fn wait_and_read(&self, offset: u64, patience: Duration) -> Option<Chunk> {
         let idle = |held: &mut Held| held.end <= offset && !held.closed;
-        let (held, _) = self.grown.wait_timeout_while(self.lock(), patience, idle).expect("no panic while locked");
+        let (held, _) = self
+            .grown
+            .wait_timeout_while(self.lock(), patience, idle)
+            .expect("no panic while locked");
         drop(held);
         self.read(offset)
     }
@@ -119,7 +127,10 @@ impl Held {
         let oldest = self.end - self.bytes.len() as u64;
         let offset = offset.clamp(oldest, self.end);
         let skip = (offset - oldest) as usize;
-        Chunk { offset, data: self.bytes.range(skip..).copied().collect() }
+        Chunk {
+            offset,
+            data: self.bytes.range(skip..).copied().collect(),
+        }
     }
 }
 
@@ -138,8 +149,20 @@ mod tests {
         let console = console();
         console.push(b"hello ");
         console.push(b"world");
-        assert_eq!(console.read(6), Some(Chunk { offset: 6, data: b"world".to_vec() }));
-        assert_eq!(console.read(u64::MAX), Some(Chunk { offset: 11, data: vec![] }));
+        assert_eq!(
+            console.read(6),
+            Some(Chunk {
+                offset: 6,
+                data: b"world".to_vec()
+            })
+        );
+        assert_eq!(
+            console.read(u64::MAX),
+            Some(Chunk {
+                offset: 11,
+                data: vec![]
+            })
+        );
         assert_eq!(console.end(), 11);
     }
 

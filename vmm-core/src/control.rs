@@ -10,8 +10,8 @@ use api::listen::Listener;
 use api::serve::{self, Services};
 use api::vmm::vmm_server::{Vmm, VmmServer};
 use api::vmm::{
-    ConsoleInput, ConsoleOutput, DeviceConnection, DeviceHealth, GetVmmRequest, PauseRequest, PowerButtonRequest,
-    ResetRequest, ResumeRequest, StartRequest, StopRequest, VmmInfo, VmmState,
+    ConsoleInput, ConsoleOutput, DeviceConnection, DeviceHealth, GetVmmRequest, PauseRequest,
+    PowerButtonRequest, ResetRequest, ResumeRequest, StartRequest, StopRequest, VmmInfo, VmmState,
 };
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
@@ -98,7 +98,9 @@ impl ControlThread {
         };
         let spawned: io::Result<_> = thread::Builder::new().name("control".into()).spawn(thread);
         spawned.map_err(|err| format!("cannot start the control thread: {err}"))?;
-        is_ready.recv().unwrap_or_else(|_| Err("the control thread ended".into()))?;
+        is_ready
+            .recv()
+            .unwrap_or_else(|_| Err("the control thread ended".into()))?;
         Ok(Self { stop, ended })
     }
 
@@ -140,8 +142,13 @@ pub fn terminating_signals() -> SigSet {
 
 async fn stop_on_signal(handle: Handle) {
     let catch = |kind| signal(kind).expect("no other handler was set");
-    let (mut terminate, mut interrupt) = (catch(SignalKind::terminate()), catch(SignalKind::interrupt()));
-    terminating_signals().thread_unblock().expect("the set is valid");
+    let (mut terminate, mut interrupt) = (
+        catch(SignalKind::terminate()),
+        catch(SignalKind::interrupt()),
+    );
+    terminating_signals()
+        .thread_unblock()
+        .expect("the set is valid");
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -163,7 +170,12 @@ impl Controls {
             vcpus: self.vcpus,
             memory_bytes: self.memory_bytes,
             resets: status.resets(),
-            devices: self.devices.health().into_iter().map(proto_device).collect(),
+            devices: self
+                .devices
+                .health()
+                .into_iter()
+                .map(proto_device)
+                .collect(),
             // A console that spoke within the first millisecond has spoken.
             first_console_byte_ms: first_byte.map_or(0, |after| (after.as_millis() as u64).max(1)),
             exits: status.exits(),
@@ -206,7 +218,10 @@ impl Vmm for Controls {
         self.perform(Lifecycle::Reset).await
     }
 
-    async fn power_button(&self, _: Request<PowerButtonRequest>) -> Result<Response<VmmInfo>, Status> {
+    async fn power_button(
+        &self,
+        _: Request<PowerButtonRequest>,
+    ) -> Result<Response<VmmInfo>, Status> {
         self.perform(Lifecycle::PowerButton).await
     }
 
@@ -222,21 +237,33 @@ impl Vmm for Controls {
     ) -> Result<Response<Self::ConsoleStream>, Status> {
         let mut input = request.into_inner();
         let first = tokio::time::timeout(FIRST_MESSAGE_PATIENCE, input.message()).await;
-        let first = first.map_err(|_| Status::deadline_exceeded("send a first message, which may be empty"))??;
+        let first = first
+            .map_err(|_| Status::deadline_exceeded("send a first message, which may be empty"))??;
         let first = first.unwrap_or_default();
         let (output, receiver) = mpsc::channel(CONSOLE_MESSAGES);
-        tokio::spawn(type_in(self.serial.clone(), first.data, input, output.clone()));
+        tokio::spawn(type_in(
+            self.serial.clone(),
+            first.data,
+            input,
+            output.clone(),
+        ));
         tokio::spawn(stream_out(self.console.clone(), first.from_offset, output));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 }
 
 /// Sends the console's output from `offset` on, until the reader goes or the machine stops.
-async fn stream_out(console: Arc<Console>, mut offset: u64, output: mpsc::Sender<Result<ConsoleOutput, Status>>) {
+async fn stream_out(
+    console: Arc<Console>,
+    mut offset: u64,
+    output: mpsc::Sender<Result<ConsoleOutput, Status>>,
+) {
     let mut grown = console.watch();
     loop {
         grown.mark_unchanged();
-        let Some(mut chunk) = console.read(offset) else { return };
+        let Some(mut chunk) = console.read(offset) else {
+            return;
+        };
         chunk.data.truncate(CONSOLE_CHUNK_BYTES);
         offset = chunk.end();
         if chunk.data.is_empty() {
@@ -246,7 +273,10 @@ async fn stream_out(console: Arc<Console>, mut offset: u64, output: mpsc::Sender
             }
             continue;
         }
-        let message = ConsoleOutput { offset: chunk.offset, data: chunk.data };
+        let message = ConsoleOutput {
+            offset: chunk.offset,
+            data: chunk.data,
+        };
         if output.send(Ok(message)).await.is_err() {
             return;
         }

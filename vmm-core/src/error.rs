@@ -21,9 +21,15 @@ mod tests {
 
     #[test]
     fn causes_follow_the_error_on_the_same_line() {
-        let err = MemoryError::Memfd { size_mib: 16, source: std::io::Error::from_raw_os_error(libc::ENOMEM) };
+        let err = MemoryError::Memfd {
+            size_mib: 16,
+            source: std::io::Error::from_raw_os_error(libc::ENOMEM),
+        };
         let line = chain(&err);
         assert!(line.starts_with("cannot make a memfd of 16 MiB"), "{line}");
-        assert!(line.contains("smaller --memory: Cannot allocate memory"), "{line}");
+        assert!(
+            line.contains("smaller --memory: Cannot allocate memory"),
+            "{line}"
+        );
     }
 }

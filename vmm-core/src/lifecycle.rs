@@ -112,7 +112,12 @@ impl State {
     }
 
     fn on(self, request: Request) -> Result<Action, Refusal> {
-        let refused = |remedy| Err(Refusal::State { state: self.name(), remedy });
+        let refused = |remedy| {
+            Err(Refusal::State {
+                state: self.name(),
+                remedy,
+            })
+        };
         match (self, request) {
             (Self::Stopped, Request::Stop) => Ok(Action::Nothing),
             (_, Request::Stop) => Ok(Action::Stop),
@@ -166,7 +171,10 @@ impl Status {
 
     /// Exits handled in user space, all vCPUs together.
     pub fn exits(&self) -> u64 {
-        self.exits.iter().map(|exits| exits.load(Ordering::Relaxed)).sum()
+        self.exits
+            .iter()
+            .map(|exits| exits.load(Ordering::Relaxed))
+            .sum()
     }
 }
 
@@ -260,15 +268,27 @@ impl Supervisor {
             resets: AtomicU64::new(0),
             exits: machine.exits(),
         });
-        let handle = Handle { inbox: inbox.sender, status: status.clone() };
-        let supervisor =
-            Self { machine, state: State::Created, status, receiver: inbox.receiver, console_at_reset: 0 };
+        let handle = Handle {
+            inbox: inbox.sender,
+            status: status.clone(),
+        };
+        let supervisor = Self {
+            machine,
+            state: State::Created,
+            status,
+            receiver: inbox.receiver,
+            console_at_reset: 0,
+        };
         (supervisor, handle)
     }
 
     /// Drives the machine until it stops; boots it at once if `start`.
     pub fn run(mut self, start: bool) -> Outcome {
-        let outcome = if start { self.perform(Action::Boot).err() } else { None };
+        let outcome = if start {
+            self.perform(Action::Boot).err()
+        } else {
+            None
+        };
         let outcome = match outcome {
             Some(outcome) => outcome,
             None => self.serve(),
@@ -294,7 +314,11 @@ impl Supervisor {
     }
 
     /// Carries out `request` and answers; the error is why the machine stops.
-    fn answer(&mut self, request: Request, reply: oneshot::Sender<Result<(), Refusal>>) -> Result<(), Outcome> {
+    fn answer(
+        &mut self,
+        request: Request,
+        reply: oneshot::Sender<Result<(), Refusal>>,
+    ) -> Result<(), Outcome> {
         let action = match self.state.on(request) {
             Ok(action) => action,
             Err(refusal) => {
@@ -350,7 +374,11 @@ impl Supervisor {
             Action::Nothing => Ok(()),
             Action::Press => self.machine.press_power_button(),
             Action::Stop => return Err(Outcome::StopRequest),
-            Action::Boot => self.machine.boot().and_then(|()| self.machine.run()).map(|()| self.enter(State::Running)),
+            Action::Boot => self
+                .machine
+                .boot()
+                .and_then(|()| self.machine.run())
+                .map(|()| self.enter(State::Running)),
             Action::Park => self.machine.park().map(|()| self.enter(State::Paused)),
             Action::Run => self.machine.run().map(|()| self.enter(State::Running)),
             Action::Reboot => self.reboot(),
@@ -363,7 +391,11 @@ impl Supervisor {
         self.status.resets.fetch_add(1, Ordering::SeqCst);
         self.console_at_reset = self.machine.console().end();
         self.machine.boot()?;
-        if self.state == State::Running { self.machine.run() } else { Ok(()) }
+        if self.state == State::Running {
+            self.machine.run()
+        } else {
+            Ok(())
+        }
     }
 
     fn enter(&mut self, state: State) {
@@ -384,23 +416,50 @@ mod tests {
         let refused = None;
         assert_eq!(
             row(State::Created),
-            [Some(Action::Boot), refused, refused, refused, refused, Some(Action::Stop)]
+            [
+                Some(Action::Boot),
+                refused,
+                refused,
+                refused,
+                refused,
+                Some(Action::Stop)
+            ]
         );
         let nothing = Some(Action::Nothing);
         assert_eq!(
             row(State::Running),
-            [nothing, Some(Action::Park), nothing, Some(Action::Reboot), Some(Action::Press), Some(Action::Stop)]
+            [
+                nothing,
+                Some(Action::Park),
+                nothing,
+                Some(Action::Reboot),
+                Some(Action::Press),
+                Some(Action::Stop)
+            ]
         );
         assert_eq!(
             row(State::Paused),
-            [refused, nothing, Some(Action::Run), Some(Action::Reboot), refused, Some(Action::Stop)]
+            [
+                refused,
+                nothing,
+                Some(Action::Run),
+                Some(Action::Reboot),
+                refused,
+                Some(Action::Stop)
+            ]
         );
-        assert_eq!(row(State::Stopped), [refused, refused, refused, refused, refused, nothing]);
+        assert_eq!(
+            row(State::Stopped),
+            [refused, refused, refused, refused, refused, nothing]
+        );
     }
 
     #[test]
     fn refusal_names_the_state_and_the_remedy() {
         let refusal = State::Paused.on(Request::PowerButton).unwrap_err();
-        assert_eq!(refusal.to_string(), "the machine is paused: resume it first");
+        assert_eq!(
+            refusal.to_string(),
+            "the machine is paused: resume it first"
+        );
     }
 }

@@ -29,14 +29,14 @@ use crate::kvm::irqchip::IrqchipState;
 use crate::kvm::routes::KvmInterrupts;
 use crate::kvm::{self, KvmError, Vm};
 use crate::layout::{
-    ACPI_PORT, ACPI_START, COM1_GSI, COM1_PORT, ECAM_LEN, ECAM_START, GED_GSI, PCI_MMIO32_END, PCI_MMIO32_START,
-    PCI_MMIO64_LEN, RESET_VECTOR,
+    ACPI_PORT, ACPI_START, COM1_GSI, COM1_PORT, ECAM_LEN, ECAM_START, GED_GSI, PCI_MMIO32_END,
+    PCI_MMIO32_START, PCI_MMIO64_LEN, RESET_VECTOR,
 };
 use crate::memory::{GuestRam, MemoryError};
 use crate::pci::{BusFull, Layout, MmioWindow, RootBus};
 use crate::power::{
-    ACPI_PORTS_LEN, AcpiRegisters, KEYBOARD_COMMAND_PORT, KeyboardReset, PowerLatch, RESET_CONTROL_PORT, RESET_STUB,
-    ResetControl,
+    ACPI_PORTS_LEN, AcpiRegisters, KEYBOARD_COMMAND_PORT, KeyboardReset, PowerLatch,
+    RESET_CONTROL_PORT, RESET_STUB, ResetControl,
 };
 use crate::seccomp::ThreadKind;
 use crate::serial::SerialPort;
@@ -188,11 +188,20 @@ impl MachineConfig {
     /// # Errors
     /// A file is missing or unfit, KVM is not usable, or allows fewer vCPUs.
     pub fn open(&self) -> Result<Opened, MachineError> {
-        let boot = BootSource::open(&self.kernel, self.initramfs.as_deref(), &self.cmdline, self.elf_protocol)?;
+        let boot = BootSource::open(
+            &self.kernel,
+            self.initramfs.as_deref(),
+            &self.cmdline,
+            self.elf_protocol,
+        )?;
         let kvm = kvm::open(&self.kvm_path)?;
         let allowed = kvm::max_vcpus(&kvm);
         if self.vcpus > allowed {
-            return Err(KvmError::TooManyVcpus { wanted: self.vcpus, allowed }.into());
+            return Err(KvmError::TooManyVcpus {
+                wanted: self.vcpus,
+                allowed,
+            }
+            .into());
         }
         Ok(Opened { kvm, boot })
     }
@@ -206,13 +215,22 @@ impl Opened {
     pub fn build(self, config: &MachineConfig) -> Result<Board, MachineError> {
         let cpuid = CpuidTemplate::new(&self.kvm, config.vcpus)?;
         let ram = GuestRam::new(config.memory_bytes)?;
-        let (end, bits) = (ram.mmio64_start() + PCI_MMIO64_LEN, cpuid.physical_address_bits());
+        let (end, bits) = (
+            ram.mmio64_start() + PCI_MMIO64_LEN,
+            cpuid.physical_address_bits(),
+        );
         if bits < 64 && end > 1 << bits {
             return Err(MachineError::AddressBits { end, bits });
         }
         let vm = Vm::new(self.kvm, &ram)?;
         let interrupts = Arc::new(KvmInterrupts::new(vm.fd().clone()));
-        Ok(Board { vm, ram, boot: self.boot, interrupts, cpuid })
+        Ok(Board {
+            vm,
+            ram,
+            boot: self.boot,
+            interrupts,
+            cpuid,
+        })
     }
 }
 
@@ -236,8 +254,20 @@ impl Board {
         for range in root_bus.ranges() {
             mmio.insert(range.base, range.len, range.device)?;
         }
-        let peripherals = Peripherals { console, serial, power_button, root_bus, devices };
-        Ok(Populated { board: self, ports, mmio, power, peripherals })
+        let peripherals = Peripherals {
+            console,
+            serial,
+            power_button,
+            root_bus,
+            devices,
+        };
+        Ok(Populated {
+            board: self,
+            ports,
+            mmio,
+            power,
+            peripherals,
+        })
     }
 
     fn serial_port(&self, console: Arc<Console>) -> Result<SerialPort, MachineError> {
@@ -247,17 +277,33 @@ impl Board {
 
     /// An eventfd that raises `gsi`.
     fn pin(&self, gsi: u32) -> Result<EventFd, MachineError> {
-        let eventfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(system("create an eventfd"))?;
-        self.interrupts.add_pin(&eventfd, gsi).map_err(system("tie an eventfd to an interrupt"))?;
+        let eventfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(system("create an eventfd"))?;
+        self.interrupts
+            .add_pin(&eventfd, gsi)
+            .map_err(system("tie an eventfd to an interrupt"))?;
         Ok(eventfd)
     }
 
-    fn pci(&self, config: &MachineConfig, confine: &Confine) -> Result<(Arc<RootBus>, Devices), MachineError> {
+    fn pci(
+        &self,
+        config: &MachineConfig,
+        confine: &Confine,
+    ) -> Result<(Arc<RootBus>, Devices), MachineError> {
         let root_bus = RootBus::new(Layout {
-            ecam: MmioWindow { base: ECAM_START, len: ECAM_LEN },
+            ecam: MmioWindow {
+                base: ECAM_START,
+                len: ECAM_LEN,
+            },
             windows: vec![
-                MmioWindow { base: self.ram.mmio64_start(), len: PCI_MMIO64_LEN },
-                MmioWindow { base: PCI_MMIO32_START, len: PCI_MMIO32_END - PCI_MMIO32_START },
+                MmioWindow {
+                    base: self.ram.mmio64_start(),
+                    len: PCI_MMIO64_LEN,
+                },
+                MmioWindow {
+                    base: PCI_MMIO32_START,
+                    len: PCI_MMIO32_END - PCI_MMIO32_START,
+                },
             ],
         });
         let devices = self.connect(&config.devices, confine)?;
@@ -282,14 +328,23 @@ impl Board {
             confine(ThreadKind::Devices).map_err(MachineError::Confine)?;
             let connect = |config: &VhostUserDeviceConfig| {
                 let interrupts = self.interrupts.clone();
-                VirtioPciDevice::connect(config.clone(), memory.clone(), interrupts, ATTACH_PATIENCE)
+                VirtioPciDevice::connect(
+                    config.clone(),
+                    memory.clone(),
+                    interrupts,
+                    ATTACH_PATIENCE,
+                )
             };
             Ok(configs.iter().map(connect).collect::<Result<Vec<_>, _>>()?)
         };
         thread::scope(|scope| {
-            let connecting = thread::Builder::new().name("devices".into()).spawn_scoped(scope, connect_all);
+            let connecting = thread::Builder::new()
+                .name("devices".into())
+                .spawn_scoped(scope, connect_all);
             let connecting = connecting.map_err(system("start a thread"))?;
-            connecting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            connecting
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 }
@@ -297,9 +352,17 @@ impl Board {
 fn port_bus(serial: &Arc<SerialPort>, power: &Arc<PowerLatch>) -> Result<Bus, Overlap> {
     let ranges: [(u16, u64, Arc<dyn BusDevice>); 4] = [
         (COM1_PORT, COM1_PORTS_LEN, serial.clone()),
-        (ACPI_PORT, ACPI_PORTS_LEN, Arc::new(AcpiRegisters(power.clone()))),
+        (
+            ACPI_PORT,
+            ACPI_PORTS_LEN,
+            Arc::new(AcpiRegisters(power.clone())),
+        ),
         (RESET_CONTROL_PORT, 1, Arc::new(ResetControl(power.clone()))),
-        (KEYBOARD_COMMAND_PORT, 1, Arc::new(KeyboardReset(power.clone()))),
+        (
+            KEYBOARD_COMMAND_PORT,
+            1,
+            Arc::new(KeyboardReset(power.clone())),
+        ),
     ];
     let mut ports = Bus::default();
     for (base, len, device) in ranges {
@@ -319,7 +382,13 @@ impl Populated {
         report: Box<dyn Fn(Report) + Send + Sync>,
         confine: Confine,
     ) -> Result<Machine, MachineError> {
-        let Self { board, ports, mmio, power, peripherals } = self;
+        let Self {
+            board,
+            ports,
+            mmio,
+            power,
+            peripherals,
+        } = self;
         let msr_indices = msr_indices(board.vm.kvm())?;
         let vcpus = (0..config.vcpus)
             .map(|index| Vcpu::new(&board.vm, index, &board.cpuid, &msr_indices))
@@ -332,10 +401,26 @@ impl Populated {
             pci_mmio64: (mmio64_start, mmio64_start + PCI_MMIO64_LEN - 1),
         });
         let confine = Box::new(move || confine(ThreadKind::Vcpu));
-        let threads = VcpuThreads::spawn(vcpus, Surroundings { ports, mmio, power, report, confine })
-            .map_err(system("start the vCPU threads"))?;
+        let threads = VcpuThreads::spawn(
+            vcpus,
+            Surroundings {
+                ports,
+                mmio,
+                power,
+                report,
+                confine,
+            },
+        )
+        .map_err(system("start the vCPU threads"))?;
         let exits = threads.exits();
-        Ok(Machine { threads: Some(threads), exits, power_on_irqchip, acpi_tables, board, peripherals })
+        Ok(Machine {
+            threads: Some(threads),
+            exits,
+            power_on_irqchip,
+            acpi_tables,
+            board,
+            peripherals,
+        })
     }
 }
 
@@ -386,7 +471,10 @@ impl Machine {
             device.reset(RING_STOP_PATIENCE);
         }
         self.peripherals.root_bus.place_bars();
-        self.peripherals.serial.reset().map_err(system("reset the serial port"))?;
+        self.peripherals
+            .serial
+            .reset()
+            .map_err(system("reset the serial port"))?;
         self.power_on_irqchip.restore(self.board.vm.fd())?;
         self.board.ram.clear().map_err(system("clear guest memory"))
     }
@@ -396,7 +484,10 @@ impl Machine {
     /// # Errors
     /// The interrupt could not be raised.
     pub fn press_power_button(&self) -> Result<(), MachineError> {
-        self.peripherals.power_button.write(1).map_err(system("raise the power button's interrupt"))
+        self.peripherals
+            .power_button
+            .write(1)
+            .map_err(system("raise the power button's interrupt"))
     }
 
     /// Ends the vCPU threads and the console. The process exits next.
@@ -409,7 +500,9 @@ impl Machine {
 
     /// Whether nothing was ordered since `report` was made.
     pub fn is_current(&self, report: &Report) -> bool {
-        self.threads.as_ref().is_some_and(|threads| threads.is_current(report))
+        self.threads
+            .as_ref()
+            .is_some_and(|threads| threads.is_current(report))
     }
 
     /// Exits handled in user space, for each vCPU.
@@ -433,7 +526,9 @@ impl Machine {
     }
 
     fn threads(&self) -> &VcpuThreads {
-        self.threads.as_ref().expect("a machine that is off is not used")
+        self.threads
+            .as_ref()
+            .expect("a machine that is off is not used")
     }
 }
 

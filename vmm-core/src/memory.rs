@@ -12,7 +12,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_user::frontend::{MemoryRegion, MemoryTable};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
 };
 
 use crate::layout::{HIGH_RAM_START, PCI_HOLE_START, PCI_MMIO64_ALIGN};
@@ -48,7 +49,9 @@ pub struct RamRegion {
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size asked for is no multiple of the page size, or less than [`MIN_SIZE_BYTES`].
-    #[error("memory size {0} bytes is not possible: give a multiple of 4 KiB of at least 16 MiB, for example --memory 512M")]
+    #[error(
+        "memory size {0} bytes is not possible: give a multiple of 4 KiB of at least 16 MiB, for example --memory 512M"
+    )]
     Size(u64),
     /// The host could never back it.
     #[error(
@@ -61,7 +64,9 @@ pub enum MemoryError {
         host_mib: u64,
     },
     /// The memfd could not be made, sized or sealed.
-    #[error("cannot make a memfd of {size_mib} MiB for guest RAM: free memory, or give a smaller --memory")]
+    #[error(
+        "cannot make a memfd of {size_mib} MiB for guest RAM: free memory, or give a smaller --memory"
+    )]
     Memfd {
         /// What was asked for.
         size_mib: u64,
@@ -70,7 +75,9 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// The memfd could not be mapped.
-    #[error("cannot map {size_mib} MiB of guest RAM: raise the address space limit (ulimit -v), or give a smaller --memory")]
+    #[error(
+        "cannot map {size_mib} MiB of guest RAM: raise the address space limit (ulimit -v), or give a smaller --memory"
+    )]
     Map {
         /// What was asked for.
         size_mib: u64,
@@ -90,14 +97,26 @@ impl GuestRam {
             return Err(MemoryError::Size(size_bytes));
         }
         refuse_more_than_host(size_bytes)?;
-        let file = Arc::new(sealed_memfd(size_bytes).map_err(|source| MemoryError::Memfd { size_mib: mib(size_bytes), source })?);
+        let file = Arc::new(
+            sealed_memfd(size_bytes).map_err(|source| MemoryError::Memfd {
+                size_mib: mib(size_bytes),
+                source,
+            })?,
+        );
         let regions = pieces(size_bytes)
             .into_iter()
             .map(|(gpa, len, offset)| map_piece(&file, gpa, len, offset))
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|source| MemoryError::Map { size_mib: mib(size_bytes), source })?;
+            .map_err(|source| MemoryError::Map {
+                size_mib: mib(size_bytes),
+                source,
+            })?;
         let memory = GuestMemoryMmap::from_regions(regions).expect("pieces are sorted and apart");
-        Ok(Self { memory, file, size_bytes })
+        Ok(Self {
+            memory,
+            file,
+            size_bytes,
+        })
     }
 
     /// For reading and writing guest memory.
@@ -136,7 +155,12 @@ impl GuestRam {
     /// The system call's error.
     pub fn clear(&self) -> io::Result<()> {
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(fallocate(&*self.file, punch, 0, self.size_bytes as libc::off_t)?)
+        Ok(fallocate(
+            &*self.file,
+            punch,
+            0,
+            self.size_bytes as libc::off_t,
+        )?)
     }
 
     /// Size of all RAM.
@@ -170,13 +194,22 @@ fn pieces(size_bytes: u64) -> Vec<(u64, u64, u64)> {
     pieces
 }
 
-fn map_piece(file: &Arc<File>, gpa: u64, len: u64, offset: u64) -> Result<GuestRegionMmap, MmapRegionError> {
+fn map_piece(
+    file: &Arc<File>,
+    gpa: u64,
+    len: u64,
+    offset: u64,
+) -> Result<GuestRegionMmap, MmapRegionError> {
     let mapping = MmapRegion::from_file(FileOffset::from_arc(file.clone(), offset), len as usize)?;
-    Ok(GuestRegionMmap::new(mapping, GuestAddress(gpa)).expect("RAM ends below the end of the address space"))
+    Ok(GuestRegionMmap::new(mapping, GuestAddress(gpa))
+        .expect("RAM ends below the end of the address space"))
 }
 
 fn sealed_memfd(size_bytes: u64) -> io::Result<File> {
-    let file = File::from(memfd_create(c"mortise-ram", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    let file = File::from(memfd_create(
+        c"mortise-ram",
+        MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+    )?);
     file.set_len(size_bytes)?;
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
@@ -188,9 +221,10 @@ fn sealed_memfd(size_bytes: u64) -> io::Result<File> {
 fn refuse_more_than_host(size_bytes: u64) -> Result<(), MemoryError> {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     match host_capacity_bytes(&meminfo) {
-        Some(host) if size_bytes > host => {
-            Err(MemoryError::MoreThanHost { wanted_mib: mib(size_bytes), host_mib: mib(host) })
-        }
+        Some(host) if size_bytes > host => Err(MemoryError::MoreThanHost {
+            wanted_mib: mib(size_bytes),
+            host_mib: mib(host),
+        }),
         _ => Ok(()),
     }
 }
@@ -199,7 +233,12 @@ fn refuse_more_than_host(size_bytes: u64) -> Result<(), MemoryError> {
 fn host_capacity_bytes(meminfo: &str) -> Option<u64> {
     let field = |name: &str| -> Option<u64> {
         let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+        line.trim()
+            .strip_suffix("kB")?
+            .trim()
+            .parse::<u64>()
+            .ok()?
+            .checked_mul(1024)
     };
     Some(field("MemTotal:")?.saturating_add(field("SwapTotal:").unwrap_or(0)))
 }
@@ -219,17 +258,25 @@ mod tests {
         let gib = 1 << 30;
         assert_eq!(pieces(512 << 20), [(0, 512 << 20, 0)]);
         assert_eq!(pieces(3 * gib), [(0, 3 * gib, 0)]);
-        assert_eq!(pieces(5 * gib), [(0, 3 * gib, 0), (4 * gib, 2 * gib, 3 * gib)]);
+        assert_eq!(
+            pieces(5 * gib),
+            [(0, 3 * gib, 0), (4 * gib, 2 * gib, 3 * gib)]
+        );
     }
 
     #[test]
     fn what_is_written_through_memory_is_in_the_memfd() {
         use std::os::unix::fs::FileExt;
         let ram = GuestRam::new(MIN_SIZE_BYTES).unwrap();
-        ram.memory().write_slice(b"mortise", GuestAddress(0x1234)).unwrap();
+        ram.memory()
+            .write_slice(b"mortise", GuestAddress(0x1234))
+            .unwrap();
         let region = &ram.regions()[0];
         let mut copy = [0; 7];
-        region.file.read_exact_at(&mut copy, region.file_offset + 0x1234).unwrap();
+        region
+            .file
+            .read_exact_at(&mut copy, region.file_offset + 0x1234)
+            .unwrap();
         assert_eq!(&copy, b"mortise");
     }
 
@@ -246,18 +293,32 @@ mod tests {
     fn cleared_ram_is_zero_and_takes_no_page() {
         use std::os::unix::fs::MetadataExt;
         let ram = GuestRam::new(MIN_SIZE_BYTES).unwrap();
-        ram.memory().write_slice(&[7; 8192], GuestAddress(0x1000)).unwrap();
+        ram.memory()
+            .write_slice(&[7; 8192], GuestAddress(0x1000))
+            .unwrap();
         ram.clear().unwrap();
-        assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
+        assert_eq!(
+            ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(),
+            0
+        );
         let used_bytes = ram.file.metadata().unwrap().blocks() * 512;
-        assert!(used_bytes <= PAGE_BYTES, "the page that was read: {used_bytes}");
+        assert!(
+            used_bytes <= PAGE_BYTES,
+            "the page that was read: {used_bytes}"
+        );
     }
 
     #[test]
     fn impossible_sizes_are_refused() {
         assert!(matches!(GuestRam::new(0), Err(MemoryError::Size(0))));
-        assert!(matches!(GuestRam::new(MIN_SIZE_BYTES + 1), Err(MemoryError::Size(_))));
-        assert!(matches!(GuestRam::new(1 << 50), Err(MemoryError::MoreThanHost { .. })));
+        assert!(matches!(
+            GuestRam::new(MIN_SIZE_BYTES + 1),
+            Err(MemoryError::Size(_))
+        ));
+        assert!(matches!(
+            GuestRam::new(1 << 50),
+            Err(MemoryError::MoreThanHost { .. })
+        ));
     }
 
     #[test]

@@ -38,7 +38,18 @@ const KEYBOARD_PULSE_RESET: u8 = 0xfe;
 pub const RESET_STUB: [u8; 10] = {
     let [low, high] = (ACPI_PORT + RESET as u16).to_le_bytes();
     // mov dx, port; mov al, value; out dx, al; again: cli; hlt; jmp again
-    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xfa, 0xf4, 0xeb, 0xfc]
+    [
+        0xba,
+        low,
+        high,
+        0xb0,
+        RESET_VALUE,
+        0xee,
+        0xfa,
+        0xf4,
+        0xeb,
+        0xfc,
+    ]
 };
 
 /// What the guest asked for.
@@ -89,7 +100,9 @@ impl BusDevice for AcpiRegisters {
         let &[value] = data else { return };
         let sleep_type = value >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
         match offset {
-            SLEEP_CONTROL if value & SLEEP_ENABLE != 0 && sleep_type == S5_SLEEP_TYPE => self.0.set(PowerRequest::Shutdown),
+            SLEEP_CONTROL if value & SLEEP_ENABLE != 0 && sleep_type == S5_SLEEP_TYPE => {
+                self.0.set(PowerRequest::Shutdown)
+            }
             RESET if value == RESET_VALUE => self.0.set(PowerRequest::Reset),
             _ => {}
         }
@@ -135,7 +148,11 @@ mod tests {
     fn s5_needs_both_sleep_type_and_enable() {
         let latch = Arc::new(PowerLatch::default());
         let registers = AcpiRegisters(latch.clone());
-        for (offset, value) in [(SLEEP_CONTROL, 5 << 2), (SLEEP_CONTROL, 1 << 5), (SLEEP_STATUS, 5 << 2 | 1 << 5)] {
+        for (offset, value) in [
+            (SLEEP_CONTROL, 5 << 2),
+            (SLEEP_CONTROL, 1 << 5),
+            (SLEEP_STATUS, 5 << 2 | 1 << 5),
+        ] {
             registers.write(offset, &[value]);
             assert_eq!(latch.take(), None, "{value:#x} at {offset}");
         }

@@ -33,18 +33,33 @@ impl ThreadKind {
     /// The kernel refused the filter.
     pub fn confine(self) -> Result<Achieved, SeccompError> {
         let (name, syscalls) = match self {
-            Self::Vcpu => ("vmm-core-vcpu", sets::base().with(vcpu()).with(interrupts())),
+            Self::Vcpu => (
+                "vmm-core-vcpu",
+                sets::base().with(vcpu()).with(interrupts()),
+            ),
             Self::Devices => {
-                let sockets = sets::unix_sockets().with(sets::shared_memory()).with(sets::file_io());
-                ("vmm-core-devices", sets::base().with(sockets).with(interrupts()))
+                let sockets = sets::unix_sockets()
+                    .with(sets::shared_memory())
+                    .with(sets::file_io());
+                (
+                    "vmm-core-devices",
+                    sets::base().with(sockets).with(interrupts()),
+                )
             }
             Self::Control => {
-                let socket_file = Syscalls::new().allow(&[libc::SYS_unlink, libc::SYS_lstat, libc::SYS_statx]);
-                ("vmm-core-control", sets::base().with(sets::tokio()).with(socket_file))
+                let socket_file =
+                    Syscalls::new().allow(&[libc::SYS_unlink, libc::SYS_lstat, libc::SYS_statx]);
+                (
+                    "vmm-core-control",
+                    sets::base().with(sets::tokio()).with(socket_file),
+                )
             }
             Self::Stdio => ("vmm-core-stdio", sets::base()),
             Self::Main => {
-                let machine = interrupts().with(irqchip()).with(sets::file_io()).with(sets::files());
+                let machine = interrupts()
+                    .with(irqchip())
+                    .with(sets::file_io())
+                    .with(sets::files());
                 ("vmm-core-main", sets::base().with(machine).with(terminal()))
             }
         };
@@ -65,17 +80,17 @@ const READ: u64 = 2;
 /// Running a vCPU and putting it into its power-on state.
 fn vcpu() -> Syscalls {
     Syscalls::new().allow_ioctls(&[
-        kvm_io(NONE, 0x80, 0),      // KVM_RUN
-        kvm_io(WRITE, 0x82, 144),   // KVM_SET_REGS
-        kvm_io(READ, 0x83, 312),    // KVM_GET_SREGS
-        kvm_io(WRITE, 0x84, 312),   // KVM_SET_SREGS
-        kvm_io(WRITE, 0x89, 8),     // KVM_SET_MSRS
-        kvm_io(WRITE, 0x8f, 1024),  // KVM_SET_LAPIC
-        kvm_io(WRITE, 0x99, 4),     // KVM_SET_MP_STATE
-        kvm_io(WRITE, 0xa0, 64),    // KVM_SET_VCPU_EVENTS
-        kvm_io(WRITE, 0xa2, 128),   // KVM_SET_DEBUGREGS
-        kvm_io(WRITE, 0xa5, 4096),  // KVM_SET_XSAVE
-        kvm_io(WRITE, 0xa7, 392),   // KVM_SET_XCRS
+        kvm_io(NONE, 0x80, 0),     // KVM_RUN
+        kvm_io(WRITE, 0x82, 144),  // KVM_SET_REGS
+        kvm_io(READ, 0x83, 312),   // KVM_GET_SREGS
+        kvm_io(WRITE, 0x84, 312),  // KVM_SET_SREGS
+        kvm_io(WRITE, 0x89, 8),    // KVM_SET_MSRS
+        kvm_io(WRITE, 0x8f, 1024), // KVM_SET_LAPIC
+        kvm_io(WRITE, 0x99, 4),    // KVM_SET_MP_STATE
+        kvm_io(WRITE, 0xa0, 64),   // KVM_SET_VCPU_EVENTS
+        kvm_io(WRITE, 0xa2, 128),  // KVM_SET_DEBUGREGS
+        kvm_io(WRITE, 0xa5, 4096), // KVM_SET_XSAVE
+        kvm_io(WRITE, 0xa7, 392),  // KVM_SET_XCRS
     ])
 }
 
@@ -135,8 +150,15 @@ mod tests {
                 .output()
                 .unwrap();
             let stdout = String::from_utf8_lossy(&output.stdout);
-            assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{kind:?}: {stdout}");
-            assert!(stdout.contains("confined") && !stdout.contains("survived"), "{kind:?}: {stdout}");
+            assert_eq!(
+                output.status.signal(),
+                Some(libc::SIGSYS),
+                "{kind:?}: {stdout}"
+            );
+            assert!(
+                stdout.contains("confined") && !stdout.contains("survived"),
+                "{kind:?}: {stdout}"
+            );
         }
     }
 

@@ -35,7 +35,11 @@ impl SerialPort {
     /// The eventfd could not be duplicated.
     pub fn new(interrupt: EventFd, console: Arc<Console>) -> io::Result<Self> {
         let uart = Mutex::new(Uart::new(&interrupt, &console)?);
-        Ok(Self { console, interrupt, uart })
+        Ok(Self {
+            console,
+            interrupt,
+            uart,
+        })
     }
 
     /// Types `bytes` into the guest; returns how many were taken.
@@ -86,7 +90,10 @@ impl BusDevice for SerialPort {
 impl Uart {
     fn new(interrupt: &EventFd, console: &Arc<Console>) -> io::Result<Self> {
         let line = InterruptLine(interrupt.try_clone()?);
-        Ok(Self { registers: Serial::new(line, ConsoleWriter(console.clone())), input: VecDeque::new() })
+        Ok(Self {
+            registers: Serial::new(line, ConsoleWriter(console.clone())),
+            input: VecDeque::new(),
+        })
     }
 
     fn refill(&mut self) {
@@ -138,7 +145,11 @@ mod tests {
     fn port() -> (SerialPort, EventFd, Arc<Console>) {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let console = Arc::new(Console::new(Instant::now()));
-        (SerialPort::new(interrupt.try_clone().unwrap(), console.clone()).unwrap(), interrupt, console)
+        (
+            SerialPort::new(interrupt.try_clone().unwrap(), console.clone()).unwrap(),
+            interrupt,
+            console,
+        )
     }
 
     fn read(port: &SerialPort, offset: u64) -> u8 {

@@ -43,19 +43,26 @@ impl StdioConsole {
         let escape = raw_mode.is_some();
         let (done, flushed) = sync_channel(1);
         let confine_input = confine.clone();
-        thread::Builder::new().name("stdout".into()).spawn(move || {
-            match confine(ThreadKind::Stdio) {
-                Ok(()) => copy_out(&console),
-                Err(err) => error!("no console on standard output: {err}"),
+        thread::Builder::new()
+            .name("stdout".into())
+            .spawn(move || {
+                match confine(ThreadKind::Stdio) {
+                    Ok(()) => copy_out(&console),
+                    Err(err) => error!("no console on standard output: {err}"),
+                }
+                // Nobody waits any more if this took too long.
+                let _ = done.try_send(());
+            })?;
+        thread::Builder::new().name("stdin".into()).spawn(move || {
+            match confine_input(ThreadKind::Stdio) {
+                Ok(()) => copy_in(&serial, &handle, escape),
+                Err(err) => error!("no console on standard input: {err}"),
             }
-            // Nobody waits any more if this took too long.
-            let _ = done.try_send(());
         })?;
-        thread::Builder::new().name("stdin".into()).spawn(move || match confine_input(ThreadKind::Stdio) {
-            Ok(()) => copy_in(&serial, &handle, escape),
-            Err(err) => error!("no console on standard input: {err}"),
-        })?;
-        Ok(Self { flushed, _raw_mode: raw_mode })
+        Ok(Self {
+            flushed,
+            _raw_mode: raw_mode,
+        })
     }
 
     /// Waits until the console's last bytes are written, but not for a reader that has stopped.
@@ -69,7 +76,11 @@ fn copy_out(console: &Console) {
     let mut offset = 0;
     while let Some(chunk) = console.wait_and_read(offset, WAIT) {
         offset = chunk.end();
-        if stdout.write_all(&chunk.data).and_then(|()| stdout.flush()).is_err() {
+        if stdout
+            .write_all(&chunk.data)
+            .and_then(|()| stdout.flush())
+            .is_err()
+        {
             return;
         }
     }

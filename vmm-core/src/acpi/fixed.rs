@@ -2,7 +2,9 @@
 
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::mcfg::MCFG;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
@@ -34,7 +36,13 @@ pub(super) fn fadt(dsdt: u64) -> FADT {
 }
 
 fn register(offset: u64) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(ACPI_PORT) + offset)
+    GAS::new(
+        AddressSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(ACPI_PORT) + offset,
+    )
 }
 
 /// A local APIC for each vCPU and one IOAPIC; no 8259 (ACPI 6.5 section 5.2.12).

@@ -70,7 +70,11 @@ mod tests {
 
     fn image(vcpus: u32) -> Vec<u8> {
         let pci_mmio64 = (1 << 32, (1 << 34) - 1);
-        tables(&Description { vcpus, pci_mmio32: (0xc000_0000, 0xdfff_ffff), pci_mmio64 })
+        tables(&Description {
+            vcpus,
+            pci_mmio32: (0xc000_0000, 0xdfff_ffff),
+            pci_mmio64,
+        })
     }
 
     fn u32_at(image: &[u8], at: usize) -> u32 {
@@ -87,7 +91,9 @@ mod tests {
     }
 
     fn sum(bytes: &[u8]) -> u8 {
-        bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
+        bytes
+            .iter()
+            .fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
     }
 
     #[test]
@@ -97,7 +103,10 @@ mod tests {
         assert_eq!((sum(&image[..20]), sum(&image[..36])), (0, 0));
         let xsdt = table(&image, offset_at(&image, 24));
         assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
-        let found: Vec<_> = (36..xsdt.len()).step_by(8).map(|at| table(&image, offset_at(xsdt, at))).collect();
+        let found: Vec<_> = (36..xsdt.len())
+            .step_by(8)
+            .map(|at| table(&image, offset_at(xsdt, at)))
+            .collect();
         let names: Vec<_> = found.iter().map(|table| &table[..4]).collect();
         assert_eq!(names, [b"FACP", b"APIC", b"MCFG"]);
         assert!(found.iter().all(|table| sum(table) == 0));

@@ -40,7 +40,11 @@ impl SetupHeader {
     /// The highest address at which the initramfs may end, inclusive.
     pub(super) fn initrd_addr_max(&self) -> u64 {
         // Version 2.03 introduced the field.
-        let max = if self.u16_at(0x206) >= 0x203 { self.u32_at(0x22c) } else { 0 };
+        let max = if self.u16_at(0x206) >= 0x203 {
+            self.u32_at(0x22c)
+        } else {
+            0
+        };
         if max == 0 { 0x37ff_ffff } else { max.into() }
     }
 
@@ -57,7 +61,9 @@ impl SetupHeader {
     /// Fields that this header does not have read as 0.
     fn u16_at(&self, file_offset: usize) -> u16 {
         let at = file_offset - SETUP_HEADER;
-        self.0.get(at..at + 2).map_or(0, |bytes| u16::from_le_bytes([bytes[0], bytes[1]]))
+        self.0
+            .get(at..at + 2)
+            .map_or(0, |bytes| u16::from_le_bytes([bytes[0], bytes[1]]))
     }
 
     fn u32_at(&self, file_offset: usize) -> u32 {
@@ -66,16 +72,32 @@ impl SetupHeader {
 }
 
 /// Loads the protected-mode kernel to 1 MiB.
-pub(super) fn load(file: &mut File, path: &Path, ram: &GuestRam) -> Result<LoadedKernel, BootError> {
-    let header = SetupHeader::read(file)
-        .map_err(|source| BootError::Read { what: "kernel", path: path.into(), source })?;
+pub(super) fn load(
+    file: &mut File,
+    path: &Path,
+    ram: &GuestRam,
+) -> Result<LoadedKernel, BootError> {
+    let header = SetupHeader::read(file).map_err(|source| BootError::Read {
+        what: "kernel",
+        path: path.into(),
+        source,
+    })?;
     let start = GuestAddress(HIGH_MEMORY_START);
-    let loaded = BzImage::load(ram.memory(), Some(start), file, Some(start))
-        .map_err(|source| BootError::Load { path: path.into(), source })?;
+    let loaded = BzImage::load(ram.memory(), Some(start), file, Some(start)).map_err(|source| {
+        BootError::Load {
+            path: path.into(),
+            source,
+        }
+    })?;
     let (protocol, rip) = match header.is_64_bit() {
         true => (Protocol::Linux64, loaded.kernel_load.0 + ENTRY_64),
         false => (Protocol::Linux32, loaded.kernel_load.0),
     };
     let end = loaded.kernel_end.max(header.end());
-    Ok(LoadedKernel { protocol, rip, end, setup_header: Some(header) })
+    Ok(LoadedKernel {
+        protocol,
+        rip,
+        end,
+        setup_header: Some(header),
+    })
 }

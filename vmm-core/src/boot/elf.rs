@@ -18,8 +18,16 @@ pub(super) fn load(
     wanted: ElfProtocol,
     ram: &GuestRam,
 ) -> Result<LoadedKernel, BootError> {
-    let loaded = Elf::load(ram.memory(), None, file, Some(GuestAddress(HIGH_MEMORY_START)))
-        .map_err(|source| BootError::Load { path: path.into(), source })?;
+    let loaded = Elf::load(
+        ram.memory(),
+        None,
+        file,
+        Some(GuestAddress(HIGH_MEMORY_START)),
+    )
+    .map_err(|source| BootError::Load {
+        path: path.into(),
+        source,
+    })?;
     let pvh_entry = match loaded.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(entry) => Some(entry.0),
         _ => None,
@@ -29,5 +37,10 @@ pub(super) fn load(
         (ElfProtocol::Pvh, None) => return Err(BootError::NoPvhEntry { path: path.into() }),
         (ElfProtocol::Auto | ElfProtocol::Linux64, _) => (Protocol::Linux64, loaded.kernel_load.0),
     };
-    Ok(LoadedKernel { protocol, rip, end: loaded.kernel_end, setup_header: None })
+    Ok(LoadedKernel {
+        protocol,
+        rip,
+        end: loaded.kernel_end,
+        setup_header: None,
+    })
 }

@@ -27,16 +27,26 @@ pub(super) fn load(
     kernel: &LoadedKernel,
     ram: &GuestRam,
 ) -> Result<Placement, BootError> {
-    let failed = |source| BootError::Read { what: "initramfs", path: path.into(), source };
+    let failed = |source| BootError::Read {
+        what: "initramfs",
+        path: path.into(),
+        source,
+    };
     let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
     file.rewind().map_err(failed)?;
-    let addr_max = kernel.setup_header.as_ref().map_or(DEFAULT_ADDR_MAX, |header| header.initrd_addr_max());
-    let start = place(len, kernel.end, ram.low_end().min(addr_max + 1)).ok_or_else(|| BootError::InitramfsTooLarge {
-        path: path.into(),
-        size_mib: len.div_ceil(1 << 20),
-        memory_mib: ram.low_end() >> 20,
+    let addr_max = kernel
+        .setup_header
+        .as_ref()
+        .map_or(DEFAULT_ADDR_MAX, |header| header.initrd_addr_max());
+    let start = place(len, kernel.end, ram.low_end().min(addr_max + 1)).ok_or_else(|| {
+        BootError::InitramfsTooLarge {
+            path: path.into(),
+            size_mib: len.div_ceil(1 << 20),
+            memory_mib: ram.low_end() >> 20,
+        }
     })?;
-    ram.memory().read_exact_volatile_from(GuestAddress(start), file, len as usize)?;
+    ram.memory()
+        .read_exact_volatile_from(GuestAddress(start), file, len as usize)?;
     Ok(Placement { start, len })
 }
 

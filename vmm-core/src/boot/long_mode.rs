@@ -18,10 +18,17 @@ pub(super) fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), GuestMem
     let first_directory = pdpt + TABLE_BYTES;
     let mut pml4_entries = vec![0; ENTRIES as usize];
     pml4_entries[0] = pdpt | PRESENT_WRITABLE;
-    let mut pdpt_entries: Vec<u64> =
-        (0..DIRECTORIES).map(|index| (first_directory + index * TABLE_BYTES) | PRESENT_WRITABLE).collect();
+    let mut pdpt_entries: Vec<u64> = (0..DIRECTORIES)
+        .map(|index| (first_directory + index * TABLE_BYTES) | PRESENT_WRITABLE)
+        .collect();
     pdpt_entries.resize(ENTRIES as usize, 0);
-    let pages = (0..DIRECTORIES * ENTRIES).map(|page| page << LARGE_PAGE_SHIFT | PRESENT_WRITABLE | LARGE_PAGE);
-    let tables: Vec<u8> = pml4_entries.into_iter().chain(pdpt_entries).chain(pages).flat_map(u64::to_le_bytes).collect();
+    let pages = (0..DIRECTORIES * ENTRIES)
+        .map(|page| page << LARGE_PAGE_SHIFT | PRESENT_WRITABLE | LARGE_PAGE);
+    let tables: Vec<u8> = pml4_entries
+        .into_iter()
+        .chain(pdpt_entries)
+        .chain(pages)
+        .flat_map(u64::to_le_bytes)
+        .collect();
     memory.write_slice(&tables, GuestAddress(BOOT_PAGE_TABLES))
 }

@@ -28,7 +28,11 @@ pub struct MapEntry {
 /// reserved: the ACPI tables and the reset vector lie there.
 pub fn memory_map(ram: &GuestRam) -> Vec<MapEntry> {
     use RangeType::{Ram, Reserved};
-    let range = |start, end, kind| MapEntry { start, len: end - start, kind };
+    let range = |start, end, kind| MapEntry {
+        start,
+        len: end - start,
+        kind,
+    };
     let mut map = vec![
         range(0, CONVENTIONAL_END, Ram),
         range(CONVENTIONAL_END, HIGH_MEMORY_START, Reserved),

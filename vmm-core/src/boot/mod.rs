@@ -118,7 +118,9 @@ pub enum BootError {
         path: PathBuf,
     },
     /// It looks like a kernel, but cannot be loaded.
-    #[error("kernel {path} cannot be loaded: it is corrupt, not for x86-64, or needs more --memory")]
+    #[error(
+        "kernel {path} cannot be loaded: it is corrupt, not for x86-64, or needs more --memory"
+    )]
     Load {
         /// The file.
         path: PathBuf,
@@ -127,13 +129,17 @@ pub enum BootError {
         source: linux_loader::loader::Error,
     },
     /// PVH was asked for, and the kernel has no such entry.
-    #[error("kernel {path} has no PVH entry: use --boot-protocol auto, or a kernel with CONFIG_PVH")]
+    #[error(
+        "kernel {path} has no PVH entry: use --boot-protocol auto, or a kernel with CONFIG_PVH"
+    )]
     NoPvhEntry {
         /// The file.
         path: PathBuf,
     },
     /// It needs more memory than there is.
-    #[error("kernel {path} needs memory up to {needed_mib} MiB, the machine has {memory_mib} MiB: give more --memory")]
+    #[error(
+        "kernel {path} needs memory up to {needed_mib} MiB, the machine has {memory_mib} MiB: give more --memory"
+    )]
     KernelTooLarge {
         /// The file.
         path: PathBuf,
@@ -143,7 +149,9 @@ pub enum BootError {
         memory_mib: u64,
     },
     /// The initramfs does not fit above the kernel.
-    #[error("initramfs {path} ({size_mib} MiB) does not fit beside the kernel in {memory_mib} MiB: give more --memory")]
+    #[error(
+        "initramfs {path} ({size_mib} MiB) does not fit beside the kernel in {memory_mib} MiB: give more --memory"
+    )]
     InitramfsTooLarge {
         /// The file.
         path: PathBuf,
@@ -171,18 +179,28 @@ impl BootSource {
         cmdline: &str,
         elf_protocol: ElfProtocol,
     ) -> Result<Self, BootError> {
-        let cmdline = CString::new(cmdline).map_err(|_| BootError::Cmdline("contains a zero byte: remove it"))?;
+        let cmdline = CString::new(cmdline)
+            .map_err(|_| BootError::Cmdline("contains a zero byte: remove it"))?;
         if cmdline.as_bytes_with_nul().len() > CMDLINE_CAPACITY {
             return Err(BootError::Cmdline("is longer than 65535 bytes: shorten it"));
         }
         let kernel_path = kernel.to_path_buf();
         let kernel = open_file("kernel", kernel)?;
-        let kind = KernelKind::detect(&kernel).ok_or_else(|| BootError::NotAKernel { path: kernel_path.clone() })?;
+        let kind = KernelKind::detect(&kernel).ok_or_else(|| BootError::NotAKernel {
+            path: kernel_path.clone(),
+        })?;
         let initramfs = match initramfs {
             Some(path) => Some((open_file("initramfs", path)?, path.to_path_buf())),
             None => None,
         };
-        Ok(Self { kernel, kernel_path, kind, elf_protocol, initramfs, cmdline })
+        Ok(Self {
+            kernel,
+            kernel_path,
+            kind,
+            elf_protocol,
+            initramfs,
+            cmdline,
+        })
     }
 
     /// Writes kernel, initramfs, command line and boot parameters to `ram`; the ACPI tables, whose
@@ -192,7 +210,9 @@ impl BootSource {
     /// A file changed, or there is too little memory.
     pub fn load(&mut self, ram: &GuestRam, rsdp: u64) -> Result<Entry, BootError> {
         let kernel = match self.kind {
-            KernelKind::Elf => elf::load(&mut self.kernel, &self.kernel_path, self.elf_protocol, ram)?,
+            KernelKind::Elf => {
+                elf::load(&mut self.kernel, &self.kernel_path, self.elf_protocol, ram)?
+            }
             KernelKind::BzImage => bzimage::load(&mut self.kernel, &self.kernel_path, ram)?,
         };
         if kernel.end > ram.low_end() {
@@ -218,19 +238,36 @@ impl BootSource {
     ) -> Result<Entry, BootError> {
         let memory = ram.memory();
         memory.write_slice(self.cmdline.as_bytes_with_nul(), GuestAddress(CMDLINE))?;
-        let gdt: Vec<u8> = boot_gdt(kernel.protocol).into_iter().flat_map(u64::to_le_bytes).collect();
+        let gdt: Vec<u8> = boot_gdt(kernel.protocol)
+            .into_iter()
+            .flat_map(u64::to_le_bytes)
+            .collect();
         memory.write_slice(&gdt, GuestAddress(BOOT_GDT))?;
         let params = match kernel.protocol {
             Protocol::Pvh => pvh::write_start_info(ram, initramfs, rsdp)?,
             Protocol::Linux64 => {
                 long_mode::write_page_tables(memory)?;
-                zero_page::write(kernel.setup_header.as_ref(), &self.cmdline, initramfs, ram, rsdp)?
+                zero_page::write(
+                    kernel.setup_header.as_ref(),
+                    &self.cmdline,
+                    initramfs,
+                    ram,
+                    rsdp,
+                )?
             }
-            Protocol::Linux32 => {
-                zero_page::write(kernel.setup_header.as_ref(), &self.cmdline, initramfs, ram, rsdp)?
-            }
+            Protocol::Linux32 => zero_page::write(
+                kernel.setup_header.as_ref(),
+                &self.cmdline,
+                initramfs,
+                ram,
+                rsdp,
+            )?,
         };
-        Ok(Entry { protocol: kernel.protocol, rip: kernel.rip, params })
+        Ok(Entry {
+            protocol: kernel.protocol,
+            rip: kernel.rip,
+            params,
+        })
     }
 }
 
@@ -247,8 +284,16 @@ impl KernelKind {
 }
 
 fn open_file(what: &'static str, path: &Path) -> Result<File, BootError> {
-    let failed = |source| BootError::Read { what, path: path.into(), source };
+    let failed = |source| BootError::Read {
+        what,
+        path: path.into(),
+        source,
+    };
     let file = File::open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
-    if meta.is_file() { Ok(file) } else { Err(failed(io::Error::other("not a regular file"))) }
+    if meta.is_file() {
+        Ok(file)
+    } else {
+        Err(failed(io::Error::other("not a regular file")))
+    }
 }

@@ -31,10 +31,18 @@ fn elf(pvh: bool) -> Vec<u8> {
     image.extend(1u32.to_le_bytes());
     image.extend([LOAD, 64, 0].into_iter().flat_map(u64::to_le_bytes));
     image.extend(0u32.to_le_bytes());
-    image.extend([64u16, 56, 2, 0, 0, 0].into_iter().flat_map(u16::to_le_bytes));
+    image.extend(
+        [64u16, 56, 2, 0, 0, 0]
+            .into_iter()
+            .flat_map(u16::to_le_bytes),
+    );
     let mut segment = |kind: u32, offset: u64, addr: u64, len: u64| {
         image.extend([kind, 5].into_iter().flat_map(u32::to_le_bytes));
-        image.extend([offset, addr, addr, len, len, 4].into_iter().flat_map(u64::to_le_bytes));
+        image.extend(
+            [offset, addr, addr, len, len, 4]
+                .into_iter()
+                .flat_map(u64::to_le_bytes),
+        );
     };
     segment(1, code_at, LOAD, CODE.len() as u64);
     segment(if pvh { 4 } else { 0 }, note_at, 0, note.len() as u64);
@@ -61,18 +69,29 @@ fn bzimage(xloadflags: u16) -> Vec<u8> {
     image
 }
 
-fn boot(kernel: &[u8], initramfs: Option<&[u8]>, protocol: ElfProtocol) -> (GuestRam, Result<Entry, BootError>) {
+fn boot(
+    kernel: &[u8],
+    initramfs: Option<&[u8]>,
+    protocol: ElfProtocol,
+) -> (GuestRam, Result<Entry, BootError>) {
     let kernel = file(kernel);
     let initramfs = initramfs.map(file);
     let ram = GuestRam::new(MIN_SIZE_BYTES).unwrap();
-    let entry = BootSource::open(kernel.path(), initramfs.as_ref().map(NamedTempFile::path), "console=ttyS0", protocol)
-        .and_then(|mut source| source.load(&ram, 0xe_0000));
+    let entry = BootSource::open(
+        kernel.path(),
+        initramfs.as_ref().map(NamedTempFile::path),
+        "console=ttyS0",
+        protocol,
+    )
+    .and_then(|mut source| source.load(&ram, 0xe_0000));
     (ram, entry)
 }
 
 fn read<const N: usize>(ram: &GuestRam, gpa: u64) -> [u8; N] {
     let mut bytes = [0; N];
-    ram.memory().read_slice(&mut bytes, GuestAddress(gpa)).unwrap();
+    ram.memory()
+        .read_slice(&mut bytes, GuestAddress(gpa))
+        .unwrap();
     bytes
 }
 
@@ -83,19 +102,30 @@ fn read_u64(ram: &GuestRam, gpa: u64) -> u64 {
 #[test]
 fn elf_with_note_boots_by_pvh_with_its_module() {
     let (ram, entry) = boot(&elf(true), Some(b"cpio"), ElfProtocol::Auto);
-    let expected = Entry { protocol: Protocol::Pvh, rip: LOAD + 1, params: PVH_START_INFO };
+    let expected = Entry {
+        protocol: Protocol::Pvh,
+        rip: LOAD + 1,
+        params: PVH_START_INFO,
+    };
     assert_eq!(entry.unwrap(), expected);
     assert_eq!(read(&ram, LOAD), *CODE.first_chunk::<12>().unwrap());
     assert_eq!(read(&ram, PVH_START_INFO), 0x336e_c578u32.to_le_bytes());
     let module = read_u64(&ram, read_u64(&ram, PVH_START_INFO + 16));
     assert_eq!(&read(&ram, module), b"cpio");
-    assert_eq!(&read(&ram, read_u64(&ram, PVH_START_INFO + 24)), b"console=ttyS0\0");
+    assert_eq!(
+        &read(&ram, read_u64(&ram, PVH_START_INFO + 24)),
+        b"console=ttyS0\0"
+    );
 }
 
 #[test]
 fn elf_without_note_boots_by_the_64_bit_protocol() {
     let (ram, entry) = boot(&elf(false), Some(b"cpio"), ElfProtocol::Auto);
-    let expected = Entry { protocol: Protocol::Linux64, rip: LOAD, params: ZERO_PAGE };
+    let expected = Entry {
+        protocol: Protocol::Linux64,
+        rip: LOAD,
+        params: ZERO_PAGE,
+    };
     assert_eq!(entry.unwrap(), expected);
     let ramdisk = u32::from_le_bytes(read(&ram, ZERO_PAGE + 0x218));
     assert_eq!(&read(&ram, ramdisk.into()), b"cpio");
@@ -104,26 +134,48 @@ fn elf_without_note_boots_by_the_64_bit_protocol() {
 
 #[test]
 fn protocol_can_be_chosen_for_an_elf() {
-    assert_eq!(boot(&elf(true), None, ElfProtocol::Linux64).1.unwrap().protocol, Protocol::Linux64);
-    assert!(matches!(boot(&elf(false), None, ElfProtocol::Pvh).1, Err(BootError::NoPvhEntry { .. })));
+    assert_eq!(
+        boot(&elf(true), None, ElfProtocol::Linux64)
+            .1
+            .unwrap()
+            .protocol,
+        Protocol::Linux64
+    );
+    assert!(matches!(
+        boot(&elf(false), None, ElfProtocol::Pvh).1,
+        Err(BootError::NoPvhEntry { .. })
+    ));
 }
 
 #[test]
 fn bzimage_enters_at_its_64_bit_entry_and_gets_its_header_back() {
     let (ram, entry) = boot(&bzimage(1), None, ElfProtocol::Auto);
-    let expected = Entry { protocol: Protocol::Linux64, rip: 0x10_0200, params: ZERO_PAGE };
+    let expected = Entry {
+        protocol: Protocol::Linux64,
+        rip: 0x10_0200,
+        params: ZERO_PAGE,
+    };
     assert_eq!(entry.unwrap(), expected);
     assert_eq!(read(&ram, 0x10_0000), *CODE.first_chunk::<12>().unwrap());
     assert_eq!(&read(&ram, ZERO_PAGE + 0x202), b"HdrS");
     assert_eq!(read(&ram, ZERO_PAGE + 0x206), 0x20fu16.to_le_bytes());
-    assert_eq!(boot(&bzimage(0), None, ElfProtocol::Auto).1.unwrap().protocol, Protocol::Linux32);
+    assert_eq!(
+        boot(&bzimage(0), None, ElfProtocol::Auto)
+            .1
+            .unwrap()
+            .protocol,
+        Protocol::Linux32
+    );
 }
 
 #[test]
 fn memory_map_leaves_out_the_hole_and_the_tables() {
     let ram = GuestRam::new(MIN_SIZE_BYTES).unwrap();
     let map = memory_map(&ram);
-    assert!(map.windows(2).all(|pair| pair[0].start + pair[0].len <= pair[1].start));
+    assert!(
+        map.windows(2)
+            .all(|pair| pair[0].start + pair[0].len <= pair[1].start)
+    );
     assert!(map.iter().all(|entry| entry.start != HIGH_RAM_START));
     assert_eq!(map[2].start + map[2].len, MIN_SIZE_BYTES);
 }
@@ -134,22 +186,55 @@ fn bad_kernels_are_refused_by_name() {
         let err = boot(bytes, None, ElfProtocol::Auto).1.unwrap_err();
         assert!(matches!(err, BootError::NotAKernel { .. }), "{err}");
     }
-    let truncated = boot(&elf(true)[..300], None, ElfProtocol::Auto).1.unwrap_err();
+    let truncated = boot(&elf(true)[..300], None, ElfProtocol::Auto)
+        .1
+        .unwrap_err();
     assert!(matches!(truncated, BootError::Load { .. }), "{truncated}");
-    let missing = BootSource::open(Path::new("/nowhere/vmlinux"), None, "", ElfProtocol::Auto).err().unwrap();
-    assert!(missing.to_string().contains("cannot read kernel /nowhere/vmlinux"), "{missing}");
+    let missing = BootSource::open(Path::new("/nowhere/vmlinux"), None, "", ElfProtocol::Auto)
+        .err()
+        .unwrap();
+    assert!(
+        missing
+            .to_string()
+            .contains("cannot read kernel /nowhere/vmlinux"),
+        "{missing}"
+    );
 }
 
 #[test]
 fn what_does_not_fit_is_refused() {
     let huge = vec![0; MIN_SIZE_BYTES as usize];
-    let err = boot(&elf(true), Some(&huge), ElfProtocol::Auto).1.unwrap_err();
-    assert!(matches!(err, BootError::InitramfsTooLarge { size_mib: 16, memory_mib: 16, .. }), "{err}");
+    let err = boot(&elf(true), Some(&huge), ElfProtocol::Auto)
+        .1
+        .unwrap_err();
+    assert!(
+        matches!(
+            err,
+            BootError::InitramfsTooLarge {
+                size_mib: 16,
+                memory_mib: 16,
+                ..
+            }
+        ),
+        "{err}"
+    );
     let mut kernel = bzimage(1);
     kernel[0x260..0x264].copy_from_slice(&0x1000_0000u32.to_le_bytes());
     let err = boot(&kernel, None, ElfProtocol::Auto).1.unwrap_err();
-    assert!(matches!(err, BootError::KernelTooLarge { needed_mib: 258, .. }), "{err}");
+    assert!(
+        matches!(
+            err,
+            BootError::KernelTooLarge {
+                needed_mib: 258,
+                ..
+            }
+        ),
+        "{err}"
+    );
     let long = "x".repeat(70_000);
     let kernel = file(&elf(true));
-    assert!(matches!(BootSource::open(kernel.path(), None, &long, ElfProtocol::Auto), Err(BootError::Cmdline(_))));
+    assert!(matches!(
+        BootSource::open(kernel.path(), None, &long, ElfProtocol::Auto),
+        Err(BootError::Cmdline(_))
+    ));
 }

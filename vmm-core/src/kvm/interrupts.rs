@@ -35,7 +35,12 @@ pub trait InterruptFabric: Send + Sync {
     ///
     /// # Errors
     /// The KVM ioctl's error.
-    fn set_msi_route(&self, route: MsiRoute, irqfd: &EventFd, message: Option<MsiMessage>) -> io::Result<()>;
+    fn set_msi_route(
+        &self,
+        route: MsiRoute,
+        irqfd: &EventFd,
+        message: Option<MsiMessage>,
+    ) -> io::Result<()>;
     /// Makes any write (of any width) to MMIO address `gpa` signal `doorbell` without an exit.
     ///
     /// # Errors

@@ -70,7 +70,9 @@ pub enum KvmError {
     #[error("this kernel's KVM lacks {0}: use Linux 5.10 or newer")]
     Capability(&'static str),
     /// More vCPUs than KVM allows.
-    #[error("{wanted} vCPUs are more than this host's KVM allows ({allowed}): give a smaller --cpus")]
+    #[error(
+        "{wanted} vCPUs are more than this host's KVM allows ({allowed}): give a smaller --cpus"
+    )]
     TooManyVcpus {
         /// What was asked for.
         wanted: u32,
@@ -90,7 +92,10 @@ pub enum KvmError {
 
 /// Turns an ioctl's error into [`KvmError::Setup`].
 pub fn failed_to(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
-    move |source| KvmError::Setup { what, source: source.into() }
+    move |source| KvmError::Setup {
+        what,
+        source: source.into(),
+    }
 }
 
 /// Opens the KVM device at `path` and checks that it can do what Mortise needs.
@@ -98,18 +103,30 @@ pub fn failed_to(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmErr
 /// # Errors
 /// It is not there, not permitted, or too old.
 pub fn open(path: &Path) -> Result<Kvm, KvmError> {
-    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path).map_err(|source| {
-        match source.kind() {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_CLOEXEC)
+        .open(path)
+        .map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => KvmError::Missing { path: path.into() },
-            io::ErrorKind::PermissionDenied => KvmError::Permission { path: path.into(), remedy: permission_remedy(path) },
-            _ => KvmError::Open { path: path.into(), source },
-        }
-    })?;
+            io::ErrorKind::PermissionDenied => KvmError::Permission {
+                path: path.into(),
+                remedy: permission_remedy(path),
+            },
+            _ => KvmError::Open {
+                path: path.into(),
+                source,
+            },
+        })?;
     // SAFETY: the descriptor was opened just now and is owned by nobody else.
     let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
     let found = kvm.get_api_version();
     if found != KVM_API_VERSION as i32 {
-        return Err(KvmError::ApiVersion { path: path.into(), found });
+        return Err(KvmError::ApiVersion {
+            path: path.into(),
+            found,
+        });
     }
     check_capabilities(&kvm)?;
     Ok(kvm)
@@ -127,11 +144,20 @@ fn check_capabilities(kvm: &Kvm) -> Result<(), KvmError> {
         (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
         (Cap::MpState, "KVM_CAP_MP_STATE"),
     ];
-    if let Some((_, name)) = needed.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+    if let Some((_, name)) = needed
+        .into_iter()
+        .find(|(cap, _)| !kvm.check_extension(*cap))
+    {
         return Err(KvmError::Capability(name));
     }
-    let raw = [(CAP_IOEVENTFD_ANY_LENGTH, "KVM_CAP_IOEVENTFD_ANY_LENGTH"), (CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT")];
-    match raw.into_iter().find(|(cap, _)| kvm.check_extension_raw(*cap) <= 0) {
+    let raw = [
+        (CAP_IOEVENTFD_ANY_LENGTH, "KVM_CAP_IOEVENTFD_ANY_LENGTH"),
+        (CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT"),
+    ];
+    match raw
+        .into_iter()
+        .find(|(cap, _)| kvm.check_extension_raw(*cap) <= 0)
+    {
         Some((_, name)) => Err(KvmError::Capability(name)),
         None => Ok(()),
     }
@@ -142,7 +168,11 @@ fn permission_remedy(path: &Path) -> String {
     let group = path.metadata().ok().map(|meta| {
         let gid = meta.gid();
         let group = Group::from_gid(Gid::from_raw(gid)).ok().flatten();
-        (gid, meta.mode(), group.map_or_else(|| gid.to_string(), |group| group.name))
+        (
+            gid,
+            meta.mode(),
+            group.map_or_else(|| gid.to_string(), |group| group.name),
+        )
     });
     match group {
         Some((gid, mode, name)) if gid != 0 && mode & 0o060 == 0o060 => {
@@ -175,12 +205,19 @@ impl Vm {
             };
             // SAFETY: the mapping is `ram`'s, which the machine keeps for as long as it keeps this VM, and the
             // slots' addresses do not overlap.
-            unsafe { fd.set_user_memory_region(memslot) }.map_err(failed_to("take guest RAM as a memory slot"))?;
+            unsafe { fd.set_user_memory_region(memslot) }
+                .map_err(failed_to("take guest RAM as a memory slot"))?;
         }
-        fd.set_identity_map_address(IDENTITY_MAP_START).map_err(failed_to("set the identity map page"))?;
-        fd.set_tss_address(TSS_START as usize).map_err(failed_to("set the TSS pages"))?;
-        fd.create_irq_chip().map_err(failed_to("create the interrupt controllers"))?;
-        Ok(Self { kvm, fd: Arc::new(fd) })
+        fd.set_identity_map_address(IDENTITY_MAP_START)
+            .map_err(failed_to("set the identity map page"))?;
+        fd.set_tss_address(TSS_START as usize)
+            .map_err(failed_to("set the TSS pages"))?;
+        fd.create_irq_chip()
+            .map_err(failed_to("create the interrupt controllers"))?;
+        Ok(Self {
+            kvm,
+            fd: Arc::new(fd),
+        })
     }
 
     /// The system-wide descriptor.

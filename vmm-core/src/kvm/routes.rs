@@ -9,8 +9,9 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
+    kvm_irq_routing_msi,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -37,7 +38,10 @@ struct Slot {
 impl KvmInterrupts {
     /// For `vm`, whose interrupt controllers exist.
     pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { vm, routes: Mutex::default() }
+        Self {
+            vm,
+            routes: Mutex::default(),
+        }
     }
 
     /// Ties `irqfd` to a pin of the IOAPIC: signalling it is an edge.
@@ -50,7 +54,8 @@ impl KvmInterrupts {
 
     fn write_table(&self, slots: &[Slot]) -> io::Result<()> {
         let entries = table(slots);
-        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| io::ErrorKind::StorageFull)?;
+        let routing =
+            KvmIrqRouting::from_entries(&entries).map_err(|_| io::ErrorKind::StorageFull)?;
         Ok(self.vm.set_gsi_routing(&routing)?)
     }
 }
@@ -65,9 +70,17 @@ impl InterruptFabric for KvmInterrupts {
         Ok(MsiRoute(FIRST_MSI_GSI + slots.len() as u32 - 1))
     }
 
-    fn set_msi_route(&self, route: MsiRoute, irqfd: &EventFd, message: Option<MsiMessage>) -> io::Result<()> {
+    fn set_msi_route(
+        &self,
+        route: MsiRoute,
+        irqfd: &EventFd,
+        message: Option<MsiMessage>,
+    ) -> io::Result<()> {
         let mut slots = self.routes.lock().expect("no panic while locked");
-        let index = route.0.checked_sub(FIRST_MSI_GSI).map_or(usize::MAX, |index| index as usize);
+        let index = route
+            .0
+            .checked_sub(FIRST_MSI_GSI)
+            .map_or(usize::MAX, |index| index as usize);
         let old = *slots.get(index).ok_or(io::ErrorKind::NotFound)?;
         let Some(message) = message else {
             if old.attached {
@@ -91,11 +104,15 @@ impl InterruptFabric for KvmInterrupts {
     }
 
     fn add_doorbell(&self, gpa: u64, doorbell: &EventFd) -> io::Result<()> {
-        Ok(self.vm.register_ioevent(doorbell, &IoEventAddress::Mmio(gpa), NoDatamatch)?)
+        Ok(self
+            .vm
+            .register_ioevent(doorbell, &IoEventAddress::Mmio(gpa), NoDatamatch)?)
     }
 
     fn remove_doorbell(&self, gpa: u64, doorbell: &EventFd) -> io::Result<()> {
-        Ok(self.vm.unregister_ioevent(doorbell, &IoEventAddress::Mmio(gpa), NoDatamatch)?)
+        Ok(self
+            .vm
+            .unregister_ioevent(doorbell, &IoEventAddress::Mmio(gpa), NoDatamatch)?)
     }
 }
 
@@ -106,18 +123,29 @@ fn table(slots: &[Slot]) -> Vec<kvm_irq_routing_entry> {
         _ => pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
     });
     let ioapic = (0..FIRST_MSI_GSI).map(|gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-    let msis = slots.iter().zip(FIRST_MSI_GSI..).filter_map(|(slot, gsi)| Some(msi(gsi, slot.message?)));
+    let msis = slots
+        .iter()
+        .zip(FIRST_MSI_GSI..)
+        .filter_map(|(slot, gsi)| Some(msi(gsi, slot.message?)));
     pics.chain(ioapic).chain(msis).collect()
 }
 
 fn pin(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        ..Default::default()
+    };
     entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
     entry
 }
 
 fn msi(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
     entry.u.msi = kvm_irq_routing_msi {
         address_lo: message.address as u32,
         address_hi: (message.address >> 32) as u32,
@@ -133,15 +161,30 @@ mod tests {
 
     #[test]
     fn table_holds_the_default_pins_and_only_programmed_routes() {
-        let message = MsiMessage { address: 0x1_fee0_0000, data: 0x4021 };
-        let slots = [Slot::default(), Slot { message: Some(message), attached: false }];
+        let message = MsiMessage {
+            address: 0x1_fee0_0000,
+            data: 0x4021,
+        };
+        let slots = [
+            Slot::default(),
+            Slot {
+                message: Some(message),
+                attached: false,
+            },
+        ];
         let entries = table(&slots);
         assert_eq!(entries.len(), 16 + 24 + 1);
         assert_eq!(entries.iter().filter(|entry| entry.gsi == 4).count(), 2);
         let last = entries.last().unwrap();
-        assert_eq!((last.gsi, last.type_), (FIRST_MSI_GSI + 1, KVM_IRQ_ROUTING_MSI));
+        assert_eq!(
+            (last.gsi, last.type_),
+            (FIRST_MSI_GSI + 1, KVM_IRQ_ROUTING_MSI)
+        );
         // SAFETY: `msi` is the member that the entry's type selects.
         let msi = unsafe { last.u.msi };
-        assert_eq!((msi.address_lo, msi.address_hi, msi.data), (0xfee0_0000, 1, 0x4021));
+        assert_eq!(
+            (msi.address_lo, msi.address_hi, msi.data),
+            (0xfee0_0000, 1, 0x4021)
+        );
     }
 }

@@ -3,7 +3,9 @@
 //!
 //! Leaves: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E.
 
-use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::kvm::{KvmError, failed_to};
@@ -27,16 +29,31 @@ impl CpuidTemplate {
     /// # Errors
     /// The ioctl's error.
     pub fn new(kvm: &Kvm, vcpus: u32) -> Result<Self, KvmError> {
-        let supported =
-            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed_to("list the supported CPUID leaves"))?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed_to("list the supported CPUID leaves"))?;
         let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self::from_supported(supported.as_slice(), deadline_timer, vcpus))
+        Ok(Self::from_supported(
+            supported.as_slice(),
+            deadline_timer,
+            vcpus,
+        ))
     }
 
     fn from_supported(supported: &[kvm_cpuid_entry2], deadline_timer: bool, vcpus: u32) -> Self {
-        let mut entries: Vec<_> = supported.iter().copied().filter(|entry| !matches!(entry.function, 0xb | 0x1f)).collect();
-        let max_leaf = entries.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
-        for function in [0xb, 0x1f].into_iter().filter(|function| *function <= max_leaf) {
+        let mut entries: Vec<_> = supported
+            .iter()
+            .copied()
+            .filter(|entry| !matches!(entry.function, 0xb | 0x1f))
+            .collect();
+        let max_leaf = entries
+            .iter()
+            .find(|entry| entry.function == 0)
+            .map_or(0, |entry| entry.eax);
+        for function in [0xb, 0x1f]
+            .into_iter()
+            .filter(|function| *function <= max_leaf)
+        {
             entries.extend(extended_topology(function, vcpus));
         }
         for entry in &mut entries {
@@ -68,7 +85,10 @@ impl CpuidTemplate {
 
     /// Physical address bits of the guest (leaf 0x80000008).
     pub fn physical_address_bits(&self) -> u32 {
-        let leaf = self.entries.iter().find(|entry| entry.function == 0x8000_0008);
+        let leaf = self
+            .entries
+            .iter()
+            .find(|entry| entry.function == 0x8000_0008);
         leaf.map_or(36, |entry| entry.eax & 0xff)
     }
 }
@@ -89,7 +109,11 @@ fn extended_topology(function: u32, vcpus: u32) -> [kvm_cpuid_entry2; 3] {
         ecx: kind << 8 | index,
         ..Default::default()
     };
-    [level(0, 0, 1, 1), level(1, core_bits(vcpus), vcpus, 2), level(2, 0, 0, 0)]
+    [
+        level(0, 0, 1, 1),
+        level(1, core_bits(vcpus), vcpus, 2),
+        level(2, 0, 0, 0),
+    ]
 }
 
 fn describe_package(entry: &mut kvm_cpuid_entry2, deadline_timer: bool, vcpus: u32) {
@@ -121,7 +145,11 @@ fn describe_package(entry: &mut kvm_cpuid_entry2, deadline_timer: bool, vcpus: u
 }
 
 fn set(register: &mut u32, bit: u32, on: bool) {
-    *register = if on { *register | bit } else { *register & !bit };
+    *register = if on {
+        *register | bit
+    } else {
+        *register & !bit
+    };
 }
 
 #[cfg(test)]
@@ -129,7 +157,14 @@ mod tests {
     use super::*;
 
     fn supported() -> Vec<kvm_cpuid_entry2> {
-        let leaf = |function, eax, ebx, ecx, edx| kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() };
+        let leaf = |function, eax, ebx, ecx, edx| kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        };
         vec![
             leaf(0, 0xd, 0, 0, 0),
             leaf(1, 0, 0x0708_0800, LEAF1_ECX_VMX, 0),
@@ -142,7 +177,11 @@ mod tests {
     }
 
     fn find(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
-        *cpuid.as_slice().iter().find(|entry| entry.function == function && entry.index == index).unwrap()
+        *cpuid
+            .as_slice()
+            .iter()
+            .find(|entry| entry.function == function && entry.index == index)
+            .unwrap()
     }
 
     #[test]
@@ -162,8 +201,18 @@ mod tests {
         assert_eq!(find(&cpuid, 1, 0).ebx >> 16 & 0xff, 8);
         assert_eq!((find(&cpuid, 0xb, 1).eax, find(&cpuid, 0xb, 1).ebx), (3, 6));
         assert_eq!(find(&cpuid, 0x8000_0008, 0).ecx, 0x3005);
-        assert_eq!(cpuid.as_slice().iter().filter(|entry| entry.function == 0xb).count(), 3);
-        assert!(!cpuid.as_slice().iter().any(|entry| entry.function == 0x1f), "beyond the highest leaf");
+        assert_eq!(
+            cpuid
+                .as_slice()
+                .iter()
+                .filter(|entry| entry.function == 0xb)
+                .count(),
+            3
+        );
+        assert!(
+            !cpuid.as_slice().iter().any(|entry| entry.function == 0x1f),
+            "beyond the highest leaf"
+        );
     }
 
     #[test]

@@ -67,19 +67,31 @@ pub fn run(vcpu: &mut VcpuFd) -> io::Result<Exit<'_>> {
         Err(err) => return Err(err.into()),
     };
     Ok(match exit {
-        VcpuExit::IoIn(port, data) => Exit::PortRead { port, size: access_size(run, data.len()), data },
-        VcpuExit::IoOut(port, data) => Exit::PortWrite { port, size: access_size(run, data.len()), data },
+        VcpuExit::IoIn(port, data) => Exit::PortRead {
+            port,
+            size: access_size(run, data.len()),
+            data,
+        },
+        VcpuExit::IoOut(port, data) => Exit::PortWrite {
+            port,
+            size: access_size(run, data.len()),
+            data,
+        },
         VcpuExit::MmioRead(gpa, data) => Exit::MmioRead { gpa, data },
         VcpuExit::MmioWrite(gpa, data) => Exit::MmioWrite { gpa, data },
-        VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_) => Exit::Again,
+        VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_) => {
+            Exit::Again
+        }
         VcpuExit::Shutdown => Exit::TripleFault,
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Exit::Reset,
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Exit::Shutdown,
         VcpuExit::InternalError => Exit::Failed(internal_error(run)),
-        VcpuExit::FailEntry(reason, cpu) => {
-            Exit::Failed(format!("the processor refused to enter the guest (reason {reason:#x} on host CPU {cpu})"))
-        }
-        other => Exit::Failed(format!("KVM left the guest for a reason that is not handled: {other:?}")),
+        VcpuExit::FailEntry(reason, cpu) => Exit::Failed(format!(
+            "the processor refused to enter the guest (reason {reason:#x} on host CPU {cpu})"
+        )),
+        other => Exit::Failed(format!(
+            "KVM left the guest for a reason that is not handled: {other:?}"
+        )),
     })
 }
 
@@ -102,5 +114,8 @@ fn internal_error(run: *const kvm_run) -> String {
         _ => "an internal error",
     };
     let data = &internal.data[..(internal.ndata as usize).min(internal.data.len())];
-    format!("KVM stopped the guest: {what} (suberror {}, data {data:x?})", internal.suberror)
+    format!(
+        "KVM stopped the guest: {what} (suberror {}, data {data:x?})",
+        internal.suberror
+    )
 }

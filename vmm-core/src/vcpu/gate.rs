@@ -68,11 +68,18 @@ pub enum GateError {
 impl Gate {
     /// For `threads` threads, which find the order `Park`.
     pub fn new(threads: usize) -> Self {
-        let numbered = Numbered { serial: 0, order: Order::Park };
+        let numbered = Numbered {
+            serial: 0,
+            order: Order::Park,
+        };
         Self {
             threads,
             serial: AtomicU64::new(0),
-            current: Mutex::new(Current { numbered, acknowledged: 0, failure: None }),
+            current: Mutex::new(Current {
+                numbered,
+                acknowledged: 0,
+                failure: None,
+            }),
             changed: Condvar::new(),
         }
     }
@@ -82,11 +89,19 @@ impl Gate {
     ///
     /// # Errors
     /// Some thread failed, or did not answer by the deadline.
-    pub fn command(&self, order: Order, deadline: Duration, kick: impl Fn()) -> Result<(), GateError> {
+    pub fn command(
+        &self,
+        order: Order,
+        deadline: Duration,
+        kick: impl Fn(),
+    ) -> Result<(), GateError> {
         const KICK_INTERVAL: Duration = Duration::from_millis(20);
         let started = Instant::now();
         let mut current = self.lock();
-        current.numbered = Numbered { serial: current.numbered.serial + 1, order };
+        current.numbered = Numbered {
+            serial: current.numbered.serial + 1,
+            order,
+        };
         current.acknowledged = 0;
         current.failure = None;
         self.serial.store(current.numbered.serial, Ordering::SeqCst);
@@ -94,13 +109,23 @@ impl Gate {
         kick();
         loop {
             if current.acknowledged == self.threads {
-                return current.failure.take().map_or(Ok(()), |failure| Err(GateError::Failed(failure)));
+                return current
+                    .failure
+                    .take()
+                    .map_or(Ok(()), |failure| Err(GateError::Failed(failure)));
             }
             if started.elapsed() >= deadline {
                 let missing = self.threads - current.acknowledged;
-                return Err(GateError::Timeout { missing, threads: self.threads, waited_ms: deadline.as_millis() });
+                return Err(GateError::Timeout {
+                    missing,
+                    threads: self.threads,
+                    waited_ms: deadline.as_millis(),
+                });
             }
-            let (guard, timeout) = self.changed.wait_timeout(current, KICK_INTERVAL).expect("no panic while locked");
+            let (guard, timeout) = self
+                .changed
+                .wait_timeout(current, KICK_INTERVAL)
+                .expect("no panic while locked");
             current = guard;
             if timeout.timed_out() {
                 kick();
@@ -117,7 +142,10 @@ impl Gate {
     pub fn wait_for_newer(&self, last: u64) -> Numbered {
         let current = self.lock();
         let idle = |current: &mut Current| current.numbered.serial <= last;
-        self.changed.wait_while(current, idle).expect("no panic while locked").numbered
+        self.changed
+            .wait_while(current, idle)
+            .expect("no panic while locked")
+            .numbered
     }
 
     /// Says that one thread holds for the order `serial`, or why it cannot.
@@ -172,8 +200,20 @@ mod tests {
     fn silent_thread_is_reported_after_the_deadline() {
         let gate = Gate::new(2);
         gate.acknowledge(0, Ok(()));
-        let err = gate.command(Order::Park, Duration::from_millis(30), || {}).unwrap_err();
-        assert!(matches!(err, GateError::Timeout { missing: 2, threads: 2, .. }), "{err}");
+        let err = gate
+            .command(Order::Park, Duration::from_millis(30), || {})
+            .unwrap_err();
+        assert!(
+            matches!(
+                err,
+                GateError::Timeout {
+                    missing: 2,
+                    threads: 2,
+                    ..
+                }
+            ),
+            "{err}"
+        );
     }
 
     #[test]

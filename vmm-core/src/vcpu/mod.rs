@@ -49,12 +49,25 @@ impl Vcpu {
     ///
     /// # Errors
     /// KVM refused one of the steps.
-    pub fn new(vm: &Vm, index: u32, cpuid: &CpuidTemplate, msr_indices: &[u32]) -> Result<Self, KvmError> {
-        let fd = vm.fd().create_vcpu(index.into()).map_err(failed_to("create a vCPU"))?;
-        fd.set_cpuid2(&cpuid.for_vcpu(index)).map_err(failed_to("set a vCPU's CPUID"))?;
+    pub fn new(
+        vm: &Vm,
+        index: u32,
+        cpuid: &CpuidTemplate,
+        msr_indices: &[u32],
+    ) -> Result<Self, KvmError> {
+        let fd = vm
+            .fd()
+            .create_vcpu(index.into())
+            .map_err(failed_to("create a vCPU"))?;
+        fd.set_cpuid2(&cpuid.for_vcpu(index))
+            .map_err(failed_to("set a vCPU's CPUID"))?;
         regs::set_firmware_msrs(&fd)?;
         let power_on = VcpuState::capture(&fd, msr_indices)?;
-        Ok(Self { index, fd, power_on })
+        Ok(Self {
+            index,
+            fd,
+            power_on,
+        })
     }
 }
 
@@ -114,12 +127,22 @@ impl VcpuThreads {
         let threads = vcpus
             .into_iter()
             .map(|vcpu| {
-                let runner =
-                    Runner { vcpu, gate: gate.clone(), exits: exits.clone(), surroundings: surroundings.clone() };
-                thread::Builder::new().name(format!("vcpu{}", runner.vcpu.index)).spawn(move || runner.follow_orders())
+                let runner = Runner {
+                    vcpu,
+                    gate: gate.clone(),
+                    exits: exits.clone(),
+                    surroundings: surroundings.clone(),
+                };
+                thread::Builder::new()
+                    .name(format!("vcpu{}", runner.vcpu.index))
+                    .spawn(move || runner.follow_orders())
             })
             .collect::<io::Result<Vec<_>>>()?;
-        Ok(Self { gate, threads, exits })
+        Ok(Self {
+            gate,
+            threads,
+            exits,
+        })
     }
 
     /// Makes all vCPUs leave the guest.
@@ -200,7 +223,9 @@ impl Runner {
                     self.complete_pending_io();
                     Ok(())
                 }
-                Order::PowerOn(entry) => self.power_on(entry).map_err(|err| crate::error::chain(&err)),
+                Order::PowerOn(entry) => self
+                    .power_on(entry)
+                    .map_err(|err| crate::error::chain(&err)),
                 Order::Run if !confined => (self.surroundings.confine)(),
                 Order::Run | Order::Exit => Ok(()),
             };
@@ -240,24 +265,33 @@ impl Runner {
             let event = match self.run_once() {
                 Ok(None) => continue,
                 Ok(Some(event)) => event,
-                Err(err) => Event::Failed(format!("KVM_RUN failed on vCPU {}: {err}", self.vcpu.index)),
+                Err(err) => {
+                    Event::Failed(format!("KVM_RUN failed on vCPU {}: {err}", self.vcpu.index))
+                }
             };
-            (self.surroundings.report)(Report { serial, what: event });
+            (self.surroundings.report)(Report {
+                serial,
+                what: event,
+            });
             return;
         }
     }
 
     /// Runs the guest up to its next exit and answers that.
     fn run_once(&mut self) -> io::Result<Option<Event>> {
-        let Surroundings { ports, mmio, power, .. } = &*self.surroundings;
+        let Surroundings {
+            ports, mmio, power, ..
+        } = &*self.surroundings;
         let event = match exit::run(&mut self.vcpu.fd)? {
             Exit::Interrupted => return Ok(None),
             Exit::PortRead { port, size, data } => {
-                data.chunks_mut(size).for_each(|element| ports.read(port.into(), element));
+                data.chunks_mut(size)
+                    .for_each(|element| ports.read(port.into(), element));
                 None
             }
             Exit::PortWrite { port, size, data } => {
-                data.chunks(size).for_each(|element| ports.write(port.into(), element));
+                data.chunks(size)
+                    .for_each(|element| ports.write(port.into(), element));
                 power.take().map(|request| match request {
                     PowerRequest::Reset => Event::Reset,
                     PowerRequest::Shutdown => Event::Shutdown,
@@ -289,10 +323,12 @@ impl Runner {
             let Surroundings { ports, mmio, .. } = &*self.surroundings;
             match exit::run(&mut self.vcpu.fd) {
                 Ok(Exit::PortRead { port, size, data }) => {
-                    data.chunks_mut(size).for_each(|element| ports.read(port.into(), element));
+                    data.chunks_mut(size)
+                        .for_each(|element| ports.read(port.into(), element));
                 }
                 Ok(Exit::PortWrite { port, size, data }) => {
-                    data.chunks(size).for_each(|element| ports.write(port.into(), element));
+                    data.chunks(size)
+                        .for_each(|element| ports.write(port.into(), element));
                 }
                 Ok(Exit::MmioRead { gpa, data }) => mmio.read(gpa, data),
                 Ok(Exit::MmioWrite { gpa, data }) => mmio.write(gpa, data),

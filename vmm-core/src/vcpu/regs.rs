@@ -28,8 +28,18 @@ const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 /// The descriptor table that the segment registers below were loaded from: null, unused, code,
 /// data, task state. Code is `0x10` and data `0x18`, as the Linux protocols demand.
 pub fn boot_gdt(protocol: Protocol) -> [u64; 5] {
-    let code_flags = if protocol == Protocol::Linux64 { 0xa } else { 0xc };
-    [0, 0, descriptor(0x9b, code_flags, 0xf_ffff), descriptor(0x93, 0xc, 0xf_ffff), descriptor(0x8b, 0, 0x67)]
+    let code_flags = if protocol == Protocol::Linux64 {
+        0xa
+    } else {
+        0xc
+    };
+    [
+        0,
+        0,
+        descriptor(0x9b, code_flags, 0xf_ffff),
+        descriptor(0x93, 0xc, 0xf_ffff),
+        descriptor(0x8b, 0, 0x67),
+    ]
 }
 
 /// What firmware leaves in model-specific registers, on every vCPU.
@@ -37,9 +47,15 @@ pub fn boot_gdt(protocol: Protocol) -> [u64; 5] {
 /// # Errors
 /// The ioctl's error.
 pub fn set_firmware_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
-    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    let entries =
-        [entry(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING), entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK)];
+    let entry = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let entries = [
+        entry(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+        entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
+    ];
     write_msrs(vcpu, &entries)
 }
 
@@ -49,7 +65,9 @@ pub fn set_firmware_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
 /// An ioctl's error.
 pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
     let gdt = boot_gdt(entry.protocol);
-    let mut sregs = vcpu.get_sregs().map_err(failed_to("read the boot vCPU's special registers"))?;
+    let mut sregs = vcpu
+        .get_sregs()
+        .map_err(failed_to("read the boot vCPU's special registers"))?;
     sregs.gdt.base = BOOT_GDT;
     sregs.gdt.limit = (size_of_val(&gdt) - 1) as u16;
     sregs.idt.base = 0;
@@ -65,9 +83,14 @@ pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
         sregs.cr4 = CR4_PAE;
         sregs.efer = EFER_LME | EFER_LMA;
     }
-    vcpu.set_sregs(&sregs).map_err(failed_to("write the boot vCPU's special registers"))?;
+    vcpu.set_sregs(&sregs)
+        .map_err(failed_to("write the boot vCPU's special registers"))?;
 
-    let mut regs = kvm_regs { rip: entry.rip, rflags: RFLAGS_RESERVED, ..Default::default() };
+    let mut regs = kvm_regs {
+        rip: entry.rip,
+        rflags: RFLAGS_RESERVED,
+        ..Default::default()
+    };
     match entry.protocol {
         Protocol::Pvh => regs.rbx = entry.params,
         Protocol::Linux64 | Protocol::Linux32 => {
@@ -75,7 +98,8 @@ pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
             regs.rsp = BOOT_STACK;
         }
     }
-    vcpu.set_regs(&regs).map_err(failed_to("write the boot vCPU's registers"))
+    vcpu.set_regs(&regs)
+        .map_err(failed_to("write the boot vCPU's registers"))
 }
 
 /// A segment descriptor with base 0.
@@ -91,7 +115,11 @@ fn segment(gdt: &[u64], index: usize) -> kvm_segment {
     let granular = bit(55);
     kvm_segment {
         base: 0,
-        limit: if granular == 1 { limit << 12 | 0xfff } else { limit },
+        limit: if granular == 1 {
+            limit << 12 | 0xfff
+        } else {
+            limit
+        },
         selector: (index * 8) as u16,
         type_: (descriptor >> 40 & 0xf) as u8,
         s: bit(44),
@@ -111,16 +139,34 @@ mod tests {
 
     #[test]
     fn descriptors_are_the_manual_s_flat_segments() {
-        assert_eq!(boot_gdt(Protocol::Linux64), [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067]);
+        assert_eq!(
+            boot_gdt(Protocol::Linux64),
+            [
+                0,
+                0,
+                0x00af_9b00_0000_ffff,
+                0x00cf_9300_0000_ffff,
+                0x0000_8b00_0000_0067
+            ]
+        );
         assert_eq!(boot_gdt(Protocol::Pvh)[2], 0x00cf_9b00_0000_ffff);
     }
 
     #[test]
     fn segments_match_their_descriptors() {
         let code = segment(&boot_gdt(Protocol::Linux64), 2);
-        assert_eq!((code.selector, code.limit, code.type_), (0x10, 0xffff_ffff, 0xb));
-        assert_eq!((code.present, code.s, code.l, code.db, code.g), (1, 1, 1, 0, 1));
+        assert_eq!(
+            (code.selector, code.limit, code.type_),
+            (0x10, 0xffff_ffff, 0xb)
+        );
+        assert_eq!(
+            (code.present, code.s, code.l, code.db, code.g),
+            (1, 1, 1, 0, 1)
+        );
         let task = segment(&boot_gdt(Protocol::Pvh), 4);
-        assert_eq!((task.selector, task.limit, task.type_, task.s), (0x20, 0x67, 0xb, 0));
+        assert_eq!(
+            (task.selector, task.limit, task.type_, task.s),
+            (0x20, 0x67, 0xb, 0)
+        );
     }
 }

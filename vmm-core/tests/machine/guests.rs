@@ -1,9 +1,7 @@
 //! The machine as hand-written guests see it: serial port, power registers, vCPUs, reset.
 
-mod tiny_guest;
-
+use crate::tiny_guest::{Code, Vmm, kvm_is_usable};
 use nix::sys::signal::{Signal, kill};
-use tiny_guest::{Code, Vmm, kvm_is_usable};
 
 const SERIAL_LINE_STATUS: [u8; 2] = 0x3fdu16.to_le_bytes();
 const SERIAL_DATA: [u8; 2] = 0x3f8u16.to_le_bytes();
@@ -28,8 +26,11 @@ fn every_reset_register_boots_the_guest_again_from_clean_memory() {
     for (port, value) in [(0x602, 1), (0xcf9, 6), (0x64, 0xfe)] {
         // Prints '0' plus what is in memory, and changes that, then resets.
         let code = Code::default()
-            .raw(&[0x8a, 0x04, 0x25]).raw(&0x50_0000u32.to_le_bytes()) // mov al, [0x500000]
-            .raw(&[0x04, b'0', 0x66, 0xba]).raw(&SERIAL_DATA).raw(&[0xee]) // add al, '0'; out
+            .raw(&[0x8a, 0x04, 0x25])
+            .raw(&0x50_0000u32.to_le_bytes()) // mov al, [0x500000]
+            .raw(&[0x04, b'0', 0x66, 0xba])
+            .raw(&SERIAL_DATA)
+            .raw(&[0xee]) // add al, '0'; out
             .store32(0x50_0000, 5)
             .out(port, value)
             .halt();
@@ -50,7 +51,11 @@ fn jump_to_the_reset_vector_in_real_mode_resets() {
     }
     // A vCPU that gets a SIPI with vector 0xff starts in real mode at ff00:0000, which is at 0xff000: a slide of
     // no-ops leads from there to the vector. This guest may write there, as it owns all memory.
-    let slide = (0xf_f000..0xf_fff0).step_by(4).fold(Code::default().print("x"), |code, at| code.store32(at, 0x9090_9090));
+    let slide = (0xf_f000..0xf_fff0)
+        .step_by(4)
+        .fold(Code::default().print("x"), |code, at| {
+            code.store32(at, 0x9090_9090)
+        });
     let code = slide
         .store32(0xfee0_00f0, 0x1ff) // local APIC on
         .store32(0xfee0_0300, 0xc_4500) // INIT to all others
@@ -72,7 +77,13 @@ fn triple_fault_resets_a_guest_that_has_printed_and_fails_one_that_has_not() {
     drop(vmm);
     let ended = Vmm::start(&Code::default().raw(&fault), &[]).wait();
     assert_eq!(ended.status.code(), Some(1));
-    assert!(ended.stderr.iter().any(|line| line.contains("triple fault")), "{ended:?}");
+    assert!(
+        ended
+            .stderr
+            .iter()
+            .any(|line| line.contains("triple fault")),
+        "{ended:?}"
+    );
     assert!(ended.exit_file.contains("\"vmm-error\""), "{ended:?}");
 }
 
@@ -83,9 +94,11 @@ fn typed_bytes_reach_the_guest() {
     }
     // Echoes what comes in, until 'q'.
     let code = Code::default()
-        .raw(&[0x66, 0xba]).raw(&SERIAL_LINE_STATUS) // again: mov dx, line status
+        .raw(&[0x66, 0xba])
+        .raw(&SERIAL_LINE_STATUS) // again: mov dx, line status
         .raw(&[0xec, 0xa8, 1, 0x74, 0xfb]) // wait: in al, dx; test al, 1; jz wait
-        .raw(&[0x66, 0xba]).raw(&SERIAL_DATA)
+        .raw(&[0x66, 0xba])
+        .raw(&SERIAL_DATA)
         .raw(&[0xec, 0xee, 0x3c, b'q', 0x75, 0xed]) // in al, dx; out dx, al; cmp al, 'q'; jne again
         .shutdown();
     let mut vmm = Vmm::start(&code, &[]);
@@ -102,8 +115,13 @@ fn string_output_keeps_every_byte() {
         return;
     }
     // mov esi, text; mov ecx, 5; mov dx, 0x3f8; cld; rep outsb
-    let code = Code::default().store32(0x50_0000, u32::from_le_bytes(*b"wort")).store32(0x50_0004, u32::from(b'h'));
-    let code = code.raw(&[0xbe]).raw(&0x50_0000u32.to_le_bytes()).raw(&[0xb9, 5, 0, 0, 0, 0x66, 0xba]);
+    let code = Code::default()
+        .store32(0x50_0000, u32::from_le_bytes(*b"wort"))
+        .store32(0x50_0004, u32::from(b'h'));
+    let code = code
+        .raw(&[0xbe])
+        .raw(&0x50_0000u32.to_le_bytes())
+        .raw(&[0xb9, 5, 0, 0, 0, 0x66, 0xba]);
     let code = code.raw(&SERIAL_DATA).raw(&[0xfc, 0xf3, 0x6e]).shutdown();
     let ended = Vmm::start(&code, &[]).wait();
     assert_eq!(ended.console, "worth", "{ended:?}");
@@ -116,7 +134,19 @@ fn addresses_of_nobody_read_as_ones() {
     }
     // mov ebx, 0xd0000000; mov eax, [rbx]; inc eax; jz ok; print "bad"; ok: print "ok"
     let bad = Code::default().print("bad").0;
-    let code = Code::default().raw(&[0xbb, 0, 0, 0, 0xd0, 0x8b, 0x03, 0xff, 0xc0, 0x74, bad.len() as u8]);
+    let code = Code::default().raw(&[
+        0xbb,
+        0,
+        0,
+        0,
+        0xd0,
+        0x8b,
+        0x03,
+        0xff,
+        0xc0,
+        0x74,
+        bad.len() as u8,
+    ]);
     let ended = Vmm::start(&code.raw(&bad).print("ok").shutdown(), &[]).wait();
     assert_eq!(ended.console, "ok", "{ended:?}");
 }
@@ -128,17 +158,22 @@ fn all_vcpus_start_on_init_and_sipi() {
     }
     const CPUS: u8 = 4;
     // In real mode at 0x1000: xor ax, ax; mov ds, ax; lock inc byte [0x7f00]; hlt; jmp.
-    let trampoline = [0x31, 0xc0, 0x8e, 0xd8, 0xf0, 0xfe, 0x06, 0x00, 0x7f, 0xf4, 0xeb, 0xfd];
+    let trampoline = [
+        0x31, 0xc0, 0x8e, 0xd8, 0xf0, 0xfe, 0x06, 0x00, 0x7f, 0xf4, 0xeb, 0xfd,
+    ];
     let code = trampoline
         .chunks(4)
         .zip((0x1000..).step_by(4))
-        .fold(Code::default(), |code, (bytes, at)| code.store32(at, u32::from_le_bytes(bytes.try_into().unwrap())));
+        .fold(Code::default(), |code, (bytes, at)| {
+            code.store32(at, u32::from_le_bytes(bytes.try_into().unwrap()))
+        });
     let code = code
         .store32(0x7f00, 0)
         .store32(0xfee0_00f0, 0x1ff) // local APIC on
         .store32(0xfee0_0300, 0xc_4500) // INIT to all others
         .store32(0xfee0_0300, 0xc_4601) // SIPI to all others, vector 1
-        .raw(&[0xf3, 0x90, 0x80, 0x3c, 0x25]).raw(&0x7f00u32.to_le_bytes()) // wait: pause; cmp byte [0x7f00],
+        .raw(&[0xf3, 0x90, 0x80, 0x3c, 0x25])
+        .raw(&0x7f00u32.to_le_bytes()) // wait: pause; cmp byte [0x7f00],
         .raw(&[CPUS - 1, 0x72, 0xf4]) // CPUS - 1; jb wait
         .print("all")
         .shutdown();

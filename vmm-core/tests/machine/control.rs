@@ -1,15 +1,13 @@
 //! The control socket, with tiny guests behind it.
 
-mod tiny_guest;
-
 use std::time::Duration;
 
+use crate::tiny_guest::{Code, DEADLINE, Vmm, kvm_is_usable, poll};
 use api::vmm::vmm_client::VmmClient;
 use api::vmm::{
-    ConsoleInput, GetVmmRequest, PauseRequest, PowerButtonRequest, ResetRequest, ResumeRequest, StartRequest,
-    StopRequest, VmmState,
+    ConsoleInput, GetVmmRequest, PauseRequest, PowerButtonRequest, ResetRequest, ResumeRequest,
+    StartRequest, StopRequest, VmmState,
 };
-use tiny_guest::{Code, DEADLINE, Vmm, kvm_is_usable, poll};
 use tonic::transport::Channel;
 
 /// Prints dots for ever.
@@ -18,11 +16,18 @@ fn dots() -> Code {
 }
 
 fn with_client<F: Future>(vmm: &Vmm, test: impl FnOnce(VmmClient<Channel>) -> F) -> F::Output {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     poll(|| vmm.control_socket().exists().then_some(()));
     runtime.block_on(async {
-        let channel = api::connect::unix(&vmm.control_socket(), DEADLINE).await.unwrap();
-        tokio::time::timeout(DEADLINE, test(VmmClient::new(channel))).await.expect("test ends in time")
+        let channel = api::connect::unix(&vmm.control_socket(), DEADLINE)
+            .await
+            .unwrap();
+        tokio::time::timeout(DEADLINE, test(VmmClient::new(channel)))
+            .await
+            .expect("test ends in time")
     })
 }
 
@@ -34,11 +39,20 @@ fn life_goes_from_created_to_stopped() {
     let vmm = Vmm::start(&dots(), &["--no-start", "--id", "dots", "--cpus", "2"]);
     with_client(&vmm, async |mut client| {
         let info = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
-        assert_eq!((info.state(), info.id.as_str(), info.vcpus), (VmmState::Created, "dots", 2));
-        assert_eq!((info.memory_bytes, info.first_console_byte_ms, info.exits), (32 << 20, 0, 0));
+        assert_eq!(
+            (info.state(), info.id.as_str(), info.vcpus),
+            (VmmState::Created, "dots", 2)
+        );
+        assert_eq!(
+            (info.memory_bytes, info.first_console_byte_ms, info.exits),
+            (32 << 20, 0, 0)
+        );
         let refused = client.pause(PauseRequest {}).await.unwrap_err();
         assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
-        assert!(refused.message().contains("created: start it first"), "{refused}");
+        assert!(
+            refused.message().contains("created: start it first"),
+            "{refused}"
+        );
 
         for _ in 0..2 {
             let info = client.start(StartRequest {}).await.unwrap().into_inner();
@@ -54,7 +68,10 @@ fn life_goes_from_created_to_stopped() {
         tokio::time::sleep(Duration::from_millis(50)).await;
         let later = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
         assert_eq!(paused.exits, later.exits, "no vCPU executes guest code");
-        let refused = client.power_button(PowerButtonRequest {}).await.unwrap_err();
+        let refused = client
+            .power_button(PowerButtonRequest {})
+            .await
+            .unwrap_err();
         assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
 
         let info = client.resume(ResumeRequest {}).await.unwrap().into_inner();
@@ -69,7 +86,10 @@ fn life_goes_from_created_to_stopped() {
     });
     let ended = vmm.wait();
     assert!(ended.status.success(), "{ended:?}");
-    assert!(ended.exit_file.contains("\"stop-request\"") && !ended.socket_left, "{ended:?}");
+    assert!(
+        ended.exit_file.contains("\"stop-request\"") && !ended.socket_left,
+        "{ended:?}"
+    );
 }
 
 async fn wait_for_output(client: &mut VmmClient<Channel>, exits: u64) {
@@ -89,16 +109,27 @@ fn console_is_replayed_to_every_reader_and_takes_input() {
     }
     // Prints "ab", waits for a byte, prints that.
     let code = Code::default().print("ab");
-    let code = code.raw(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 1, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec, 0xee]);
+    let code = code.raw(&[
+        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 1, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec, 0xee,
+    ]);
     let vmm = Vmm::start(&code.halt(), &[]);
     with_client(&vmm, async |mut client| {
-        let only_from = |offset: u64| ConsoleInput { data: Vec::new(), from_offset: offset };
+        let only_from = |offset: u64| ConsoleInput {
+            data: Vec::new(),
+            from_offset: offset,
+        };
         let mut readers = Vec::new();
         for offset in [0, 1] {
-            let stream = client.console(tokio_stream::iter([only_from(offset)])).await.unwrap();
+            let stream = client
+                .console(tokio_stream::iter([only_from(offset)]))
+                .await
+                .unwrap();
             readers.push((offset, stream.into_inner()));
         }
-        let typed = ConsoleInput { data: b"c".to_vec(), from_offset: u64::MAX };
+        let typed = ConsoleInput {
+            data: b"c".to_vec(),
+            from_offset: u64::MAX,
+        };
         let _writer = client.console(tokio_stream::iter([typed])).await.unwrap();
         for (offset, mut stream) in readers {
             let mut text = Vec::new();

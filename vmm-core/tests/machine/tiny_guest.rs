@@ -10,13 +10,16 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Anything takes far less, even on a KVM that interprets.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// Where guests are loaded and start, in long mode.
 const LOAD: u64 = 0x20_0000;
 
 /// `true` if guests can run here; says why not otherwise.
-pub fn kvm_is_usable(test: &str) -> bool {
-    let result = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+pub(crate) fn kvm_is_usable(test: &str) -> bool {
+    let result = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
     if let Err(err) = &result {
         eprintln!("{test}: skipped, /dev/kvm: {err}");
     }
@@ -25,42 +28,42 @@ pub fn kvm_is_usable(test: &str) -> bool {
 
 /// 64-bit machine code, put together.
 #[derive(Clone, Default)]
-pub struct Code(pub Vec<u8>);
+pub(crate) struct Code(pub(crate) Vec<u8>);
 
 impl Code {
-    pub fn raw(mut self, bytes: &[u8]) -> Self {
+    pub(crate) fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend(bytes);
         self
     }
 
     /// `mov dx, port; mov al, value; out dx, al`
-    pub fn out(self, port: u16, value: u8) -> Self {
+    pub(crate) fn out(self, port: u16, value: u8) -> Self {
         let [low, high] = port.to_le_bytes();
         self.raw(&[0x66, 0xba, low, high, 0xb0, value, 0xee])
     }
 
-    pub fn print(self, text: &str) -> Self {
+    pub(crate) fn print(self, text: &str) -> Self {
         text.bytes().fold(self, |code, byte| code.out(0x3f8, byte))
     }
 
     /// Writes S5 to the sleep control register.
-    pub fn shutdown(self) -> Self {
+    pub(crate) fn shutdown(self) -> Self {
         self.out(0x600, 5 << 2 | 1 << 5).halt()
     }
 
     /// `cli; hlt; jmp` to the halt.
-    pub fn halt(self) -> Self {
+    pub(crate) fn halt(self) -> Self {
         self.raw(&[0xfa, 0xf4, 0xeb, 0xfd])
     }
 
     /// `mov dword [address], value`, with an address below 2 GiB or in the last 2 GiB of the first 4.
-    pub fn store32(self, address: u32, value: u32) -> Self {
+    pub(crate) fn store32(self, address: u32, value: u32) -> Self {
         let code = self.raw(&[0xbb]).raw(&address.to_le_bytes()); // mov ebx, address
         code.raw(&[0xc7, 0x03]).raw(&value.to_le_bytes())
     }
 
     /// An ELF kernel without a PVH note.
-    pub fn elf(&self) -> Vec<u8> {
+    pub(crate) fn elf(&self) -> Vec<u8> {
         let code_at = 0x1000;
         let mut image = Vec::new();
         image.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
@@ -68,10 +71,18 @@ impl Code {
         image.extend(1u32.to_le_bytes());
         image.extend([LOAD, 64, 0].into_iter().flat_map(u64::to_le_bytes));
         image.extend(0u32.to_le_bytes());
-        image.extend([64u16, 56, 1, 0, 0, 0].into_iter().flat_map(u16::to_le_bytes));
+        image.extend(
+            [64u16, 56, 1, 0, 0, 0]
+                .into_iter()
+                .flat_map(u16::to_le_bytes),
+        );
         image.extend([1u32, 5].into_iter().flat_map(u32::to_le_bytes));
         let len = self.0.len() as u64;
-        image.extend([code_at, LOAD, LOAD, len, len, 0x1000].into_iter().flat_map(u64::to_le_bytes));
+        image.extend(
+            [code_at, LOAD, LOAD, len, len, 0x1000]
+                .into_iter()
+                .flat_map(u64::to_le_bytes),
+        );
         image.resize(code_at as usize, 0);
         image.extend(&self.0);
         image
@@ -79,7 +90,7 @@ impl Code {
 }
 
 /// A running `vmm-core`; killed when dropped.
-pub struct Vmm {
+pub(crate) struct Vmm {
     child: Child,
     dir: TempDir,
     output: Receiver<u8>,
@@ -88,12 +99,19 @@ pub struct Vmm {
 
 impl Vmm {
     /// Boots `code` with more arguments.
-    pub fn start(code: &Code, args: &[&str]) -> Self {
+    pub(crate) fn start(code: &Code, args: &[&str]) -> Self {
         let dir = TempDir::new().unwrap();
         std::fs::write(dir.path().join("kernel"), code.elf()).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_vmm-core"))
             .current_dir(dir.path())
-            .args(["--kernel", "kernel", "--memory", "32M", "--console", "stdio"])
+            .args([
+                "--kernel",
+                "kernel",
+                "--memory",
+                "32M",
+                "--console",
+                "stdio",
+            ])
             .args(["--control-socket", "vmm.sock", "--exit-file", "exit.json"])
             .args(args)
             .env("MORTISE_LOG", "warn")
@@ -110,47 +128,66 @@ impl Vmm {
         });
         let (sender, stderr) = channel();
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
-        Self { child, dir, output, stderr }
+        thread::spawn(move || {
+            lines
+                .map_while(Result::ok)
+                .try_for_each(|line| sender.send(line))
+        });
+        Self {
+            child,
+            dir,
+            output,
+            stderr,
+        }
     }
 
-    pub fn control_socket(&self) -> PathBuf {
+    pub(crate) fn control_socket(&self) -> PathBuf {
         self.dir.path().join("vmm.sock")
     }
 
-    pub fn pid(&self) -> nix::unistd::Pid {
+    pub(crate) fn pid(&self) -> nix::unistd::Pid {
         nix::unistd::Pid::from_raw(self.child.id() as i32)
     }
 
-    pub fn type_in(&mut self, bytes: &[u8]) {
+    pub(crate) fn type_in(&mut self, bytes: &[u8]) {
         self.child.stdin.as_mut().unwrap().write_all(bytes).unwrap();
     }
 
     /// The console's next `len` bytes.
-    pub fn read(&self, len: usize) -> String {
+    pub(crate) fn read(&self, len: usize) -> String {
         let started = Instant::now();
         let mut text = String::new();
         while text.len() < len {
             let left = DEADLINE.saturating_sub(started.elapsed());
             match self.output.recv_timeout(left) {
                 Ok(byte) => text.push(byte.into()),
-                Err(err) => panic!("{err} after {text:?}; stderr: {:?}", self.stderr.try_iter().collect::<Vec<_>>()),
+                Err(err) => panic!(
+                    "{err} after {text:?}; stderr: {:?}",
+                    self.stderr.try_iter().collect::<Vec<_>>()
+                ),
             }
         }
         text
     }
 
     /// How the process ended, the rest of the console, standard error and the exit file.
-    pub fn wait(mut self) -> Ended {
+    pub(crate) fn wait(mut self) -> Ended {
         let status = poll(|| self.child.try_wait().unwrap());
         let mut console = String::new();
         while let Ok(byte) = self.output.recv_timeout(DEADLINE) {
             console.push(byte.into());
         }
         let stderr = self.stderr.iter().collect();
-        let exit_file = std::fs::read_to_string(self.dir.path().join("exit.json")).unwrap_or_default();
+        let exit_file =
+            std::fs::read_to_string(self.dir.path().join("exit.json")).unwrap_or_default();
         let socket_left = self.control_socket().exists();
-        Ended { status, console, stderr, exit_file, socket_left }
+        Ended {
+            status,
+            console,
+            stderr,
+            exit_file,
+            socket_left,
+        }
     }
 }
 
@@ -163,16 +200,16 @@ impl Drop for Vmm {
 
 /// What is left of a `vmm-core`.
 #[derive(Debug)]
-pub struct Ended {
-    pub status: ExitStatus,
-    pub console: String,
-    pub stderr: Vec<String>,
-    pub exit_file: String,
-    pub socket_left: bool,
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) console: String,
+    pub(crate) stderr: Vec<String>,
+    pub(crate) exit_file: String,
+    pub(crate) socket_left: bool,
 }
 
 /// Asks again until there is an answer.
-pub fn poll<T>(mut question: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn poll<T>(mut question: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
         if let Some(answer) = question() {
@@ -184,7 +221,14 @@ pub fn poll<T>(mut question: impl FnMut() -> Option<T>) -> T {
 }
 
 /// Runs `vmm-core` with `args` to its end; for those that end at once.
-pub fn run(dir: &Path, args: &[&str]) -> (ExitStatus, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_vmm-core")).current_dir(dir).args(args).output().unwrap();
-    (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+pub(crate) fn run(dir: &Path, args: &[&str]) -> (ExitStatus, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_vmm-core"))
+        .current_dir(dir)
+        .args(args)
+        .output()
+        .unwrap();
+    (
+        output.status,
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
 }
