@@ -134,7 +134,7 @@ pub enum ConfigError {
     NoValue(String),
     /// Nobody knows this key.
     #[error(
-        "unknown device parameter {0:?}: use tag, type, socket, queues, queue-size, config-size, config-hex or config-str"
+        "unknown device parameter {0:?}: use tag, type, socket, queues, queue-size, config-size or config"
     )]
     UnknownKey(String),
     /// A key is missing.
@@ -193,18 +193,9 @@ impl FromStr for VhostUserDeviceConfig {
                         |size| size <= MAX_CONFIG_LEN,
                     )?);
                 }
-                "config-hex" => config = bytes_of_hex(value)?,
-                "config-str" => config = value.as_bytes().to_owned(),
+                "config" => config = config_bytes(value)?,
                 _ => return Err(ConfigError::UnknownKey(key.to_owned())),
             }
-        }
-        if config.len() > usize::from(MAX_CONFIG_LEN) {
-            let expected = "configuration space has at most 256 bytes";
-            return Err(ConfigError::Value {
-                key: "config",
-                value: format!("({} bytes)", config.len()),
-                expected,
-            });
         }
         Ok(Self {
             tag: tag
@@ -236,17 +227,97 @@ fn number(
     })
 }
 
-fn bytes_of_hex(value: &str) -> Result<Vec<u8>, ConfigError> {
-    let bytes = (value.is_ascii() && value.len().is_multiple_of(2)).then(|| {
-        (0..value.len())
-            .step_by(2)
-            .map(|at| u8::from_str_radix(&value[at..at + 2], 16).ok())
-            .collect::<Option<Vec<_>>>()
-    });
-    let expected = "give an even number of hexadecimal digits";
-    bytes.flatten().ok_or_else(|| ConfigError::Value {
-        key: "config-hex",
-        value: value.to_owned(),
-        expected,
-    })
+/// `hex:` and digits, or `str:` and text.
+fn config_bytes(value: &str) -> Result<Vec<u8>, ConfigError> {
+    let bytes = match value.split_once(':') {
+        Some(("hex", digits)) => bytes_of_hex(digits),
+        Some(("str", text)) => Some(text.as_bytes().to_owned()),
+        _ => None,
+    };
+    bytes
+        .filter(|bytes| bytes.len() <= usize::from(MAX_CONFIG_LEN))
+        .ok_or_else(|| ConfigError::Value {
+            key: "config",
+            value: value.to_owned(),
+            expected: "give hex: and an even number of digits, or str: and text, of at most 256 bytes",
+        })
+}
+
+fn bytes_of_hex(digits: &str) -> Option<Vec<u8>> {
+    if !digits.is_ascii() || !digits.len().is_multiple_of(2) {
+        return None;
+    }
+    let pairs = (0..digits.len()).step_by(2);
+    pairs
+        .map(|at| u8::from_str_radix(&digits[at..at + 2], 16).ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<VhostUserDeviceConfig, ConfigError> {
+        text.parse()
+    }
+
+    #[test]
+    fn minimal_request_leaves_the_rest_to_backend_and_defaults() {
+        let config = parse("tag=disk0,type=blk,socket=/run/blk.sock").unwrap();
+        assert_eq!(
+            (config.tag.as_str(), config.device_type),
+            ("disk0", DeviceType::BLK)
+        );
+        assert_eq!(config.socket, PathBuf::from("/run/blk.sock"));
+        assert_eq!(
+            (config.queues, config.queue_size, config.config_size),
+            (None, 256, None)
+        );
+    }
+
+    #[test]
+    fn every_parameter_is_taken() {
+        let text =
+            "tag=share,type=26,socket=s,queues=2,queue-size=128,config-size=40,config=hex:7461";
+        let config = parse(text).unwrap();
+        assert_eq!(config.device_type, DeviceType::FS);
+        assert_eq!(
+            (config.queues, config.queue_size, config.config_size),
+            (Some(2), 128, Some(40))
+        );
+        assert_eq!(config.config, b"ta");
+        assert_eq!(
+            parse("tag=a,type=fs,socket=s,config=str:tag:x")
+                .unwrap()
+                .config,
+            b"tag:x"
+        );
+    }
+
+    #[test]
+    fn impossible_requests_name_the_parameter() {
+        let cases = [
+            ("tag=a,type=blk", "socket= is missing"),
+            ("tag=,type=blk,socket=s", "tag= is missing"),
+            ("type=blk,socket=s,tag", "\"tag\" is not key=value"),
+            ("tag=a,type=disk,socket=s", "device type \"disk\""),
+            ("tag=a,type=64,socket=s", "device type \"64\""),
+            ("tag=a,type=blk,socket=s,queues=0", "queues=0"),
+            ("tag=a,type=blk,socket=s,queues=129", "queues=129"),
+            ("tag=a,type=blk,socket=s,queue-size=100", "queue-size=100"),
+            ("tag=a,type=blk,socket=s,queue-size=1", "queue-size=1"),
+            ("tag=a,type=blk,socket=s,config-size=257", "config-size=257"),
+            ("tag=a,type=fs,socket=s,config=hex:abc", "config=hex:abc"),
+            ("tag=a,type=fs,socket=s,config=hex:\u{e9}", "config=hex:"),
+            ("tag=a,type=fs,socket=s,config=abcd", "config=abcd"),
+            (
+                "tag=a,type=blk,socket=s,image=/x",
+                "unknown device parameter \"image\"",
+            ),
+        ];
+        for (text, expected) in cases {
+            let message = parse(text).unwrap_err().to_string();
+            assert!(message.contains(expected), "{text}: {message}");
+        }
+    }
 }

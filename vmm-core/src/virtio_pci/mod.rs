@@ -150,9 +150,9 @@ impl Events for Registers {
         }
     }
 
-    fn config_read(&self, config: &[u8]) {
+    fn config_read(&self, config: &[u8], is_current: &dyn Fn() -> bool) {
         let mut state = self.lock();
-        if state.device_cfg != config {
+        if state.device_cfg != config && is_current() {
             config.clone_into(&mut state.device_cfg);
             state.common.bump_generation();
             state.signal_config_change();

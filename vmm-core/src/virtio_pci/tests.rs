@@ -3,8 +3,8 @@
 mod backends;
 mod guest;
 mod peers;
-mod qemu;
 mod scripted;
+mod third_parties;
 
 use std::process::Command;
 use std::sync::Arc;

@@ -81,8 +81,10 @@ pub struct Connected {
 pub trait Events: Send + Sync {
     /// The rings that [`Link::deactivate`] was to stop stand still.
     fn stopped(&self);
-    /// The device configuration space is `config` now.
-    fn config_read(&self, config: &[u8]);
+    /// The device configuration space was read as `config`. To be ignored if not `is_current`:
+    /// the driver has written since, and what comes of that is read afterwards. To be asked under
+    /// the lock under which [`Link::write_config`] is called.
+    fn config_read(&self, config: &[u8], is_current: &dyn Fn() -> bool);
     /// The backend found a ring broken.
     fn ring_broken(&self);
 }

@@ -188,6 +188,8 @@ pub(super) struct Driver<'a> {
     pub(super) msix_control: u64,
     pub(super) features: u64,
     pub(super) rings: Vec<DriverRing>,
+    /// The queue that requests go to.
+    pub(super) queue: usize,
 }
 
 impl<'a> Driver<'a> {
@@ -204,6 +206,7 @@ impl<'a> Driver<'a> {
             msix_control: 0,
             features: 0,
             rings: Vec::new(),
+            queue: 0,
         };
         let mut at = config(0x34, 1);
         while at != 0 {
@@ -300,7 +303,7 @@ impl<'a> Driver<'a> {
         self.guest.write(entry + 12, 4, u64::from(masked));
     }
 
-    /// Puts a request with `payload` into queue 0, with as much room for the answer, and kicks if
+    /// Puts a request with `payload` into the queue, with as much room for the answer, and kicks if
     /// the device wants it.
     pub(super) fn submit(&mut self, payload: &[u8]) -> u16 {
         self.submit_with_room(payload, payload.len())
@@ -310,15 +313,15 @@ impl<'a> Driver<'a> {
         let (readable, writable) = (BUFFERS_GPA, BUFFERS_GPA + 0x1000);
         self.guest.memory.write(readable, payload);
         self.guest.memory.write(writable, &vec![0xee; room]);
-        let head = self.rings[0]
+        let head = self.rings[self.queue]
             .add(
                 &[(readable, payload.len() as u32)],
                 &[(writable, room as u32)],
             )
             .expect("the ring has room");
-        self.rings[0].ask_for_signal();
-        if self.rings[0].needs_kick() {
-            self.kick(0);
+        self.rings[self.queue].ask_for_signal();
+        if self.rings[self.queue].needs_kick() {
+            self.kick(self.queue as u64);
         }
         head
     }
@@ -334,18 +337,18 @@ impl<'a> Driver<'a> {
             .unwrap();
     }
 
-    /// Waits for the interrupt of queue 0 and for `head`; what the device wrote.
+    /// Waits for the interrupt of the queue and for `head`; what the device wrote.
     pub(super) fn complete(&mut self, head: u16, len: usize) -> Vec<u8> {
         let expected = MsiMessage {
             address: 0xfee0_0000,
-            data: 0x101,
+            data: 0x101 + self.queue as u32,
         };
         wait_until("the queue's interrupt arrives", || {
             self.guest.fabric.delivered().contains(&expected)
         });
         let mut used = None;
         wait_until("the request is complete", || {
-            used = used.or_else(|| self.rings[0].pop_used());
+            used = used.or_else(|| self.rings[self.queue].pop_used());
             used.is_some()
         });
         assert_eq!(used.map(|(head, _)| head), Some(head));

@@ -120,7 +120,7 @@ impl Keeper {
         drop(control);
         self.connected = Some(connected);
         if let Some(config) = config {
-            self.wiring.events.config_read(&config);
+            self.tell_config(&config);
         }
     }
 
@@ -260,9 +260,14 @@ impl Keeper {
             return;
         };
         match connected.connection.config(config_len) {
-            Ok(config) => self.wiring.events.config_read(&config),
+            Ok(config) => self.tell_config(&config),
             Err(error) => self.lose(&error),
         }
+    }
+
+    fn tell_config(&self, config: &[u8]) {
+        let is_current = || self.shared.lock().config_writes.is_empty();
+        self.wiring.events.config_read(config, &is_current);
     }
 
     /// The connection is of no use any more: its rings stand still, and another is made.

@@ -1,5 +1,7 @@
-//! qemu-storage-daemon's vhost-user-blk export, a backend that is not ours.
+//! Backends that are not ours: qemu-storage-daemon's vhost-user-blk export, and virtiofsd, which
+//! has no configuration space.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -10,6 +12,7 @@ const SECTOR_LEN: usize = 512;
 const VIRTIO_BLK_T_IN: u32 = 0;
 const VIRTIO_BLK_T_OUT: u32 = 1;
 const VIRTIO_BLK_T_FLUSH: u32 = 4;
+const FUSE_INIT: u32 = 26;
 
 #[test]
 fn qemu_storage_daemon_reads_writes_and_flushes() {
@@ -69,6 +72,50 @@ fn qemu_storage_daemon_is_killed_and_replaced_under_a_driver() {
     assert_eq!(read(&mut driver, 3), [3; SECTOR_LEN]);
 }
 
+#[test]
+fn virtiofsd_answers_with_the_tag_that_the_request_gave() {
+    let directory = tempfile::tempdir().unwrap();
+    let (shared, socket) = (
+        directory.path().join("shared"),
+        directory.path().join("fs.sock"),
+    );
+    fs::create_dir(&shared).unwrap();
+    let mut command = Command::new(program("VIRTIOFSD", "virtiofsd"));
+    command
+        .arg(format!("--socket-path={}", socket.display()))
+        .args(["-o", &format!("source={}", shared.display())])
+        .args(["-o", "sandbox=chroot"]);
+    let Some(_daemon) = Daemon::spawn(&mut command) else {
+        return;
+    };
+    let tag: String = b"share".iter().map(|byte| format!("{byte:02x}")).collect();
+    let parameters = format!("type=fs,queues=2,config=hex:{tag:0<72}01000000");
+    let guest = Guest::attach(&parameters, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    assert_eq!(
+        guest.read(driver.device_cfg, 8).to_le_bytes(),
+        *b"share\0\0\0"
+    );
+    assert_eq!(
+        guest.read(driver.device_cfg + 36, 4),
+        1,
+        "number of request queues"
+    );
+    driver.queue = 1;
+    // struct fuse_in_header (length, opcode, unique ...), then struct fuse_init_in.
+    let mut request = [56u32, FUSE_INIT, 0x1234, 0].map(u32::to_le_bytes).concat();
+    request.resize(40, 0);
+    request.extend([7u32, 31, 0, 0].map(u32::to_le_bytes).concat());
+    let head = driver.submit_with_room(&request, 80);
+    let answer = driver.complete(head, 80);
+    assert_eq!(
+        answer[4..16],
+        [0, 0, 0, 0, 0x34, 0x12, 0, 0, 0, 0, 0, 0],
+        "no error, same request"
+    );
+    assert_eq!(answer[16..20], 7u32.to_le_bytes(), "major version");
+}
+
 struct Daemon(Child);
 
 impl Daemon {
@@ -79,24 +126,32 @@ impl Daemon {
             fs::write(&image, vec![0; 2048 * SECTOR_LEN]).unwrap();
         }
         let _ = fs::remove_file(&socket);
-        let child = Command::new("qemu-storage-daemon")
+        let mut command = Command::new(program("QEMU_STORAGE_DAEMON", "qemu-storage-daemon"));
+        command
             .arg("--blockdev")
             .arg(format!("driver=file,node-name=disk,filename={}", image.display()))
             .arg("--export")
             .arg(format!(
                 "type=vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={}",
                 socket.display()
-            ))
-            .stdin(Stdio::null())
-            .spawn();
-        match child {
+            ));
+        Self::spawn(&mut command)
+    }
+
+    fn spawn(command: &mut Command) -> Option<Self> {
+        match command.stdin(Stdio::null()).spawn() {
             Ok(child) => Some(Self(child)),
             Err(error) => {
-                println!("skipped: cannot run qemu-storage-daemon ({error}); install qemu-utils");
+                println!("skipped: cannot run {:?} ({error})", command.get_program());
                 None
             }
         }
     }
+}
+
+/// What the variable says where third-party programs are unpacked and not installed.
+fn program(variable: &str, name: &str) -> OsString {
+    std::env::var_os(variable).unwrap_or_else(|| name.into())
 }
 
 impl Drop for Daemon {
