@@ -7,6 +7,7 @@ use std::{
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use api::node::VmStatus;
@@ -27,6 +28,11 @@ use crate::{
 const CHANGE_BACKLOG: usize = 1024;
 /// More VMs than a host of 4 TiB gets at 1 GiB each have no place in one agent.
 const MAX_VMS: usize = 4096;
+
+/// An agent that was killed while it forked leaves the lock to the child until that executes its
+/// program.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The agent's state. Shared by all calls.
 pub(crate) struct Agent {
@@ -234,12 +240,18 @@ fn lock_dir(dir: &Path) -> Result<File, AgentError> {
             path: path.clone(),
             source,
         })?;
-    // SAFETY: flock takes its arguments by value; the file is open.
-    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
-        0 => Ok(file),
-        _ => Err(AgentError::InUse {
-            path: dir.to_owned(),
-        }),
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        // SAFETY: flock takes its arguments by value; the file is open.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+            return Ok(file);
+        }
+        if Instant::now() > deadline {
+            return Err(AgentError::InUse {
+                path: dir.to_owned(),
+            });
+        }
+        std::thread::sleep(LOCK_POLL_INTERVAL);
     }
 }
 

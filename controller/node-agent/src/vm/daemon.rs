@@ -42,6 +42,8 @@ const UP_WITHIN: Duration = Duration::from_secs(15);
 /// Attaching waits for the ghost requests of a killed incarnation, which a slow disk may hold.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
 const CALL_DEADLINE: Duration = Duration::from_secs(5);
+/// A process that broke off a call is reaped in a millisecond.
+const DYING_WITHIN: Duration = Duration::from_millis(200);
 /// Half of what the responder has for a scrape.
 const METRICS_DEADLINE: Duration = Duration::from_secs(2);
 const SEND_DEADLINE: Duration = Duration::from_secs(5);
@@ -269,12 +271,17 @@ impl Plan {
         let listeners = self.bind_missing(listeners)?;
         let process = Process::spawn(&self.program, &self.args(), &self.log())?;
         let exited = process.exited();
+        let ended = |exit| DaemonError::Exited(ending(self.kind.program(), exit, &self.log()));
         let sandbox = tokio::select! {
-            exit = exited => {
-                let message = ending(self.kind.program(), exit, &self.log());
-                return Err(DaemonError::Exited(message));
-            }
-            served = self.hand_over(&listeners) => served?,
+            exit = exited => return Err(ended(exit)),
+            served = self.hand_over(&listeners) => match served {
+                Ok(sandbox) => sandbox,
+                // A call that a dying daemon cut off says less than its last words.
+                Err(error) => match process.exited_within(DYING_WITHIN).await {
+                    Some(exit) => return Err(ended(exit)),
+                    None => return Err(error),
+                },
+            },
         };
         Ok(Up {
             process,

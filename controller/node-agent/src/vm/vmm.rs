@@ -166,27 +166,20 @@ pub(super) async fn bring_up(bin_dir: &Path, spec: &Spec, dir: &Path) -> Result<
             Err(VmmError::Exited(message))
         }
         up = tokio::time::timeout(UP_WITHIN, running(dir)) => match up {
-            Ok(up) => up.map(|()| guard),
+            Ok(()) => Ok(guard),
             Err(_) => Err(VmmError::Silent { last_line: crate::process::last_line(&log(dir)) }),
         }
     }
 }
 
-/// Polls until vCPUs run. That it does not answer yet is no failure: it may be waiting for a
-/// device, and says what is wrong when it gives up.
-async fn running(dir: &Path) -> Result<(), VmmError> {
-    let mut client = client(dir, UP_WITHIN).await?;
+/// Polls until vCPUs run. That it does not answer is no failure: it may be waiting for a device,
+/// or just be ending, and says itself what is wrong.
+async fn running(dir: &Path) {
     loop {
-        match get(&mut client).await {
-            Ok(info) if matches!(info.state(), VmmState::Running | VmmState::Paused) => {
-                return Ok(());
-            }
-            Ok(_) => {}
-            Err(VmmError::Call {
-                code: Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable,
-                ..
-            }) => {}
-            Err(error) => return Err(error),
+        if let Ok(info) = info(dir).await
+            && matches!(info.state(), VmmState::Running | VmmState::Paused)
+        {
+            return;
         }
         tokio::time::sleep(POLL_INTERVAL).await;
     }
