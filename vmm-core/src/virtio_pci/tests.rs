@@ -449,3 +449,63 @@ fn link_works_under_the_system_call_filter_of_its_threads() {
     driver.set_status(0);
     wait_until("the reset is complete", || driver.status() == 0);
 }
+
+#[test]
+fn moved_bar_takes_its_doorbells_along() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    guest.drive();
+    let (command, bar) = (guest.config_gpa(0x04), guest.config_gpa(0x10));
+    let old = guest.read(bar, 4) & !0xf;
+    let doorbells = |bar: u64| vec![bar + 0x3000, bar + 0x3004];
+    assert_eq!(guest.fabric.doorbell_gpas(), doorbells(old));
+    guest.write(command, 2, 0);
+    assert_eq!(guest.fabric.doorbell_gpas(), Vec::<u64>::new());
+    guest.write(bar, 4, old + 0x1_0000);
+    guest.write(command, 2, 0x6);
+    assert_eq!(guest.fabric.doorbell_gpas(), doorbells(old + 0x1_0000));
+    let mut driver = guest.drive();
+    let head = driver.submit(b"moved");
+    assert_eq!(driver.complete(head, 5), b"moved");
+}
+
+/// Virtio 1.2 section 4.1.4.9: what firmware uses that cannot map BARs.
+#[test]
+fn configuration_access_capability_reaches_the_bar() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let mut capability = guest.read(guest.config_gpa(0x34), 1);
+    while guest.read(guest.config_gpa(capability as u16 + 3), 1) != 5 {
+        capability = guest.read(guest.config_gpa(capability as u16 + 1), 1);
+        assert_ne!(capability, 0, "the capability is in the list");
+    }
+    let register = |offset: u64| guest.config_gpa((capability + offset) as u16);
+    let select = |offset: u64, len: u64| {
+        guest.write(register(8), 4, offset);
+        guest.write(register(12), 4, len);
+    };
+    select(0x14, 1);
+    guest.write(register(16), 1, 0x3);
+    assert_eq!(Driver::find(&guest).status(), 0x3);
+    assert_eq!(guest.read(register(16), 1), 0x3);
+    select(0x2004, 4);
+    assert_eq!(
+        guest.read(register(16), 4),
+        0x0706_0504,
+        "device configuration"
+    );
+    for (offset, len) in [(0x8000, 4), (0x2001, 4), (0, 8), (0xffff_fffc, 4)] {
+        select(offset, len);
+        guest.read(register(16), 4);
+        guest.write(register(16), 4, 0xffff_ffff);
+    }
+    assert_eq!(
+        Driver::find(&guest).status(),
+        0x3,
+        "impossible accesses reach nothing"
+    );
+}
