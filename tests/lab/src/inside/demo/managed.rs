@@ -83,7 +83,7 @@ impl Machine {
             "--disk",
             &format!("volume={VOLUME}"),
             "--net",
-            &format!("host_cidr={}", order.host_cidr),
+            &format!("host-cidr={}", order.host_cidr),
         ])?;
         vmctl.run(&["vm", "start", VM])?;
         Ok(Self {
