@@ -171,6 +171,10 @@ impl Device for NicDevice {
             ..
         } = &*self.shared;
         steering.set_active_pairs(tap, self.shared.num_pairs());
+        // Frames that queue up from now on must suit any driver that comes next.
+        if let Err(error) = tap.set_offloads(Offloads::default()) {
+            tracing::warn!(%error, "cannot take back the tap's offloads");
+        }
         self.shared.set_mac(*first_mac);
     }
 }

@@ -4,12 +4,17 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::device::MAX_QUEUE_PAIRS;
 use super::header::{MAX_HEADER_LEN_BYTES, Offloads};
 
 /// What a tap must be opened with; with several queues also `IFF_MULTI_QUEUE`.
 const TAP_FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+/// How long a killed process may take to close its descriptors.
+const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// All queues of a tap.
 #[derive(Debug)]
@@ -44,8 +49,7 @@ impl Tap {
                     .custom_flags(libc::O_NONBLOCK)
                     .open("/dev/net/tun")
                     .map_err(TapError::OpenTun)?;
-                // SAFETY: `request` is a live ifreq, which TUNSETIFF reads and writes.
-                check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) })
+                claim(&file, &mut request)
                     .map_err(|source| TapError::open(name, queue_pairs, source))?;
                 Ok(OwnedFd::from(file))
             })
@@ -161,6 +165,21 @@ impl Tap {
 
     fn raw(&self, pair: u16) -> RawFd {
         self.queue(pair).as_raw_fd()
+    }
+}
+
+/// TUNSETIFF. A predecessor that was killed a moment ago may not have let go of the tap yet.
+fn claim(file: &File, request: &mut libc::ifreq) -> io::Result<()> {
+    let until = Instant::now() + PREDECESSOR_TIMEOUT;
+    loop {
+        // SAFETY: `request` is a live ifreq, which TUNSETIFF reads and writes.
+        let answer = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut *request) };
+        match check(answer) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
     }
 }
 
