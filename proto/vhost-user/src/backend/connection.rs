@@ -5,13 +5,14 @@
 //! handed over when all its bytes are there and the answer has room.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use vhost::vhost_user::BackendReqHandler;
+use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::{BackendReqHandler, VhostUserBackendReqHandlerMut};
 
 use super::session::Session;
 
@@ -23,6 +24,8 @@ const PARTIAL_POLL: Duration = Duration::from_millis(5);
 
 const HEADER_BYTES: usize = 12;
 const MAX_PAYLOAD_BYTES: usize = 4096;
+const PROTOCOL_VERSION: u32 = 1;
+const FLAG_REPLY: u32 = 1 << 2;
 const FLAG_NEED_REPLY: u32 = 1 << 3;
 
 /// Why a session ended.
@@ -142,10 +145,18 @@ fn serve_requests(
             Ok(header) => header,
             Err(end) => return end,
         };
+        if header.request == u32::from(FrontendReq::SET_VRING_ENABLE)
+            && lock(session).may_enable_before_features()
+        {
+            match serve_early_enable(stream, &mut lock(session), header.needs_reply) {
+                Ok(()) => continue,
+                Err(end) => return end,
+            }
+        }
         let Err(error) = handler.handle_request() else {
             continue;
         };
-        let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut session = lock(session);
         match (
             session.take_refusal(),
             header.needs_reply && session.acknowledges(),
@@ -157,8 +168,51 @@ fn serve_requests(
     }
 }
 
+fn lock(session: &Mutex<Session>) -> MutexGuard<'_, Session> {
+    session.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Serves a SET_VRING_ENABLE that comes before SET_FEATURES: QEMU's vhost-user-net enables its
+/// first queue pair when it connects, and the vhost crate ends the session there. The request is
+/// whole (see [`await_request`]).
+fn serve_early_enable(
+    mut stream: &UnixStream,
+    session: &mut Session,
+    needs_reply: bool,
+) -> Result<(), SessionEnd> {
+    const PAYLOAD_BYTES: usize = 8;
+    let mut bytes = [0; HEADER_BYTES + PAYLOAD_BYTES];
+    stream.read_exact(&mut bytes).map_err(SessionEnd::Socket)?;
+    let word = |at: usize| word_at(&bytes, at);
+    let (payload_bytes, index, enable) = (word(8), word(12), word(16));
+    if payload_bytes as usize != PAYLOAD_BYTES || enable > 1 {
+        return Err(SessionEnd::BadRequest(
+            vhost::vhost_user::Error::InvalidMessage,
+        ));
+    }
+    let refused = session.set_vring_enable(index, enable == 1).is_err();
+    session.take_refusal();
+    if !(needs_reply && session.acknowledges()) {
+        return match refused {
+            true => Err(SessionEnd::RefusedSilently),
+            false => Ok(()),
+        };
+    }
+    let mut answer = [0; HEADER_BYTES + PAYLOAD_BYTES];
+    answer[..4].copy_from_slice(&u32::from(FrontendReq::SET_VRING_ENABLE).to_ne_bytes());
+    answer[4..8].copy_from_slice(&(PROTOCOL_VERSION | FLAG_REPLY).to_ne_bytes());
+    answer[8..12].copy_from_slice(&(PAYLOAD_BYTES as u32).to_ne_bytes());
+    answer[12..].copy_from_slice(&u64::from(refused).to_ne_bytes());
+    stream.write_all(&answer).map_err(SessionEnd::Socket)
+}
+
+fn word_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
 /// What matters here of a request's header.
 struct Header {
+    request: u32,
     needs_reply: bool,
     /// It is answered by an acknowledgement at most, so that a refusal can be told.
     is_set_request: bool,
@@ -204,8 +258,7 @@ fn peek_request(stream: &UnixStream) -> Result<Option<Header>, SessionEnd> {
             };
         }
     }
-    let word =
-        |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let word = |at: usize| word_at(&bytes, at);
     let (request, flags, payload_bytes) = (word(0), word(4), word(8) as usize);
     if payload_bytes > MAX_PAYLOAD_BYTES {
         return Err(SessionEnd::Oversized { payload_bytes });
@@ -217,6 +270,7 @@ fn peek_request(stream: &UnixStream) -> Result<Option<Header>, SessionEnd> {
     }
     let is_whole = waiting_bytes as usize >= HEADER_BYTES + payload_bytes;
     Ok(is_whole.then(|| Header {
+        request,
         needs_reply: flags & FLAG_NEED_REPLY != 0,
         is_set_request: is_set_request(request),
     }))
@@ -224,7 +278,7 @@ fn peek_request(stream: &UnixStream) -> Result<Option<Header>, SessionEnd> {
 
 /// Requests whose only answer is the acknowledgement of REPLY_ACK.
 fn is_set_request(request: u32) -> bool {
-    use vhost::vhost_user::message::FrontendReq as Request;
+    use FrontendReq as Request;
     const SET_REQUESTS: &[Request] = &[
         Request::SET_FEATURES,
         Request::SET_OWNER,

@@ -144,6 +144,11 @@ impl Session {
         std::mem::take(&mut self.refused)
     }
 
+    /// SET_FEATURES has yet to come, but the protocol's features were negotiated.
+    pub(super) fn may_enable_before_features(&self) -> bool {
+        self.acked_features & F_PROTOCOL_FEATURES == 0 && self.acked_protocol_features != 0
+    }
+
     /// Whether a refusal can be told to the frontend.
     pub(super) fn acknowledges(&self) -> bool {
         self.acked_protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0

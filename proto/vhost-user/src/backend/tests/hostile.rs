@@ -519,3 +519,30 @@ fn memory_truncated_under_a_ring_ends_that_session_only() {
     }
     served.assert_serves();
 }
+
+/// Out of order by the specification, but QEMU's vhost-user-net begins so.
+#[test]
+fn ring_enabled_before_features_is_taken_once_protocol_features_are_negotiated() {
+    let served = Served::new();
+    let raw = Raw::connect(&served);
+    let get_features = message(GET_FEATURES, VERSION, &[]);
+    raw.send(&get_features, &[]).unwrap();
+    let features = raw.reply_value().unwrap();
+    // CONFIG and REPLY_ACK.
+    raw.send(
+        &message(SET_PROTOCOL_FEATURES, VERSION, &words(&[1 << 9 | 1 << 3])),
+        &[],
+    )
+    .unwrap();
+    raw.send(&message(SET_OWNER, VERSION, &[]), &[]).unwrap();
+    raw.send(&message(SET_VRING_ENABLE, VERSION, &state(0, 1)), &[])
+        .unwrap();
+    let with_answer = message(SET_VRING_ENABLE, VERSION | NEED_REPLY, &state(1, 1));
+    raw.send(&with_answer, &[]).unwrap();
+    assert_eq!(raw.reply_value(), Some(0));
+    let no_such_ring = message(SET_VRING_ENABLE, VERSION | NEED_REPLY, &state(99, 1));
+    raw.send(&no_such_ring, &[]).unwrap();
+    assert_eq!(raw.reply_value(), Some(1));
+    raw.send(&get_features, &[]).unwrap();
+    assert_eq!(raw.reply_value(), Some(features));
+}
