@@ -27,8 +27,9 @@ use crate::{
     usage,
 };
 
-/// A daemon that lived this long is started again at once.
-const STABLE_AFTER: Duration = Duration::from_secs(1);
+/// A daemon that served this long is started again at once; one that dies on its first request
+/// would otherwise be restarted in a tight loop.
+const STABLE_AFTER: Duration = Duration::from_millis(100);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Health is read between other work; a `vmm-core` that does not answer must not hold that up.

@@ -53,6 +53,8 @@ use crate::{
 const COMMAND_QUEUE: usize = 16;
 /// How often a running VM's health is read and its logs are bounded.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// How soon after a daemon's return it is.
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What all VMs of the agent share.
 #[derive(Debug)]
@@ -350,6 +352,8 @@ impl Actor {
                 changed = machine.daemon_event(&self.env) => {
                     if changed {
                         let _ = self.enter(State::Running(machine.assets()), Some(&machine));
+                        // vmm-core connects within milliseconds.
+                        refresh.reset_after(RECONNECT_INTERVAL);
                     }
                 }
                 _ = refresh.tick() => {
