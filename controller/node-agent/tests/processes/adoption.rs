@@ -141,6 +141,28 @@ async fn guest_that_shut_down_meanwhile_is_reported_as_such() {
 }
 
 #[tokio::test]
+async fn stop_that_was_cut_short_is_finished() {
+    let mut agent = Agent::start().await;
+    let (mut vm, before) = running_vm(&mut agent).await;
+    vm.shutdown_grace_ms = 600_000;
+    agent.power(&mut vm, Power::Off).await;
+    let stopping = |status: &VmStatus| status.phase() == VmPhase::Stopping;
+    agent.until("web", "stopping", stopping).await;
+    agent.end(Signal::SIGKILL);
+    agent.start_again().await;
+    let adopted = |status: &VmStatus| stopping(status) && status.processes.len() == 2;
+    let after = agent.until("web", "adopted", adopted).await;
+    assert_eq!(pid(&after, "vmm-core"), pid(&before, "vmm-core"));
+    agent.power(&mut vm, Power::OffNow).await;
+    agent
+        .until("web", "stopped", |status| {
+            status.phase() == VmPhase::Stopped
+        })
+        .await;
+    assert_eq!(agent.processes(), [0; 0]);
+}
+
+#[tokio::test]
 async fn start_that_was_cut_short_is_undone_and_begun_again() {
     let mut agent = Agent::start().await;
     let (_, before) = running_vm(&mut agent).await;

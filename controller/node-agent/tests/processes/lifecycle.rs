@@ -107,6 +107,32 @@ async fn console_reaches_the_guest() {
 }
 
 #[tokio::test]
+async fn image_is_shared_by_readers_but_not_with_a_writer() {
+    let mut agent = Agent::start().await;
+    let image = agent.image("shared.raw");
+    let kernel = guest::sleeper(agent.path());
+    for id in ["one", "two"] {
+        let mut vm = spec(id, &kernel);
+        vm.disks = vec![disk("root", &image)];
+        vm.disks[0].read_only = true;
+        agent.run(&vm).await;
+    }
+    let mut writer = spec("writer", &kernel);
+    writer.disks = vec![disk("root", &image)];
+    agent.apply(&writer).await.unwrap();
+    let status = agent
+        .until("writer", "refused", |status| {
+            status.phase() == VmPhase::Failed
+        })
+        .await;
+    assert!(
+        status.error.contains("in use by VM one"),
+        "{}",
+        status.error
+    );
+}
+
+#[tokio::test]
 async fn reset_boots_again_in_the_same_process() {
     let mut agent = Agent::start().await;
     let vm = spec("web", &guest::sleeper(agent.path()));
