@@ -4,7 +4,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use crate::request::ID_BYTES;
 
@@ -33,7 +33,8 @@ Examples:
 
 What runs: grpcurl -plaintext -unix /run/blk.ctl mortise.device.v1.DeviceDaemon/ListDevices
 Logs go to standard error; MORTISE_LOG sets their level (error, warn, info, debug, trace).
-SIGTERM completes what is in flight and ends with status 0.";
+SIGTERM completes what is in flight and ends with status 0. Socket files stay behind, since the
+running daemon cannot touch the file system; the next start replaces them.";
 
 /// Serves disk images as vhost-user-blk devices
 #[derive(Debug, Parser)]
@@ -84,28 +85,47 @@ pub(crate) enum Source {
     Fd(RawFd),
 }
 
+/// Reads the command line of this process; ends it when that is wrong.
+pub(crate) fn parse() -> Args {
+    let args = Args::parse();
+    if let Err(message) = args.check() {
+        let error = clap::error::ErrorKind::ValueValidation;
+        Args::command().error(error, message).exit();
+    }
+    args
+}
+
 impl Args {
     /// Descriptors that the command line names.
-    ///
-    /// # Errors
-    /// One is named twice: it can have one owner.
-    pub(crate) fn inherited_fds(&self) -> Result<Vec<RawFd>, String> {
-        let mut fds = Vec::new();
-        for source in self
+    pub(crate) fn inherited_fds(&self) -> Vec<RawFd> {
+        let sources = self
             .disks
             .iter()
-            .flat_map(|disk| [&disk.image, &disk.socket])
-        {
-            if let Source::Fd(fd) = *source {
-                if fds.contains(&fd) {
-                    return Err(format!(
-                        "descriptor {fd} is named twice; pass one for each use"
-                    ));
-                }
-                fds.push(fd);
-            }
+            .flat_map(|disk| [&disk.image, &disk.socket]);
+        sources
+            .filter_map(|source| match source {
+                Source::Fd(fd) => Some(*fd),
+                Source::Path(_) => None,
+            })
+            .collect()
+    }
+
+    /// Looks for what two disks cannot share.
+    fn check(&self) -> Result<(), String> {
+        let mut fds = self.inherited_fds();
+        fds.sort_unstable();
+        if let Some(twice) = fds.windows(2).find(|pair| pair[0] == pair[1]) {
+            let fd = twice[0];
+            return Err(format!(
+                "descriptor {fd} is named twice; pass one for each use"
+            ));
         }
-        Ok(fds)
+        let mut ids: Vec<_> = self.disks.iter().map(|disk| disk.id.as_str()).collect();
+        ids.sort_unstable();
+        match ids.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(twice) => Err(format!("two disks have the id {}", twice[0])),
+            None => Ok(()),
+        }
     }
 }
 
@@ -215,8 +235,6 @@ fn is_id(id: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
@@ -251,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptor_named_twice_is_refused() {
+    fn what_two_disks_cannot_share_is_named() {
         let args = |disks: &[&str]| {
             let specs = disks.iter().flat_map(|disk| ["--disk", disk]);
             Args::parse_from(
@@ -261,9 +279,12 @@ mod tests {
             )
         };
         let fine = args(&["id=a,fd=7,socket-fd=8", "id=b,path=x,socket-fd=9"]);
-        assert_eq!(fine.inherited_fds(), Ok(vec![7, 8, 9]));
+        assert_eq!(fine.check(), Ok(()));
+        assert_eq!(fine.inherited_fds(), [7, 8, 9]);
         let twice = args(&["id=a,fd=7,socket-fd=8", "id=b,fd=8,socket=/s"]);
-        assert!(twice.inherited_fds().unwrap_err().contains("descriptor 8"));
+        assert!(twice.check().unwrap_err().contains("descriptor 8"));
+        let twice = args(&["id=a,path=x,socket=/s", "id=a,path=y,socket=/t"]);
+        assert!(twice.check().unwrap_err().contains("id a"));
     }
 
     #[test]

@@ -34,8 +34,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// # Errors
 /// Something that the command line names cannot be had, or the process cannot be confined.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let inherited_fds = args.inherited_fds().map_err(anyhow::Error::msg)?;
-    sandbox::close_other_fds(&inherited_fds)?;
+    sandbox::close_other_fds(&args.inherited_fds())?;
     let control = listen::unix(&args.control_socket)?;
     let fd_socket = args
         .fd_socket

@@ -31,7 +31,7 @@ struct Indifferent;
 
 impl Events for Indifferent {
     fn stopped(&self) {}
-    fn config_read(&self, _config: &[u8]) {}
+    fn config_read(&self, _config: &[u8], _is_current: &dyn Fn() -> bool) {}
     fn ring_broken(&self) {
         panic!("the daemon found the ring broken");
     }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::path::Path;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user::memory::Mapping;
 use virtio_driver::virtqueue::{Virtqueue, VirtqueueLayout};
 use virtio_driver::{
@@ -12,7 +13,7 @@ use virtio_driver::{
     VirtioBlkTransport, VirtioFeatureFlags, VirtioTransport, iovec,
 };
 
-use crate::daemon::await_some;
+use crate::daemon::{DEADLINE, await_some};
 
 /// Bytes of the buffer that client and daemon share.
 pub(crate) const BUFFER_BYTES: usize = 8 << 20;
@@ -66,7 +67,11 @@ impl Client {
             VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(socket.to_str().unwrap(), features)
                 .unwrap();
         let mut transport: Box<VirtioBlkTransport> = Box::new(transport);
-        let queues = VirtioBlkQueue::setup_queues(&mut *transport, num_queues, QUEUE_SIZE).unwrap();
+        let mut queues =
+            VirtioBlkQueue::setup_queues(&mut *transport, num_queues, QUEUE_SIZE).unwrap();
+        for queue in &mut queues {
+            queue.set_used_notif_enabled(true);
+        }
         let buffer = SharedBuffer::new();
         let address = buffer.mapping.as_ptr().as_ptr() as usize;
         transport
@@ -194,14 +199,18 @@ impl Client {
             .unwrap();
     }
 
-    /// Waits for one completion: its id and result.
+    /// Waits for one completion, by the signal that the driver asked for: its id and result.
     pub(crate) fn completion(&mut self, queue: usize) -> (usize, i32) {
-        await_some("a request completes", || {
-            self.queues[queue]
-                .completions()
-                .next()
-                .map(|done| (done.context, done.ret))
-        })
+        let signal = self.transport.get_completion_fd(queue);
+        loop {
+            if let Some(done) = self.queues[queue].completions().next() {
+                return (done.context, done.ret);
+            }
+            let mut polls = [PollFd::new(signal.as_fd(), PollFlags::POLLIN)];
+            let timeout = PollTimeout::try_from(DEADLINE).unwrap();
+            assert_eq!(poll(&mut polls, timeout).unwrap(), 1, "no completion");
+            signal.read().unwrap();
+        }
     }
 
     fn finish(&mut self, queue: usize) -> i32 {
