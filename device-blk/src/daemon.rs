@@ -23,6 +23,7 @@ use vhost_user::backend::Server;
 use crate::cli::{Args, DiskArg, MAX_QUEUES, Source};
 use crate::confinement;
 use crate::device::BlkDevice;
+use crate::engine::uring::Uring;
 use crate::image::{ImageError, OpenOptions, RawImage, SECTOR_BYTES, raw};
 use crate::request::OpKind;
 
@@ -35,6 +36,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Something that the command line names cannot be had, or the process cannot be confined.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     sandbox::close_other_fds(&args.inherited_fds())?;
+    // A host without io_uring is told about here, not by a guest's disk that never answers.
+    drop(Uring::new(1)?);
     let control = listen::unix(&args.control_socket)?;
     let fd_socket = args
         .fd_socket

@@ -2,9 +2,11 @@
 
 use std::os::unix::fs::MetadataExt;
 
+use vhost_user::frontend::connection::Connection;
+use vhost_user::frontend::session;
 use virtio_driver::VirtioBlkFeatureFlags;
 
-use crate::daemon::{Daemon, Place, numbered_sector, read_image};
+use crate::daemon::{DEADLINE, Daemon, Place, numbered_sector, read_image};
 use crate::driver::{Client, all_features};
 
 /// Bytes that differ from place to place.
@@ -285,6 +287,31 @@ fn driver_without_flush_is_served_write_through() {
     assert_eq!(client.discard(2048, 512), 0);
     let image = read_image(&image, 512, 1024);
     assert!(image[..512] == [3; 512] && image[512..] == [0; 512]);
+}
+
+#[test]
+fn cache_mode_is_switched_through_the_configuration() {
+    let place = Place::new();
+    place.image("a.img", 64);
+    let mut daemon = Daemon::start(&place, &[&place.disk("a")]);
+    let connect = || {
+        let mut connection = Connection::connect(&place.socket("a"), DEADLINE).unwrap();
+        let offer = session::handshake(&mut connection, 60).unwrap();
+        (connection, offer.config.unwrap())
+    };
+    let (mut connection, config) = connect();
+    assert_eq!(config[32], 1, "write-back at first");
+    connection.set_config(32, &[0]).unwrap();
+    assert_eq!(connection.config(60).unwrap()[32], 0);
+    assert!(
+        connection.set_config(0, &[0xff; 8]).is_err(),
+        "the capacity is not the driver's to set"
+    );
+    drop(connection);
+    let (_connection, config) = connect();
+    assert_eq!(config[32], 1, "a new driver begins with write-back");
+    assert_eq!(config[..8], 64_u64.to_le_bytes());
+    daemon.assert_alive();
 }
 
 #[test]
