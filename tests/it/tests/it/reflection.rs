@@ -31,7 +31,6 @@ async fn daemons_list_their_services_and_say_they_are_healthy() {
         daemon.wait_for_socket(&socket);
         expect_service(&socket, "mortise.device.v1.DeviceDaemon", "AttachRequest").await;
         daemon.terminate(Duration::from_secs(10));
-        assert!(!socket.exists(), "{name} left its socket behind");
     }
 }
 
