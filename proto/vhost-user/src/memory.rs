@@ -12,6 +12,7 @@ mod guard;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, OnceLock};
 
@@ -174,6 +175,8 @@ pub struct Region {
     layout: RegionLayout,
     host: NonNull<u8>,
     mapping: Arc<Mapping>,
+    /// Device and inode.
+    file_id: (u64, u64),
     sealed: bool,
 }
 
@@ -214,6 +217,7 @@ impl Region {
             layout,
             host: mapping.as_ptr(),
             mapping: Arc::new(mapping),
+            file_id: (metadata.dev(), metadata.ino()),
             sealed: is_sealed_against_shrinking(file.as_fd()),
         })
     }
@@ -286,13 +290,18 @@ impl MemoryTable {
         Ok(MemoryTable { regions })
     }
 
-    /// This table and one more region.
+    /// This table and one more region. A region that is in it already changes nothing: QEMU before
+    /// 8.0 adds all regions once for each queue pair of a network device.
     ///
     /// # Errors
     /// As [`MemoryTable::new`].
     pub fn with(&self, region: Region) -> Result<MemoryTable, MemoryError> {
         let mut regions = self.regions.clone();
-        regions.push(region);
+        let is_same =
+            |known: &Region| known.layout == region.layout && known.file_id == region.file_id;
+        if !regions.iter().any(is_same) {
+            regions.push(region);
+        }
         MemoryTable::new(regions)
     }
 
