@@ -39,8 +39,8 @@ pub(crate) fn write_and_verify(device: &str, seed: u64, bytes: u64) -> Report {
             .sync_all()
             .map_err(|error| format!("flush: {error}"))?;
         disk.compare(seed, bytes)?;
-        disk.discarded = disk.make_zeroes(bytes, "discard_max_bytes", discard)?;
-        disk.zeroed = disk.make_zeroes(bytes, "write_zeroes_max_bytes", zero_out)?;
+        disk.discarded = disk.discard_spare(bytes)?;
+        disk.zeroed = disk.zero_spare(bytes)?;
         Ok(())
     })
 }
@@ -159,39 +159,47 @@ impl Disk {
         })
     }
 
-    /// Fills the spare range, applies `erase` and expects zeroes; `Ok(false)` if the device
-    /// doesn't offer it or has no room.
-    fn make_zeroes(
-        &self,
-        after: u64,
-        limit: &str,
-        erase: impl FnOnce(&File, [u64; 2]) -> Result<(), String>,
-    ) -> Result<bool, String> {
-        let start = after.next_multiple_of(SPARE_LEN);
-        let offered = self
-            .attribute(&format!("queue/{limit}"))
-            .parse()
-            .unwrap_or(0_u64)
-            > 0;
-        if !offered || start + SPARE_LEN > self.size_bytes {
+    /// Discards the spare range; `Ok(false)` if the device doesn't offer it or has no room.
+    /// What the range reads as afterwards is the device's choice (Virtio 1.2 section 5.2.6.2).
+    fn discard_spare(&self, after: u64) -> Result<bool, String> {
+        let Some(start) = self.spare(after, "discard_max_bytes") else {
             return Ok(false);
-        }
+        };
+        discard(&self.file, [start, SPARE_LEN])?;
+        Ok(true)
+    }
+
+    /// Fills the spare range, zeroes it and expects zeroes; `Ok(false)` if the device doesn't
+    /// offer it or has no room.
+    fn zero_spare(&self, after: u64) -> Result<bool, String> {
+        let Some(start) = self.spare(after, "write_zeroes_max_bytes") else {
+            return Ok(false);
+        };
         let mut buffer = Aligned::new(SPARE_LEN as usize);
         buffer.fill(0xa5);
         let at = |what: &str, error: std::io::Error| format!("{what} of the spare range: {error}");
         self.file
             .write_all_at(&buffer, start)
             .map_err(|error| at("write", error))?;
-        erase(&self.file, [start, SPARE_LEN])?;
+        zero_out(&self.file, [start, SPARE_LEN])?;
         self.file
             .read_exact_at(&mut buffer, start)
             .map_err(|error| at("read", error))?;
         match buffer.iter().all(|byte| *byte == 0) {
             true => Ok(true),
-            false => Err(format!(
-                "{limit} is offered, but the range does not read as zeroes"
-            )),
+            false => Err("a range that was zeroed does not read as zeroes".into()),
         }
+    }
+
+    /// Where the spare range starts, if the device has the limit and the room.
+    fn spare(&self, after: u64, limit: &str) -> Option<u64> {
+        let start = after.next_multiple_of(SPARE_LEN);
+        let offered = self
+            .attribute(&format!("queue/{limit}"))
+            .parse()
+            .unwrap_or(0_u64)
+            > 0;
+        (offered && start + SPARE_LEN <= self.size_bytes).then_some(start)
     }
 
     fn attribute(&self, file: &str) -> String {

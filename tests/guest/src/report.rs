@@ -39,7 +39,7 @@ pub enum Report {
         bytes: u64,
         /// The serial number that the device reports.
         serial: String,
-        /// Whether a range past the pattern was discarded and then read as zeroes.
+        /// Whether a range past the pattern was discarded.
         discarded: bool,
         /// Whether a range past the pattern was zeroed and then read as zeroes.
         zeroed: bool,

@@ -1,5 +1,6 @@
 //! What is run on real KVM, and what it reports: the same directly and in a nested host.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,8 @@ pub(crate) enum Job {
 pub(crate) struct Site {
     /// vmm-core and the others.
     pub(crate) bin_dir: PathBuf,
+    /// Third-party daemons.
+    pub(crate) tools_dir: PathBuf,
     /// The ELF kernel.
     pub(crate) kernel: PathBuf,
     pub(crate) bzimage: PathBuf,
@@ -39,14 +42,18 @@ pub(crate) struct Site {
 
 impl Site {
     /// The variables by which integration tests find these files.
-    pub(crate) fn variables(&self) -> [(&'static str, PathBuf); 6] {
+    pub(crate) fn variables(&self) -> [(&'static str, OsString); 7] {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let dirs = std::iter::once(self.tools_dir.clone()).chain(std::env::split_paths(&path));
         [
-            ("MORTISE_BIN_DIR", self.bin_dir.clone()),
-            ("GUEST_KERNEL", self.kernel.clone()),
-            ("GUEST_BZIMAGE", self.bzimage.clone()),
-            ("GUEST_INITRD", self.initrd.clone()),
-            ("GUEST_ROOTFS", self.rootfs.clone()),
-            ("BUSYBOX", self.busybox.clone()),
+            // Only a colon in a directory's name can make this fail.
+            ("PATH", std::env::join_paths(dirs).unwrap_or(path)),
+            ("MORTISE_BIN_DIR", self.bin_dir.clone().into()),
+            ("GUEST_KERNEL", self.kernel.clone().into()),
+            ("GUEST_BZIMAGE", self.bzimage.clone().into()),
+            ("GUEST_INITRD", self.initrd.clone().into()),
+            ("GUEST_ROOTFS", self.rootfs.clone().into()),
+            ("BUSYBOX", self.busybox.clone().into()),
         ]
     }
 }

@@ -10,8 +10,8 @@ use crate::initramfs::{self, Tool};
 use crate::inside::{self, Events};
 use crate::job::{Event, Job, Site};
 use crate::kvm::Ground;
-use crate::nested;
 use crate::workspace::{self, Binary};
+use crate::{nested, wrappers};
 
 /// What a job may use.
 pub(crate) struct Kit {
@@ -47,6 +47,7 @@ impl Kit {
         let kernel = &self.artifacts.kernel;
         Site {
             bin_dir: bin_dir.unwrap_or(Path::new(".")).to_owned(),
+            tools_dir: wrappers::dir(),
             kernel: kernel.vmlinux.clone(),
             bzimage: kernel.bzimage.clone(),
             initrd: self.guest_initrd.clone(),
@@ -60,6 +61,7 @@ impl Kit {
     fn nested_site(&self) -> Site {
         Site {
             bin_dir: "/usr/bin".into(),
+            tools_dir: "/usr/bin".into(),
             kernel: initramfs::GUEST_KERNEL.into(),
             bzimage: initramfs::GUEST_BZIMAGE.into(),
             initrd: initramfs::GUEST_INITRD.into(),

@@ -1,5 +1,6 @@
 //! Scripts that run the unpacked third-party programs with their libraries and firmware.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -10,27 +11,36 @@ use anyhow::{Context, Result};
 use crate::artifacts::Artifacts;
 use crate::workspace;
 
+/// Where the scripts are.
+pub(crate) fn dir() -> PathBuf {
+    workspace::lab_dir().join("bin")
+}
+
 /// The variables by which tests on this machine find third-party programs.
-pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, PathBuf)>> {
-    let mut found = vec![
+pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, OsString)>> {
+    let mut found: Vec<(&'static str, OsString)> = vec![
         (
             "QEMU",
-            script("qemu-system-x86_64", &artifacts.qemu.command())?,
+            script("qemu-system-x86_64", &artifacts.qemu.command())?.into(),
         ),
         (
             "QEMU_STORAGE_DAEMON",
-            script("qemu-storage-daemon", &artifacts.storage_daemon.command())?,
+            script("qemu-storage-daemon", &artifacts.storage_daemon.command())?.into(),
         ),
-        ("MKE2FS", artifacts.mke2fs.clone()),
+        ("MKE2FS", artifacts.mke2fs.clone().into()),
     ];
     if let Some(virtiofsd) = &artifacts.virtiofsd {
-        found.push(("VIRTIOFSD", script("virtiofsd", &virtiofsd.command())?));
+        found.push((
+            "VIRTIOFSD",
+            script("virtiofsd", &virtiofsd.command())?.into(),
+        ));
     }
     Ok(found)
 }
 
 fn script(name: &str, command: &Command) -> Result<PathBuf> {
-    let path = workspace::lab_subdir("bin")?.join(name);
+    fs::create_dir_all(dir())?;
+    let path = dir().join(name);
     let mut text = String::from("#!/bin/sh\nunset LD_LIBRARY_PATH\n");
     for (key, value) in command.get_envs() {
         if let Some(value) = value {

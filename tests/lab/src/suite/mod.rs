@@ -74,7 +74,11 @@ impl Suite {
     }
 
     fn tests_on_kvm(&self) -> Result<OnKvm> {
-        let built = workspace::build(&["test", "--workspace", "--no-run"])?;
+        let scope: &[&str] = match self.filter().starts_with(PREFIX) {
+            true => &["--package", "it"],
+            false => &["--workspace"],
+        };
+        let built = workspace::build(&[&["test", "--no-run"], scope].concat())?;
         let binary = built.into_iter().find(|binary| binary.name == "it");
         let binary = binary.context("cargo built no integration tests")?.file;
         let list = tool::output(Command::new(&binary).args(["--list", "--format", "terse"]))?;
