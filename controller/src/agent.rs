@@ -3,7 +3,7 @@
 //! One that died is started again after a growing pause.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -140,6 +140,7 @@ impl Agent {
                 Ok(status) => tracing::error!(
                     %status,
                     log = %self.log.display(),
+                    said = last_line(&self.log),
                     "the node agent ended; it is started again"
                 ),
                 Err(error) => tracing::error!(%error, "cannot watch the node agent"),
@@ -151,6 +152,21 @@ impl Agent {
 
 fn open_log(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).open(path)
+}
+
+/// What a log ends with; its end is where the reason is.
+fn last_line(log: &Path) -> String {
+    const TAIL_BYTES: u64 = 4096;
+    let tail = || -> io::Result<String> {
+        let mut file = File::open(log)?;
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(TAIL_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let text = tail().unwrap_or_default();
+    text.lines().next_back().unwrap_or_default().to_owned()
 }
 
 /// Why there is no agent.

@@ -345,7 +345,8 @@ fn superseded(metadata: &pb::OperationMetadata) -> pb::OperationError {
     )
 }
 
-fn gone(target: &str) -> pb::OperationError {
+/// Why an operation on something that was deleted meanwhile ends.
+pub(crate) fn gone(target: &str) -> pb::OperationError {
     error(Code::Aborted, "DELETED", &format!("{target} was deleted"))
 }
 

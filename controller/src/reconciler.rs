@@ -15,7 +15,7 @@ use tonic::{Code, Status};
 
 use crate::model::{self, VmRecord, VolumeRecord, prefix};
 use crate::node::Node;
-use crate::plan::{Action, Desired, Observed, Stored, plan};
+use crate::plan::{self, Action, Desired, Observed, Stored, plan};
 use crate::store::{Range, SharedStore, StoreError, Transaction};
 
 /// Without any news the loop runs this often.
@@ -112,12 +112,26 @@ impl Reconciler {
                     record_volume(&self.store, &desired.volumes[name], status).await?;
                 }
                 Action::ForgetVm { name } if !self.busy.contains(name) => {
-                    let stored = &desired.vms[name];
-                    forget(&self.store, name, &stored.record.node_id, stored.revision).await?;
+                    let Stored { record, revision } = &desired.vms[name];
+                    forget(
+                        &self.store,
+                        &desired.pending,
+                        name,
+                        &record.node_id,
+                        *revision,
+                    )
+                    .await?;
                 }
                 Action::ForgetVolume { name } if !self.busy.contains(name) => {
-                    let stored = &desired.volumes[name];
-                    forget(&self.store, name, &stored.record.node_id, stored.revision).await?;
+                    let Stored { record, revision } = &desired.volumes[name];
+                    forget(
+                        &self.store,
+                        &desired.pending,
+                        name,
+                        &record.node_id,
+                        *revision,
+                    )
+                    .await?;
                 }
                 Action::ForgetVm { .. } | Action::ForgetVolume { .. } => {}
                 Action::FinishOperation { name, error } => {
@@ -225,6 +239,14 @@ fn is_final(code: Code) -> bool {
 /// Everything that is wanted, as of now.
 pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
     let mut desired = Desired::default();
+    // Operations come first: each was stored together with its target, so a target that is missing
+    // from what is read after it was deleted, and is not merely too new to be seen.
+    for item in store.list(Range::all(prefix::PENDING)).await?.items {
+        let id = item.key.trim_start_matches(prefix::PENDING);
+        if let Some(item) = store.get(&format!("{}{id}", prefix::OPERATIONS)).await? {
+            desired.pending.push(decode(&item.key, &item.value)?);
+        }
+    }
     for item in store.list(Range::all(prefix::VMS)).await?.items {
         let record: VmRecord = decode(&item.key, &item.value)?;
         let stored = Stored {
@@ -242,12 +264,6 @@ pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
         desired
             .volumes
             .insert(stored.record.volume.name.clone(), stored);
-    }
-    for item in store.list(Range::all(prefix::PENDING)).await?.items {
-        let id = item.key.trim_start_matches(prefix::PENDING);
-        if let Some(item) = store.get(&format!("{}{id}", prefix::OPERATIONS)).await? {
-            desired.pending.push(decode(&item.key, &item.value)?);
-        }
     }
     Ok(desired)
 }
@@ -329,9 +345,11 @@ async fn record_volume(
     store.commit(transaction).await.map(drop)
 }
 
-/// Removes a record that nothing stands for any more.
+/// Removes a record that nothing stands for any more, and ends its operations in the same
+/// transaction: the next thing of this name must not be taken for it.
 async fn forget(
     store: &SharedStore,
+    pending: &[pb::Operation],
     name: &str,
     node_id: &str,
     revision: u64,
@@ -344,12 +362,33 @@ async fn forget(
         "VOLUME_DELETED"
     };
     let event = model::new_event(name, reason, "");
-    let transaction = Transaction::new()
+    let mut transaction = Transaction::new()
         .if_unchanged(model::key(&parsed), revision)
         .delete(model::key(&parsed))
         .delete(model::node_id_key(&parsed, node_id))
         .put(event.name.clone(), event.encode_to_vec());
+    for operation in pending {
+        let metadata = operation.metadata.clone().unwrap_or_default();
+        if metadata.target != name {
+            continue;
+        }
+        let wanted = matches!(
+            metadata.kind(),
+            pb::OperationKind::DeleteVm | pb::OperationKind::DeleteVolume
+        );
+        let done = ended(operation.clone(), (!wanted).then(|| plan::gone(name)));
+        transaction = transaction
+            .put(done.name.clone(), done.encode_to_vec())
+            .delete(model::pending_key(&done.name));
+    }
     store.commit(transaction).await.map(drop)
+}
+
+fn ended(mut operation: pb::Operation, error: Option<pb::OperationError>) -> pb::Operation {
+    operation.done = true;
+    operation.error = error;
+    operation.end_time = Some(model::now());
+    operation
 }
 
 async fn finish(
@@ -360,13 +399,7 @@ async fn finish(
     let Some(item) = store.get(name).await? else {
         return Ok(());
     };
-    let mut operation: pb::Operation = decode(name, &item.value)?;
-    operation.done = true;
-    operation.error = error;
-    operation.end_time = Some(model::now());
-    if let Some(metadata) = &mut operation.metadata {
-        metadata.progress.clear();
-    }
+    let operation = ended(decode(name, &item.value)?, error);
     let transaction = Transaction::new()
         .if_unchanged(name, item.revision)
         .put(name, operation.encode_to_vec())

@@ -100,7 +100,7 @@ pub(crate) async fn wait(
         let metadata = operation.metadata.as_ref();
         progress.show(metadata.map_or("", |metadata| metadata.progress.as_str()));
     }
-    progress.clear();
+    drop(progress);
     match &operation.error {
         None => Ok(operation),
         Some(error) => Err(anyhow!("{what}: {}", error.message)),
@@ -129,51 +129,53 @@ pub(crate) async fn get_vm(channel: &Channel, name: &str) -> Result<pb::Vm, Stat
         .map(tonic::Response::into_inner)
 }
 
-/// What goes on, on one line of stderr, if that is a terminal.
+/// What goes on, on stderr: one line that changes if that is a terminal, else a line for each change
+/// once it takes longer than [`PATIENCE`].
 pub(crate) struct Progress {
-    shown: bool,
+    quiet: bool,
+    terminal: bool,
     what: String,
+    detail: String,
     begun: Instant,
 }
+
+/// What is done sooner needs no words in a log.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Progress {
     /// Nothing shown yet.
     pub(crate) fn new(quiet: bool, what: &str) -> Self {
-        let shown = !quiet && std::io::stderr().is_terminal();
-        let progress = Self {
-            shown,
+        Self {
+            quiet,
+            terminal: std::io::stderr().is_terminal(),
             what: what.to_owned(),
+            detail: String::new(),
             begun: Instant::now(),
-        };
-        progress.show("");
-        progress
-    }
-
-    /// Replaces the line.
-    pub(crate) fn show(&self, detail: &str) {
-        if self.shown {
-            let seconds = self.begun.elapsed().as_secs();
-            let detail = if detail.is_empty() {
-                String::new()
-            } else {
-                format!(": {detail}")
-            };
-            eprint!("\r\x1b[K{} ({seconds}s){detail}", self.what);
-            let _ = std::io::stderr().flush();
         }
     }
 
-    fn clear(&mut self) {
-        if std::mem::take(&mut self.shown) {
-            eprint!("\r\x1b[K");
+    /// Shows `detail` as what is waited for now.
+    pub(crate) fn show(&mut self, detail: &str) {
+        if self.quiet {
+            return;
+        }
+        let seconds = self.begun.elapsed().as_secs();
+        if self.terminal {
+            eprint!("\r\x1b[K{} ({seconds}s): {detail}", self.what);
             let _ = std::io::stderr().flush();
+        } else if self.begun.elapsed() >= PATIENCE && self.detail != detail {
+            eprintln!("{} ({seconds}s): {detail}", self.what);
+            self.detail = detail.to_owned();
         }
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        self.clear();
+        if self.terminal && !self.quiet {
+            eprint!("\r\x1b[K");
+            let _ = std::io::stderr().flush();
+        }
     }
 }
 

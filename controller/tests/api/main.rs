@@ -1,0 +1,10 @@
+//! The controller's program as its users see it: real processes, real sockets. The host behind it is
+//! simulated where the test is about the controller, and real where it is about both.
+
+mod events;
+mod harness;
+mod operations;
+mod simulated;
+mod standalone;
+mod vms;
+mod volumes;

@@ -1,0 +1,279 @@
+//! A host without VMs: answers as a node agent does, and changes phases at once or when told to.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+
+use api::node::node_agent_server::{NodeAgent, NodeAgentServer};
+use api::node::*;
+use api::serve::{self, Services};
+use tokio::sync::watch;
+use tokio_stream::wrappers::WatchStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Cheap to clone; all clones are one host.
+#[derive(Clone)]
+pub(crate) struct Host {
+    state: Arc<Mutex<State>>,
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    vms: BTreeMap<String, (VmSpec, VmStatus)>,
+    volumes: BTreeMap<String, VolumeStatus>,
+    starts_are_held: bool,
+    applied: u64,
+    refusal: Option<Status>,
+}
+
+impl Host {
+    /// Serves on the Unix socket `path` for the rest of the test.
+    pub(crate) fn serve(path: &Path) -> Self {
+        let host = Self {
+            state: Arc::default(),
+            changed: watch::Sender::new(0),
+        };
+        let services = Services::new().with(NodeAgentServer::new(host.clone()));
+        let path = path.to_owned();
+        tokio::spawn(async move {
+            serve::unix(&path, services, std::future::pending())
+                .await
+                .unwrap();
+        });
+        host
+    }
+
+    /// VMs stay in STARTING until this is called with `false`.
+    pub(crate) fn hold_starts(&self, held: bool) {
+        self.change(|state| {
+            state.starts_are_held = held;
+            for (spec, status) in state.vms.values_mut() {
+                if !held && status.phase() == VmPhase::Starting && spec.power() == Power::On {
+                    status.phase = VmPhase::Running as i32;
+                }
+            }
+        });
+    }
+
+    /// Every ApplyVm from now on is refused with this.
+    pub(crate) fn refuse(&self, refusal: Option<Status>) {
+        self.change(|state| state.refusal = refusal);
+    }
+
+    /// The guest shuts itself down.
+    pub(crate) fn guest_shuts_down(&self, id: &str) {
+        self.change(|state| {
+            let (_, status) = state.vms.get_mut(id).expect("the VM is here");
+            status.phase = VmPhase::Stopped as i32;
+            status.stop_reason = "guest-shutdown".into();
+        });
+    }
+
+    /// Ids of all VMs here.
+    pub(crate) fn vms(&self) -> Vec<String> {
+        self.state.lock().unwrap().vms.keys().cloned().collect()
+    }
+
+    /// Times that ApplyVm was called.
+    pub(crate) fn applied(&self) -> u64 {
+        self.state.lock().unwrap().applied
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.state.lock().unwrap());
+        self.changed.send_modify(|count| *count += 1);
+        result
+    }
+}
+
+fn after_apply(spec: &VmSpec, before: Option<VmPhase>, held: bool) -> (VmPhase, &'static str) {
+    match (spec.power(), before) {
+        (Power::On, Some(VmPhase::Running)) => (VmPhase::Running, ""),
+        (Power::On, _) if held => (VmPhase::Starting, ""),
+        (Power::On, _) => (VmPhase::Running, ""),
+        (_, None) => (VmPhase::Stopped, ""),
+        _ => (VmPhase::Stopped, "stop-request"),
+    }
+}
+
+#[tonic::async_trait]
+impl NodeAgent for Host {
+    async fn get_host(&self, _: Request<GetHostRequest>) -> Result<Response<HostStatus>, Status> {
+        Ok(Response::new(HostStatus {
+            host_id: "simulated".into(),
+            ..Default::default()
+        }))
+    }
+
+    async fn apply_vm(
+        &self,
+        request: Request<ApplyVmRequest>,
+    ) -> Result<Response<VmStatus>, Status> {
+        let request = request.into_inner();
+        api::validate::apply_vm_request(&request)?;
+        let spec = request.spec.unwrap_or_default();
+        self.change(|state| {
+            state.applied += 1;
+            if let Some(refusal) = &state.refusal {
+                return Err(refusal.clone());
+            }
+            let known = state.vms.get(&spec.id);
+            if known.is_some_and(|(known, _)| known.generation > spec.generation) {
+                return Err(Status::aborted("an older generation"));
+            }
+            if let Some((known, status)) = known
+                && known.generation == spec.generation
+            {
+                return Ok(Response::new(status.clone()));
+            }
+            let before = known.map(|(_, status)| status.phase());
+            let (phase, stop_reason) = after_apply(&spec, before, state.starts_are_held);
+            let status = VmStatus {
+                id: spec.id.clone(),
+                observed_generation: spec.generation,
+                phase: phase as i32,
+                stop_reason: stop_reason.into(),
+                ..Default::default()
+            };
+            state.vms.insert(spec.id.clone(), (spec, status.clone()));
+            Ok(Response::new(status))
+        })
+    }
+
+    async fn reset_vm(
+        &self,
+        request: Request<ResetVmRequest>,
+    ) -> Result<Response<VmStatus>, Status> {
+        let id = request.into_inner().id;
+        self.change(|state| {
+            let (_, status) = state
+                .vms
+                .get_mut(&id)
+                .ok_or_else(|| Status::not_found("no such VM"))?;
+            status.resets += 1;
+            Ok(Response::new(status.clone()))
+        })
+    }
+
+    async fn delete_vm(
+        &self,
+        request: Request<DeleteVmRequest>,
+    ) -> Result<Response<DeleteVmResponse>, Status> {
+        let id = request.into_inner().id;
+        self.change(|state| {
+            match state.vms.get(&id) {
+                None => return Err(Status::not_found("no such VM")),
+                Some((_, status)) if status.phase() != VmPhase::Stopped => {
+                    return Err(Status::failed_precondition("it runs"));
+                }
+                Some(_) => state.vms.remove(&id),
+            };
+            Ok(Response::new(DeleteVmResponse {}))
+        })
+    }
+
+    async fn get_vm(&self, request: Request<GetVmRequest>) -> Result<Response<VmStatus>, Status> {
+        let id = request.into_inner().id;
+        let state = self.state.lock().unwrap();
+        let found = state
+            .vms
+            .get(&id)
+            .map(|(_, status)| Response::new(status.clone()));
+        found.ok_or_else(|| Status::not_found("no such VM"))
+    }
+
+    async fn list_vms(
+        &self,
+        _: Request<ListVmsRequest>,
+    ) -> Result<Response<ListVmsResponse>, Status> {
+        let state = self.state.lock().unwrap();
+        let vms = state
+            .vms
+            .values()
+            .map(|(_, status)| status.clone())
+            .collect();
+        Ok(Response::new(ListVmsResponse { vms }))
+    }
+
+    type WatchVmsStream = Pin<Box<dyn Stream<Item = Result<VmStatus, Status>> + Send>>;
+
+    async fn watch_vms(
+        &self,
+        _: Request<WatchVmsRequest>,
+    ) -> Result<Response<Self::WatchVmsStream>, Status> {
+        let changes = WatchStream::from_changes(self.changed.subscribe());
+        Ok(Response::new(Box::pin(
+            changes.map(|_| Ok(VmStatus::default())),
+        )))
+    }
+
+    type ConsoleStream = Pin<Box<dyn Stream<Item = Result<ConsoleOutput, Status>> + Send>>;
+
+    /// Echoes.
+    async fn console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::ConsoleStream>, Status> {
+        let mut input = request.into_inner();
+        let first = input.message().await?.unwrap_or_default();
+        let hello = ConsoleOutput {
+            offset: 0,
+            data: format!("{}> ", first.vm_id).into_bytes(),
+        };
+        let echo = input.map(|message| {
+            message.map(|input| ConsoleOutput {
+                offset: 0,
+                data: input.data,
+            })
+        });
+        Ok(Response::new(Box::pin(
+            tokio_stream::once(Ok(hello)).chain(echo),
+        )))
+    }
+
+    async fn create_volume(
+        &self,
+        request: Request<CreateVolumeRequest>,
+    ) -> Result<Response<VolumeStatus>, Status> {
+        let request = request.into_inner();
+        api::validate::node_create_volume_request(&request)?;
+        if request.source_path == "/missing" {
+            return Err(Status::not_found("/missing does not exist"));
+        }
+        let status = VolumeStatus {
+            id: request.id.clone(),
+            size_bytes: request.size_bytes,
+            path: format!("/pool/{}", request.id),
+            ..Default::default()
+        };
+        self.change(|state| state.volumes.insert(request.id, status.clone()));
+        Ok(Response::new(status))
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<DeleteVolumeResponse>, Status> {
+        let id = request.into_inner().id;
+        self.change(|state| state.volumes.remove(&id));
+        Ok(Response::new(DeleteVolumeResponse {}))
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesResponse>, Status> {
+        let volumes = self
+            .state
+            .lock()
+            .unwrap()
+            .volumes
+            .values()
+            .cloned()
+            .collect();
+        Ok(Response::new(ListVolumesResponse { volumes }))
+    }
+}
