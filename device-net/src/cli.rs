@@ -9,6 +9,7 @@ use api::daemon::Parts;
 use api::device::attach_request::{Device as DeviceConfig, Listener as ListenerConfig};
 use api::device::{AttachRequest, FdRef, NetConfig};
 use api::listen::{self, SocketFile};
+use api::names;
 use clap::Parser;
 use vhost_user::backend;
 
@@ -156,6 +157,7 @@ impl FromStr for Nic {
                 .split_once('=')
                 .ok_or_else(|| NicError::NoValue(field.to_owned()))?;
             match key {
+                "id" if !names::is_id(value) => return Err(bad(key, value, ID_SHAPE)),
                 "id" => set(&mut id, key, value.to_owned())?,
                 "tap" => set(&mut tap, key, value.to_owned())?,
                 "fd" => tap_fds.push(descriptor(key, value)?),
@@ -203,6 +205,7 @@ impl FromStr for Nic {
     }
 }
 
+const ID_SHAPE: &str = "an identifier: a lower-case letter, then at most 62 letters, digits and -";
 const MAC_SHAPE: &str = "a unicast address like 52:54:00:12:34:56";
 
 fn set<T>(slot: &mut Option<T>, key: &str, value: T) -> Result<(), NicError> {
@@ -288,6 +291,7 @@ mod tests {
             ("id=n,tap=t,fd=5,socket=/x", "either"),
             ("tap=t,socket=/x", "id= is missing"),
             ("id=n,tap=t", "socket= is missing"),
+            ("id=N/0,tap=t,socket=/x", "an identifier"),
             ("id=n,tap=t,socket=/x,color=red", "\"color\""),
             ("id=n,id=m,tap=t,socket=/x", "id is given twice"),
             ("id=n,tap=t,socket=/x,queue-pairs=17", "1 to 16"),

@@ -561,7 +561,10 @@ fn mac(found: &mut Violations, field: &str, text: &str) {
     let octets: Option<Vec<u8>> = text
         .split(':')
         .map(|octet| match octet.len() {
-            2 => u8::from_str_radix(octet, 16).ok(),
+            // from_str_radix alone would take a sign.
+            2 if octet.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+                u8::from_str_radix(octet, 16).ok()
+            }
             _ => None,
         })
         .collect();
