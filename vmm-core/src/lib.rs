@@ -11,6 +11,7 @@ pub mod app;
 pub mod boot;
 pub mod bus;
 pub mod cli;
+pub mod config_ports;
 pub mod console;
 pub mod control;
 pub mod error;

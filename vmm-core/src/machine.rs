@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi;
 use crate::boot::{BootError, BootSource, ElfProtocol};
 use crate::bus::{Bus, BusDevice, Overlap};
+use crate::config_ports::{CONFIG_ADDRESS, CONFIG_PORTS_LEN, ConfigPorts};
 use crate::console::Console;
 use crate::error::chain;
 use crate::kvm::irqchip::IrqchipState;
@@ -35,8 +36,8 @@ use crate::layout::{
 use crate::memory::{GuestRam, MemoryError};
 use crate::pci::{BusFull, Layout, MmioWindow, RootBus};
 use crate::power::{
-    ACPI_PORTS_LEN, AcpiRegisters, KEYBOARD_COMMAND_PORT, KeyboardReset, PowerLatch,
-    RESET_CONTROL_PORT, RESET_STUB, ResetControl,
+    ACPI_PORTS_LEN, AcpiRegisters, KEYBOARD_COMMAND_PORT, KeyboardReset, PowerLatch, RESET_STUB,
+    ResetControl,
 };
 use crate::seccomp::ThreadKind;
 use crate::serial::SerialPort;
@@ -157,6 +158,7 @@ struct Peripherals {
     console: Arc<Console>,
     serial: Arc<SerialPort>,
     power_button: EventFd,
+    config_ports: Arc<ConfigPorts>,
     root_bus: Arc<RootBus>,
     devices: Devices,
 }
@@ -247,17 +249,24 @@ impl Board {
     ) -> Result<Populated, MachineError> {
         let power = Arc::new(PowerLatch::default());
         let serial = Arc::new(self.serial_port(console.clone())?);
-        let ports = port_bus(&serial, &power)?;
         let power_button = self.pin(GED_GSI)?;
         let (root_bus, devices) = self.pci(config, confine)?;
         let mut mmio = Bus::default();
+        let mut config_ports = None;
         for range in root_bus.ranges() {
+            if range.base == ECAM_START {
+                let reset_control = ResetControl(power.clone());
+                config_ports = Some(ConfigPorts::new(range.device.clone(), reset_control));
+            }
             mmio.insert(range.base, range.len, range.device)?;
         }
+        let config_ports = Arc::new(config_ports.expect("the bus answers at ECAM"));
+        let ports = port_bus(&serial, &config_ports, &power)?;
         let peripherals = Peripherals {
             console,
             serial,
             power_button,
+            config_ports,
             root_bus,
             devices,
         };
@@ -349,20 +358,18 @@ impl Board {
     }
 }
 
-fn port_bus(serial: &Arc<SerialPort>, power: &Arc<PowerLatch>) -> Result<Bus, Overlap> {
+fn port_bus(
+    serial: &Arc<SerialPort>,
+    config_ports: &Arc<ConfigPorts>,
+    power: &Arc<PowerLatch>,
+) -> Result<Bus, Overlap> {
+    let acpi = Arc::new(AcpiRegisters(power.clone()));
+    let keyboard = Arc::new(KeyboardReset(power.clone()));
     let ranges: [(u16, u64, Arc<dyn BusDevice>); 4] = [
         (COM1_PORT, COM1_PORTS_LEN, serial.clone()),
-        (
-            ACPI_PORT,
-            ACPI_PORTS_LEN,
-            Arc::new(AcpiRegisters(power.clone())),
-        ),
-        (RESET_CONTROL_PORT, 1, Arc::new(ResetControl(power.clone()))),
-        (
-            KEYBOARD_COMMAND_PORT,
-            1,
-            Arc::new(KeyboardReset(power.clone())),
-        ),
+        (ACPI_PORT, ACPI_PORTS_LEN, acpi),
+        (CONFIG_ADDRESS, CONFIG_PORTS_LEN, config_ports.clone()),
+        (KEYBOARD_COMMAND_PORT, 1, keyboard),
     ];
     let mut ports = Bus::default();
     for (base, len, device) in ranges {
@@ -470,6 +477,7 @@ impl Machine {
         for device in self.peripherals.devices.0.iter() {
             device.reset(RING_STOP_PATIENCE);
         }
+        self.peripherals.config_ports.reset();
         self.peripherals.root_bus.place_bars();
         self.peripherals
             .serial

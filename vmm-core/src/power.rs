@@ -22,8 +22,6 @@ pub const ACPI_PORTS_LEN: u64 = 3;
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type of `_S5`.
 pub const S5_SLEEP_TYPE: u8 = 5;
-/// The reset control register.
-pub const RESET_CONTROL_PORT: u16 = 0xcf9;
 /// The keyboard controller's command and status register.
 pub const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 
@@ -109,7 +107,7 @@ impl BusDevice for AcpiRegisters {
     }
 }
 
-/// Port 0xcf9.
+/// Port 0xcf9, which lies among those of [`crate::config_ports`].
 pub struct ResetControl(pub Arc<PowerLatch>);
 
 impl BusDevice for ResetControl {

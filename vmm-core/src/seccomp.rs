@@ -81,6 +81,7 @@ const READ: u64 = 2;
 fn vcpu() -> Syscalls {
     Syscalls::new().allow_ioctls(&[
         kvm_io(NONE, 0x80, 0),     // KVM_RUN
+        kvm_io(NONE, 0xad, 0),     // KVM_KVMCLOCK_CTRL
         kvm_io(WRITE, 0x82, 144),  // KVM_SET_REGS
         kvm_io(READ, 0x83, 312),   // KVM_GET_SREGS
         kvm_io(WRITE, 0x84, 312),  // KVM_SET_SREGS

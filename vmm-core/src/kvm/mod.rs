@@ -235,3 +235,42 @@ impl Vm {
 pub fn max_vcpus(kvm: &Kvm) -> u32 {
     MAX_VCPUS.min(kvm.get_max_vcpus() as u32)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn remedy_names_the_group_that_may_open_the_device() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let path = dir.path().join("kvm");
+        let file = File::create(&path).unwrap();
+        file.set_permissions(Permissions::from_mode(0o660)).unwrap();
+        let remedy = permission_remedy(&path);
+        match file.metadata().unwrap().gid() {
+            0 => assert!(remedy.contains("chgrp kvm"), "{remedy}"),
+            gid => {
+                let group = Group::from_gid(Gid::from_raw(gid)).unwrap();
+                let name = group.map_or_else(|| gid.to_string(), |group| group.name);
+                assert!(remedy.contains(&format!("usermod -aG {name}")), "{remedy}");
+            }
+        }
+        file.set_permissions(Permissions::from_mode(0o600)).unwrap();
+        assert!(permission_remedy(&path).contains("chmod 660"));
+    }
+
+    #[test]
+    fn missing_and_forbidden_devices_are_told_apart() {
+        let missing = open(Path::new("/nowhere/kvm")).err().unwrap();
+        assert!(matches!(missing, KvmError::Missing { .. }), "{missing}");
+        let forbidden = KvmError::Permission {
+            path: "/dev/kvm".into(),
+            remedy: "join group kvm".into(),
+        };
+        let line = "no permission to open /dev/kvm: join group kvm";
+        assert_eq!(forbidden.to_string(), line);
+    }
+}

@@ -28,6 +28,7 @@ use self::gate::{Gate, GateError, Numbered, Order};
 use self::state::VcpuState;
 use crate::boot::Entry;
 use crate::bus::Bus;
+use crate::error::chain;
 use crate::kvm::{KvmError, Vm, failed_to};
 use crate::power::{PowerLatch, PowerRequest};
 
@@ -103,7 +104,7 @@ pub struct Surroundings {
     pub power: Arc<PowerLatch>,
     /// Where reports go; must not block for long.
     pub report: Box<dyn Fn(Report) + Send + Sync>,
-    /// Called on each thread before it first runs the guest: drops privileges.
+    /// Called first on each thread: drops privileges.
     pub confine: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
 }
 
@@ -213,34 +214,33 @@ struct Runner {
 impl Runner {
     fn follow_orders(mut self) {
         RUN_PAGE.set(self.vcpu.fd.get_kvm_run());
-        let mut confined = false;
+        let confined = (self.surroundings.confine)();
         let mut last_serial = 0;
         loop {
             let Numbered { serial, order } = self.gate.wait_for_newer(last_serial);
             last_serial = serial;
-            let result = match order {
-                Order::Park => {
-                    self.complete_pending_io();
-                    Ok(())
-                }
-                Order::PowerOn(entry) => self
-                    .power_on(entry)
-                    .map_err(|err| crate::error::chain(&err)),
-                Order::Run if !confined => (self.surroundings.confine)(),
-                Order::Run | Order::Exit => Ok(()),
-            };
+            let result = confined.clone().and_then(|()| self.prepare(order));
             let refused = result.is_err();
             self.gate.acknowledge(serial, result);
             match order {
-                Order::Run if !refused => {
-                    confined = true;
-                    self.run_guest(serial);
-                }
+                Order::Run if !refused => self.run_guest(serial),
                 Order::Exit => break,
                 _ => {}
             }
         }
         RUN_PAGE.set(ptr::null_mut());
+    }
+
+    /// Does what `order` asks for before it is acknowledged.
+    fn prepare(&mut self, order: Order) -> Result<(), String> {
+        match order {
+            Order::Park => self.complete_pending_io(),
+            Order::PowerOn(entry) => self.power_on(entry).map_err(|err| chain(&err))?,
+            // Tells the guest's watchdogs that it stood still. It fails for one without a KVM clock.
+            Order::Run => drop(self.vcpu.fd.kvmclock_ctrl()),
+            Order::Exit => {}
+        }
+        Ok(())
     }
 
     fn power_on(&mut self, entry: Entry) -> Result<(), KvmError> {
