@@ -220,6 +220,9 @@ pub(crate) fn die_with_this_process(command: &mut Command) {
     }
 }
 
+/// The owner's pid follows.
+const RUN_DIR_PREFIX: &str = "mortise-lab-";
+
 /// A directory of one run; removed on drop.
 pub(crate) struct RunDir(pub(crate) PathBuf);
 
@@ -229,13 +232,27 @@ impl RunDir {
     }
 
     pub(crate) fn create_in(parent: &Path) -> Result<Self> {
+        remove_stale(parent);
         let path = parent.join(format!(
-            "mortise-lab-{}-{:08x}",
+            "{RUN_DIR_PREFIX}{}-{:08x}",
             std::process::id(),
             rand::random::<u32>()
         ));
         fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
         Ok(Self(path))
+    }
+}
+
+/// Removes what labs left that were killed; an initramfs alone has 100 MB.
+fn remove_stale(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(RUN_DIR_PREFIX)?.split('-').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 }
 

@@ -12,7 +12,7 @@ mod managed;
 mod peer;
 mod processes;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -113,20 +113,43 @@ fn drive(site: &Site, by_hand: bool, events: &mut Events, report: &mut DemoRepor
         cmdline: &format!("console=ttyS0 quiet reboot=t panic=-1 {plan}"),
         host_cidr: &format!("{host}/24"),
     };
-    let mut machine: Box<dyn Machine> = if by_hand {
+    let result = launch(&order, by_hand, events).and_then(|mut machine| {
+        let result = check(&mut *machine, peer, disk_seed, events, report);
+        events.step("removing everything");
+        let removed = machine.remove();
+        result.and(removed)
+    });
+    if result.is_err() {
+        show_logs(&dir.0, events);
+    }
+    report.clean_shutdown = result.is_ok();
+    result
+}
+
+fn launch(order: &Order, by_hand: bool, events: &mut Events) -> Result<Box<dyn Machine>> {
+    if by_hand {
         events.step("starting device-blk, device-net and vmm-core by hand");
-        Box::new(by_hand::Machine::launch(&order)?)
+        Ok(Box::new(by_hand::Machine::launch(order)?))
     } else {
         events.step("starting controller --standalone, creating volume and VM");
-        Box::new(managed::Machine::launch(&order)?)
-    };
-    let result = check(&mut *machine, peer, disk_seed, events, report);
-    events.step("removing everything");
-    let removed = machine.remove();
-    result?;
-    removed?;
-    report.clean_shutdown = true;
-    Ok(())
+        Ok(Box::new(managed::Machine::launch(order)?))
+    }
+}
+
+/// The ends of all logs below a folder, which is about to vanish.
+fn show_logs(dir: &Path, events: &mut Events) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            show_logs(&path, events);
+        } else if path.extension().is_some_and(|extension| extension == "log") {
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            for line in &lines[lines.len().saturating_sub(10)..] {
+                events.step(format_args!("{}: {line}", path.display()));
+            }
+        }
+    }
 }
 
 fn check(
