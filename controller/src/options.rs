@@ -1,7 +1,7 @@
 //! The command line, and the directories that it names.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -68,6 +68,9 @@ impl Options {
     }
 }
 
+/// Locked by the controller that uses the directory; holds its pid.
+const LOCK_FILE: &str = "controller.lock";
+
 /// The state directory, for this controller alone.
 #[derive(Debug)]
 pub struct StateDir {
@@ -90,16 +93,24 @@ impl StateDir {
             .create(true)
             .truncate(false)
             .write(true)
-            .open(path.join("controller.lock"))
+            .open(path.join(LOCK_FILE))
             .map_err(failed)?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self {
-                path: path.to_owned(),
-                _lock: lock,
-            }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(DirError::InUse {
-                path: path.to_owned(),
-            }),
+            Ok(lock) => {
+                lock.set_len(0).map_err(failed)?;
+                writeln!(&*lock, "{}", std::process::id()).map_err(failed)?;
+                Ok(Self {
+                    path: path.to_owned(),
+                    _lock: lock,
+                })
+            }
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+                let pid = std::fs::read_to_string(path.join(LOCK_FILE)).unwrap_or_default();
+                Err(DirError::InUse {
+                    path: path.to_owned(),
+                    pid: pid.trim().to_owned(),
+                })
+            }
             Err((_, errno)) => Err(failed(errno.into())),
         }
     }
@@ -155,10 +166,12 @@ pub enum DirError {
         owner: u32,
     },
     /// There is a controller.
-    #[error("another controller uses {path}; stop it or choose another directory with --state-dir", path = path.display())]
+    #[error("another controller uses {path} (process {pid}); stop it or choose another directory with --state-dir", path = path.display())]
     InUse {
         /// As asked for.
         path: PathBuf,
+        /// Of the other controller.
+        pid: String,
     },
     /// The file system refuses locks.
     #[error("cannot lock {path}", path = path.display())]

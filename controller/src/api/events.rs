@@ -83,7 +83,12 @@ async fn send_events(
     client: mpsc::Sender<Result<WatchEventsResponse, Status>>,
 ) {
     for item in &kept {
-        if !send(event(item), &target, &client).await {
+        let event = event(item);
+        // A bookmark among them would say that what is kept has been sent.
+        if event.as_ref().is_ok_and(|event| !concerns(event, &target)) {
+            continue;
+        }
+        if !send(event, &target, &client).await {
             return;
         }
     }

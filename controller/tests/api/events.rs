@@ -88,3 +88,21 @@ async fn watch_of_one_vm_shows_only_its_events() {
         (vm_name("b"), "VM_CREATED")
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn first_bookmark_says_that_everything_kept_was_sent() {
+    let site = Site::new().await;
+    let c = &site.controller;
+    c.create_vm("a").await;
+    c.create_vm("b").await;
+    let request = pb::WatchEventsRequest {
+        target: vm_name("b"),
+        ..Default::default()
+    };
+    let mut watch = c.events().watch_events(request).await.unwrap().into_inner();
+    let mut reasons = Vec::new();
+    while let Some(Message::Event(event)) = watch.next().await.unwrap().unwrap().message {
+        reasons.push(event.reason);
+    }
+    assert!(reasons.contains(&"VM_CREATED".to_owned()), "{reasons:?}");
+}

@@ -23,6 +23,9 @@ pub(crate) async fn run(global: &Global, args: EventsArgs) -> anyhow::Result<Exi
         None => String::new(),
     };
     let mut client = EventsClient::new(client::connect(global).await?);
+    if !args.follow {
+        return list(global, &mut client, args.after, &target).await;
+    }
     let mut after = args.after;
     let mut heard = Instant::now();
     loop {
@@ -38,11 +41,6 @@ pub(crate) async fn run(global: &Global, args: EventsArgs) -> anyhow::Result<Exi
             }
             Err(status) => return Err(client::failed(status)),
         };
-        // Without --follow the first bookmark ends what is kept. One who resumes gets no bookmark
-        // until something happens, so what was missed is listed instead.
-        if !args.follow && args.after > 0 {
-            return list(global, &mut client, args.after, &target).await;
-        }
         while let Some(message) = stream.next().await {
             let message = match message {
                 Ok(message) => message,
@@ -55,12 +53,7 @@ pub(crate) async fn run(global: &Global, args: EventsArgs) -> anyhow::Result<Exi
                     after = event.revision;
                     print(global, &event)?;
                 }
-                Some(Message::Bookmark(revision)) => {
-                    after = after.max(revision);
-                    if !args.follow {
-                        return Ok(ExitCode::SUCCESS);
-                    }
-                }
+                Some(Message::Bookmark(revision)) => after = after.max(revision),
                 None => {}
             }
         }
