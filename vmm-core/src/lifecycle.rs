@@ -344,7 +344,7 @@ impl Supervisor {
                 info!("the guest resets");
                 self.perform(Action::Reboot)
             }
-            Event::TripleFault => self.after_triple_fault(),
+            Event::TripleFault => self.after_triple_fault(report.vcpu),
             Event::Shutdown => {
                 info!("the guest switched itself off");
                 self.enter(State::Stopped);
@@ -358,14 +358,16 @@ impl Supervisor {
     }
 
     /// A PC resets. A guest that has not printed anything since the last reset would do so for ever.
-    fn after_triple_fault(&mut self) -> Result<(), Outcome> {
+    fn after_triple_fault(&mut self, vcpu: u32) -> Result<(), Outcome> {
         if self.machine.console().end() == self.console_at_reset {
             self.enter(State::Stopped);
-            let why = "the guest crashed (triple fault) before it wrote anything to its console: is the kernel for \
-                       this machine, and is console=ttyS0 on its command line?";
-            return Err(Outcome::VmmError(why.into()));
+            let why = format!(
+                "the guest crashed (triple fault on vCPU {vcpu}) before it wrote anything to its console: is the \
+                 kernel for this machine, and is console=ttyS0 on its command line?"
+            );
+            return Err(Outcome::VmmError(why));
         }
-        warn!("the guest ran into a triple fault and is reset");
+        warn!("the guest ran into a triple fault on vCPU {vcpu} and is reset");
         self.perform(Action::Reboot)
     }
 

@@ -77,6 +77,8 @@ impl Vcpu {
 pub struct Report {
     /// The order under which it ran: a report from before the last order is stale.
     pub serial: u64,
+    /// Index of the vCPU.
+    pub vcpu: u32,
     /// What happened.
     pub what: Event,
 }
@@ -271,6 +273,7 @@ impl Runner {
             };
             (self.surroundings.report)(Report {
                 serial,
+                vcpu: self.vcpu.index,
                 what: event,
             });
             return;
