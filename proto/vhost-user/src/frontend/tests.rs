@@ -1,5 +1,7 @@
 //! The frontend against scripted peers: what it sends, and what it makes of what they answer.
 
+mod rust_vmm;
+
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
