@@ -19,12 +19,16 @@ pub fn default_run_dir() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return "/run/mortise".into();
     }
-    absolute("XDG_RUNTIME_DIR").unwrap_or_else(per_user).join("mortise")
+    absolute("XDG_RUNTIME_DIR")
+        .unwrap_or_else(per_user)
+        .join("mortise")
 }
 
 /// The XDG specification says to ignore relative paths.
 fn absolute(variable: &str) -> Option<PathBuf> {
-    std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute())
+    std::env::var_os(variable)
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
 }
 
 fn per_user() -> PathBuf {
