@@ -5,9 +5,10 @@ use std::time::Duration;
 use crate::tiny_guest::{Code, DEADLINE, Vmm, kvm_is_usable, poll};
 use api::vmm::vmm_client::VmmClient;
 use api::vmm::{
-    ConsoleInput, GetVmmRequest, PauseRequest, PowerButtonRequest, ResetRequest, ResumeRequest,
-    StartRequest, StopRequest, VmmState,
+    ConsoleInput, ConsoleOutput, GetVmmRequest, PauseRequest, PowerButtonRequest, ResetRequest,
+    ResumeRequest, StartRequest, StopRequest, VmmState,
 };
+use tonic::Streaming;
 use tonic::transport::Channel;
 
 /// Prints dots for ever.
@@ -114,33 +115,41 @@ fn console_is_replayed_to_every_reader_and_takes_input() {
     ]);
     let vmm = Vmm::start(&code.halt(), &[]);
     with_client(&vmm, async |mut client| {
-        let only_from = |offset: u64| ConsoleInput {
+        let from_offset = |from_offset: u64| ConsoleInput {
             data: Vec::new(),
-            from_offset: offset,
+            from_offset,
         };
-        let mut readers = Vec::new();
-        for offset in [0, 1] {
-            let stream = client
-                .console(tokio_stream::iter([only_from(offset)]))
-                .await
-                .unwrap();
-            readers.push((offset, stream.into_inner()));
-        }
+        let request = tokio_stream::iter([from_offset(0)]);
+        let mut first = client.console(request).await.unwrap().into_inner();
+        let mut first_text = Vec::new();
+        read_until(&mut first, &mut first_text, 0, b"ab").await;
+
+        let request = tokio_stream::iter([from_offset(1)]);
+        let mut second = client.console(request).await.unwrap().into_inner();
+        let mut second_text = Vec::new();
         let typed = ConsoleInput {
             data: b"c".to_vec(),
             from_offset: u64::MAX,
         };
         let _writer = client.console(tokio_stream::iter([typed])).await.unwrap();
-        for (offset, mut stream) in readers {
-            let mut text = Vec::new();
-            while !text.ends_with(b"c") {
-                let message = stream.message().await.unwrap().unwrap();
-                assert_eq!(message.offset, offset + text.len() as u64);
-                text.extend(message.data);
-            }
-            assert_eq!(text, b"abc"[offset as usize..]);
-        }
+        read_until(&mut first, &mut first_text, 0, b"abc").await;
+        read_until(&mut second, &mut second_text, 1, b"bc").await;
         client.stop(StopRequest {}).await.unwrap();
     });
     assert!(vmm.wait().status.success());
+}
+
+/// Reads until the text is `expected`; each message must go on where the last one ended.
+async fn read_until(
+    stream: &mut Streaming<ConsoleOutput>,
+    text: &mut Vec<u8>,
+    from_offset: u64,
+    expected: &[u8],
+) {
+    while text.len() < expected.len() {
+        let message = stream.message().await.unwrap().unwrap();
+        assert_eq!(message.offset, from_offset + text.len() as u64);
+        text.extend(message.data);
+    }
+    assert_eq!(text, expected);
 }
