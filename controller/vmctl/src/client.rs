@@ -161,7 +161,8 @@ impl Progress {
         }
         let seconds = self.begun.elapsed().as_secs();
         if self.terminal {
-            eprint!("\r\x1b[K{} ({seconds}s): {detail}", self.what);
+            let colon = if detail.is_empty() { "" } else { ": " };
+            eprint!("\r\x1b[K{} ({seconds}s){colon}{detail}", self.what);
             let _ = std::io::stderr().flush();
         } else if self.begun.elapsed() >= PATIENCE && self.detail != detail {
             eprintln!("{} ({seconds}s): {detail}", self.what);
