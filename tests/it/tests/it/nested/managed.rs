@@ -1,212 +1,23 @@
-//! The whole system around one real guest: controller and agent are killed, the guest runs on.
+//! The whole system around one real guest: any process is killed, the guest runs on.
 
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
+use guest::exchange;
 use guest::plan::{End, Job, Plan};
+use guest::report::UP_LINE;
 use serde_json::Value;
 
-use super::CMDLINE;
-use crate::guest_run::BOOT_LIMIT;
-use crate::process::Process;
+use super::fleet::{Fleet, find, free_port, kill, machine_options, pid_of, wait_until};
 use crate::qemu_frontend::expect_pattern;
 use crate::site;
 
 const SEED: u64 = 0xadab7;
 const LEN_BYTES: u64 = 1 << 20;
-
-struct Fleet {
-    dir: tempfile::TempDir,
-    port: u16,
-    controller: Process,
-    controllers: u32,
-}
-
-impl Fleet {
-    fn start() -> Fleet {
-        let dir = tempfile::tempdir().expect("a folder");
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .and_then(|listener| listener.local_addr())
-            .expect("a free port")
-            .port();
-        let controller = Self::controller(&dir, port, 1);
-        let fleet = Fleet {
-            dir,
-            port,
-            controller,
-            controllers: 1,
-        };
-        fleet.wait_for_host();
-        fleet
-    }
-
-    fn controller(dir: &tempfile::TempDir, port: u16, number: u32) -> Process {
-        Process::spawn(
-            dir.path(),
-            &format!("controller-{number}"),
-            Command::new(site::program("controller"))
-                .args(["--standalone", "--listen", &format!("127.0.0.1:{port}")])
-                .arg("--state-dir")
-                .arg(dir.path().join("state"))
-                .arg("--run-dir")
-                .arg(dir.path().join("run")),
-        )
-    }
-
-    fn kill_and_restart_controller(&mut self) {
-        self.controller.kill();
-        self.controllers += 1;
-        self.controller = Self::controller(&self.dir, self.port, self.controllers);
-        self.wait_for_host();
-    }
-
-    fn vmctl(&self, arguments: &[&str]) -> Output {
-        Command::new(site::program("vmctl"))
-            .args(["--endpoint", &format!("http://127.0.0.1:{}", self.port)])
-            .args(arguments)
-            .output()
-            .expect("vmctl runs")
-    }
-
-    fn done(&self, arguments: &[&str]) -> String {
-        let output = self.vmctl(arguments);
-        assert!(
-            output.status.success(),
-            "vmctl {arguments:?}: {}\n{}",
-            String::from_utf8_lossy(&output.stderr),
-            self.controller.output()
-        );
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    }
-
-    fn json(&self, arguments: &[&str]) -> Value {
-        let text = self.done(&[arguments, &["-o", "json"]].concat());
-        serde_json::from_str(&text)
-            .unwrap_or_else(|error| panic!("vmctl {arguments:?}: {error}: {text}"))
-    }
-
-    /// What a refused command prints; its exit status is 1.
-    fn refused(&self, arguments: &[&str]) -> String {
-        let output = self.vmctl(arguments);
-        assert_eq!(
-            output.status.code(),
-            Some(1),
-            "vmctl {arguments:?}: {output:?}"
-        );
-        String::from_utf8_lossy(&output.stderr).into_owned()
-    }
-
-    fn wait_for_host(&self) {
-        wait_until("a connected host", || {
-            let output = self.vmctl(&["host", "list", "-o", "json"]);
-            String::from_utf8_lossy(&output.stdout)
-                .replace(' ', "")
-                .contains("\"connected\":true")
-        });
-    }
-
-    fn wait_for_console(&self, text: &str) {
-        let deadline = Instant::now() + BOOT_LIMIT;
-        let log = self.dir.path().join("console");
-        let output = std::fs::File::create(&log).expect("a log");
-        let mut reader = Command::new(site::program("vmctl"))
-            .args([
-                "--endpoint",
-                &format!("http://127.0.0.1:{}", self.port),
-                "vm",
-                "console",
-                "web",
-            ])
-            .stdin(std::process::Stdio::piped())
-            .stdout(output)
-            .spawn()
-            .expect("vmctl runs");
-        let seen = loop {
-            let console = std::fs::read_to_string(&log).unwrap_or_default();
-            if console.contains(text) || Instant::now() > deadline {
-                break console;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        };
-        let _ = reader.kill();
-        let _ = reader.wait();
-        assert!(
-            seen.contains(text),
-            "no {text:?} on the console:\n{seen}\n{}",
-            self.controller.output()
-        );
-    }
-
-    /// (name, pid) of the VM's processes.
-    fn processes(&self) -> Vec<(String, u64)> {
-        let vm = self.json(&["vm", "show", "web"]);
-        let list = find(&vm, "processes")
-            .and_then(Value::as_array)
-            .expect("processes are shown");
-        let mut processes: Vec<(String, u64)> = list
-            .iter()
-            .map(|process| {
-                let name = process["name"].as_str().expect("a name").to_owned();
-                (name, process["pid"].as_u64().expect("a pid"))
-            })
-            .collect();
-        processes.sort();
-        processes
-    }
-
-    fn phase(&self) -> String {
-        let vm = self.json(&["vm", "show", "web"]);
-        find(&vm, "phase")
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_lowercase()
-    }
-}
-
-impl Drop for Fleet {
-    /// The agent outlives its controller by design, so it is ended here.
-    fn drop(&mut self) {
-        let _ = self.vmctl(&["vm", "stop", "web", "--force"]);
-        if let Some(pid) = agent_pid(self.dir.path()) {
-            // SAFETY: sends a signal; the pid was just seen to be this test's agent.
-            unsafe { libc::kill(pid, libc::SIGTERM) };
-        }
-    }
-}
-
-/// The node agent whose command line names this test's folder.
-fn agent_pid(dir: &std::path::Path) -> Option<i32> {
-    let dir = dir.to_string_lossy().into_owned();
-    std::fs::read_dir("/proc")
-        .ok()?
-        .flatten()
-        .find_map(|entry| {
-            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
-            let cmdline = std::fs::read(entry.path().join("cmdline")).ok()?;
-            let cmdline = String::from_utf8_lossy(&cmdline);
-            let program = cmdline.split('\0').next()?;
-            (program.ends_with("node-agent") && cmdline.contains(&dir)).then_some(pid)
-        })
-}
-
-fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
-    match value {
-        Value::Object(fields) => fields
-            .get(key)
-            .or_else(|| fields.values().find_map(|field| find(field, key))),
-        Value::Array(items) => items.iter().find_map(|item| find(item, key)),
-        _ => None,
-    }
-}
-
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !condition() {
-        assert!(Instant::now() < deadline, "waited for {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
 
 #[test]
 fn a_vm_runs_on_while_controller_and_agent_are_killed_and_is_adopted() {
@@ -221,37 +32,18 @@ fn a_vm_runs_on_while_controller_and_agent_are_killed_and_is_adopted() {
         end: End::Wait,
         ..Plan::default()
     };
-    let (kernel, initrd) = (site::path("GUEST_KERNEL"), site::path("GUEST_INITRD"));
-    let cmdline = format!("{CMDLINE} {plan}");
-    fleet.done(&[
-        "vm",
-        "create",
-        "web",
-        "--cpus",
-        "1",
-        "--memory",
-        "256M",
-        "--kernel",
-        kernel.to_str().expect("UTF-8"),
-        "--initramfs",
-        initrd.to_str().expect("UTF-8"),
-        "--cmdline",
-        &cmdline,
-        "--disk",
-        "volume=data",
-    ]);
+    fleet.create_vm(&plan, &["--disk", "volume=data"]);
     fleet.done(&["vm", "start", "web"]);
     let processes = fleet.processes();
     let names: Vec<&str> = processes.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["device-blk", "vmm-core"]);
 
     // Before the guest is done, both of its masters die and come back.
-    let agent = agent_pid(fleet.dir.path()).expect("a node agent runs");
-    // SAFETY: sends a signal; the pid was just seen to be this test's agent.
-    unsafe { libc::kill(agent, libc::SIGKILL) };
+    let agent = pid_of("node-agent", fleet.dir.path()).expect("a node agent runs");
+    kill(agent, libc::SIGKILL);
     fleet.kill_and_restart_controller();
     wait_until("another agent", || {
-        agent_pid(fleet.dir.path()).is_some_and(|pid| pid != agent)
+        pid_of("node-agent", fleet.dir.path()).is_some_and(|pid| pid != agent)
     });
     fleet.wait_for_console("\"job\":\"done\",\"failed\":0");
     wait_until("the VM's adoption", || fleet.phase().ends_with("running"));
@@ -288,4 +80,120 @@ fn a_vm_runs_on_while_controller_and_agent_are_killed_and_is_adopted() {
     fleet.done(&["vm", "delete", "web"]);
     fleet.done(&["volume", "delete", "data"]);
     assert!(!image.exists());
+}
+
+#[test]
+fn a_killed_device_net_is_replaced_and_the_connection_lives() {
+    const BYTES: u64 = 8 << 20;
+    const KILLS: usize = 3;
+    let host = "198.18.77.1";
+    let fleet = Fleet::start();
+    // The address comes with the tap, so wildcards it is.
+    let listener = TcpListener::bind("0.0.0.0:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let plan = Plan {
+        jobs: vec![
+            Job::Address("198.18.77.2/24".into()),
+            Job::Net {
+                peer: format!("{host}:{port}").parse().expect("an address"),
+                seed: SEED,
+                bytes: BYTES,
+            },
+        ],
+        end: End::PowerOff,
+        ..Plan::default()
+    };
+    let net = format!("host-cidr={host}/24,queues=2");
+    fleet.create_vm(&plan, &["--cpus=2", "--net", &net]);
+    fleet.done(&["vm", "start", "web"]);
+
+    let (stream, _) = listener.accept().expect("the guest connects");
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .expect("a socket");
+    let watched = stream.try_clone().expect("a socket");
+    let exchange = thread::spawn(move || exchange::as_host(stream, SEED, BYTES));
+    let mut killed = Vec::new();
+    for kill_number in 1..=KILLS {
+        // Some more arrived than at the last kill.
+        let goal = BYTES / 8 * kill_number as u64;
+        wait_until("the transfer's progress", || received(&watched) >= goal);
+        let pid = fleet.pid("device-net");
+        assert!(!killed.contains(&pid), "each kill hits another incarnation");
+        killed.push(pid);
+        kill(pid, libc::SIGKILL);
+        wait_until("another device-net", || {
+            let processes = fleet.processes();
+            processes
+                .iter()
+                .any(|(name, now)| name == "device-net" && *now != pid as u64)
+        });
+    }
+    let outcome = exchange.join().expect("no panic");
+    outcome.expect("both payloads arrived, over one connection");
+    wait_until("the guest's shutdown", || {
+        fleet.phase().ends_with("stopped")
+    });
+    fleet.done(&["vm", "delete", "web"]);
+}
+
+/// Bytes that arrived on a connection since its start (tcp(7): TCP_INFO).
+fn received(stream: &TcpStream) -> u64 {
+    // SAFETY: all zeroes is a value of this plain structure.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `info`, which is that large.
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    assert_eq!(result, 0, "the socket is open");
+    info.tcpi_bytes_received
+}
+
+#[test]
+fn vmctl_run_starts_a_controller_prints_the_console_and_leaves_nothing() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let image = super::image(dir.path(), "disk.raw", 16 << 20);
+    let plan = Plan {
+        jobs: vec![Job::Disk {
+            device: "vda".into(),
+            seed: SEED,
+            bytes: LEN_BYTES,
+        }],
+        end: End::PowerOff,
+        ..Plan::default()
+    };
+    let endpoint = format!("http://127.0.0.1:{}", free_port());
+    let folder = |name: &str| format!("--{name}={}", dir.path().join(name).display());
+    let run = Command::new(site::program("vmctl"))
+        .args(["--endpoint", &endpoint, "run", "--rm", "--name=web"])
+        .args([folder("state-dir"), folder("run-dir")])
+        .args(machine_options(&plan))
+        .arg("--disk")
+        .arg(&image)
+        .output()
+        .expect("vmctl runs");
+    let list = Command::new(site::program("vmctl"))
+        .args(["--endpoint", &endpoint, "vm", "list"])
+        .output()
+        .expect("vmctl runs");
+    for program in ["controller", "node-agent"] {
+        let pid = pid_of(program, dir.path()).expect("it runs on after vmctl run");
+        kill(pid, libc::SIGTERM);
+        wait_until("its end", || pid_of(program, dir.path()).is_none());
+    }
+    let (console, errors) = (
+        String::from_utf8_lossy(&run.stdout),
+        String::from_utf8_lossy(&run.stderr),
+    );
+    assert!(run.status.success(), "{}\n{console}\n{errors}", run.status);
+    assert!(console.contains(UP_LINE), "{console}");
+    assert!(!String::from_utf8_lossy(&list.stdout).contains("web"));
+    expect_pattern(&image, SEED, LEN_BYTES);
 }

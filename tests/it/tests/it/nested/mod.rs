@@ -2,6 +2,7 @@
 
 mod boot;
 mod control;
+mod fleet;
 mod managed;
 mod outage;
 mod third_party;

@@ -1,0 +1,238 @@
+//! A controller with its agent, and `vmctl` to talk to it.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use guest::plan::Plan;
+use serde_json::Value;
+
+use super::CMDLINE;
+use crate::guest_run::BOOT_LIMIT;
+use crate::process::Process;
+use crate::site;
+
+/// One machine's whole control plane, in a folder of its own. Its one VM is called `web`.
+pub(super) struct Fleet {
+    pub(super) dir: tempfile::TempDir,
+    port: u16,
+    controller: Process,
+    controllers: u32,
+}
+
+impl Fleet {
+    pub(super) fn start() -> Fleet {
+        let dir = tempfile::tempdir().expect("a folder");
+        let port = free_port();
+        let controller = Self::controller(&dir, port, 1);
+        let fleet = Fleet {
+            dir,
+            port,
+            controller,
+            controllers: 1,
+        };
+        fleet.wait_for_host();
+        fleet
+    }
+
+    fn controller(dir: &tempfile::TempDir, port: u16, number: u32) -> Process {
+        Process::spawn(
+            dir.path(),
+            &format!("controller-{number}"),
+            Command::new(site::program("controller"))
+                .args(["--standalone", "--listen", &format!("127.0.0.1:{port}")])
+                .arg("--state-dir")
+                .arg(dir.path().join("state"))
+                .arg("--run-dir")
+                .arg(dir.path().join("run")),
+        )
+    }
+
+    /// Creates the VM; `more` are further options.
+    pub(super) fn create_vm(&self, plan: &Plan, more: &[&str]) {
+        let machine = machine_options(plan);
+        let machine: Vec<&str> = machine.iter().map(String::as_str).collect();
+        self.done(&[&["vm", "create", "web"], &machine[..], more].concat());
+    }
+
+    pub(super) fn kill_and_restart_controller(&mut self) {
+        self.controller.kill();
+        self.controllers += 1;
+        self.controller = Self::controller(&self.dir, self.port, self.controllers);
+        self.wait_for_host();
+    }
+
+    pub(super) fn vmctl(&self, arguments: &[&str]) -> Output {
+        Command::new(site::program("vmctl"))
+            .args(["--endpoint", &format!("http://127.0.0.1:{}", self.port)])
+            .args(arguments)
+            .output()
+            .expect("vmctl runs")
+    }
+
+    pub(super) fn done(&self, arguments: &[&str]) -> String {
+        let output = self.vmctl(arguments);
+        assert!(
+            output.status.success(),
+            "vmctl {arguments:?}: {}\n{}",
+            String::from_utf8_lossy(&output.stderr),
+            self.controller.output()
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    pub(super) fn json(&self, arguments: &[&str]) -> Value {
+        let text = self.done(&[arguments, &["-o", "json"]].concat());
+        serde_json::from_str(&text)
+            .unwrap_or_else(|error| panic!("vmctl {arguments:?}: {error}: {text}"))
+    }
+
+    /// What a refused command prints; its exit status is 1.
+    pub(super) fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.vmctl(arguments);
+        assert_eq!(
+            output.status.code(),
+            Some(1),
+            "vmctl {arguments:?}: {output:?}"
+        );
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    fn wait_for_host(&self) {
+        wait_until("a connected host", || {
+            let output = self.vmctl(&["host", "list", "-o", "json"]);
+            String::from_utf8_lossy(&output.stdout)
+                .replace(' ', "")
+                .contains("\"connected\":true")
+        });
+    }
+
+    pub(super) fn wait_for_console(&self, text: &str) {
+        let deadline = Instant::now() + BOOT_LIMIT;
+        let log = self.dir.path().join("console");
+        let output = std::fs::File::create(&log).expect("a log");
+        let mut reader = Command::new(site::program("vmctl"))
+            .args([
+                "--endpoint",
+                &format!("http://127.0.0.1:{}", self.port),
+                "vm",
+                "console",
+                "web",
+            ])
+            .stdin(Stdio::piped())
+            .stdout(output)
+            .spawn()
+            .expect("vmctl runs");
+        let seen = loop {
+            let console = std::fs::read_to_string(&log).unwrap_or_default();
+            if console.contains(text) || Instant::now() > deadline {
+                break console;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        let _ = reader.kill();
+        let _ = reader.wait();
+        assert!(
+            seen.contains(text),
+            "no {text:?} on the console:\n{seen}\n{}",
+            self.controller.output()
+        );
+    }
+
+    /// (name, pid) of the VM's processes.
+    pub(super) fn processes(&self) -> Vec<(String, u64)> {
+        let vm = self.json(&["vm", "show", "web"]);
+        let list = find(&vm, "processes")
+            .and_then(Value::as_array)
+            .expect("processes are shown");
+        let mut processes: Vec<(String, u64)> = list
+            .iter()
+            .map(|process| {
+                let name = process["name"].as_str().expect("a name").to_owned();
+                (name, process["pid"].as_u64().expect("a pid"))
+            })
+            .collect();
+        processes.sort();
+        processes
+    }
+
+    pub(super) fn pid(&self, name: &str) -> i32 {
+        let processes = self.processes();
+        let found = processes.iter().find(|(process, _)| process == name);
+        found.expect("the process runs").1 as i32
+    }
+
+    pub(super) fn phase(&self) -> String {
+        let vm = self.json(&["vm", "show", "web"]);
+        find(&vm, "phase")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_lowercase()
+    }
+}
+
+/// What makes a test guest: for `vmctl vm create` and `vmctl run`.
+pub(super) fn machine_options(plan: &Plan) -> Vec<String> {
+    let path = |variable| site::path(variable).to_str().expect("UTF-8").to_owned();
+    vec![
+        "--memory=256M".into(),
+        format!("--kernel={}", path("GUEST_KERNEL")),
+        format!("--initramfs={}", path("GUEST_INITRD")),
+        format!("--cmdline={CMDLINE} {plan}"),
+    ]
+}
+
+pub(super) fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0");
+    let address = listener.and_then(|listener| listener.local_addr());
+    address.expect("a free port").port()
+}
+
+/// Signals a process that was just seen to be this test's.
+pub(super) fn kill(pid: i32, signal: i32) {
+    // SAFETY: sends a signal; no memory is involved.
+    unsafe { libc::kill(pid, signal) };
+}
+
+impl Drop for Fleet {
+    /// The agent outlives its controller by design, so it is ended here.
+    fn drop(&mut self) {
+        let _ = self.vmctl(&["vm", "stop", "web", "--force"]);
+        if let Some(pid) = pid_of("node-agent", self.dir.path()) {
+            kill(pid, libc::SIGTERM);
+        }
+    }
+}
+
+/// The process of that program whose command line names this test's folder.
+pub(super) fn pid_of(program: &str, dir: &Path) -> Option<i32> {
+    let dir = dir.to_string_lossy().into_owned();
+    std::fs::read_dir("/proc")
+        .ok()?
+        .flatten()
+        .find_map(|entry| {
+            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+            let cmdline = std::fs::read(entry.path().join("cmdline")).ok()?;
+            let cmdline = String::from_utf8_lossy(&cmdline);
+            let running = Path::new(cmdline.split('\0').next()?).file_name()?;
+            (running == program && cmdline.contains(&dir)).then_some(pid)
+        })
+}
+
+pub(super) fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
+    match value {
+        Value::Object(fields) => fields
+            .get(key)
+            .or_else(|| fields.values().find_map(|field| find(field, key))),
+        Value::Array(items) => items.iter().find_map(|item| find(item, key)),
+        _ => None,
+    }
+}
+
+pub(super) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited for {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
