@@ -225,6 +225,11 @@ impl Ring {
     #[inline]
     pub fn complete(&mut self, mut chain: DescChain, written_bytes: u32) {
         let head = chain.head;
+        // A sound driver never has more than a ring's worth of them. One that offers descriptors
+        // again before it gets them back must not make the batch, or the index, run over.
+        if self.used_next.wrapping_sub(self.published) == self.areas.size() {
+            self.publish();
+        }
         self.settle(&mut chain);
         self.areas.write_used(
             self.used_next,

@@ -846,3 +846,23 @@ fn random_rings_yield_errors_or_chains_inside_memory() {
         "{resolved} chains resolved, {refused} refused"
     );
 }
+
+#[test]
+fn driver_that_offers_a_descriptor_again_before_it_gets_it_back_breaks_nothing() {
+    let mut fixture = Fixture::new(0);
+    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let mut ring = fixture.ring_with(&region);
+    fixture.driver.set_desc(0, DATA_GPA, 16, F_WRITE, 0);
+    // More than an index can count, in one batch of a device that never publishes.
+    for _ in 0..70_000 {
+        fixture.driver.push_avail(0);
+        let chain = ring.pop().unwrap().unwrap();
+        ring.complete(chain, 0);
+    }
+    ring.publish();
+    assert_eq!(ring.state().in_flight, 0);
+    assert_eq!(fixture.driver.used_idx(), fixture.driver.avail_idx());
+    drop(ring);
+    let successor = fixture.ring_with(&region);
+    assert_eq!(successor.left_to_resubmit(), 0);
+}
