@@ -31,7 +31,6 @@ pub(crate) fn confine_queue_thread() -> Result<(), SeccompError> {
 fn process_syscalls() -> Syscalls {
     sets::base()
         .with(sets::tokio())
-        .with(sets::open_sockets())
         .with(sets::shared_memory())
         .with(sets::file_io())
         .with(sets::io_uring())

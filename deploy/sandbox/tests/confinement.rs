@@ -87,6 +87,38 @@ fn internet_socket_kills_and_unix_socket_passes() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("unix socket passed"));
 }
 
+/// Landlock lets a process connect to any socket file that its user may open.
+#[test]
+fn daemon_that_only_serves_cannot_reach_other_services() {
+    let name = "daemon_that_only_serves_cannot_reach_other_services";
+    if in_child() {
+        let path = std::env::var("SANDBOX_TEST_SOCKET").unwrap();
+        Profile::new("test", sets::base().with(sets::tokio()))
+            .apply_to_all_threads()
+            .unwrap();
+        let (_a, _b) = UnixStream::pair().unwrap();
+        eprintln!("socket pair passed");
+        let _ = UnixStream::connect(path);
+        done();
+    }
+    let path = std::env::temp_dir().join(format!("sandbox-test-{}", std::process::id()));
+    let _service = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let output = child(name, &[("SANDBOX_TEST_SOCKET", path.to_str().unwrap())]);
+    std::fs::remove_file(&path).unwrap();
+    assert_killed_by_sigsys(&output);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("socket pair passed"));
+}
+
+#[test]
+fn datagram_socket_pair_kills() {
+    if in_child() {
+        profile().apply_to_all_threads().unwrap();
+        let _ = std::os::unix::net::UnixDatagram::pair();
+        done();
+    }
+    assert_killed_by_sigsys(&child("datagram_socket_pair_kills", &[]));
+}
+
 #[test]
 fn opening_a_file_is_refused_and_threads_still_start() {
     if in_child() {

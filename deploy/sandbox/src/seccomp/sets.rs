@@ -14,6 +14,7 @@ pub fn base() -> Syscalls {
             libc::SYS_read,
             libc::SYS_write,
             libc::SYS_readv,
+            libc::SYS_preadv2,
             libc::SYS_writev,
             libc::SYS_close,
             libc::SYS_dup,
@@ -104,15 +105,16 @@ pub fn base() -> Syscalls {
         )
 }
 
-/// Unix sockets: to create, bind, listen, connect and accept, with descriptors in messages.
-/// Creating a socket of any other family kills.
+/// Unix stream sockets: to create, bind, listen, connect and accept, with descriptors in messages.
+/// Creating a socket of any other family or type kills.
+///
+/// Landlock does not restrict connecting to a path, so a process with this set can talk to every
+/// service whose socket its user may open. Processes that connect to nobody use [`tokio`].
 pub fn unix_sockets() -> Syscalls {
-    let unix = Arg::Int(0, libc::AF_UNIX as u32);
     Syscalls::new()
-        .allow_if(libc::SYS_socket, &[unix])
-        .allow_if(libc::SYS_socketpair, &[unix])
+        .allow_if(libc::SYS_socket, &unix_stream())
         .allow(&[libc::SYS_bind, libc::SYS_listen, libc::SYS_connect])
-        .with(open_sockets())
+        .with(tokio())
 }
 
 /// Serving sockets that exist already, of whatever family: accept, send, receive, options.
@@ -131,9 +133,12 @@ pub fn open_sockets() -> Syscalls {
     ])
 }
 
-/// A tokio runtime that serves open sockets and catches signals, and Unix sockets.
+/// A tokio runtime that serves open sockets and catches signals (through a socket pair). It
+/// reaches nobody who did not connect to it: no socket can be created, bound or connected.
 pub fn tokio() -> Syscalls {
-    unix_sockets()
+    Syscalls::new()
+        .allow_if(libc::SYS_socketpair, &unix_stream())
+        .with(open_sockets())
 }
 
 /// Memory shared by descriptor: memfds and their seals, file-backed mappings of any size.
@@ -201,6 +206,20 @@ pub fn io_uring() -> Syscalls {
         libc::SYS_io_uring_enter,
         libc::SYS_io_uring_register,
     ])
+}
+
+/// Not datagrams: even a connected one can be sent to any path.
+fn unix_stream() -> [Arg; 2] {
+    /// `SOCK_TYPE_MASK` of the kernel; the bits above are flags.
+    const TYPE_MASK: u64 = 0xf;
+    [
+        Arg::Int(0, libc::AF_UNIX as u32),
+        Arg::Bits {
+            index: 1,
+            mask: TYPE_MASK,
+            value: libc::SOCK_STREAM as u64,
+        },
+    ]
 }
 
 /// The bits `bits` of argument `index` are all clear.
