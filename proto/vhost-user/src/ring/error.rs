@@ -3,6 +3,7 @@
 use std::io;
 
 use super::MAX_RING_SIZE;
+use crate::memory::MAX_REGIONS;
 
 /// The driver broke the ring, or the device cannot go on serving it. The ring stops; nothing else
 /// does.
@@ -85,6 +86,12 @@ pub enum RingError {
     /// The buffers of one direction add up to 4 GiB or more.
     #[error("chain {head}: buffers add up to 4 GiB or more")]
     TooManyBytes {
+        /// The chain.
+        head: u16,
+    },
+    /// The buffers cross so many borders between memory regions that they must overlap.
+    #[error("chain {head}: buffers cross more than {MAX_REGIONS} borders of memory regions")]
+    TooScattered {
         /// The chain.
         head: u16,
     },

@@ -489,6 +489,7 @@ impl Ring {
             segments: self.spare.pop().unwrap_or_default(),
             writable_from: None,
             len_bytes: [0; 2],
+            borders: 0,
         };
         walk.direct(&self.areas, self.indirect_desc)?;
         let Walk {

@@ -866,3 +866,23 @@ fn driver_that_offers_a_descriptor_again_before_it_gets_it_back_breaks_nothing()
     let successor = fixture.ring_with(&region);
     assert_eq!(successor.left_to_resubmit(), 0);
 }
+
+#[test]
+fn chain_over_hundreds_of_tiny_regions_again_and_again_is_refused() {
+    const PAGE: u64 = 0x1000;
+    let regions: Vec<_> = (0..500).map(|page| (page * PAGE, PAGE)).collect();
+    let mut fixture = Fixture::with_memory(GuestMemory::with_regions(&regions).unwrap(), INDIRECT);
+    let all = (2 * PAGE, 498 * PAGE as u32);
+    fixture.driver.add(&[], &[all]).unwrap();
+    let table = PAGE;
+    fixture
+        .driver
+        .add_indirect(table, &[], &[all; 200])
+        .unwrap();
+    let mut ring = fixture.ring();
+    let once = ring.pop().unwrap().unwrap();
+    assert_eq!(once.writable().len(), 498, "once is sound");
+    let error = ring.pop().unwrap_err();
+    assert!(matches!(error, RingError::TooScattered { .. }), "{error}");
+    assert_eq!(ring.in_flight(), 1);
+}

@@ -4,7 +4,7 @@
 use super::RingError;
 use super::chain::{Segment, SegmentVec};
 use super::layout::{Desc, RingAreas};
-use crate::memory::MemoryTable;
+use crate::memory::{MAX_REGIONS, MemoryTable};
 
 /// Entries of an indirect table at most. Linux makes indirect chains longer than a small ring, so
 /// the bound is not the ring's size but IOV_MAX, what the kernel takes in one call.
@@ -20,6 +20,8 @@ pub(super) struct Walk<'a> {
     pub(super) writable_from: Option<u32>,
     /// Readable and writable bytes.
     pub(super) len_bytes: [u32; 2],
+    /// Borders between memory regions that the buffers cross.
+    pub(super) borders: usize,
 }
 
 impl Walk<'_> {
@@ -128,6 +130,14 @@ impl Walk<'_> {
             // No overflow: the region ends below 2^64. Past its end the next region is looked up.
             gpa = gpa.saturating_add(len);
             left -= len;
+            if left > 0 {
+                // Else a thousand descriptors across hundreds of tiny regions would make half a
+                // million segments of one chain.
+                self.borders += 1;
+                if self.borders > MAX_REGIONS {
+                    return Err(RingError::TooScattered { head });
+                }
+            }
         }
         Ok(())
     }
