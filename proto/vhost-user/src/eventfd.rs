@@ -1,8 +1,11 @@
 //! Event descriptors between driver, frontend and backend: kick, call, err, and the backend's own
 //! wake-ups.
+//!
+//! A descriptor that was passed to a peer is the same open file there: the peer can read it, fill
+//! its counter, and make it blocking at any time.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// The writing end of an eventfd whose reader is not trusted: ringing it never blocks.
@@ -87,14 +90,7 @@ impl EventFd {
     /// # Errors
     /// End of file or any other failure: this descriptor will never signal again.
     pub fn take(&self) -> io::Result<bool> {
-        let mut value = [0u8; 8];
-        match (&self.file).read(&mut value) {
-            Ok(0) => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
-            Ok(_) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
-            Err(error) => Err(error),
-        }
+        take(&self.file)
     }
 
     /// Another descriptor for the same eventfd.
@@ -125,6 +121,67 @@ impl AsFd for EventFd {
     }
 }
 
+/// Takes what was added to an event descriptor; false when nothing was. Never blocks, whatever a
+/// peer made of the descriptor.
+///
+/// # Errors
+/// End of file or any other failure: this descriptor will never signal again.
+pub fn take(event: &impl AsRawFd) -> io::Result<bool> {
+    let mut value = [0u8; 8];
+    match read_now(event.as_raw_fd(), &mut value) {
+        Ok(0) => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Adds one to an event descriptor that a peer holds too. A full counter means that it has its
+/// signal already.
+///
+/// Linux has no write that ignores the descriptor's mode: only a peer that makes it blocking, and
+/// fills it at the very instant between look and write, can hold this up.
+pub fn ring(event: &impl AsRawFd) {
+    // SAFETY: the descriptor is open while `event` lives, and the result lives no longer.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    if is_ready(fd, libc::POLLOUT) {
+        let value = 1u64.to_ne_bytes();
+        // SAFETY: the buffer is ours and of the length given. A failure is the peer's own loss.
+        unsafe { libc::write(fd.as_raw_fd(), value.as_ptr().cast(), value.len()) };
+    }
+}
+
+/// Whether something was added and not taken yet.
+pub fn is_signalled(event: &impl AsRawFd) -> bool {
+    // SAFETY: the descriptor is open while `event` lives, and the result lives no longer.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    is_ready(fd, libc::POLLIN)
+}
+
+/// Reads without blocking, in whatever mode the descriptor is.
+fn read_now(fd: RawFd, buf: &mut [u8; 8]) -> io::Result<usize> {
+    /// The descriptor's own position, if it has one.
+    const CURRENT: libc::off_t = -1;
+    let iov = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    // SAFETY: one vector, which names a buffer of ours and its length.
+    let read = unsafe { libc::preadv2(fd, &iov, 1, CURRENT, libc::RWF_NOWAIT) };
+    if let Ok(read) = usize::try_from(read) {
+        return Ok(read);
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() != Some(libc::EOPNOTSUPP) {
+        return Err(error);
+    }
+    // No eventfd, or a kernel before 5.8: the mode counts.
+    // SAFETY: the buffer is ours and of the length given.
+    let read = unsafe { libc::read(fd, buf.as_mut_ptr().cast(), buf.len()) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
 fn is_ready(fd: BorrowedFd<'_>, events: libc::c_short) -> bool {
     let mut poll = libc::pollfd {
         fd: fd.as_raw_fd(),
@@ -133,4 +190,39 @@ fn is_ready(fd: BorrowedFd<'_>, events: libc::c_short) -> bool {
     };
     // SAFETY: one valid pollfd is passed; a timeout of zero returns at once.
     unsafe { libc::poll(&mut poll, 1, 0) > 0 && poll.revents & events != 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made_blocking() -> EventFd {
+        let event = EventFd::new().unwrap();
+        // SAFETY: F_SETFL takes an integer.
+        let set = unsafe { libc::fcntl(event.as_raw_fd(), libc::F_SETFL, 0) };
+        assert_eq!(set, 0);
+        event
+    }
+
+    #[test]
+    fn descriptor_that_a_peer_made_blocking_is_taken_without_blocking() {
+        let event = made_blocking();
+        assert!(!event.take().unwrap(), "nothing was added");
+        event.ring();
+        assert!(is_signalled(&event));
+        assert!(event.take().unwrap());
+        assert!(!event.take().unwrap());
+        assert!(!is_signalled(&event));
+    }
+
+    #[test]
+    fn descriptor_that_a_peer_made_blocking_and_filled_is_rung_without_blocking() {
+        let event = made_blocking();
+        let full = (u64::MAX - 1).to_ne_bytes();
+        (&event.file).write_all(&full).unwrap();
+        ring(&event);
+        assert!(event.take().unwrap());
+        ring(&event);
+        assert!(event.take().unwrap());
+    }
 }

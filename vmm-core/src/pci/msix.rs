@@ -12,6 +12,7 @@ use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use vhost_user::eventfd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::kvm::interrupts::{InterruptFabric, MsiMessage, MsiRoute};
@@ -254,15 +255,12 @@ impl MsixState {
 
 impl Source {
     fn is_signalled(&self) -> bool {
-        // The route is masked, so nobody else reads the eventfd and what is put back is exact.
-        self.irqfd
-            .read()
-            .is_ok_and(|count| self.irqfd.write(count).is_ok())
+        eventfd::is_signalled(&self.irqfd)
     }
 
     fn drain(&self) {
-        // Nothing to read is the usual case.
-        let _ = self.irqfd.read();
+        // Nothing to take is the usual case.
+        let _ = eventfd::take(&self.irqfd);
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use vhost_user::eventfd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::layout::{NOTIFY_CFG, NOTIFY_OFF_MULTIPLIER};
@@ -41,8 +42,8 @@ impl Doorbells {
             .ok()
             .and_then(|at| self.bells.get(at));
         if let Some(bell) = bell {
-            // Only a counter that is full fails, and then the backend has its signal.
-            let _ = bell.kick.write(1);
+            // The backend has it too, and must not be able to hold a vCPU up.
+            eventfd::ring(&bell.kick);
         }
     }
 

@@ -9,6 +9,7 @@ mod third_parties;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -134,6 +135,33 @@ fn reset_during_an_outage_completes_at_once() {
     let _server = serve(&listener, &echo);
     let head = driver.submit(b"again");
     assert_eq!(driver.complete(head, 5), b"again");
+}
+
+#[test]
+fn backend_that_makes_shared_descriptors_blocking_holds_no_vcpu_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let (done, finished) = channel();
+    thread::spawn(move || {
+        let mut driver = guest.drive();
+        let head = driver.submit(b"before");
+        driver.complete(head, 6);
+        guest.fabric.make_blocking();
+        driver.program_vector(1, true);
+        assert_eq!(
+            guest.read(driver.msix_table + 0x1000, 8),
+            0,
+            "nothing is pending"
+        );
+        driver.set_status(0);
+        wait_until("the reset is complete", || driver.status() == 0);
+        let _ = done.send(());
+    });
+    finished
+        .recv_timeout(TIMEOUTS.stop)
+        .expect("every access returns");
 }
 
 #[test]

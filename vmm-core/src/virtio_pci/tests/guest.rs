@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -82,6 +83,19 @@ impl Recorder {
             .iter()
             .filter_map(|(irqfd, message)| message.filter(|_| irqfd.read().is_ok()))
             .collect()
+    }
+
+    /// What a backend can do to all descriptors that it was given. [`Recorder::delivered`] is not
+    /// to be called any more.
+    pub(super) fn make_blocking(&self) {
+        let routes = self.routes.lock().unwrap();
+        let doorbells = self.doorbells.lock().unwrap();
+        let calls = routes.iter().map(|(irqfd, _)| irqfd);
+        for event in calls.chain(doorbells.values()) {
+            // SAFETY: F_SETFL takes an integer.
+            let set = unsafe { libc::fcntl(event.as_raw_fd(), libc::F_SETFL, 0) };
+            assert_eq!(set, 0);
+        }
     }
 
     pub(super) fn doorbell_gpas(&self) -> Vec<u64> {

@@ -12,6 +12,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{BACKOFF, Connected, Endpoint, Shared, Wiring};
+use crate::eventfd;
 use crate::frontend::connection::RequestError;
 use crate::frontend::session::{self, Activation, InflightRegion, Resources};
 
@@ -333,7 +334,7 @@ impl Keeper {
         if !events[0].is_empty() {
             let _ = self.shared.wake.read();
         }
-        if !events[1].is_empty() && self.err.read().is_ok() {
+        if !events[1].is_empty() && matches!(eventfd::take(&self.err), Ok(true)) {
             self.wiring.events.ring_broken();
         }
         match events.get(2) {
@@ -361,9 +362,8 @@ impl Wiring {
     fn renew_events(&self, activation: &Activation) {
         for queue in &activation.queues {
             let events = &self.queues[usize::from(queue.index)];
-            // Only a counter that is full fails, and then the other side has its signal.
-            let _ = events.kick.write(1);
-            let _ = events.call.write(1);
+            eventfd::ring(&events.kick);
+            eventfd::ring(&events.call);
         }
     }
 }
