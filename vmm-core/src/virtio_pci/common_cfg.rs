@@ -146,6 +146,11 @@ impl CommonCfg {
         self.status & STATUS_DRIVER_OK != 0
     }
 
+    /// The driver relies on the device, and neither of them has given up the other.
+    pub(super) fn is_live(&self) -> bool {
+        self.driver_ok() && !self.resetting && self.status & STATUS_NEEDS_RESET == 0
+    }
+
     /// The rings are being stopped; the status reads as before until [`CommonCfg::reset`].
     pub(super) fn begin_reset(&mut self) {
         self.resetting = true;

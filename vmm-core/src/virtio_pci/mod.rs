@@ -161,6 +161,11 @@ impl Events for Registers {
 
     fn ring_broken(&self) {
         let mut state = self.lock();
+        // It may be about rings that the driver has reset by now: then a driver waits for the status
+        // to be 0. And a backend may say it all the time.
+        if !state.common.is_live() {
+            return;
+        }
         tracing::warn!("the backend reports a broken ring: the device needs a reset by its driver");
         state.common.set_needs_reset();
         state.signal_config_change();

@@ -13,6 +13,8 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vhost_user::frontend::Events;
+
 use self::backends::{Echo, kill, listen, serve};
 use self::guest::{Driver, Guest, TIMEOUTS, wait_until};
 use crate::seccomp::ThreadKind;
@@ -162,6 +164,31 @@ fn backend_that_makes_shared_descriptors_blocking_holds_no_vcpu_up() {
     finished
         .recv_timeout(TIMEOUTS.stop)
         .expect("every access returns");
+}
+
+#[test]
+fn broken_ring_reported_late_does_not_touch_a_device_that_was_reset() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, socket) = listen(directory.path());
+    let _server = serve(&listener, &Echo::new());
+    let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
+    let registers = Arc::clone(&guest.device.registers);
+    registers.ring_broken();
+    assert_eq!(Driver::find(&guest).status(), 0, "before a driver came");
+    let driver = guest.drive();
+    guest.fabric.delivered();
+    for _ in 0..3 {
+        registers.ring_broken();
+    }
+    assert_eq!(driver.status(), 0xf | DEVICE_NEEDS_RESET);
+    let interrupts = guest.fabric.delivered();
+    assert!(interrupts.iter().any(|message| message.data == 0x100));
+    registers.ring_broken();
+    assert_eq!(guest.fabric.delivered(), [], "once is enough");
+    driver.set_status(0);
+    wait_until("the reset is complete", || driver.status() == 0);
+    registers.ring_broken();
+    assert_eq!(driver.status(), 0, "a driver waits for this");
 }
 
 #[test]

@@ -203,6 +203,7 @@ impl Keeper {
     /// The driver reset the device: nothing of its session may reach the next one.
     fn forget_driver(&mut self) {
         self.served = None;
+        let _ = eventfd::take(&self.err);
         let Some(connected) = &mut self.connected else {
             return;
         };
