@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod dirs;
 pub mod errors;
 pub mod fds;
+pub mod limits;
 pub mod listen;
 pub mod metrics;
 pub mod names;

@@ -2,14 +2,17 @@
 //! reflection and end in the same way: at shutdown no new call is accepted, calls in progress get
 //! [`DRAIN_TIMEOUT`], then open streams are cut.
 
+mod admission;
+
 use std::convert::Infallible;
 use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
 use thiserror::Error;
-use tokio::sync::watch;
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::body::Body;
 use tonic::codegen::{Service, http};
 use tonic::server::NamedService;
@@ -19,6 +22,7 @@ use tonic_health::ServingStatus;
 
 use crate::FILE_DESCRIPTOR_SET;
 use crate::listen::{self, ListenError, Listener};
+use admission::admit;
 
 /// How long calls in progress may take to finish once shutdown was asked for. Watches and consoles
 /// never finish by themselves.
@@ -132,7 +136,6 @@ pub async fn on(
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .tcp_nodelay(true)
         .add_routes(routes);
     let (stop, mut stopped) = watch::channel(false);
     let stop_accepting = async move {
@@ -147,23 +150,43 @@ pub async fn on(
         Listener::Unix(listener, _file) => {
             listener.set_nonblocking(true).map_err(ServeError::Socket)?;
             let listener = tokio::net::UnixListener::from_std(listener);
-            let incoming = UnixListenerStream::new(listener.map_err(ServeError::Socket)?);
+            let (admitted, incoming) = mpsc::channel(1);
+            let accepting = admit(listener.map_err(ServeError::Socket)?, admitted);
+            let incoming = ReceiverStream::new(incoming);
             tokio::select! {
                 served = server.serve_with_incoming_shutdown(incoming, stop_accepting) => served,
                 () = cut => Ok(()),
+                () = never_again(accepting) => Ok(()),
             }
         }
         Listener::Tcp(listener) => {
             listener.set_nonblocking(true).map_err(ServeError::Socket)?;
             let listener = tokio::net::TcpListener::from_std(listener);
-            let incoming = TcpListenerStream::new(listener.map_err(ServeError::Socket)?);
+            let (admitted, incoming) = mpsc::channel(1);
+            let accepting = admit(listener.map_err(ServeError::Socket)?, admitted);
+            let incoming = ReceiverStream::new(incoming);
             tokio::select! {
                 served = server.serve_with_incoming_shutdown(incoming, stop_accepting) => served,
                 () = cut => Ok(()),
+                () = never_again(accepting) => Ok(()),
             }
         }
     }
     .map_err(ServeError::Transport)
+}
+
+/// Accepting ends before serving does: connections in progress go on.
+async fn never_again(accepting: impl Future<Output = ()>) {
+    accepting.await;
+    std::future::pending().await
+}
+
+/// Makes SIGTERM and SIGINT wait until [`terminated`] listens for them; otherwise one that comes
+/// while a process starts up kills it. For a process that serves guests before it serves its
+/// control socket. Call it on the thread that will await [`terminated`], before it starts others.
+pub fn hold_termination() {
+    // Fails for invalid arguments only.
+    let _ = termination_signals().thread_block();
 }
 
 /// Completes at the first SIGTERM or SIGINT: the `shutdown` of every daemon.
@@ -174,10 +197,16 @@ pub async fn terminated() {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).expect("SIGTERM can be handled");
     let mut interrupt = signal(SignalKind::interrupt()).expect("SIGINT can be handled");
+    // One that was held is delivered now.
+    let _ = termination_signals().thread_unblock();
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
+}
+
+fn termination_signals() -> SigSet {
+    SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT])
 }
 
 /// Why a server could not run.

@@ -130,6 +130,35 @@ async fn open_stream_does_not_hold_up_shutdown() {
 }
 
 #[tokio::test]
+async fn connections_beyond_the_limit_wait_until_others_are_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = listen::unix(&path).unwrap();
+    let server = tokio::spawn(on(listener, services(), std::future::pending()));
+    let mut silent = Vec::new();
+    while silent.len() < admission::MAX_CONNECTIONS {
+        match tokio::net::UnixStream::connect(&path).await {
+            Ok(stream) => silent.push(stream),
+            Err(_backlog_full) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    }
+    let check = async |timeout| {
+        let channel = connect::unix(&path, PATIENCE).await.unwrap();
+        let request = HealthCheckRequest {
+            service: String::new(),
+        };
+        let mut client = HealthClient::new(channel);
+        tokio::time::timeout(timeout, client.check(request))
+            .await
+            .is_ok_and(|answer| answer.is_ok())
+    };
+    assert!(!check(Duration::from_millis(300)).await, "no room is left");
+    silent.truncate(admission::MAX_CONNECTIONS / 2);
+    assert!(check(PATIENCE).await, "there is room again");
+    server.abort();
+}
+
+#[tokio::test]
 async fn connect_waits_for_a_socket_that_comes_late() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("late");
