@@ -36,6 +36,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Something that the command line names cannot be had, or the process cannot be confined.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     sandbox::close_other_fds(&args.inherited_fds())?;
+    api::limits::raise_open_files();
     // A host without io_uring is told about here, not by a guest's disk that never answers.
     drop(Uring::new(1)?);
     let control = listen::unix(&args.control_socket)?;
@@ -56,6 +57,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         .collect::<anyhow::Result<Vec<_>>>()?;
 
     let achieved = confinement::enter()?;
+    // Guests are served before the control socket is: a SIGTERM must drain them, not kill.
+    api::serve::hold_termination();
     for missing in achieved.missing_names() {
         tracing::warn!("the sandbox lacks {missing}");
     }

@@ -37,6 +37,7 @@ fn main() -> ExitCode {
 
 fn serve(args: cli::Args) -> anyhow::Result<()> {
     sandbox::close_other_fds(&args.inherited_fds()?)?;
+    api::limits::raise_open_files();
     let control = listen::unix(&args.control_socket)?;
     let fd_socket = args
         .fd_socket
@@ -51,6 +52,8 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
     let nics = args.open_nics()?;
 
     let achieved = confinement::enter()?;
+    // Guests are served before the control socket is: a SIGTERM must drain them, not kill.
+    api::serve::hold_termination();
     for missing in achieved.missing_names() {
         tracing::warn!("sandbox: {missing}");
     }

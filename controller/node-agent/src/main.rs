@@ -11,6 +11,7 @@ mod host;
 mod image;
 mod metrics;
 mod process;
+mod promised;
 mod record;
 mod service;
 mod spec;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
 #[tokio::main]
 async fn run(cli: Cli) -> anyhow::Result<()> {
     let dirs = directories(&cli)?;
+    api::limits::raise_open_files();
     // Bound first: an agent that cannot serve must not touch VMs.
     let listener = Listener::bind(&cli.listen)?;
     let address = listener.address();

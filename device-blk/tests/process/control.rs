@@ -108,6 +108,49 @@ fn managed() -> (Daemon, Manager) {
     (daemon, Manager::of(place))
 }
 
+/// Open descriptors, threads, and resident KiB.
+fn footprint(daemon: &Daemon) -> (usize, usize, u64) {
+    let entries = |what: &str| {
+        let dir = format!("/proc/{}/{what}", daemon.pid());
+        std::fs::read_dir(dir).unwrap().count()
+    };
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+    let rss = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let rss_kib = rss.unwrap().split_whitespace().nth(1).unwrap();
+    (entries("fd"), entries("task"), rss_kib.parse().unwrap())
+}
+
+#[test]
+fn attaching_and_detaching_for_ever_keeps_nothing() {
+    const ROUNDS: usize = 300;
+    let (daemon, mut manager) = managed();
+    manager.place.image("a.img", 64);
+    let socket = manager.place.socket("a");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mut round = |number: usize| {
+        let (socket_token, image_token) = (format!("s{number}"), format!("i{number}"));
+        manager.send(&socket_token, listener.as_fd());
+        manager.send_image(&image_token, "a.img");
+        let request = request("a", &socket_token, &image_token);
+        manager.attach(request).unwrap();
+        if number.is_multiple_of(10) {
+            let mut client = Client::connect(&socket);
+            assert_eq!(client.write(0, &[1; 4096]), 0);
+        }
+        manager.detach("a").unwrap();
+    };
+    // What is made once and kept: threads of the runtime, the allocator's arenas.
+    (0..50).for_each(&mut round);
+    let before = footprint(&daemon);
+    (50..50 + ROUNDS).for_each(&mut round);
+    await_true("descriptors and threads are as before", || {
+        let now = footprint(&daemon);
+        now.0 <= before.0 && now.1 <= before.1
+    });
+    let grown_kib = footprint(&daemon).2.saturating_sub(before.2);
+    assert!(grown_kib < 4096, "{grown_kib} KiB more after {ROUNDS} rounds");
+}
+
 #[test]
 fn attached_disk_is_served_and_detached_disk_is_let_go() {
     let (mut daemon, mut manager) = managed();

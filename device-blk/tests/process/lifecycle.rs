@@ -7,7 +7,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use crate::daemon::{Daemon, Place, read_image};
+use crate::daemon::{Daemon, Place, await_true, read_image};
 use crate::driver::Client;
 use crate::io::pattern;
 
@@ -88,6 +88,37 @@ fn sigterm_completes_what_is_in_flight_and_exits_0() {
     assert_eq!(status.code(), Some(0), "{}", daemon.log());
     let id = first.0;
     assert!(read_image(&image, id as u64 * 65_536, 65_536) == pattern(id as u64, 65_536));
+}
+
+#[test]
+fn limit_on_open_files_is_raised_as_far_as_it_goes() {
+    use nix::sys::resource::{Resource, setrlimit};
+    let place = Place::new();
+    place.image("a.img", 64);
+    let daemon = Daemon::spawn(&place, &[&place.disk("a")], &[], |command| {
+        // SAFETY: setrlimit is async-signal-safe.
+        unsafe {
+            command.pre_exec(|| Ok(setrlimit(Resource::RLIMIT_NOFILE, 64, 777)?));
+        }
+    });
+    await_true("the daemon serves", || daemon.log().contains("serving"));
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open"));
+    let words: Vec<_> = line.unwrap().split_whitespace().collect();
+    assert_eq!(&words[3..5], ["777", "777"]);
+}
+
+#[test]
+fn sigterm_between_attaching_and_serving_is_not_lost() {
+    for round in 0..10 {
+        let place = Place::new();
+        place.image("a.img", 64);
+        let mut daemon = Daemon::spawn(&place, &[&place.disk("a")], &[], |_| ());
+        await_true("the disk is attached", || daemon.log().contains("attached"));
+        let status = daemon.end(Signal::SIGTERM);
+        assert_eq!(status.code(), Some(0), "round {round}: {}", daemon.log());
+        assert!(daemon.log().contains("drained"), "round {round}");
+    }
 }
 
 #[test]
