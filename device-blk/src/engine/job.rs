@@ -173,6 +173,9 @@ impl Job {
     ) -> Next {
         match &mut self.work {
             Work::Transfer(transfer) => transfer.next(&self.chain, backing, iovecs),
+            Work::Flush { done: false } if backing.image.has_lost_writes() => {
+                Next::Done(Status::IoErr)
+            }
             Work::Flush { done: false } => Next::Submit(sync(backing.image)),
             Work::Flush { done: true } => Next::Done(Status::Ok),
             Work::Ranges(ranges) => ranges.next(backing, iovecs),
@@ -199,7 +202,7 @@ impl Job {
             Work::Transfer(transfer) => transfer.completed(&self.chain, result, backing),
             Work::Flush { done } => {
                 *done = true;
-                check(result)
+                check_sync(result, backing.image)
             }
             Work::Ranges(ranges) => ranges.completed(result, backing),
         }
@@ -374,7 +377,7 @@ impl Ranges {
             }
             RangeStep::Sync | RangeStep::Synced => {
                 self.step = RangeStep::Synced;
-                check(result)
+                check_sync(result, backing.image)
             }
         }
     }
@@ -382,10 +385,12 @@ impl Ranges {
     fn fallocated(&mut self, result: i32, backing: &mut Backing<'_>) -> Result<(), i32> {
         match -result {
             0 => self.done_bytes = self.ranges[self.index].len_bytes,
-            // A discard is advice; where it cannot be followed nothing is lost.
-            libc::EOPNOTSUPP | libc::ENOSYS if self.op == RangeOp::Discard => {
+            // A discard is advice; where it cannot be followed nothing is lost. EINVAL: a block
+            // device with blocks larger than sectors, and a range that does not fill them.
+            libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL if self.op == RangeOp::Discard => {
                 self.done_bytes = self.ranges[self.index].len_bytes;
             }
+            libc::EINVAL => self.step = RangeStep::WriteZeroes,
             libc::EOPNOTSUPP | libc::ENOSYS => {
                 let range = self.ranges[self.index];
                 if !(range.unmap && backing.image.punches_holes()) {
@@ -424,6 +429,10 @@ fn zero_iovecs(len_bytes: u64, iovecs: &mut Vec<libc::iovec>) {
 
 fn check(result: i32) -> Result<(), i32> {
     if result < 0 { Err(-result) } else { Ok(()) }
+}
+
+fn check_sync(result: i32, image: &RawImage) -> Result<(), i32> {
+    check(result).inspect_err(|_| image.note_failed_flush())
 }
 
 /// Bytes moved, in whole sectors where direct I/O has to go on from there. None at all means

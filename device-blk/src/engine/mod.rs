@@ -134,10 +134,14 @@ impl BlkQueue {
         self.slots.len() - self.free_slots.len()
     }
 
-    /// Takes as many requests as there are, or as there is room for.
+    /// Takes as many requests as there are, or as there is room for; no more than a ring holds,
+    /// since a driver can offer requests that are answered at once faster than they are taken.
     fn accept(&mut self, ring: &mut Ring) -> Result<bool, RingError> {
         let mut progress = false;
-        while self.in_flight() < usize::from(MAX_QUEUE_SIZE) {
+        for _ in 0..MAX_QUEUE_SIZE {
+            if self.in_flight() >= usize::from(MAX_QUEUE_SIZE) {
+                break;
+            }
             let Some(chain) = ring.pop()? else { break };
             self.stats.start();
             self.begin(ring, chain);

@@ -27,6 +27,10 @@ struct Rig {
 }
 
 fn rig(cache: CacheMode) -> Rig {
+    rig_with(cache, false)
+}
+
+fn rig_with(cache: CacheMode, page_cache: bool) -> Rig {
     let memory = Arc::new(GuestMemory::new(4 << 20).unwrap());
     let driver = DriverRing::new(&memory, 0, SIZE, 0);
     let ring = Ring::start(RingConfig {
@@ -44,7 +48,7 @@ fn rig(cache: CacheMode) -> Rig {
     file.as_file().set_len(CAPACITY_SECTORS * 512).unwrap();
     let options = OpenOptions {
         read_only: false,
-        page_cache: false,
+        page_cache,
         lock_patience: Duration::ZERO,
     };
     let image = RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap();
@@ -86,6 +90,33 @@ impl Rig {
         self.driver
             .add(&readable, &[(STATUS_GPA + slot, 1)])
             .unwrap();
+    }
+
+    /// A request of `kind` with `payload` for the device.
+    fn offer(&mut self, slot: u64, kind: u8, payload: &[u8]) {
+        let mut header = [0; HEADER_BYTES];
+        header[0] = kind;
+        let header_gpa = HEADERS_GPA + slot * 16;
+        let data_gpa = DATA_GPA + slot * u64::from(LEN_BYTES);
+        self.memory.write(header_gpa, &header);
+        self.memory.write(data_gpa, payload);
+        self.memory.write(STATUS_GPA + slot, &[NO_STATUS]);
+        let mut readable = vec![(header_gpa, 16)];
+        if !payload.is_empty() {
+            readable.push((data_gpa, payload.len() as u32));
+        }
+        self.driver
+            .add(&readable, &[(STATUS_GPA + slot, 1)])
+            .unwrap();
+    }
+
+    fn backing(&mut self) -> Backing<'_> {
+        Backing {
+            image: &self.queue.backend.image,
+            write_through: false,
+            bounce: &mut self.queue.bounce,
+            zero_range_works: &mut self.queue.zero_range_works,
+        }
     }
 
     fn status(&self, slot: u64) -> u8 {
@@ -168,4 +199,62 @@ fn write_through_reaches_the_image_in_every_mode() {
     }
     toggled.store(true, Ordering::Release);
     assert!(!CacheMode::Toggled(toggled).is_write_through());
+}
+
+#[test]
+fn flush_that_failed_is_never_followed_by_one_that_succeeds() {
+    let mut rig = rig_with(CacheMode::WriteBack, true);
+    rig.offer(0, 4, &[]);
+    let chain = rig.ring.pop().unwrap().unwrap();
+    let mut flush = Job::flush(chain);
+    let mut iovecs = Vec::new();
+    let mut backing = rig.backing();
+    assert!(matches!(
+        flush.next(&mut backing, &mut iovecs),
+        Next::Submit(_)
+    ));
+    assert_eq!(
+        flush.completed(-libc::ENOSPC, &mut backing),
+        Err(libc::ENOSPC)
+    );
+    rig.ring.complete(flush.chain, 1);
+    // The kernel reports a lost page once only.
+    rig.offer(1, 4, &[]);
+    rig.queue.process(&mut rig.ring, Wake::Kick).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    assert_eq!(rig.queue.drain(&mut rig.ring, deadline), 0);
+    assert_eq!(rig.status(1), Status::IoErr as u8);
+}
+
+/// As block devices with blocks of 4 KiB answer to other ranges.
+#[test]
+fn range_that_the_storage_cannot_take_is_written_or_left_alone() {
+    for (kind, op) in [(11, RangeOp::Discard), (13, RangeOp::WriteZeroes)] {
+        let mut rig = rig(CacheMode::WriteBack);
+        rig.offer(0, kind, &[0; RANGE_BYTES]);
+        let chain = rig.ring.pop().unwrap().unwrap();
+        let range = ByteRange {
+            offset_bytes: 512,
+            len_bytes: 512,
+            unmap: op == RangeOp::Discard,
+        };
+        let mut job = Job::ranges(chain, op, vec![range]);
+        let mut iovecs = Vec::new();
+        let mut backing = rig.backing();
+        assert!(matches!(
+            job.next(&mut backing, &mut iovecs),
+            Next::Submit(_)
+        ));
+        assert_eq!(job.completed(-libc::EINVAL, &mut backing), Ok(()));
+        match (op, job.next(&mut backing, &mut iovecs)) {
+            (RangeOp::Discard, Next::Done(Status::Ok)) => {}
+            (RangeOp::WriteZeroes, Next::Submit(_)) => {
+                let bytes: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
+                assert_eq!(bytes, 512);
+            }
+            _ => panic!("{op:?} ends otherwise"),
+        }
+        assert!(rig.queue.zero_range_works, "other ranges may do");
+        rig.ring.complete(job.chain, 1);
+    }
 }

@@ -53,14 +53,15 @@ pub(crate) fn disable(file: &File) -> io::Result<()> {
     set(file, false)
 }
 
-/// Also clears `O_NONBLOCK`: io_uring would answer EAGAIN instead of waiting for the disk.
+/// Also clears what a passed descriptor must not carry: with `O_NONBLOCK` io_uring would answer
+/// EAGAIN instead of waiting for the disk, and with `O_APPEND` every write would go to the end.
 fn set(file: &File, on: bool) -> io::Result<()> {
     // SAFETY: F_GETFL takes no argument and touches no memory.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
     if flags < 0 {
         return Err(io::Error::last_os_error());
     }
-    let base = flags & !(libc::O_DIRECT | libc::O_NONBLOCK);
+    let base = flags & !(libc::O_DIRECT | libc::O_NONBLOCK | libc::O_APPEND);
     let wanted = if on { base | libc::O_DIRECT } else { base };
     // SAFETY: F_SETFL takes an integer and touches no memory.
     if wanted != flags && unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, wanted) } < 0 {
@@ -119,6 +120,28 @@ fn probe(file: &File) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn appending_descriptor_writes_where_it_is_told_to() {
+        use std::os::unix::fs::FileExt;
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(8192).unwrap();
+        let open = || {
+            let options = &mut File::options();
+            options.read(true).append(true).open(image.path()).unwrap()
+        };
+        for page_cache in [true, false] {
+            let passed = open();
+            if page_cache {
+                disable(&passed).unwrap();
+            } else {
+                enable(&passed).unwrap();
+                disable(&passed).unwrap();
+            }
+            passed.write_all_at(&[7; 512], 0).unwrap();
+            assert_eq!(image.as_file().metadata().unwrap().len(), 8192);
+        }
+    }
 
     #[test]
     fn direct_io_on_this_file_system_takes_sectors_or_is_off() {

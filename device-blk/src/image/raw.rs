@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::direct::{self, DirectIo};
@@ -60,6 +61,8 @@ pub(crate) struct RawImage {
     physical_block_bytes: u32,
     direct: Option<DirectIo>,
     punches_holes: bool,
+    /// A flush of the page cache failed.
+    has_lost_writes: AtomicBool,
 }
 
 impl RawImage {
@@ -104,6 +107,7 @@ impl RawImage {
             read_only: options.read_only,
             capacity_sectors,
             direct,
+            has_lost_writes: AtomicBool::new(false),
         };
         image.warn_of_surprises(len_bytes);
         Ok(image)
@@ -135,6 +139,24 @@ impl RawImage {
     /// Whether discarded blocks are given back to the file system.
     pub(crate) fn punches_holes(&self) -> bool {
         self.punches_holes
+    }
+
+    /// Whether writes that were answered with success may never reach the storage: no flush can
+    /// succeed any more.
+    pub(crate) fn has_lost_writes(&self) -> bool {
+        self.has_lost_writes.load(Ordering::Acquire)
+    }
+
+    /// A flush failed. The kernel then takes the pages for clean and the next flush would say
+    /// that all is well. Direct I/O has no such pages.
+    pub(crate) fn note_failed_flush(&self) {
+        if self.direct.is_none() && !self.has_lost_writes.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                image = %self.name,
+                "a flush failed; writes may be lost, so every flush fails until the disk is \
+                 attached again"
+            );
+        }
     }
 
     pub(crate) fn raw_fd(&self) -> RawFd {
