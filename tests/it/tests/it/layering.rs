@@ -1,6 +1,7 @@
 //! Who may know whom: the workspace's dependency edges are the ones ARCHITECTURE.md draws.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
@@ -136,5 +137,21 @@ fn vmm_core_links_no_disk_packet_store_or_controller_code() {
     );
     for (never, why) in NEVER_IN_VMM_CORE {
         assert!(!linked.contains(never), "vmm-core links {never}: {why}");
+    }
+}
+
+#[test]
+fn architecture_names_files_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let text = std::fs::read_to_string(root.join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
+    let paths: Vec<&str> = text
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|quoted| quoted.contains("/src/") || quoted.ends_with(".rs"))
+        .collect();
+    assert!(paths.len() > 20, "the code map names files: {paths:?}");
+    for path in paths {
+        assert!(root.join(path).exists(), "ARCHITECTURE.md names {path}");
     }
 }
