@@ -2,18 +2,17 @@
 
 use std::fs;
 use std::io::{self, IsTerminal};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
 use api::listen;
-use sandbox::Access;
 use serde_json::json;
-use tracing::info;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, ConsoleOutput};
+use crate::confinement::Confinement;
 use crate::console::Console;
 use crate::control::{self, ControlThread, Controls};
 use crate::error::chain;
@@ -60,21 +59,27 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
         None => None,
     };
     let board = opened.build(&config).map_err(|err| chain(&err))?;
-    confine_process(cli)?;
+    let written: Vec<_> = [&cli.control_socket, &cli.exit_file]
+        .into_iter()
+        .filter_map(Option::as_deref)
+        .collect();
+    let confinement = Confinement::of_process(&written)?;
+    let confine = confinement.of_threads();
     control::terminating_signals()
         .thread_block()
         .map_err(|err| format!("cannot block signals: {err}"))?;
 
     let console = Arc::new(Console::new(started));
     let inbox = Inbox::new();
-    let machine = complete(board, &config, console.clone(), &inbox).map_err(|err| chain(&err))?;
+    let machine =
+        complete(board, &config, console.clone(), &inbox, &confine).map_err(|err| chain(&err))?;
     let (serial, devices) = (machine.serial().clone(), machine.devices().clone());
     let (supervisor, handle) = Supervisor::new(machine, inbox);
     let stdio = match cli.console {
         ConsoleOutput::None => None,
         ConsoleOutput::Stdio => {
-            let stdio =
-                StdioConsole::start(console.clone(), serial.clone(), handle.clone(), confine());
+            let (console, serial) = (console.clone(), serial.clone());
+            let stdio = StdioConsole::start(console, serial, handle.clone(), confine.clone());
             Some(stdio.map_err(|err| format!("cannot start the console's threads: {err}"))?)
         }
     };
@@ -86,9 +91,13 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
         console,
         serial,
         devices,
+        confinement,
     };
-    let control = ControlThread::start(listener, controls, || confine()(ThreadKind::Control))?;
-    confine()(ThreadKind::Main)?;
+    let confine_control = confine.clone();
+    let control = ControlThread::start(listener, controls, move || {
+        confine_control(ThreadKind::Control)
+    })?;
+    confine(ThreadKind::Main)?;
     let outcome = supervisor.run(!cli.no_start);
     control.finish();
     if let Some(stdio) = stdio {
@@ -102,39 +111,11 @@ fn complete(
     config: &MachineConfig,
     console: Arc<Console>,
     inbox: &Inbox,
+    confine: &Confine,
 ) -> Result<Machine, MachineError> {
     board
-        .attach(config, console, &confine())?
-        .ready(config, inbox.reporter(), confine())
-}
-
-/// What holds for all threads; called while there is only one. Kernel, initramfs and `/dev/kvm`
-/// are open by now, and backends are reached through Unix sockets.
-fn confine_process(cli: &Cli) -> Result<(), String> {
-    let written = [&cli.control_socket, &cli.exit_file];
-    let directories = written
-        .into_iter()
-        .flatten()
-        .map(|path| (directory_of(path), Access::ReadWrite));
-    let directories: Vec<_> = directories.collect();
-    let mut achieved = sandbox::no_core_dumps().map_err(|err| chain(&err))?;
-    achieved += sandbox::deny_network();
-    achieved += sandbox::deny_filesystem(&directories).map_err(|err| chain(&err))?;
-    achieved += sandbox::drop_capabilities(&[]).map_err(|err| chain(&err))?;
-    achieved += sandbox::no_new_privs().map_err(|err| chain(&err))?;
-    info!("sandbox: {}", achieved.names().join(", "));
-    Ok(())
-}
-
-fn confine() -> Confine {
-    Arc::new(|kind: ThreadKind| kind.confine().map(drop).map_err(|err| chain(&err)))
-}
-
-fn directory_of(path: &Path) -> PathBuf {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.into(),
-        _ => ".".into(),
-    }
+        .attach(config, console, confine)?
+        .ready(config, inbox.reporter(), confine.clone())
 }
 
 /// Replaces `path` in one step, so that a reader never sees half of it.

@@ -20,6 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 use tracing::{error, info};
 
+use crate::confinement::Confinement;
 use crate::console::Console;
 use crate::lifecycle::{Handle, Refusal, Request as Lifecycle, State};
 use crate::machine::Devices;
@@ -58,6 +59,8 @@ pub struct Controls {
     pub serial: Arc<SerialPort>,
     /// What other processes serve.
     pub devices: Devices,
+    /// What holds for this process and its threads.
+    pub confinement: Confinement,
 }
 
 /// The thread that serves.
@@ -179,6 +182,7 @@ impl Controls {
             // A console that spoke within the first millisecond has spoken.
             first_console_byte_ms: first_byte.map_or(0, |after| (after.as_millis() as u64).max(1)),
             exits: status.exits(),
+            sandbox: self.confinement.names(),
         }
     }
 

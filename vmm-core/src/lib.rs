@@ -12,6 +12,7 @@ pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod config_ports;
+pub mod confinement;
 pub mod console;
 pub mod control;
 pub mod error;

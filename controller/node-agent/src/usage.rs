@@ -1,4 +1,4 @@
-//! What a process takes and what holds it in, from /proc.
+//! What a process takes, from /proc.
 
 use std::fs;
 
@@ -18,14 +18,6 @@ pub(crate) struct Usage {
 pub(crate) fn of(pid: i32) -> Usage {
     fs::read_to_string(format!("/proc/{pid}/smaps"))
         .map(|smaps| parse_smaps(&smaps))
-        .unwrap_or_default()
-}
-
-/// What /proc/PID/status tells about a process's confinement. Used for `vmm-core`; daemons report
-/// more themselves.
-pub(crate) fn sandbox(pid: i32) -> Vec<String> {
-    fs::read_to_string(format!("/proc/{pid}/status"))
-        .map(|status| parse_sandbox(&status))
         .unwrap_or_default()
 }
 
@@ -55,24 +47,6 @@ fn parse_smaps(smaps: &str) -> Usage {
         }
     }
     usage
-}
-
-fn parse_sandbox(status: &str) -> Vec<String> {
-    let value = |name: &str| {
-        status
-            .lines()
-            .filter_map(|line| line.split_once(':'))
-            .find(|(key, _)| *key == name)
-            .map(|(_, value)| value.trim())
-    };
-    let mut names = Vec::new();
-    if value("NoNewPrivs") == Some("1") {
-        names.push("no_new_privs".to_owned());
-    }
-    if value("Seccomp") == Some("2") {
-        names.push("seccomp".to_owned());
-    }
-    names
 }
 
 #[cfg(test)]
@@ -109,14 +83,5 @@ Pss:                  20 kB
             usage.rss_kib >= usage.pss_kib && usage.pss_kib > 0,
             "{usage:?}"
         );
-    }
-
-    #[test]
-    fn confinement_is_read_from_status() {
-        assert_eq!(
-            parse_sandbox("Seccomp:\t2\nNoNewPrivs:\t1\n"),
-            ["no_new_privs", "seccomp"]
-        );
-        assert!(parse_sandbox("Seccomp:\t0\nNoNewPrivs:\t0\n").is_empty());
     }
 }

@@ -48,6 +48,16 @@ fn life_goes_from_created_to_stopped() {
             (info.memory_bytes, info.first_console_byte_ms, info.exits),
             (32 << 20, 0, 0)
         );
+        for name in [
+            "no_new_privs",
+            "seccomp:vmm-core-vcpu",
+            "seccomp:vmm-core-control",
+        ] {
+            assert!(
+                info.sandbox.iter().any(|has| has == name),
+                "{name}: {info:?}"
+            );
+        }
         let refused = client.pause(PauseRequest {}).await.unwrap_err();
         assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
         assert!(

@@ -24,7 +24,6 @@ use crate::{
     image::Claim,
     process::{self, Exit, Process},
     record::{Assets, DaemonKind, DaemonRecord},
-    usage,
 };
 
 /// A daemon that served this long is started again at once; one that dies on its first request
@@ -55,6 +54,7 @@ pub(super) struct Health {
     pub(super) resets: u64,
     pub(super) first_console_byte_ms: u64,
     pub(super) devices: Vec<DeviceStatus>,
+    sandbox: Vec<String>,
 }
 
 /// One daemon, up or being restarted.
@@ -243,7 +243,7 @@ impl Machine {
         let vmm = ProcessStatus {
             name: "vmm-core".into(),
             pid: self.vmm.pid() as u32,
-            sandbox: usage::sandbox(self.vmm.pid()),
+            sandbox: self.health.sandbox.clone(),
             log: vmm::log(&self.dir).display().to_string(),
             ..ProcessStatus::default()
         };
@@ -275,6 +275,7 @@ impl Health {
             paused: info.state() == VmmState::Paused,
             resets: info.resets,
             first_console_byte_ms: info.first_console_byte_ms,
+            sandbox: info.sandbox,
             devices: info
                 .devices
                 .into_iter()

@@ -40,7 +40,10 @@ async fn machine_with_a_disk_runs_and_stops_without_a_trace() {
             "guest RAM is counted: {process:?}"
         );
         assert!(
-            process.sandbox.iter().any(|name| name.contains("seccomp")),
+            process
+                .sandbox
+                .iter()
+                .any(|name| name.starts_with("seccomp:")),
             "{process:?}"
         );
     }
