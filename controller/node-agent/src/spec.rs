@@ -113,6 +113,9 @@ pub(crate) struct VhostUser {
     pub(crate) num_queues: u32,
     /// 0 for the default.
     pub(crate) queue_size: u32,
+    /// Configuration space in the daemon's stead, at most 256 bytes; empty: the daemon's own.
+    #[serde(default)]
+    pub(crate) config: Vec<u8>,
 }
 
 impl Spec {
@@ -200,6 +203,7 @@ impl VhostUser {
             socket: PathBuf::from(&api.socket),
             num_queues: api.num_queues,
             queue_size: api.queue_size,
+            config: api.config.clone(),
         }
     }
 }

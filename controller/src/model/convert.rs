@@ -82,6 +82,7 @@ fn node_vhost_user(device: pb::VhostUserDevice) -> node::VhostUserSpec {
         socket: device.socket,
         num_queues: device.num_queues,
         queue_size: device.queue_size,
+        config: device.config,
     }
 }
 

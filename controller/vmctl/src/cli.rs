@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use api::listen::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::spec::{DiskArg, NetArg, VhostUserArg, parse_size};
+use crate::spec::{DiskArg, NetArg, ShareArg, VhostUserArg, parse_size};
 
 /// Runs virtual machines made of separate processes
 #[derive(Debug, Parser)]
@@ -217,11 +217,15 @@ pub(crate) struct MachineArgs {
     #[arg(long = "net", value_name = "OPTION[,OPTION..]", num_args = 0..=1, default_missing_value = "")]
     pub(crate) nets: Vec<NetArg>,
     /// A device of a third-party daemon: type=blk|net|fs|vsock|rng|NUMBER,socket=PATH, then any of
-    /// queues=N, queue-size=N, name=NAME
+    /// queues=N, queue-size=N, name=NAME, config=hex:DIGITS or config=str:TEXT (the configuration
+    /// space, for a daemon that serves none)
     #[arg(long = "vhost-user", value_name = "type=TYPE,socket=PATH[,OPTION..]")]
     pub(crate) vhost_user: Vec<VhostUserArg>,
+    /// A folder that a virtiofsd serves on SOCKET; the guest mounts it with mount -t virtiofs TAG
+    #[arg(long = "share", value_name = "TAG=SOCKET")]
+    pub(crate) shares: Vec<ShareArg>,
     /// Virtual CPUs, 1 to 32 [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
     pub(crate) cpus: Option<u32>,
     /// Memory, such as 512M or 4G [default: 512M]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -419,6 +423,14 @@ mod tests {
             Cli::try_parse_from(["vmctl", "--endpoint", endpoint, "host", "list"]).unwrap();
         }
         assert!(Cli::try_parse_from(["vmctl", "--endpoint", "nonsense", "host", "list"]).is_err());
+    }
+
+    #[test]
+    fn no_cpus_is_no_default() {
+        for cpus in ["0", "33"] {
+            let line = ["vmctl", "run", "--kernel", "k", "--cpus", cpus];
+            assert!(Cli::try_parse_from(line).is_err(), "{cpus}");
+        }
     }
 
     #[test]

@@ -128,10 +128,11 @@ impl FromStr for VhostUserArg {
                 Some(("queue-size", number)) => {
                     device.queue_size = parse_number("queue-size", number)?;
                 }
+                Some(("config", bytes)) => device.config = parse_config(bytes)?,
                 Some(("name", name)) => device.name = name.to_owned(),
                 _ => {
                     return Err(format!(
-                        "{word:?} is no option; there are type=, socket=, queues=, queue-size= and name="
+                        "{word:?} is no option; there are type=, socket=, queues=, queue-size=, config= and name="
                     ));
                 }
             }
@@ -141,6 +142,62 @@ impl FromStr for VhostUserArg {
         }
         Ok(Self(device))
     }
+}
+
+/// `--share`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ShareArg(pb::VhostUserDevice);
+
+/// Bytes of the tag in a file system's configuration space (Virtio 1.2 section 5.11.4).
+const FS_TAG_BYTES: usize = 36;
+
+impl FromStr for ShareArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some((tag, socket)) = text.split_once('=').filter(|(_, path)| !path.is_empty()) else {
+            return Err("give TAG=SOCKET, the socket that virtiofsd listens on".to_owned());
+        };
+        if !(1..=FS_TAG_BYTES).contains(&tag.len()) || tag.contains('\0') {
+            return Err(format!(
+                "a tag has 1 to {FS_TAG_BYTES} bytes, not {}",
+                tag.len()
+            ));
+        }
+        let mut config = tag.as_bytes().to_vec();
+        config.resize(FS_TAG_BYTES, 0);
+        config.extend(1u32.to_le_bytes()); // num_request_queues
+        Ok(Self(pb::VhostUserDevice {
+            r#type: "fs".to_owned(),
+            socket: socket.to_owned(),
+            num_queues: 2, // hiprio and one for requests
+            config,
+            ..Default::default()
+        }))
+    }
+}
+
+/// `hex:` and digits, or `str:` and text.
+fn parse_config(text: &str) -> Result<Vec<u8>, String> {
+    let bytes = match text.split_once(':') {
+        Some(("hex", digits)) => bytes_of_hex(digits),
+        Some(("str", text)) => Some(text.as_bytes().to_vec()),
+        _ => None,
+    };
+    bytes.ok_or_else(|| {
+        format!("config={text}: give hex: and an even number of digits, or str: and text")
+    })
+}
+
+fn bytes_of_hex(digits: &str) -> Option<Vec<u8>> {
+    let (pairs, rest) = digits.as_bytes().as_chunks::<2>();
+    let nibble = |digit: u8| char::from(digit).to_digit(16);
+    let byte = |pair: &[u8; 2]| Some((nibble(pair[0])? << 4 | nibble(pair[1])?) as u8);
+    pairs
+        .iter()
+        .map(byte)
+        .collect::<Option<_>>()
+        .filter(|_| rest.is_empty())
 }
 
 fn parse_number(option: &str, text: &str) -> Result<u32, String> {
@@ -175,7 +232,9 @@ pub(crate) fn vm_spec(
         spec.disks.push(api_disk(disk, project)?);
     }
     spec.nics.extend(args.nets.into_iter().map(|net| net.0));
-    for VhostUserArg(mut device) in args.vhost_user {
+    let shares = args.shares.into_iter().map(|share| share.0);
+    let others = args.vhost_user.into_iter().map(|device| device.0);
+    for mut device in others.chain(shares) {
         device.socket = absolute(Path::new(&device.socket))?;
         spec.vhost_user.push(device);
     }
@@ -292,6 +351,33 @@ mod tests {
         let fs: VhostUserArg = "type=fs,socket=/s,queues=1".parse().unwrap();
         assert_eq!((fs.0.r#type.as_str(), fs.0.num_queues), ("fs", 1));
         assert!("type=fs".parse::<VhostUserArg>().is_err());
+    }
+
+    #[test]
+    fn configuration_space_is_hex_or_text() {
+        let config = |text: &str| {
+            let device = format!("type=fs,socket=/s,config={text}").parse::<VhostUserArg>();
+            device.map(|device| device.0.config)
+        };
+        assert_eq!(config("hex:00fFa1"), Ok(vec![0x00, 0xff, 0xa1]));
+        assert_eq!(config("str:a:b"), Ok(b"a:b".to_vec()));
+        for bad in ["hex:abc", "hex:+1", "hex:\u{e9}", "abcd", ""] {
+            assert!(config(bad).unwrap_err().contains("config="), "{bad}");
+        }
+    }
+
+    #[test]
+    fn share_has_its_tag_and_queues_in_its_configuration_space() {
+        let share: ShareArg = "home=/run/fs.sock".parse().unwrap();
+        assert_eq!((share.0.r#type.as_str(), share.0.num_queues), ("fs", 2));
+        assert_eq!(share.0.socket, "/run/fs.sock");
+        assert_eq!(share.0.config.len(), 40);
+        assert_eq!(&share.0.config[..5], b"home\0");
+        assert_eq!(&share.0.config[36..], 1u32.to_le_bytes());
+        let long = format!("{}=/s", "t".repeat(37));
+        for bad in ["home", "=/s", "home=", long.as_str()] {
+            assert!(bad.parse::<ShareArg>().is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -36,6 +36,8 @@ const MAX_VOLUME_BYTES: u64 = 1 << 50;
 /// IFNAMSIZ less its NUL.
 const MAX_INTERFACE_BYTES: usize = 15;
 const MAX_QUEUE_SIZE: u32 = 32768;
+/// `VHOST_USER_MAX_CONFIG_SIZE`
+const MAX_CONFIG_BYTES: usize = 256;
 const MAX_GRACE_MS: u32 = 3_600_000;
 
 /// Checks what a device daemon is asked to serve.
@@ -155,10 +157,13 @@ pub fn apply_vm_request(request: &node::ApplyVmRequest) -> Result<(), Status> {
         let at = machine.device("vhost_user", index, &dev.name);
         machine.vhost_user(
             &at,
-            &dev.r#type,
-            &dev.socket,
-            dev.num_queues,
-            dev.queue_size,
+            &VhostUserFields {
+                kind: &dev.r#type,
+                socket: &dev.socket,
+                num_queues: dev.num_queues,
+                queue_size: dev.queue_size,
+                config: &dev.config,
+            },
         );
     }
     machine.finish();
@@ -238,10 +243,13 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
         let at = machine.device("vhost_user", index, &dev.name);
         machine.vhost_user(
             &at,
-            &dev.r#type,
-            &dev.socket,
-            dev.num_queues,
-            dev.queue_size,
+            &VhostUserFields {
+                kind: &dev.r#type,
+                socket: &dev.socket,
+                num_queues: dev.num_queues,
+                queue_size: dev.queue_size,
+                config: &dev.config,
+            },
         );
     }
     machine.finish();
@@ -319,6 +327,15 @@ pub fn page_size(asked: u32) -> usize {
         0 => 100,
         asked => asked.min(MAX_PAGE_SIZE) as usize,
     }
+}
+
+/// What both kinds of request say of a third-party device.
+struct VhostUserFields<'a> {
+    kind: &'a str,
+    socket: &'a str,
+    num_queues: u32,
+    queue_size: u32,
+    config: &'a [u8],
 }
 
 /// The machine in a request of either level. Fields are named relative to `at`.
@@ -433,7 +450,8 @@ impl<'a> Machine<'a> {
         );
     }
 
-    fn vhost_user(&mut self, at: &str, kind: &str, socket: &str, queues: u32, queue_size: u32) {
+    fn vhost_user(&mut self, at: &str, device: &VhostUserFields<'_>) {
+        let kind = device.kind;
         let known = matches!(kind, "blk" | "net" | "fs" | "vsock" | "rng")
             || kind
                 .parse::<u32>()
@@ -441,13 +459,26 @@ impl<'a> Machine<'a> {
         self.found.require(known, &format!("{at}.type"), || {
             format!("{kind:?} must be blk, net, fs, vsock, rng or a virtio device number (1 to 63)")
         });
-        absolute(self.found, &format!("{at}.socket"), socket);
-        at_most(self.found, &format!("{at}.num_queues"), queues, MAX_QUEUES);
+        absolute(self.found, &format!("{at}.socket"), device.socket);
+        at_most(
+            self.found,
+            &format!("{at}.num_queues"),
+            device.num_queues,
+            MAX_QUEUES,
+        );
+        let queue_size = device.queue_size;
         let fits =
             queue_size == 0 || (queue_size.is_power_of_two() && queue_size <= MAX_QUEUE_SIZE);
         self.found.require(fits, &format!("{at}.queue_size"), || {
             format!("must be a power of two up to {MAX_QUEUE_SIZE}, not {queue_size}")
         });
+        let len = device.config.len();
+        self.found
+            .require(len <= MAX_CONFIG_BYTES, &format!("{at}.config"), || {
+                format!(
+                    "has {len} bytes, a device's configuration space at most {MAX_CONFIG_BYTES}"
+                )
+            });
     }
 
     fn finish(self) {

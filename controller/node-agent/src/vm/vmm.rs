@@ -129,10 +129,11 @@ pub(super) fn args(spec: &Spec, dir: &Path) -> Vec<OsString> {
     }
     for other in &spec.vhost_user {
         let (queues, queue_size) = (other.num_queues, other.queue_size);
-        option(
-            "--device",
-            device(&other.name, &other.kind, &other.socket, queues, queue_size),
-        );
+        let mut text = device(&other.name, &other.kind, &other.socket, queues, queue_size);
+        if !other.config.is_empty() {
+            text.push(format!(",config=hex:{}", hex(&other.config)));
+        }
+        option("--device", text);
     }
     args
 }
@@ -147,6 +148,10 @@ fn device(tag: &str, kind: &str, socket: &Path, queues: u32, queue_size: u32) ->
         text.push(format!(",queue-size={queue_size}"));
     }
     text
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Starts `vmm-core` and waits until the machine runs (or has ended by itself already).
@@ -249,5 +254,26 @@ fn refused(call: &'static str) -> impl FnOnce(tonic::Status) -> VmmError {
             Some(source) if status.message().is_empty() => error_chain(source),
             _ => status.message().to_owned(),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_devices_configuration_space_reaches_vmm_core() {
+        let mut api = crate::spec::tests::api_spec("web");
+        api.vhost_user = vec![api::node::VhostUserSpec {
+            name: "share".into(),
+            r#type: "fs".into(),
+            socket: "/fs.sock".into(),
+            num_queues: 2,
+            config: vec![0x74, 0x00, 0xff],
+            ..Default::default()
+        }];
+        let args = args(&Spec::from_validated(&api), Path::new("/run/m"));
+        let wanted = "tag=share,type=fs,socket=/fs.sock,queues=2,config=hex:7400ff";
+        assert!(args.iter().any(|arg| arg == wanted), "{args:?}");
     }
 }

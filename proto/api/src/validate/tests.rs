@@ -140,6 +140,14 @@ fn every_bad_field_of_a_vm_is_named() {
                 ..Default::default()
             });
         }),
+        ("vm.spec.vhost_user[0].config", |spec| {
+            spec.vhost_user.push(controller::VhostUserDevice {
+                r#type: "fs".into(),
+                socket: "/s".into(),
+                config: vec![0; 257],
+                ..Default::default()
+            });
+        }),
         ("vm.spec", |spec| {
             spec.disks = vec![spec.disks[0].clone(); MAX_DEVICES + 1]
         }),
