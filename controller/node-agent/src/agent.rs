@@ -18,6 +18,7 @@ use crate::{
     host::{Host, HostError},
     image::Claims,
     process,
+    promised::Promised,
     record::{RecordError, Store},
     spec::{DiskSource, Spec},
     vm::{Env, Refusal, Vm},
@@ -138,6 +139,7 @@ impl Agent {
             volumes: Pool::open(&dirs.state, claims.clone())?,
             claims,
             run_dir,
+            promised: Promised::default(),
             bin_dir: dirs.bin.clone(),
             boot_id: process::boot_id(),
             changes,
@@ -193,10 +195,19 @@ impl Agent {
     /// # Errors
     /// When it runs.
     pub(crate) async fn delete(&self, id: &str) -> Result<(), CallError> {
+        // Not locked while the VM answers: one that is being stopped takes its time.
+        let Some(vm) = self.vms.lock().await.get(id).cloned() else {
+            return Ok(());
+        };
+        match vm.delete().await {
+            // Gone: by another call.
+            Ok(()) | Err(Refusal::Gone { .. }) => {}
+            Err(refusal) => return Err(refusal.into()),
+        }
         let mut vms = self.vms.lock().await;
-        let Some(vm) = vms.get(id) else { return Ok(()) };
-        vm.delete().await?;
-        vms.remove(id);
+        if vms.get(id).is_some_and(|known| known.is(&vm)) {
+            vms.remove(id);
+        }
         Ok(())
     }
 

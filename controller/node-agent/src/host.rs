@@ -9,6 +9,8 @@ use std::{
 
 use tonic::Code;
 
+use crate::promised::Promised;
+
 const KVM: &str = "/dev/kvm";
 /// KVM_GET_API_VERSION, and the only answer there is since Linux 2.6.22.
 const KVM_GET_API_VERSION: libc::Ioctl = 0xAE00;
@@ -54,6 +56,18 @@ pub(crate) enum HostError {
         /// MemAvailable.
         available_mib: u64,
     },
+    /// Other VMs may take it.
+    #[error(
+        "not enough memory: the VM needs {needed_mib} MiB, and the other running VMs were promised {promised_mib} of the host's {total_mib} MiB; give it less or stop another VM"
+    )]
+    Promised {
+        /// Guest RAM.
+        needed_mib: u64,
+        /// Guest RAM of the others.
+        promised_mib: u64,
+        /// MemTotal.
+        total_mib: u64,
+    },
     /// The id cannot be kept.
     #[error("keeping the host's id in {path}", path = .path.display())]
     Id {
@@ -70,7 +84,7 @@ impl HostError {
     pub(crate) fn code(&self) -> Code {
         match self {
             Self::KvmPermission => Code::PermissionDenied,
-            Self::Memory { .. } => Code::ResourceExhausted,
+            Self::Memory { .. } | Self::Promised { .. } => Code::ResourceExhausted,
             _ => Code::FailedPrecondition,
         }
     }
@@ -128,6 +142,25 @@ pub(crate) fn check_memory(needed_bytes: u64) -> Result<(), HostError> {
         });
     }
     Ok(())
+}
+
+/// Promises a VM its RAM beside what the other VMs were promised.
+///
+/// # Errors
+/// With all three numbers.
+pub(crate) fn promise_memory(
+    promised: &Promised,
+    vm: &str,
+    needed_bytes: u64,
+) -> Result<(), HostError> {
+    let total_bytes = memory_bytes();
+    promised
+        .promise(vm, needed_bytes, total_bytes)
+        .map_err(|others_bytes| HostError::Promised {
+            needed_mib: needed_bytes >> 20,
+            promised_mib: others_bytes >> 20,
+            total_mib: total_bytes >> 20,
+        })
 }
 
 /// "hardware", "interpreted" or "none".

@@ -44,6 +44,7 @@ use self::{
 use crate::{
     image::Claims,
     process,
+    promised::Promised,
     record::{Assets, DaemonKind, Failure, Record, RecordError, State, Store},
     spec::{Power, Spec},
     volumes,
@@ -65,6 +66,8 @@ pub(crate) struct Env {
     pub(crate) claims: Claims,
     /// RUN_DIR/vms.
     pub(crate) run_dir: PathBuf,
+    /// Memory of the VMs that run.
+    pub(crate) promised: Promised,
     /// Where `vmm-core` and the daemons are.
     pub(crate) bin_dir: PathBuf,
     /// Pool of volumes.
@@ -160,6 +163,11 @@ impl Vm {
         self.ask(Command::Delete).await
     }
 
+    /// Whether both are handles of one task.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.commands.same_channel(&other.commands)
+    }
+
     async fn ask(&self, command: impl FnOnce(Answer) -> Command) -> Result<(), Refusal> {
         let id = self.spec().id.clone();
         let (answer, answered) = oneshot::channel();
@@ -194,6 +202,13 @@ struct Actor {
 impl Actor {
     fn new(env: Arc<Env>, record: Record) -> (Vm, Self) {
         let (command_sender, commands) = mpsc::channel(COMMAND_QUEUE);
+        match &record.state {
+            State::Running(assets) | State::Stopping(assets) if assets.boot_id == env.boot_id => {
+                let spec = &record.spec;
+                env.promised.note(&spec.id, spec.memory_bytes);
+            }
+            _ => {}
+        }
         let (status, status_receiver) = watch::channel(VmStatus::default());
         let (spec, spec_receiver) = watch::channel(Arc::new(record.spec.clone()));
         let vm = Vm {
@@ -427,6 +442,9 @@ impl Actor {
 
     /// Persists and publishes a state.
     fn enter(&mut self, state: State, machine: Option<&Machine>) -> Result<(), RecordError> {
+        if matches!(state, State::Stopped { .. } | State::Failed(_)) {
+            self.env.promised.release(&self.record.spec.id);
+        }
         self.record.state = state;
         let saved = self.env.store.save(&self.record);
         if let Err(error) = &saved {

@@ -267,6 +267,7 @@ fn check_host(
     }
     host::check_kvm()?;
     host::check_memory(spec.memory_bytes)?;
+    host::promise_memory(&env.promised, &spec.id, spec.memory_bytes)?;
     Ok(())
 }
 

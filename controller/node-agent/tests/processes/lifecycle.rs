@@ -287,3 +287,37 @@ async fn generations_and_states_guard_a_vm() {
     agent.apply(&vm).await.unwrap();
     assert_eq!(agent.status("web").await.phase(), VmPhase::Running);
 }
+
+#[tokio::test]
+async fn deletion_that_waits_for_a_stop_holds_up_nobody_else() {
+    let mut agent = Agent::start().await;
+    let mut vm = spec("slow", &guest::sleeper(agent.path()));
+    vm.disks = vec![disk("root", &agent.image("root.raw"))];
+    let status = agent.run(&vm).await;
+    // It cannot drain; the agent waits for that before it kills.
+    let blk = nix::unistd::Pid::from_raw(pid(&status, "device-blk"));
+    nix::sys::signal::kill(blk, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    agent.power(&mut vm, Power::OffNow).await;
+    gone(pid(&status, "vmm-core")).await;
+    let mut deleting = agent.client.clone();
+    let deletion = tokio::spawn(async move {
+        let request = api::node::DeleteVmRequest { id: "slow".into() };
+        deleting.delete_vm(request).await
+    });
+    let asked_at = std::time::Instant::now();
+    let mut listed = 0;
+    while asked_at.elapsed() < std::time::Duration::from_secs(1) {
+        let request = api::node::ListVmsRequest {};
+        let answer = agent.client.list_vms(request);
+        let answer = tokio::time::timeout(std::time::Duration::from_secs(3), answer).await;
+        listed += answer
+            .expect("others are answered")
+            .unwrap()
+            .into_inner()
+            .vms
+            .len();
+    }
+    assert!(listed > 0);
+    deletion.await.unwrap().unwrap();
+    agent.assert_nothing_left("slow");
+}

@@ -78,6 +78,64 @@ async fn tap_is_made_with_its_address_outlives_device_net_and_goes_with_the_vm()
 }
 
 #[tokio::test]
+async fn memory_that_another_vm_was_promised_is_not_given_twice() {
+    let mut agent = Agent::start().await;
+    let kernel = guest::sleeper(agent.path());
+    // Neither guest touches it, so that all of it stays available.
+    let available = meminfo_bytes("MemAvailable");
+    let most = (available / 4 * 3) >> 20 << 20;
+    if 2 * most <= meminfo_bytes("MemTotal") {
+        return;
+    }
+    let mut first = spec("first", &kernel);
+    first.memory_bytes = most;
+    agent.run(&first).await;
+    let mut second = spec("second", &kernel);
+    second.memory_bytes = most;
+    agent.apply(&second).await.unwrap();
+    let status = agent
+        .until("second", "refused", |status| {
+            status.phase() != VmPhase::Starting
+        })
+        .await;
+    assert_eq!(
+        (status.phase(), Code::from_i32(status.error_code)),
+        (VmPhase::Failed, Code::ResourceExhausted),
+        "{}",
+        status.error
+    );
+    assert!(status.error.contains("promised"), "{}", status.error);
+    assert!(!agent.vm_dir("second").exists());
+
+    // Promises outlive the agent, and end with the VM.
+    agent.end(nix::sys::signal::Signal::SIGKILL);
+    agent.start_again().await;
+    second.generation += 1;
+    agent.apply(&second).await.unwrap();
+    let status = agent
+        .until("second", "refused again", |status| {
+            status.observed_generation == second.generation && status.phase() != VmPhase::Starting
+        })
+        .await;
+    assert!(status.error.contains("promised"), "{}", status.error);
+    agent.power(&mut first, Power::OffNow).await;
+    agent
+        .until("first", "stopped", |status| {
+            status.phase() == VmPhase::Stopped
+        })
+        .await;
+    second.generation += 1;
+    agent.run(&second).await;
+}
+
+fn meminfo_bytes(name: &str) -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let line = meminfo.lines().find(|line| line.starts_with(name)).unwrap();
+    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kib << 10
+}
+
+#[tokio::test]
 async fn volume_is_copied_attached_and_kept_while_a_vm_has_it() {
     let mut agent = Agent::start().await;
     let source = agent.image("source.raw");
