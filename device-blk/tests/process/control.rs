@@ -148,7 +148,10 @@ fn attaching_and_detaching_for_ever_keeps_nothing() {
         now.0 <= before.0 && now.1 <= before.1
     });
     let grown_kib = footprint(&daemon).2.saturating_sub(before.2);
-    assert!(grown_kib < 4096, "{grown_kib} KiB more after {ROUNDS} rounds");
+    assert!(
+        grown_kib < 4096,
+        "{grown_kib} KiB more after {ROUNDS} rounds"
+    );
 }
 
 #[test]
