@@ -29,6 +29,7 @@ pub struct Agent {
     state_dir: PathBuf,
     run_dir: PathBuf,
     bin_dir: PathBuf,
+    metrics_listen: Option<Address>,
     log: PathBuf,
     pid_file: PathBuf,
 }
@@ -49,9 +50,17 @@ impl Agent {
             state_dir: state_dir.join("node"),
             run_dir: run_dir.to_owned(),
             bin_dir: bin_dir.to_owned(),
+            metrics_listen: None,
             log: state_dir.join("node-agent.log"),
             pid_file: run_dir.join("node-agent.pid"),
         })
+    }
+
+    /// Has one that is started serve its metrics there. One that is adopted keeps what it had.
+    #[must_use]
+    pub fn with_metrics(mut self, address: Option<Address>) -> Self {
+        self.metrics_listen = address;
+        self
     }
 
     /// Where it listens.
@@ -102,6 +111,7 @@ impl Agent {
             .arg(&self.run_dir)
             .arg("--bin-dir")
             .arg(&self.bin_dir)
+            .args(self.metrics_args())
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(failed)?)
             .stderr(log);
@@ -117,6 +127,13 @@ impl Agent {
             let _ = std::fs::write(&self.pid_file, format!("{pid}\n"));
         }
         Ok(child)
+    }
+
+    fn metrics_args(&self) -> Vec<String> {
+        let address = self.metrics_listen.iter();
+        address
+            .flat_map(|address| ["--metrics-listen".to_owned(), address.to_string()])
+            .collect()
     }
 
     /// Until it ends.

@@ -44,7 +44,8 @@ async fn run(options: Options) -> anyhow::Result<()> {
         let bin_dir = options
             .bin_dir()
             .context("cannot find this program's directory")?;
-        Some(Agent::new(&options.state_dir, &options.run_dir, &bin_dir)?)
+        let agent = Agent::new(&options.state_dir, &options.run_dir, &bin_dir)?;
+        Some(agent.with_metrics(options.agent_metrics_listen.clone()))
     } else {
         None
     };

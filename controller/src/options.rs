@@ -52,6 +52,9 @@ pub struct Options {
     /// Serve Prometheus metrics there, at /metrics
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     pub metrics_listen: Option<Address>,
+    /// Have the node agent that is started serve those of this machine and its VMs there
+    #[arg(long, value_name = "HOST:PORT|unix:PATH", requires = "standalone")]
+    pub agent_metrics_listen: Option<Address>,
 }
 
 impl Options {

@@ -1,5 +1,7 @@
 //! Standalone mode with a real node agent: no configuration, and both may die.
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -12,7 +14,7 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
-use crate::harness::{Controller, built, poll, poll_async};
+use crate::harness::{Controller, PATIENCE, built, poll, poll_async};
 
 /// Directories of a standalone controller. The agent ends with it.
 struct Home {
@@ -112,6 +114,28 @@ async fn agent_that_dies_is_started_again() {
     // What was seen of the first agent counts as connected until its end is noticed.
     let came_back = || async { connected_host(&controller).await };
     poll_async("the host", came_back, |seen| seen.name == host.name).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agent_serves_its_metrics_where_the_controller_was_told() {
+    let home = Home::new();
+    let socket = home.dir.path().join("metrics.sock");
+    let listen = format!("unix:{}", text(&socket));
+    let args = home.args();
+    let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
+    args.extend(["--agent-metrics-listen", &listen]);
+    let _controller = Controller::start(&args).await;
+    let answer = poll("the agent's metrics", || {
+        let mut stream = UnixStream::connect(&socket).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let request = b"GET /metrics HTTP/1.1\r\nHost: m\r\nConnection: close\r\n\r\n";
+        stream.write_all(request).ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        Some(answer)
+    });
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(answer.contains("mortise_"), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
