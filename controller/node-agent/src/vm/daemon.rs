@@ -279,7 +279,11 @@ impl Plan {
                 // A call that a dying daemon cut off says less than its last words.
                 Err(error) => match process.exited_within(DYING_WITHIN).await {
                     Some(exit) => return Err(ended(exit)),
-                    None => return Err(error),
+                    None => {
+                        // Gone before the failure is told, not some time after.
+                        process.kill().await;
+                        return Err(error);
+                    }
                 },
             },
         };
