@@ -17,7 +17,7 @@ use crate::console::Console;
 use crate::control::{self, ControlThread, Controls};
 use crate::error::chain;
 use crate::lifecycle::{Inbox, Outcome, Supervisor};
-use crate::machine::{Board, Confine, Machine, MachineConfig, MachineError};
+use crate::machine::{Board, Confine, Devices, Machine, MachineConfig, MachineError};
 use crate::seccomp::ThreadKind;
 use crate::stdio::StdioConsole;
 
@@ -52,6 +52,10 @@ pub fn run(cli: Cli, started: Instant) -> ExitCode {
 }
 
 fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
+    // The control thread takes them, from the first one on.
+    control::terminating_signals()
+        .thread_block()
+        .map_err(|err| format!("cannot block signals: {err}"))?;
     let config = cli.machine_config()?;
     let opened = config.open().map_err(|err| chain(&err))?;
     let listener = match &cli.control_socket {
@@ -65,41 +69,58 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
         .collect();
     let confinement = Confinement::of_process(&written)?;
     let confine = confinement.of_threads();
-    control::terminating_signals()
-        .thread_block()
-        .map_err(|err| format!("cannot block signals: {err}"))?;
 
     let console = Arc::new(Console::new(started));
     let inbox = Inbox::new();
-    let machine =
-        complete(board, &config, console.clone(), &inbox, &confine).map_err(|err| chain(&err))?;
-    let (serial, devices) = (machine.serial().clone(), machine.devices().clone());
-    let (supervisor, handle) = Supervisor::new(machine, inbox);
-    let stdio = match cli.console {
-        ConsoleOutput::None => None,
-        ConsoleOutput::Stdio => {
-            let (console, serial) = (console.clone(), serial.clone());
-            let stdio = StdioConsole::start(console, serial, handle.clone(), confine.clone());
-            Some(stdio.map_err(|err| format!("cannot start the console's threads: {err}"))?)
-        }
-    };
     let controls = Controls {
         id: cli.id.clone(),
         vcpus: config.vcpus,
         memory_bytes: config.memory_bytes,
-        handle,
+        handle: inbox.handle(),
+        serial: board
+            .serial_port(console.clone())
+            .map_err(|err| chain(&err))?,
         console,
-        serial,
-        devices,
+        devices: Devices::awaited(&config.devices),
         confinement,
     };
     let confine_control = confine.clone();
-    let control = ControlThread::start(listener, controls, move || {
+    let control = ControlThread::start(listener, controls.clone(), move || {
         confine_control(ThreadKind::Control)
     })?;
-    confine(ThreadKind::Main)?;
-    let outcome = supervisor.run(!cli.no_start);
+    let outcome = live(cli, &config, board, inbox, &controls, &confine);
     control.finish();
+    outcome
+}
+
+/// From the board to the machine's end, controlled by `controls` from the start.
+fn live(
+    cli: &Cli,
+    config: &MachineConfig,
+    board: Board,
+    inbox: Inbox,
+    controls: &Controls,
+    confine: &Confine,
+) -> Result<Outcome, String> {
+    let machine = match complete(board, config, &inbox, controls, confine) {
+        Ok(machine) => machine,
+        Err(MachineError::Cancelled) => {
+            inbox.stopped();
+            return Ok(Outcome::StopRequest);
+        }
+        Err(err) => return Err(chain(&err)),
+    };
+    let stdio = match cli.console {
+        ConsoleOutput::None => None,
+        ConsoleOutput::Stdio => {
+            let (console, serial) = (controls.console.clone(), controls.serial.clone());
+            let handle = controls.handle.clone();
+            let stdio = StdioConsole::start(console, serial, handle, confine.clone());
+            Some(stdio.map_err(|err| format!("cannot start the console's threads: {err}"))?)
+        }
+    };
+    confine(ThreadKind::Main)?;
+    let outcome = Supervisor::new(machine, inbox).run(!cli.no_start);
     if let Some(stdio) = stdio {
         stdio.finish();
     }
@@ -109,12 +130,15 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
 fn complete(
     board: Board,
     config: &MachineConfig,
-    console: Arc<Console>,
     inbox: &Inbox,
+    controls: &Controls,
     confine: &Confine,
 ) -> Result<Machine, MachineError> {
+    let com1 = (controls.serial.clone(), controls.console.clone());
     board
-        .attach(config, console, confine)?
+        .attach(controls.devices.clone(), com1, confine, &|| {
+            controls.handle.stop_wanted()
+        })?
         .ready(config, inbox.reporter(), confine.clone())
 }
 

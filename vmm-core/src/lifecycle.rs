@@ -21,9 +21,9 @@
 //! [`Supervisor`] owns the machine and its state. Everybody else holds a [`Handle`]: sends
 //! requests and reads snapshots.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, OnceLock};
 
 use tokio::sync::oneshot;
 use tracing::{info, warn};
@@ -150,7 +150,9 @@ pub enum Outcome {
 pub struct Status {
     state: AtomicU8,
     resets: AtomicU64,
-    exits: Arc<[AtomicU64]>,
+    /// Set once there are vCPUs.
+    exits: OnceLock<Arc<[AtomicU64]>>,
+    stop_wanted: AtomicBool,
 }
 
 impl Status {
@@ -172,7 +174,9 @@ impl Status {
     /// Exits handled in user space, all vCPUs together.
     pub fn exits(&self) -> u64 {
         self.exits
-            .iter()
+            .get()
+            .into_iter()
+            .flat_map(|exits| exits.iter())
             .map(|exits| exits.load(Ordering::Relaxed))
             .sum()
     }
@@ -204,12 +208,20 @@ impl Handle {
         }
     }
 
+    /// Whether somebody asked for the machine to stop: what assembles it looks here.
+    pub fn stop_wanted(&self) -> bool {
+        self.status.stop_wanted.load(Ordering::SeqCst)
+    }
+
     /// What anybody may read.
     pub fn status(&self) -> &Status {
         &self.status
     }
 
     fn send(&self, message: Message) -> Result<(), Refusal> {
+        if matches!(message, Message::Request(Request::Stop, _)) {
+            self.status.stop_wanted.store(true, Ordering::SeqCst);
+        }
         self.inbox.try_send(message).map_err(|err| match err {
             TrySendError::Full(_) => Refusal::Busy,
             TrySendError::Disconnected(_) => Refusal::Gone,
@@ -223,16 +235,49 @@ enum Message {
 }
 
 /// Both ends of the supervisor's inbox, made before the machine because its vCPUs report there.
+/// Requests that come before the machine is complete wait in it.
 pub struct Inbox {
     sender: SyncSender<Message>,
     receiver: Receiver<Message>,
+    status: Arc<Status>,
 }
 
 impl Inbox {
     /// An empty inbox.
     pub fn new() -> Self {
         let (sender, receiver) = sync_channel(INBOX_CAPACITY);
-        Self { sender, receiver }
+        let status = Arc::new(Status {
+            state: AtomicU8::new(State::Created as u8),
+            resets: AtomicU64::new(0),
+            exits: OnceLock::new(),
+            stop_wanted: AtomicBool::new(false),
+        });
+        Self {
+            sender,
+            receiver,
+            status,
+        }
+    }
+
+    /// To send requests here.
+    pub fn handle(&self) -> Handle {
+        Handle {
+            inbox: self.sender.clone(),
+            status: self.status.clone(),
+        }
+    }
+
+    /// There will be no machine, because it was stopped before it was complete.
+    pub fn stopped(self) {
+        self.status
+            .state
+            .store(State::Stopped as u8, Ordering::SeqCst);
+        for message in self.receiver.try_iter() {
+            if let Message::Request(Request::Stop, reply) = message {
+                // Whoever asked may have gone.
+                let _ = reply.send(Ok(()));
+            }
+        }
     }
 
     /// What vCPU threads call with their reports. It waits while the inbox is full, which the
@@ -262,24 +307,15 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// Takes over `machine`, whose vCPUs report to `inbox`.
-    pub fn new(machine: Machine, inbox: Inbox) -> (Self, Handle) {
-        let status = Arc::new(Status {
-            state: AtomicU8::new(State::Created as u8),
-            resets: AtomicU64::new(0),
-            exits: machine.exits(),
-        });
-        let handle = Handle {
-            inbox: inbox.sender,
-            status: status.clone(),
-        };
-        let supervisor = Self {
+    pub fn new(machine: Machine, inbox: Inbox) -> Self {
+        inbox.status.exits.get_or_init(|| machine.exits());
+        Self {
             machine,
             state: State::Created,
-            status,
+            status: inbox.status,
             receiver: inbox.receiver,
             console_at_reset: 0,
-        };
-        (supervisor, handle)
+        }
     }
 
     /// Drives the machine until it stops; boots it at once if `start`.

@@ -10,8 +10,9 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -49,6 +50,8 @@ use crate::virtio_pci::{AttachError, DeviceHealth, VhostUserDeviceConfig, Virtio
 
 /// How long a backend's socket may take to appear and answer.
 const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is looked whether the machine is still wanted while a backend is awaited.
+const CANCEL_POLL: Duration = Duration::from_millis(20);
 /// How long backends may take to stop their rings.
 const RING_STOP_PATIENCE: Duration = Duration::from_secs(5);
 const COM1_PORTS_LEN: u64 = 8;
@@ -115,6 +118,9 @@ pub enum MachineError {
     /// Boot structures.
     #[error("cannot write the firmware's tables to guest memory")]
     FirmwareTables(#[from] GuestMemoryError),
+    /// The machine is not wanted any more.
+    #[error("the machine was stopped before it was complete")]
+    Cancelled,
     /// A thread could not be confined.
     #[error("cannot confine a thread: {0}")]
     Confine(String),
@@ -163,14 +169,39 @@ struct Peripherals {
     devices: Devices,
 }
 
-/// The devices that other processes serve.
+/// The devices that other processes serve, connected or still awaited.
 #[derive(Clone, Default)]
-pub struct Devices(Arc<[Arc<VirtioPciDevice>]>);
+pub struct Devices(Arc<[DeviceSlot]>);
+
+struct DeviceSlot {
+    config: VhostUserDeviceConfig,
+    device: OnceLock<Arc<VirtioPciDevice>>,
+}
 
 impl Devices {
+    /// None of them connected yet.
+    pub fn awaited(configs: &[VhostUserDeviceConfig]) -> Self {
+        let slot = |config: &VhostUserDeviceConfig| DeviceSlot {
+            config: config.clone(),
+            device: OnceLock::new(),
+        };
+        Self(configs.iter().map(slot).collect())
+    }
+
     /// How they are.
     pub fn health(&self) -> Vec<DeviceHealth> {
-        self.0.iter().map(|device| device.health()).collect()
+        self.0
+            .iter()
+            .map(|slot| match slot.device.get() {
+                Some(device) => device.health(),
+                None => DeviceHealth::awaited(&slot.config),
+            })
+            .collect()
+    }
+
+    /// Those that are connected; all of them once the machine is complete.
+    fn connected(&self) -> impl Iterator<Item = &Arc<VirtioPciDevice>> {
+        self.0.iter().filter_map(|slot| slot.device.get())
     }
 }
 
@@ -237,20 +268,25 @@ impl Opened {
 }
 
 impl Board {
-    /// Puts everything on the buses and connects to the devices' backends.
+    /// Puts everything on the buses and connects to the backends of `devices`, as long as the
+    /// machine is not `cancelled`.
     ///
     /// # Errors
     /// A backend does not answer, or descriptors or addresses ran out.
     pub fn attach(
         self,
-        config: &MachineConfig,
-        console: Arc<Console>,
+        devices: Devices,
+        (serial, console): (Arc<SerialPort>, Arc<Console>),
         confine: &Confine,
+        cancelled: &dyn Fn() -> bool,
     ) -> Result<Populated, MachineError> {
         let power = Arc::new(PowerLatch::default());
-        let serial = Arc::new(self.serial_port(console.clone())?);
         let power_button = self.pin(GED_GSI)?;
-        let (root_bus, devices) = self.pci(config, confine)?;
+        let root_bus = self.pci();
+        self.connect(&devices, confine, cancelled)?;
+        for device in devices.connected() {
+            root_bus.add(device.clone())?;
+        }
         let mut mmio = Bus::default();
         let mut config_ports = None;
         for range in root_bus.ranges() {
@@ -279,9 +315,14 @@ impl Board {
         })
     }
 
-    fn serial_port(&self, console: Arc<Console>) -> Result<SerialPort, MachineError> {
+    /// Makes COM1, which writes to `console`.
+    ///
+    /// # Errors
+    /// Descriptors ran out.
+    pub fn serial_port(&self, console: Arc<Console>) -> Result<Arc<SerialPort>, MachineError> {
         let interrupt = self.pin(COM1_GSI)?;
-        SerialPort::new(interrupt, console).map_err(system("duplicate an eventfd"))
+        let serial = SerialPort::new(interrupt, console);
+        Ok(Arc::new(serial.map_err(system("duplicate an eventfd"))?))
     }
 
     /// An eventfd that raises `gsi`.
@@ -294,12 +335,8 @@ impl Board {
         Ok(eventfd)
     }
 
-    fn pci(
-        &self,
-        config: &MachineConfig,
-        confine: &Confine,
-    ) -> Result<(Arc<RootBus>, Devices), MachineError> {
-        let root_bus = RootBus::new(Layout {
+    fn pci(&self) -> Arc<RootBus> {
+        RootBus::new(Layout {
             ecam: MmioWindow {
                 base: ECAM_START,
                 len: ECAM_LEN,
@@ -314,47 +351,52 @@ impl Board {
                     len: PCI_MMIO32_END - PCI_MMIO32_START,
                 },
             ],
-        });
-        let devices = self.connect(&config.devices, confine)?;
-        for device in &devices {
-            root_bus.add(device.clone())?;
-        }
-        Ok((root_bus, Devices(devices.into())))
+        })
     }
 
     /// Connects on a confined thread: the threads that keep the connections are started by it, and
     /// inherit its confinement.
     fn connect(
         &self,
-        configs: &[VhostUserDeviceConfig],
+        devices: &Devices,
         confine: &Confine,
-    ) -> Result<Vec<Arc<VirtioPciDevice>>, MachineError> {
-        if configs.is_empty() {
-            return Ok(Vec::new());
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<(), MachineError> {
+        if devices.0.is_empty() {
+            return Ok(());
         }
         let memory = Arc::new(self.ram.memory_table());
-        let connect_all = || {
+        let (devices, confine) = (devices.clone(), confine.clone());
+        let interrupts = self.interrupts.clone();
+        let connect_all = move || {
             confine(ThreadKind::Devices).map_err(MachineError::Confine)?;
-            let connect = |config: &VhostUserDeviceConfig| {
-                let interrupts = self.interrupts.clone();
-                VirtioPciDevice::connect(
-                    config.clone(),
-                    memory.clone(),
-                    interrupts,
-                    ATTACH_PATIENCE,
-                )
-            };
-            Ok(configs.iter().map(connect).collect::<Result<Vec<_>, _>>()?)
+            for slot in devices.0.iter() {
+                let (config, interrupts) = (slot.config.clone(), interrupts.clone());
+                let device =
+                    VirtioPciDevice::connect(config, memory.clone(), interrupts, ATTACH_PATIENCE)?;
+                slot.device.get_or_init(|| device);
+            }
+            Ok(())
         };
-        thread::scope(|scope| {
-            let connecting = thread::Builder::new()
-                .name("devices".into())
-                .spawn_scoped(scope, connect_all);
-            let connecting = connecting.map_err(system("start a thread"))?;
-            connecting
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        let (done, connected) = sync_channel(1);
+        let connecting = thread::Builder::new()
+            .name("devices".into())
+            // Nobody waits any more if the machine was cancelled; the process ends then.
+            .spawn(move || drop(done.send(connect_all())))
+            .map_err(system("start a thread"))?;
+        loop {
+            match connected.recv_timeout(CANCEL_POLL) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) if cancelled() => {
+                    return Err(MachineError::Cancelled);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    let panic = connecting.join().expect_err("it answers unless it panics");
+                    std::panic::resume_unwind(panic)
+                }
+            }
+        }
     }
 }
 
@@ -449,7 +491,7 @@ impl Machine {
     /// # Errors
     /// A vCPU refused.
     pub fn run(&mut self) -> Result<(), MachineError> {
-        for device in self.peripherals.devices.0.iter() {
+        for device in self.peripherals.devices.connected() {
             device.resume();
         }
         Ok(self.threads().run()?)
@@ -461,7 +503,7 @@ impl Machine {
     /// A vCPU did not leave the guest.
     pub fn park(&mut self) -> Result<(), MachineError> {
         self.threads().park()?;
-        for device in self.peripherals.devices.0.iter() {
+        for device in self.peripherals.devices.connected() {
             device.pause(RING_STOP_PATIENCE);
         }
         Ok(())
@@ -474,7 +516,7 @@ impl Machine {
     /// A vCPU did not leave the guest, or a part refused.
     pub fn reset(&mut self) -> Result<(), MachineError> {
         self.threads().park()?;
-        for device in self.peripherals.devices.0.iter() {
+        for device in self.peripherals.devices.connected() {
             device.reset(RING_STOP_PATIENCE);
         }
         self.peripherals.config_ports.reset();
@@ -521,16 +563,6 @@ impl Machine {
     /// What the guest wrote.
     pub fn console(&self) -> &Arc<Console> {
         &self.peripherals.console
-    }
-
-    /// Where to type into the guest.
-    pub fn serial(&self) -> &Arc<SerialPort> {
-        &self.peripherals.serial
-    }
-
-    /// What other processes serve.
-    pub fn devices(&self) -> &Devices {
-        &self.peripherals.devices
     }
 
     fn threads(&self) -> &VcpuThreads {

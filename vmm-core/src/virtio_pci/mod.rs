@@ -68,6 +68,23 @@ pub struct DeviceHealth {
     pub inflight_tracking: bool,
 }
 
+impl DeviceHealth {
+    /// Of a device whose backend was not reached yet.
+    #[must_use]
+    pub fn awaited(config: &VhostUserDeviceConfig) -> Self {
+        Self {
+            tag: config.tag.clone(),
+            device_type: config.device_type.to_string(),
+            socket: config.socket.display().to_string(),
+            connected: false,
+            incarnations: 0,
+            last_error: String::new(),
+            driver_ok: false,
+            inflight_tracking: false,
+        }
+    }
+}
+
 /// What vCPUs read and write. The link's thread updates it too.
 struct Registers {
     state: Mutex<State>,

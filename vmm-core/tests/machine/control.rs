@@ -1,15 +1,20 @@
 //! The control socket, with tiny guests behind it.
 
-use std::time::Duration;
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
 
 use crate::tiny_guest::{Code, DEADLINE, Vmm, kvm_is_usable, poll};
 use api::vmm::vmm_client::VmmClient;
 use api::vmm::{
-    ConsoleInput, ConsoleOutput, GetVmmRequest, PauseRequest, PowerButtonRequest, ResetRequest,
-    ResumeRequest, StartRequest, StopRequest, VmmState,
+    ConsoleInput, ConsoleOutput, DeviceConnection, GetVmmRequest, PauseRequest, PowerButtonRequest,
+    ResetRequest, ResumeRequest, StartRequest, StopRequest, VmmState,
 };
+use nix::sys::signal::{Signal, kill};
 use tonic::Streaming;
 use tonic::transport::Channel;
+
+/// How long `vmm-core` waits for a backend, about.
+const BACKEND_PATIENCE: Duration = Duration::from_secs(8);
 
 /// Prints dots for ever.
 fn dots() -> Code {
@@ -162,4 +167,62 @@ async fn read_until(
         text.extend(message.data);
     }
     assert_eq!(text, expected);
+}
+
+/// Accepts connections and never says a word.
+fn mute_backend() -> (tempfile::TempDir, UnixListener, String) {
+    let dir = tempfile::TempDir::new().unwrap();
+    let socket = dir.path().join("mute.vu");
+    let listener = UnixListener::bind(&socket).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let device = format!("tag=disk0,type=blk,socket={}", socket.display());
+    (dir, listener, device)
+}
+
+#[test]
+fn machine_that_waits_for_a_backend_answers_and_stops() {
+    if !kvm_is_usable("machine_that_waits_for_a_backend_answers_and_stops") {
+        return;
+    }
+    let (_dir, _listener, device) = mute_backend();
+    let started = Instant::now();
+    let vmm = Vmm::start(&dots(), &["--device", &device]);
+    with_client(&vmm, async |mut client| {
+        let info = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
+        assert_eq!(info.state(), VmmState::Created);
+        let [disk] = info.devices.as_slice() else {
+            panic!("{info:?}")
+        };
+        assert_eq!(
+            (disk.tag.as_str(), disk.connection()),
+            ("disk0", DeviceConnection::Reconnecting)
+        );
+        client.stop(StopRequest {}).await.unwrap();
+    });
+    let ended = vmm.wait();
+    assert!(started.elapsed() < BACKEND_PATIENCE, "{ended:?}");
+    assert!(ended.status.success(), "{ended:?}");
+    assert!(
+        ended.exit_file.contains("\"stop-request\"") && !ended.socket_left,
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn sigterm_ends_the_wait_for_a_backend() {
+    if !kvm_is_usable("sigterm_ends_the_wait_for_a_backend") {
+        return;
+    }
+    let (_dir, listener, device) = mute_backend();
+    let started = Instant::now();
+    let vmm = Vmm::start(&dots(), &["--device", &device]);
+    let _waiting = poll(|| listener.accept().ok());
+    kill(vmm.pid(), Signal::SIGTERM).unwrap();
+    let ended = vmm.wait();
+    assert!(started.elapsed() < BACKEND_PATIENCE, "{ended:?}");
+    assert!(ended.status.success(), "{ended:?}");
+    assert!(
+        ended.exit_file.contains("\"stop-request\"") && !ended.socket_left,
+        "{ended:?}"
+    );
 }
