@@ -310,6 +310,16 @@ impl Link {
     }
 }
 
+#[cfg(test)]
+impl Link {
+    /// Drops the link; how it was last.
+    pub(super) fn last_health(self) -> LinkHealth {
+        let shared = Arc::clone(&self.shared);
+        drop(self);
+        shared.lock().health.clone()
+    }
+}
+
 impl Drop for Link {
     fn drop(&mut self) {
         let mut control = self.shared.lock();

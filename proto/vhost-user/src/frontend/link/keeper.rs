@@ -287,6 +287,10 @@ impl Keeper {
         }
         let message = with_causes(error);
         let mut control = self.shared.lock();
+        // Dropping the link hangs up: that is no failure of anybody's.
+        if control.shutdown {
+            return;
+        }
         if control.health.last_error != message || control.health.connected {
             tracing::warn!(socket = %self.endpoint.socket.display(), error = message, "no backend, connecting again");
         }

@@ -77,6 +77,16 @@ fn both_rings_are_served_with_either_way_to_tell_the_memory() {
 }
 
 #[test]
+fn end_of_a_link_is_no_failure_of_its_backend() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemons = Daemons::serve(directory.path(), PROTOCOL);
+    let mut guest = Guest::connect(&daemons.socket);
+    guest.activate();
+    guest.exchange(0, b"last words");
+    assert_eq!(guest.link.last_health().last_error, "");
+}
+
+#[test]
 fn driver_that_wants_no_interrupt_yet_gets_none() {
     let directory = tempfile::tempdir().unwrap();
     let daemons = Daemons::serve(directory.path(), PROTOCOL);
