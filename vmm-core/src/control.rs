@@ -245,13 +245,16 @@ impl Vmm for Controls {
             .map_err(|_| Status::deadline_exceeded("send a first message, which may be empty"))??;
         let first = first.unwrap_or_default();
         let (output, receiver) = mpsc::channel(CONSOLE_MESSAGES);
-        tokio::spawn(type_in(
-            self.serial.clone(),
-            first.data,
-            input,
-            output.clone(),
-        ));
-        tokio::spawn(stream_out(self.console.clone(), first.from_offset, output));
+        let typing = type_in(self.serial.clone(), first.data, input);
+        let output = stream_out(self.console.clone(), first.from_offset, output);
+        // Whoever keeps its side open to type must not keep the call, and thereby a machine that
+        // has stopped, from ending.
+        tokio::spawn(async {
+            tokio::select! {
+                () = output => {}
+                () = async { typing.await; std::future::pending().await } => {}
+            }
+        });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 }
@@ -288,26 +291,17 @@ async fn stream_out(
 }
 
 /// Types what the client sends, as fast as the guest reads it, until the client goes.
-async fn type_in(
-    serial: Arc<SerialPort>,
-    first: Vec<u8>,
-    mut input: Streaming<ConsoleInput>,
-    output: mpsc::Sender<Result<ConsoleOutput, Status>>,
-) {
+async fn type_in(serial: Arc<SerialPort>, first: Vec<u8>, mut input: Streaming<ConsoleInput>) {
     let mut data = first;
     loop {
         let mut rest = data.as_slice();
-        while !rest.is_empty() && !output.is_closed() {
+        while !rest.is_empty() {
             rest = &rest[serial.type_in(rest)..];
             if !rest.is_empty() {
                 tokio::time::sleep(TYPE_IN_RETRY).await;
             }
         }
-        let next = tokio::select! {
-            next = input.message() => next,
-            () = output.closed() => return,
-        };
-        match next {
+        match input.message().await {
             Ok(Some(message)) => data = message.data,
             // A client that only reads closes its side; its output goes on.
             Ok(None) | Err(_) => return,

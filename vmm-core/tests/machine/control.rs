@@ -226,3 +226,23 @@ fn sigterm_ends_the_wait_for_a_backend() {
         "{ended:?}"
     );
 }
+
+#[test]
+fn console_that_could_still_be_typed_into_does_not_hold_up_the_end() {
+    if !kvm_is_usable("console_that_could_still_be_typed_into_does_not_hold_up_the_end") {
+        return;
+    }
+    let vmm = Vmm::start(&dots(), &[]);
+    with_client(&vmm, async |mut client| {
+        let (typist, input) = tokio::sync::mpsc::channel(1);
+        typist.send(ConsoleInput::default()).await.unwrap();
+        let input = tokio_stream::wrappers::ReceiverStream::new(input);
+        let mut output = client.console(input).await.unwrap().into_inner();
+        output.message().await.unwrap();
+        client.stop(StopRequest {}).await.unwrap();
+        let stopped = Instant::now();
+        while let Ok(Some(_)) = output.message().await {}
+        assert!(stopped.elapsed() < api::serve::DRAIN_TIMEOUT, "cut off");
+    });
+    assert!(vmm.wait().status.success());
+}
