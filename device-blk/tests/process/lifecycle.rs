@@ -8,7 +8,7 @@ use std::path::Path;
 use nix::sys::signal::Signal;
 
 use crate::daemon::{Daemon, Place, await_true, read_image};
-use crate::driver::Client;
+use crate::driver::{Client, all_features};
 use crate::io::pattern;
 
 #[test]
@@ -106,6 +106,36 @@ fn limit_on_open_files_is_raised_as_far_as_it_goes() {
     let line = limits.lines().find(|line| line.starts_with("Max open"));
     let words: Vec<_> = line.unwrap().split_whitespace().collect();
     assert_eq!(&words[3..5], ["777", "777"]);
+}
+
+#[test]
+fn idle_disk_wakes_nobody() {
+    let place = Place::new();
+    place.image("a.img", 64);
+    let daemon = Daemon::start(&place, &[&format!("{},queues=4", place.disk("a"))]);
+    let mut client = Client::connect_with(&place.socket("a"), 4, all_features());
+    assert_eq!(client.write(0, &[1; 4096]), 0);
+    assert_eq!(client.flush(), 0);
+    let sleeps = || -> u64 {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+        let count = |status: String| {
+            let lines = status.lines();
+            let mut counts = lines.filter_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            counts.next().unwrap().trim().parse::<u64>().unwrap()
+        };
+        tasks
+            .map(|task| {
+                count(std::fs::read_to_string(task.unwrap().path().join("status")).unwrap())
+            })
+            .sum()
+    };
+    // Threads may still be on their way to sleep. Then only time can tell.
+    await_true("half a second passes without anybody waking up", || {
+        let before = sleeps();
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        sleeps() == before
+    });
+    drop(client);
 }
 
 #[test]
