@@ -2,11 +2,11 @@
 //!
 //! | threads | beyond memory, locks, clocks and open descriptors |
 //! |---|---|
-//! | vCPU | the vCPU's KVM calls, interrupt routes and doorbells |
+//! | vCPU | the vCPU's KVM calls, interrupt routes and doorbells, hanging up on backends |
 //! | devices | Unix sockets to backends, shared memory, interrupt routes and doorbells |
 //! | control | Unix sockets, removing the control socket's file |
 //! | stdio | nothing |
-//! | main | interrupt controllers and routes, guest memory, the exit file |
+//! | main | interrupt controllers and routes, guest memory, hanging up on backends, the exit file |
 
 use sandbox::Achieved;
 use sandbox::seccomp::{Profile, SeccompError, Syscalls, sets};
@@ -35,7 +35,10 @@ impl ThreadKind {
         let (name, syscalls) = match self {
             Self::Vcpu => (
                 "vmm-core-vcpu",
-                sets::base().with(vcpu()).with(interrupts()),
+                sets::base()
+                    .with(vcpu())
+                    .with(interrupts())
+                    .with(hanging_up()),
             ),
             Self::Devices => {
                 let sockets = sets::unix_sockets()
@@ -58,6 +61,7 @@ impl ThreadKind {
             Self::Main => {
                 let machine = interrupts()
                     .with(irqchip())
+                    .with(hanging_up())
                     .with(sets::file_io())
                     .with(sets::files());
                 ("vmm-core-main", sets::base().with(machine).with(terminal()))
@@ -107,6 +111,11 @@ fn interrupts() -> Syscalls {
 /// Resetting the interrupt controllers.
 fn irqchip() -> Syscalls {
     Syscalls::new().allow_ioctls(&[kvm_io(READ, 0x63, 520)]) // KVM_SET_IRQCHIP
+}
+
+/// Ending a backend's session, which whoever gives up the device does.
+fn hanging_up() -> Syscalls {
+    Syscalls::new().allow(&[libc::SYS_shutdown])
 }
 
 /// Restoring the terminal.
@@ -160,6 +169,35 @@ mod tests {
                 stdout.contains("confined") && !stdout.contains("survived"),
                 "{kind:?}: {stdout}"
             );
+        }
+    }
+
+    /// As above. Whoever gives up a device hangs up: the main thread at the machine's end.
+    #[test]
+    fn hanging_up_on_a_backend_survives_where_devices_are_given_up() {
+        use ThreadKind::{Devices, Main, Vcpu};
+        const IN_CHILD: &str = "VMM_CORE_TEST_HANG_UP";
+        let kinds = [Vcpu, Devices, Main];
+        if let Ok(index) = std::env::var(IN_CHILD) {
+            let kind = kinds[index.parse::<usize>().unwrap()];
+            sandbox::no_new_privs().unwrap();
+            let (here, _there) = std::os::unix::net::UnixStream::pair().unwrap();
+            std::thread::spawn(move || {
+                kind.confine().unwrap();
+                here.shutdown(std::net::Shutdown::Both).unwrap();
+            })
+            .join()
+            .unwrap();
+            return;
+        }
+        for (index, kind) in kinds.iter().enumerate() {
+            let output = Command::new(std::env::current_exe().unwrap())
+                .args(["hanging_up_on", "--nocapture", "--test-threads=1"])
+                .env(IN_CHILD, index.to_string())
+                .env_remove("MORTISE_SECCOMP")
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{kind:?}: {output:?}");
         }
     }
 
