@@ -257,7 +257,9 @@ fn check(answer: libc::c_int) -> io::Result<()> {
 pub(crate) enum TapError {
     #[error("{0:?} is no name for an interface; at most 15 characters, without / % and spaces")]
     BadName(String),
-    #[error("cannot open /dev/net/tun; load the module with: modprobe tun")]
+    #[error(
+        "cannot open /dev/net/tun; load its module (modprobe tun) and let this user open it (chmod 666, as Debian has it)"
+    )]
     OpenTun(#[source] io::Error),
     #[error(
         "not permitted to open the tap {name:?}; create it beforehand, as root: \

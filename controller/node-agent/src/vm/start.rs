@@ -49,7 +49,7 @@ pub(crate) enum StartError {
         problem: &'static str,
     },
     /// A boot file cannot be read.
-    #[error("opening {what} {path}", path = .path.display())]
+    #[error("cannot open {what} {path}; correct the path or its permissions", path = .path.display())]
     OpenBootFile {
         /// kernel or initramfs
         what: &'static str,
