@@ -187,12 +187,33 @@ struct Control {
     activation_id: u64,
     paused: bool,
     config_writes: VecDeque<(u32, Vec<u8>)>,
+    /// What the driver's writes made of the configuration space: the last one of each place.
+    /// The next backend hears them again.
+    config_written: Vec<(u32, Vec<u8>)>,
     refresh_config: bool,
     shutdown: bool,
     /// The rings of the activation with this number are, or may be, served.
     running: Option<u64>,
     health: LinkHealth,
     hang_up: Option<HangUp>,
+}
+
+impl Control {
+    /// A backend took a write of the driver's.
+    fn keep_config_write(&mut self, offset: u32, bytes: Vec<u8>) {
+        let place = |(at, old): &(u32, Vec<u8>)| (*at, old.len()) == (offset, bytes.len());
+        self.config_written.retain(|written| !place(written));
+        if self.config_written.len() < CONFIG_WRITES_LIMIT {
+            self.config_written.push((offset, bytes));
+        }
+    }
+
+    /// A new backend knows nothing of what the driver wrote.
+    fn repeat_config_writes(&mut self) {
+        for write in self.config_written.drain(..).rev() {
+            self.config_writes.push_front(write);
+        }
+    }
 }
 
 impl Link {
@@ -236,6 +257,7 @@ impl Link {
     pub fn deactivate(&self) -> bool {
         let mut control = self.shared.lock();
         control.activation = None;
+        control.config_written.clear();
         let stopped = control.running.is_none();
         drop(control);
         self.shared.wake();

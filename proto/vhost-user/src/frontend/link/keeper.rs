@@ -87,11 +87,12 @@ impl Keeper {
             if self.connected.is_none() && self.retry_at <= Instant::now() {
                 self.connect();
             }
-            if self.connected.is_some() && running.is_none() {
-                self.start_rings();
-            }
+            // First, so that a new backend serves no request in another mode than the driver set.
             if self.connected.is_some() {
                 self.pass_config();
+            }
+            if self.connected.is_some() && running.is_none() {
+                self.start_rings();
             }
             self.wait();
         }
@@ -118,6 +119,7 @@ impl Keeper {
         control.health.connected = control.activation.is_none() || control.paused;
         control.health.incarnations += 1;
         control.health.inflight_tracking = connected.offer.tracks_inflight();
+        control.repeat_config_writes();
         drop(control);
         self.connected = Some(connected);
         if let Some(config) = config {
@@ -244,7 +246,7 @@ impl Keeper {
             }
             refresh = true;
             match connected.connection.set_config(offset, &bytes) {
-                Ok(()) => {}
+                Ok(()) => self.shared.lock().keep_config_write(offset, bytes),
                 Err(error @ RequestError::Refused { .. }) => {
                     tracing::warn!(%error, offset, "a driver's write is lost")
                 }

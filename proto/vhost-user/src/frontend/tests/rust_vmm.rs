@@ -121,6 +121,39 @@ fn configuration_is_written_and_read_back() {
 }
 
 #[test]
+fn next_daemon_hears_what_the_driver_wrote_until_the_driver_resets() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemons = Daemons::serve(directory.path(), PROTOCOL);
+    let mut guest = Guest::connect(&daemons.socket);
+    guest.activate();
+    let has = |expected: &[u8]| *daemons.echo.config.lock().unwrap() == expected;
+    // A daemon that starts anew has its own idea of the configuration.
+    let replace_daemon = |guest: &Guest| {
+        daemons.echo.config.lock().unwrap().copy_from_slice(CONFIG);
+        let incarnations = guest.link.health().incarnations;
+        daemons.end_session();
+        eventually("the next daemon is connected", || {
+            let health = guest.link.health();
+            health.connected && health.incarnations > incarnations
+        });
+    };
+    assert!(guest.link.write_config(2, b"XXXX"));
+    assert!(guest.link.write_config(2, b"CONF"));
+    eventually("the daemon has it", || has(b"a CONFiguration!"));
+    for _ in 0..3 {
+        replace_daemon(&guest);
+        guest.exchange(0, b"served in the driver's mode");
+        assert!(has(b"a CONFiguration!"), "before the first request");
+    }
+    let _ = guest.link.deactivate();
+    replace_daemon(&guest);
+    assert!(guest.link.write_config(15, b"?"));
+    eventually("only what came after the reset is told", || {
+        has(b"a configuration?")
+    });
+}
+
+#[test]
 fn requests_that_a_lost_daemon_held_are_served_by_the_next_though_it_does_not_track_them() {
     let directory = tempfile::tempdir().unwrap();
     let daemons = Daemons::serve(directory.path(), PROTOCOL);
