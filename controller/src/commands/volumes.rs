@@ -26,7 +26,11 @@ pub async fn create_volume(
             return Ok(earlier);
         }
         if store.get(&key(name)).await?.is_some() {
-            return Err(CommandError::AlreadyExists { what: short(name) });
+            // By this very request, if it was sent twice and the other one was faster.
+            return request
+                .earlier(store)
+                .await?
+                .ok_or_else(|| CommandError::AlreadyExists { what: short(name) });
         }
         let mut operation = model::new_operation(pb::OperationKind::CreateVolume, name, 1);
         if validate_only {

@@ -40,7 +40,11 @@ async fn missing_empty_and_corrupt_kernels_are_named() {
     let mut agent = Agent::start().await;
     let missing = agent.path().join("no-such-kernel");
     let status = failed(&mut agent, &spec("a", &missing)).await;
-    assert_error(&status, Code::NotFound, &["kernel", "no-such-kernel", "correct the path"]);
+    assert_error(
+        &status,
+        Code::NotFound,
+        &["kernel", "no-such-kernel", "correct the path"],
+    );
 
     let empty = agent.path().join("empty-kernel");
     fs::write(&empty, "").unwrap();
