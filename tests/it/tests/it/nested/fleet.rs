@@ -162,6 +162,16 @@ impl Fleet {
         found.expect("the process runs").1 as i32
     }
 
+    /// Waits until another process of that name runs than the one with `pid`.
+    pub(super) fn wait_for_successor(&self, name: &str, pid: i32) {
+        wait_until("its successor", || {
+            let processes = self.processes();
+            let is_other =
+                |(process, other): &(String, u64)| process == name && *other != pid as u64;
+            processes.iter().any(is_other)
+        });
+    }
+
     pub(super) fn phase(&self) -> String {
         let vm = self.json(&["vm", "show", "web"]);
         find(&vm, "phase")

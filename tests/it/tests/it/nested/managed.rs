@@ -49,6 +49,12 @@ fn a_vm_runs_on_while_controller_and_agent_are_killed_and_is_adopted() {
     wait_until("the VM's adoption", || fleet.phase().ends_with("running"));
     assert_eq!(fleet.processes(), processes, "the same processes as before");
 
+    // A daemon that is told to end is replaced too: so it is upgraded.
+    let before = fleet.pid("device-blk");
+    kill(before, libc::SIGTERM);
+    fleet.wait_for_successor("device-blk", before);
+    let replaced = fleet.processes();
+
     let error = fleet.refused(&["vm", "delete", "web"]);
     assert!(
         error.contains("vmctl vm stop web"),
@@ -71,7 +77,7 @@ fn a_vm_runs_on_while_controller_and_agent_are_killed_and_is_adopted() {
             .expect("a path"),
     );
     expect_pattern(&image, SEED, LEN_BYTES);
-    for (name, pid) in processes {
+    for (name, pid) in processes.into_iter().chain(replaced) {
         assert!(
             !PathBuf::from(format!("/proc/{pid}")).exists(),
             "{name} is left over"
@@ -122,12 +128,7 @@ fn a_killed_device_net_is_replaced_and_the_connection_lives() {
         assert!(!killed.contains(&pid), "each kill hits another incarnation");
         killed.push(pid);
         kill(pid, libc::SIGKILL);
-        wait_until("another device-net", || {
-            let processes = fleet.processes();
-            processes
-                .iter()
-                .any(|(name, now)| name == "device-net" && *now != pid as u64)
-        });
+        fleet.wait_for_successor("device-net", pid);
     }
     let outcome = exchange.join().expect("no panic");
     outcome.expect("both payloads arrived, over one connection");
