@@ -289,7 +289,16 @@ fn spec_file_is_what_show_prints() {
     fs::write(home.path("bad.json"), r#"{"vcpu": 2}"#).unwrap();
     let bad = home.output(&["vm", "create", "c", "-f", "bad.json"]);
     assert!(stderr(&bad).contains("vcpu"), "{}", stderr(&bad));
-    let invalid = home.output(&["vm", "create", "c", "--kernel", "sleeper", "--cpus", "99"]);
+    fs::write(home.path("many.json"), r#"{"vcpus": 99}"#).unwrap();
+    let invalid = home.output(&[
+        "vm",
+        "create",
+        "c",
+        "-f",
+        "many.json",
+        "--kernel",
+        "sleeper",
+    ]);
     assert_eq!(invalid.status.code(), Some(1));
     assert!(
         stderr(&invalid).contains("vm.spec.vcpus"),

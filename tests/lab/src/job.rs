@@ -19,6 +19,8 @@ pub(crate) enum Job {
         binary: PathBuf,
         filter: String,
         long: bool,
+        /// Left out: they have run.
+        done: Vec<String>,
     },
 }
 

@@ -10,8 +10,13 @@ use crate::initramfs::{self, Tool};
 use crate::inside::{self, Events};
 use crate::job::{Event, Job, Site};
 use crate::kvm::Ground;
+use crate::nested::{self, HostPanic};
+use crate::progress::step;
 use crate::workspace::{self, Binary};
-use crate::{nested, wrappers};
+use crate::wrappers;
+
+/// Nested hosts that may be used up by one job: their kernels died once in some 40 boots of guests.
+const NESTED_BOOTS: u32 = 3;
 
 /// What a job may use.
 pub(crate) struct Kit {
@@ -26,7 +31,7 @@ impl Kit {
     /// Fetches, builds.
     pub(crate) fn prepare() -> Result<Self> {
         let artifacts = Artifacts::obtain()?;
-        crate::progress::step("building");
+        step("building");
         let binaries = workspace::build(&["build"])?;
         let guest_initrd = initramfs::guest(&artifacts)?;
         let guest_rootfs = initramfs::guest_rootfs(&artifacts)?;
@@ -107,11 +112,12 @@ pub(crate) struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Makes the job for the site it runs at and runs it; returns its exit code.
+    /// Makes the job for the site it runs at and runs it; returns its exit code. Where a nested
+    /// host's own kernel dies, what is then left of the job is made and run in another.
     pub(crate) fn job(
         self,
         kit: &Kit,
-        make: impl FnOnce(Site) -> Job,
+        make: impl Fn(Site) -> Job,
         mut on_event: impl FnMut(&Event),
     ) -> Result<i32> {
         match self.ground {
@@ -131,7 +137,17 @@ impl Run<'_> {
                     files: vec![(kit.guest_rootfs.clone(), initramfs::GUEST_ROOTFS.into())],
                     log_name: self.log_name.to_owned(),
                 };
-                nested::run(&kit.artifacts, &options, &make(kit.nested_site()), on_event)
+                let mut boots = 1;
+                loop {
+                    let job = make(kit.nested_site());
+                    match nested::run(&kit.artifacts, &options, &job, &mut on_event) {
+                        Err(error) if error.is::<HostPanic>() && boots < NESTED_BOOTS => {
+                            step(format_args!("{error}; going on in another"));
+                            boots += 1;
+                        }
+                        outcome => return outcome,
+                    }
+                }
             }
         }
     }

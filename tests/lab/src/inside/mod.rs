@@ -63,7 +63,11 @@ pub(crate) fn run(job: &Job, events: &mut Events) -> Result<i32> {
             binary,
             filter,
             long,
-        } => test_run::run(site, binary, filter, *long, events),
+            done,
+        } => {
+            let wanted = |name: &str| name.contains(filter) && !done.iter().any(|ran| ran == name);
+            test_run::run(site, binary, wanted, *long, events)
+        }
     }
 }
 

@@ -23,18 +23,18 @@ const LONG_TEST_LIMIT: Duration = Duration::from_secs(1800);
 /// What a failed test printed last.
 const OUTPUT_LEN: u64 = 16 << 10;
 
-/// Runs the tests whose names contain `filter`; the long ones only if asked.
+/// Runs the tests that are wanted; the long ones only if asked.
 pub(super) fn run(
     site: &Site,
     binary: &Path,
-    filter: &str,
+    wanted: impl Fn(&str) -> bool,
     long: bool,
     events: &mut Events,
 ) -> Result<i32> {
     let all = list(binary, &[])?;
     let ignored = list(binary, &["--ignored"])?;
     let mut failed = false;
-    for name in all.iter().filter(|name| name.contains(filter)) {
+    for name in all.iter().filter(|name| wanted(name)) {
         let is_long = ignored.contains(name);
         let result = if is_long && !long {
             TestResult {

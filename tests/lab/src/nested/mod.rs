@@ -11,6 +11,7 @@
 
 pub(crate) mod init;
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
@@ -73,7 +74,40 @@ pub(crate) fn run(
     }
     drop(machine);
     let _ = console.join();
+    if outcome.is_err() && shows_panic(&log) {
+        let kept = log.with_extension("panicked.log");
+        fs::rename(&log, &kept)?;
+        return Err(HostPanic { console: kept }.into());
+    }
     outcome.with_context(|| format!("nested host; its console: {}", log.display()))
+}
+
+/// The nested host's own kernel died, which no program in it can be blamed for. Seen once: a vCPU
+/// thread took a page fault without the kernel's GS base, as if emulated SVM had not restored it.
+#[derive(Debug)]
+pub(crate) struct HostPanic {
+    console: PathBuf,
+}
+
+impl fmt::Display for HostPanic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the nested host's own kernel died; its console: {}",
+            self.console.display()
+        )
+    }
+}
+
+impl std::error::Error for HostPanic {}
+
+fn shows_panic(console: &Path) -> bool {
+    fs::read(console).is_ok_and(|text| {
+        String::from_utf8_lossy(&text)
+            .lines()
+            // Guests' consoles are not on the host's.
+            .any(|line| line.contains("Kernel panic - not syncing"))
+    })
 }
 
 fn follow(

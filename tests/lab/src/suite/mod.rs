@@ -2,6 +2,7 @@
 
 mod count;
 
+use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -145,8 +146,8 @@ impl Suite {
             Ground::Direct => step("tests on hardware KVM"),
             Ground::Nested(why) => step(format_args!("tests in a nested host: {why}")),
         }
-        let (filter, long) = (self.filter().to_owned(), self.all);
         let mut count = Count::default();
+        let done = RefCell::new(Vec::new());
         let result = self.kvm_run(&ground, tests).and_then(|run| {
             let make = |site| Job::Tests {
                 site,
@@ -155,13 +156,15 @@ impl Suite {
                 } else {
                     "/usr/bin/it".into()
                 },
-                filter,
-                long,
+                filter: self.filter().to_owned(),
+                long: self.all,
+                done: done.borrow().clone(),
             };
             run.job(kit, make, |event| match event {
                 Event::Step { text } => step(text),
                 Event::Test(result) => {
                     print_result(result);
+                    done.borrow_mut().push(result.name.clone());
                     count.one(result.outcome);
                 }
                 _ => {}
