@@ -83,13 +83,9 @@ async fn run(options: Options) -> anyhow::Result<()> {
     if let Some(listener) = metrics_listener {
         serve_metrics(listener, store.clone(), node.clone());
     }
+    let terminated = serve::terminated();
     announce(&listener.address());
-    serve::on(
-        listener,
-        Api::new(store, node).services(),
-        serve::terminated(),
-    )
-    .await?;
+    serve::on(listener, Api::new(store, node).services(), terminated).await?;
     tracing::info!("stopped; VMs and the node agent run on");
     Ok(())
 }

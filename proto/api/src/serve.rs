@@ -189,19 +189,24 @@ pub fn hold_termination() {
     let _ = termination_signals().thread_block();
 }
 
-/// Completes at the first SIGTERM or SIGINT: the `shutdown` of every daemon.
+/// Completes at the first SIGTERM or SIGINT: the `shutdown` of every daemon. From the call on, not
+/// only from the first poll, these no longer kill the process: call it before telling anybody that
+/// the process is ready.
 ///
 /// # Panics
 /// Outside a tokio runtime, or when signal handlers cannot be installed.
-pub async fn terminated() {
+#[must_use]
+pub fn terminated() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).expect("SIGTERM can be handled");
     let mut interrupt = signal(SignalKind::interrupt()).expect("SIGINT can be handled");
     // One that was held is delivered now.
     let _ = termination_signals().thread_unblock();
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     }
 }
 
