@@ -146,6 +146,7 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
             num_queues: u32::from(disk.num_queues),
             image_name,
             page_cache: disk.page_cache,
+            ..BlkConfig::default()
         })),
     };
     let parts = Parts {
@@ -301,6 +302,7 @@ impl ServedDevice for Disk {
                 errors: stats.errors(),
                 capacity_bytes: image.capacity_sectors() * SECTOR_BYTES,
                 direct_io: image.direct().is_some(),
+                ..BlkStats::default()
             }),
             net: None,
         }

@@ -384,7 +384,7 @@ impl Plan {
                         serial: serial.clone(),
                         num_queues: *num_queues,
                         image_name: path.display().to_string(),
-                        page_cache: false,
+                        ..BlkConfig::default()
                     })
                 }
                 Backing::Tap {

@@ -1,0 +1,1 @@
+//! Disks encrypted with LUKS: headers, keys and AES-XTS on sectors.

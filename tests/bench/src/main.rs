@@ -1,0 +1,3 @@
+//! Load that benches put on daemons.
+
+fn main() {}
