@@ -195,7 +195,6 @@ pub fn hold_termination() {
 ///
 /// # Panics
 /// Outside a tokio runtime, or when signal handlers cannot be installed.
-#[must_use]
 pub fn terminated() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).expect("SIGTERM can be handled");
