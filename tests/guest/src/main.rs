@@ -4,6 +4,7 @@
 //! job on the console, and ends as the plan says. See the library for plan and reports.
 
 mod disk;
+mod file_system;
 mod folder;
 mod memory;
 mod net;
@@ -95,6 +96,7 @@ fn run(job: &Job) -> Report {
             seed,
             bytes,
         } => disk::verify(device, *seed, *bytes),
+        Job::FileSystem { device, bytes } => file_system::check(device, *bytes),
         Job::Folder { tag, seed } => folder::check(tag, *seed),
     }
 }

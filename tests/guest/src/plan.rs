@@ -1,8 +1,8 @@
 //! A test guest's work, as words on its kernel command line.
 //!
 //! `mortise.root=vda mortise.smp=4 mortise.addr=10.0.0.2/24 mortise.net=10.0.0.1:5000,SEED,BYTES
-//! mortise.disk=vda,SEED,BYTES mortise.folder=TAG,SEED mortise.end=poweroff`; jobs run in the
-//! order of their words, and a job may occur several times.
+//! mortise.disk=vda,SEED,BYTES mortise.file-system=vdb,BYTES mortise.folder=TAG,SEED
+//! mortise.end=poweroff`; jobs run in the order of their words, and a job may occur several times.
 
 use std::fmt;
 use std::net::SocketAddrV4;
@@ -59,6 +59,14 @@ pub enum Job {
         /// Of the pattern.
         seed: u64,
         /// A multiple of the pattern's block.
+        bytes: u64,
+    },
+    /// Make an ext4 file system, write files with fio, trim, check it with e2fsck, read the files
+    /// again. Needs these programs, which are on the tools' root disk.
+    FileSystem {
+        /// As in `/dev`: vdb.
+        device: String,
+        /// Of the files.
         bytes: u64,
     },
     /// Mount a shared folder, check its `from-host`, write `from-guest`.
@@ -125,6 +133,9 @@ impl fmt::Display for Plan {
                 } => {
                     write!(f, "mortise.disk-read={device},{seed},{bytes} ")?;
                 }
+                Job::FileSystem { device, bytes } => {
+                    write!(f, "mortise.file-system={device},{bytes} ")?;
+                }
                 Job::Folder { tag, seed } => write!(f, "mortise.folder={tag},{seed} ")?,
             }
         }
@@ -181,6 +192,10 @@ impl Plan {
                 seed: seed.parse().ok()?,
                 bytes: bytes.parse().ok()?,
             },
+            ("file-system", [device, bytes]) => Job::FileSystem {
+                device: (*device).to_owned(),
+                bytes: bytes.parse().ok()?,
+            },
             ("folder", [tag, seed]) => Job::Folder {
                 tag: (*tag).to_owned(),
                 seed: seed.parse().ok()?,
@@ -232,6 +247,10 @@ mod tests {
                     device: "vdb".into(),
                     seed: 1,
                     bytes: 4096,
+                },
+                Job::FileSystem {
+                    device: "vdc".into(),
+                    bytes: 1 << 20,
                 },
                 Job::Folder {
                     tag: "share".into(),

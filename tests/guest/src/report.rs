@@ -64,6 +64,17 @@ pub enum Report {
         /// What went wrong.
         error: Option<String>,
     },
+    /// A file system was made, written, checked and read again.
+    FileSystem {
+        /// As in `/dev`.
+        device: String,
+        /// Of files that were written and verified.
+        bytes: u64,
+        /// Given back by fstrim.
+        trimmed_bytes: u64,
+        /// What went wrong.
+        error: Option<String>,
+    },
     /// A shared folder.
     Folder {
         /// Verified and written.
@@ -90,6 +101,7 @@ impl Report {
             | Self::Disk { error, .. }
             | Self::Net { error, .. }
             | Self::Address { error, .. }
+            | Self::FileSystem { error, .. }
             | Self::Folder { error, .. }
             | Self::Done { error, .. } => error.as_deref(),
         }

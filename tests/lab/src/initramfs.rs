@@ -51,6 +51,8 @@ const HOST_MODULES: &[&str] = &[
 
 /// Room for the guest and some writing.
 const ROOTFS_BYTES: u64 = 32 << 20;
+/// The same beside the tools and their libraries.
+const TOOLS_ROOTFS_BYTES: u64 = 160 << 20;
 
 /// A program to have in a nested host.
 #[derive(Clone, Debug)]
@@ -124,20 +126,47 @@ pub(crate) fn guest(artifacts: &Artifacts) -> Result<PathBuf> {
 
 /// Builds an ext4 image with a guest in it, for `mortise.root=`; cached like its initramfs.
 pub(crate) fn guest_rootfs(artifacts: &Artifacts) -> Result<PathBuf> {
+    root_disk(artifacts, "guest.ext4", ROOTFS_BYTES, &[])
+}
+
+/// The same with fio and the tools of ext4.
+pub(crate) fn guest_tools_rootfs(artifacts: &Artifacts) -> Result<PathBuf> {
+    root_disk(
+        artifacts,
+        "guest-tools.ext4",
+        TOOLS_ROOTFS_BYTES,
+        &artifacts.guest_tools,
+    )
+}
+
+fn root_disk(
+    artifacts: &Artifacts,
+    name: &str,
+    len_bytes: u64,
+    programs: &[Program],
+) -> Result<PathBuf> {
     let init = guest_binary()?;
-    let path = workspace::lab_subdir("guest")?.join("guest.ext4");
+    let path = workspace::lab_subdir("guest")?.join(name);
     if newer(&path, &[&init, &artifacts.busybox]) {
         return Ok(path);
     }
     let staging = RunDir::create()?;
     let tree = staging.0.join("tree");
-    for dir in ["sbin", "bin", "proc", "sys", "dev", "mnt", "tmp"] {
+    for dir in ["sbin", "bin", "usr/bin", "proc", "sys", "dev", "mnt", "tmp"] {
         fs::create_dir_all(tree.join(dir))?;
     }
     fs::copy(&init, tree.join("sbin/init"))?;
     fs::copy(&artifacts.busybox, tree.join("bin/busybox"))?;
+    for program in programs {
+        fs::copy(&program.file, tree.join("usr/bin").join(program.name()))?;
+        for (place, file) in artifacts::libraries(program)? {
+            let place = tree.join(place);
+            fs::create_dir_all(place.parent().unwrap_or(&tree))?;
+            fs::copy(&file, &place).with_context(|| format!("cannot pack {}", file.display()))?;
+        }
+    }
     let image = staging.0.join("image");
-    File::create(&image)?.set_len(ROOTFS_BYTES)?;
+    File::create(&image)?.set_len(len_bytes)?;
     tool::output(
         Command::new(&artifacts.mke2fs)
             .args(["-q", "-F", "-t", "ext4", "-d"])

@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::artifacts::Artifacts;
-use crate::workspace;
+use crate::{initramfs, workspace};
 
 /// Where the scripts are.
 pub(crate) fn dir() -> PathBuf {
@@ -28,7 +28,15 @@ pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, OsSt
             script("qemu-storage-daemon", &artifacts.storage_daemon.command())?.into(),
         ),
         ("MKE2FS", artifacts.mke2fs.clone().into()),
+        (
+            "GUEST_TOOLS_ROOTFS",
+            initramfs::guest_tools_rootfs(artifacts)?.into(),
+        ),
     ];
+    // Called by name: the scripts' folder leads the PATH.
+    for program in &artifacts.qemu_utils {
+        script(&program.name(), &program.command())?;
+    }
     if let Some(virtiofsd) = &artifacts.virtiofsd {
         found.push((
             "VIRTIOFSD",

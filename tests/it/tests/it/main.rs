@@ -8,6 +8,7 @@ mod guest_run;
 mod layering;
 mod nested;
 mod process;
+mod qemu;
 mod qemu_frontend;
 mod reflection;
 mod site;

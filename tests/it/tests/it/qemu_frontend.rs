@@ -15,6 +15,7 @@ use guest::report::Report;
 
 use crate::guest_run;
 use crate::process::Process;
+use crate::qemu::Qemu;
 use crate::site;
 
 const DISK_BYTES: u64 = 4 << 20;
@@ -105,54 +106,11 @@ fn run() {
         ],
         end: End::PowerOff,
     };
-    let mut qemu = Process::spawn(
-        dir,
-        "qemu",
-        Command::new(site::path("QEMU"))
-            .args([
-                "-nodefaults",
-                "-no-user-config",
-                "-display",
-                "none",
-                "-no-reboot",
-            ])
-            .args([
-                "-machine",
-                "q35,memory-backend=ram",
-                "-accel",
-                "tcg,thread=multi",
-                "-cpu",
-                "max",
-                "-smp",
-                "2",
-            ])
-            .args([
-                "-m",
-                "512M",
-                "-object",
-                "memory-backend-memfd,id=ram,size=512M,share=on",
-            ])
-            .arg("-kernel")
-            .arg(site::path("GUEST_KERNEL"))
-            .arg("-initrd")
-            .arg(site::path("GUEST_INITRD"))
-            .args([
-                "-append",
-                &format!("console=ttyS0 quiet mitigations=off reboot=t panic=-1 {plan}"),
-            ])
-            .args(["-serial", "stdio"])
-            .args(chardev("c0", &root_socket))
-            .args(["-device", "vhost-user-blk-pci,chardev=c0,num-queues=1"])
-            .args(chardev("c1", &data_socket))
-            .args(["-device", "vhost-user-blk-pci,chardev=c1,num-queues=1"])
-            .args(chardev("c2", &nic_socket))
-            .args(["-netdev", "vhost-user,id=n0,chardev=c2"])
-            // QEMU 7.2 dies in msix_set_vector_notifiers when vhost-user-net has MSI-X and no irqfd.
-            .args([
-                "-device",
-                "virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:12:34:56,vectors=0",
-            ]),
-    );
+    let mut qemu = Qemu::new(&plan)
+        .disk(&root_socket)
+        .disk(&data_socket)
+        .nic(&nic_socket)
+        .start(dir);
     let reports = guest_run::finish(&mut qemu);
     assert!(reports.iter().any(|report| matches!(
         report,
@@ -199,13 +157,6 @@ fn disk_argument(id: &str, image: &Path, socket: &Path) -> String {
         image.display(),
         socket.display()
     )
-}
-
-fn chardev(id: &str, socket: &Path) -> [String; 2] {
-    [
-        "-chardev".into(),
-        format!("socket,id={id},path={}", socket.display()),
-    ]
 }
 
 fn ip(arguments: &str) {

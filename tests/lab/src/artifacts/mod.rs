@@ -20,7 +20,7 @@ use crate::{tool, workspace};
 use apt::{Apt, Package};
 
 /// Raised when a lab needs more than an older lab's stamp promises.
-const STAMP_VERSION: u32 = 1;
+const STAMP_VERSION: u32 = 2;
 
 /// Where everything is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -33,6 +33,10 @@ pub(crate) struct Artifacts {
     pub(crate) mke2fs: PathBuf,
     pub(crate) storage_daemon: Program,
     pub(crate) virtiofsd: Option<Program>,
+    /// qemu-img, qemu-io and qemu-nbd.
+    pub(crate) qemu_utils: Vec<Program>,
+    /// fio, mke2fs and e2fsck, for a guest's root disk.
+    pub(crate) guest_tools: Vec<Program>,
 }
 
 /// A Debian cloud kernel; nested hosts and guests run the same one.
@@ -69,6 +73,12 @@ impl Program {
             command.env("LD_LIBRARY_PATH", path);
         }
         command
+    }
+
+    /// As it is called.
+    pub(crate) fn name(&self) -> String {
+        let name = self.file.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
     }
 
     /// The value of `LD_LIBRARY_PATH`, if one is needed.
@@ -112,6 +122,7 @@ impl Artifacts {
     fn from_stamp(stamp: &Path) -> Option<Self> {
         let artifacts: Self = serde_json::from_slice(&fs::read(stamp).ok()?).ok()?;
         let kernel = &artifacts.kernel;
+        let programs = artifacts.qemu_utils.iter().chain(&artifacts.guest_tools);
         let files = [
             &kernel.bzimage,
             &kernel.vmlinux,
@@ -121,7 +132,11 @@ impl Artifacts {
             &artifacts.mke2fs,
             &artifacts.storage_daemon.file,
         ];
-        let complete = artifacts.stamp_version == STAMP_VERSION && files.iter().all(|f| f.exists());
+        let complete = artifacts.stamp_version == STAMP_VERSION
+            && files
+                .into_iter()
+                .chain(programs.map(|program| &program.file))
+                .all(|file| file.exists());
         complete.then_some(artifacts)
     }
 }
@@ -149,6 +164,9 @@ impl Fetcher {
         let (qemu, qemu_root) = self.qemu()?;
         let storage_daemon = self.storage_daemon(&qemu_root)?;
         let virtiofsd = find_virtiofsd(&qemu_root);
+        let qemu_utils = self.programs("qemu-utils", &["qemu-img", "qemu-io", "qemu-nbd"])?;
+        let mut guest_tools = self.programs("fio", &["fio"])?;
+        guest_tools.extend(self.programs("e2fsprogs", &["mke2fs", "e2fsck"])?);
         Ok(Artifacts {
             stamp_version: STAMP_VERSION,
             kernel,
@@ -157,7 +175,35 @@ impl Fetcher {
             mke2fs,
             storage_daemon,
             virtiofsd,
+            qemu_utils,
+            guest_tools,
         })
+    }
+
+    /// The system's programs if it has them all, else the package's.
+    fn programs(&mut self, package: &str, names: &[&str]) -> Result<Vec<Program>> {
+        let installed: Option<Vec<Program>> = names
+            .iter()
+            .map(|name| {
+                tool::find(name).map(|file| Program {
+                    file,
+                    library_dirs: Vec::new(),
+                })
+            })
+            .collect();
+        if let Some(programs) = installed {
+            return Ok(programs);
+        }
+        let root = self.packages(package, &[package])?;
+        let program = |name: &&str| {
+            ["usr/bin", "usr/sbin", "bin", "sbin"]
+                .map(|dir| root.join(dir).join(name))
+                .into_iter()
+                .find(|file| file.is_file())
+                .map(|file| unpacked_program(&root, file))
+                .with_context(|| format!("the package {package} has no {name}"))
+        };
+        names.iter().map(program).collect()
     }
 
     fn kernel(&mut self) -> Result<Kernel> {
@@ -304,11 +350,16 @@ impl Fetcher {
 }
 
 fn unpacked_program(root: &Path, file: PathBuf) -> Program {
-    let library_dirs = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"]
-        .map(|dir| root.join(dir))
-        .into_iter()
-        .filter(|dir| dir.is_dir())
-        .collect();
+    // Installed, Ceph's private library is found by an absolute path.
+    let library_dirs = [
+        "usr/lib/x86_64-linux-gnu",
+        "lib/x86_64-linux-gnu",
+        "usr/lib/x86_64-linux-gnu/ceph",
+    ]
+    .map(|dir| root.join(dir))
+    .into_iter()
+    .filter(|dir| dir.is_dir())
+    .collect();
     Program { file, library_dirs }
 }
 

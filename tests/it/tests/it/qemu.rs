@@ -1,0 +1,78 @@
+//! QEMU, emulating, as the VMM of a test guest whose devices our daemons serve.
+
+use std::path::Path;
+use std::process::Command;
+
+use guest::plan::Plan;
+
+use crate::process::Process;
+use crate::site;
+
+/// QEMU's command line, device by device.
+pub(crate) struct Qemu {
+    command: Command,
+    devices: u32,
+}
+
+impl Qemu {
+    /// Two CPUs and shared memory, no device yet.
+    pub(crate) fn new(plan: &Plan) -> Self {
+        let mut command = Command::new(site::path("QEMU"));
+        command
+            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-display", "none", "-serial", "stdio"])
+            .args(["-machine", "q35,memory-backend=ram"])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"])
+            .args(["-m", "512M", "-object"])
+            .arg("memory-backend-memfd,id=ram,size=512M,share=on")
+            .arg("-kernel")
+            .arg(site::path("GUEST_KERNEL"))
+            .arg("-initrd")
+            .arg(site::path("GUEST_INITRD"))
+            .arg("-append")
+            .arg(format!(
+                "console=ttyS0 quiet mitigations=off reboot=t panic=-1 {plan}"
+            ));
+        Self {
+            command,
+            devices: 0,
+        }
+    }
+
+    /// A disk served at `socket`; the first is vda.
+    pub(crate) fn disk(mut self, socket: &Path) -> Self {
+        let chardev = self.chardev(socket);
+        self.command.args([
+            "-device",
+            &format!("vhost-user-blk-pci,chardev={chardev},num-queues=1"),
+        ]);
+        self
+    }
+
+    /// A NIC served at `socket`.
+    pub(crate) fn nic(mut self, socket: &Path) -> Self {
+        let chardev = self.chardev(socket);
+        // QEMU 7.2 dies in msix_set_vector_notifiers when vhost-user-net has MSI-X and no irqfd.
+        self.command
+            .args(["-netdev", &format!("vhost-user,id=n0,chardev={chardev}")])
+            .args([
+                "-device",
+                "virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:12:34:56,vectors=0",
+            ]);
+        self
+    }
+
+    pub(crate) fn start(mut self, dir: &Path) -> Process {
+        Process::spawn(dir, "qemu", &mut self.command)
+    }
+
+    fn chardev(&mut self, socket: &Path) -> String {
+        let id = format!("c{}", self.devices);
+        self.devices += 1;
+        self.command.args([
+            "-chardev",
+            &format!("socket,id={id},path={}", socket.display()),
+        ]);
+        id
+    }
+}
