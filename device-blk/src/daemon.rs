@@ -17,6 +17,7 @@ use api::device::attach_request::{Device as DeviceConfig, Listener as ListenerCo
 use api::device::{AttachRequest, BlkConfig, BlkStats, Device, FdRef};
 use api::fds::Inbox;
 use api::listen::{self, SocketFile};
+use api::serve::Services;
 use tonic::Status;
 use vhost_user::backend::Server;
 
@@ -91,7 +92,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         disks = args.disks.len(),
         "serving"
     );
-    api::daemon::run(&table, control, metrics)?;
+    api::daemon::run(&table, Services::new(), control, metrics)?;
     tracing::info!("drained and stopped");
     Ok(())
 }
@@ -308,10 +309,10 @@ impl ServedDevice for Disk {
         }
     }
 
-    fn stop(&self) {
+    fn stop(&self) -> Result<(), Status> {
         let mut serving = lock(&self.serving);
         let Serving::Running(server) = &*serving else {
-            return;
+            return Ok(());
         };
         let last = vhost_user::backend::Status {
             connected: false,
@@ -320,10 +321,11 @@ impl ServedDevice for Disk {
         };
         let running = std::mem::replace(&mut *serving, Serving::Stopped(last));
         drop(serving);
-        if let Serving::Running(server) = running
-            && let Err(error) = server.stop(DRAIN_TIMEOUT)
-        {
-            tracing::error!("{error}");
-        }
+        let Serving::Running(server) = running else {
+            unreachable!("it was running a moment ago");
+        };
+        server
+            .stop(DRAIN_TIMEOUT)
+            .map_err(|error| Status::deadline_exceeded(error.to_string()))
     }
 }

@@ -13,6 +13,7 @@ use anyhow::anyhow;
 use api::daemon::{self, DeviceTable};
 use api::fds::Inbox;
 use api::listen;
+use api::serve::Services;
 use clap::Parser;
 use cli::OpenNic;
 use tracing_subscriber::EnvFilter;
@@ -71,5 +72,5 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
             .map_err(|status| anyhow!("NIC {id:?}: {}", status.message()))?;
         socket_files.extend(socket_file);
     }
-    Ok(daemon::run(&table, control, metrics)?)
+    Ok(daemon::run(&table, Services::new(), control, metrics)?)
 }

@@ -95,14 +95,15 @@ impl ServedDevice for ServedNic {
         }
     }
 
-    fn stop(&self) {
+    fn stop(&self) -> Result<(), Status> {
         let server = self
             .server
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        if let Some(Err(error)) = server.map(|server| server.stop(STOP_TIMEOUT)) {
-            tracing::warn!(%error, "NIC stopped late");
+        match server.map(|server| server.stop(STOP_TIMEOUT)) {
+            None | Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(Status::deadline_exceeded(error.to_string())),
         }
     }
 }

@@ -12,6 +12,7 @@
 
 mod metrics;
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
@@ -29,8 +30,9 @@ use tonic::{Request, Response, Status};
 use crate::device::attach_request::{Device as DeviceConfig, Listener as ListenerConfig};
 use crate::device::device_daemon_server::{DeviceDaemon, DeviceDaemonServer};
 use crate::device::{
-    AttachRequest, DaemonInfo, DetachRequest, DetachResponse, Device, FdRef, GetDaemonRequest,
-    GetDeviceRequest, GetMetricsRequest, ListDevicesRequest, ListDevicesResponse, MetricsResponse,
+    AttachRequest, BlkConfig, DaemonInfo, DetachRequest, DetachResponse, Device, FdRef,
+    GetDaemonRequest, GetDeviceRequest, GetMetricsRequest, ListDevicesRequest, ListDevicesResponse,
+    MetricsResponse,
 };
 use crate::fds::Inbox;
 use crate::listen::Listener;
@@ -43,12 +45,35 @@ const MAX_DEVICES: usize = 256;
 /// Threads for attaches and detaches in progress.
 const MAX_BLOCKING_THREADS: usize = 8;
 
-/// A device that this process serves.
-pub trait ServedDevice: Send + Sync + 'static {
+/// A device that this process serves. A daemon's own services get back to what it attached with
+/// [`DeviceTable::attached`].
+pub trait ServedDevice: Any + Send + Sync {
     /// Its state and statistics now; `id` is filled in by the table.
     fn describe(&self) -> Device;
+    /// What it measured, for the metrics.
+    fn histograms(&self) -> Vec<DeviceHistogram> {
+        Vec::new()
+    }
     /// Drains its rings, ends its session and stops its threads; blocks until that is done.
-    fn stop(&self);
+    ///
+    /// # Errors
+    /// Requests were not completed in time, or a thread does not end. The device keeps its place
+    /// in the table; a second call says whether it has come to an end since.
+    fn stop(&self) -> Result<(), Status>;
+}
+
+/// A distribution that a device measured since it was attached.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceHistogram {
+    /// Queue of the device.
+    pub queue: u16,
+    /// Kind of request.
+    pub op: &'static str,
+    /// Upper bounds in seconds, ascending, and how many values are in each bucket; what is above
+    /// all of them goes to `f64::MAX`.
+    pub buckets: Vec<(f64, u64)>,
+    /// Sum of all values in seconds.
+    pub sum_seconds: f64,
 }
 
 /// What a device is made from.
@@ -58,7 +83,8 @@ pub struct Parts {
     pub request: AttachRequest,
     /// The vhost-user socket, listening.
     pub listener: UnixListener,
-    /// The image or the taps, in the order of the request.
+    /// What the request names by tokens, in this order: a disk's image, its backing images, its
+    /// key, its TLS credentials; a NIC's taps.
     pub fds: Vec<OwnedFd>,
 }
 
@@ -82,6 +108,14 @@ enum SlotState {
     Attaching,
     Attached(Arc<dyn ServedDevice>),
     Detaching(Arc<dyn ServedDevice>),
+}
+
+/// Devices could not be stopped: see [`ServedDevice::stop`].
+#[derive(Debug, thiserror::Error)]
+#[error("not all devices could be drained: {what}")]
+pub struct NotStopped {
+    /// Each device and its reason.
+    pub what: String,
 }
 
 impl DeviceTable {
@@ -119,24 +153,82 @@ impl DeviceTable {
     }
 
     /// Stops all devices, at the same time.
-    pub fn stop_all(&self) {
+    ///
+    /// # Errors
+    /// Names those that could not be drained.
+    pub fn stop_all(&self) -> Result<(), NotStopped> {
         let devices: Vec<_> = std::mem::take(&mut *self.slots())
-            .into_values()
-            .filter_map(|slot| match slot.state {
-                SlotState::Attached(device) => Some(device),
+            .into_iter()
+            .filter_map(|(id, slot)| match slot.state {
+                SlotState::Attached(device) => Some((id, device)),
                 SlotState::Attaching | SlotState::Detaching(_) => None,
             })
             .collect();
-        thread::scope(|scope| {
-            for device in devices {
-                scope.spawn(move || device.stop());
-            }
+        let failed: Vec<String> = thread::scope(|scope| {
+            let stopping: Vec<_> = devices
+                .into_iter()
+                .map(|(id, device)| (id, scope.spawn(move || device.stop())))
+                .collect();
+            stopping
+                .into_iter()
+                .filter_map(|(id, thread)| match thread.join() {
+                    Ok(Ok(())) => None,
+                    Ok(Err(status)) => Some(format!("{id}: {}", status.message())),
+                    Err(_) => Some(format!("{id}: its thread panicked")),
+                })
+                .collect()
         });
+        if failed.is_empty() {
+            Ok(())
+        } else {
+            let what = failed.join("; ");
+            Err(NotStopped { what })
+        }
+    }
+
+    /// The device `id`, which the daemon's attach function made as a `D`.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`, or `ABORTED` while it is being attached or detached.
+    pub fn attached<D: ServedDevice>(&self, id: &str) -> Result<Arc<D>, Status> {
+        let slots = self.slots();
+        let slot = slots.get(id).ok_or_else(|| not_found(id))?;
+        let SlotState::Attached(device) = &slot.state else {
+            return Err(busy(id));
+        };
+        let device: Arc<dyn Any + Send + Sync> = device.clone();
+        device
+            .downcast()
+            .map_err(|_| Status::unimplemented(format!("device {id:?} is of another kind")))
+    }
+
+    /// Ids and devices that are attached now, as `D`s.
+    pub fn all_attached<D: ServedDevice>(&self) -> Vec<(String, Arc<D>)> {
+        self.served()
+            .into_iter()
+            .filter_map(|(id, device)| {
+                let device: Arc<dyn Any + Send + Sync> = device;
+                Some((id, device.downcast().ok()?))
+            })
+            .collect()
+    }
+
+    /// Takes the one descriptor that `reference`, found in `field` of a request, stands for.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION` when none waits, `INVALID_ARGUMENT` when there are several.
+    pub fn take_fd(&self, reference: &FdRef, field: &str) -> Result<OwnedFd, Status> {
+        self.take_one(reference, field)
     }
 
     /// All metrics in Prometheus' text format.
     pub fn metrics(&self) -> String {
-        metrics::render(&self.info.name, &self.list())
+        let histograms: Vec<_> = self
+            .served()
+            .into_iter()
+            .map(|(id, device)| (id, device.histograms()))
+            .collect();
+        metrics::render(&self.info.name, &self.list(), histograms)
     }
 
     fn attach_request(&self, request: AttachRequest) -> Result<Device, Status> {
@@ -167,10 +259,7 @@ impl DeviceTable {
             None => return Err(Status::invalid_argument("listener: missing")),
         };
         let fds = match &request.device {
-            Some(DeviceConfig::Blk(blk)) => match &blk.image_fd {
-                Some(reference) => vec![self.take_one(reference, "blk.image_fd")?],
-                None => Vec::new(),
-            },
+            Some(DeviceConfig::Blk(blk)) => self.collect_blk(blk)?,
             Some(DeviceConfig::Net(net)) => net
                 .tap_fds
                 .iter()
@@ -186,6 +275,24 @@ impl DeviceTable {
             listener,
             fds,
         })
+    }
+
+    /// In the order that [`Parts::fds`] promises.
+    fn collect_blk(&self, blk: &BlkConfig) -> Result<Vec<OwnedFd>, Status> {
+        let backing = blk.backing.iter().enumerate().map(|(index, image)| {
+            let field = format!("blk.backing[{index}].image_fd");
+            (image.image_fd.as_ref(), field)
+        });
+        let tls = blk.nbd.as_ref().and_then(|nbd| nbd.tls_fd.as_ref());
+        [(blk.image_fd.as_ref(), "blk.image_fd".to_owned())]
+            .into_iter()
+            .chain(backing)
+            .chain([
+                (blk.key_fd.as_ref(), "blk.key_fd".to_owned()),
+                (tls, "blk.nbd.tls_fd".to_owned()),
+            ])
+            .filter_map(|(reference, field)| Some(self.take_one(reference?, &field)))
+            .collect()
     }
 
     fn take_one(&self, reference: &FdRef, field: &str) -> Result<OwnedFd, Status> {
@@ -256,7 +363,7 @@ impl DeviceTable {
             }
             (Ok(device), None) => {
                 drop(slots);
-                device.stop();
+                device.stop()?;
                 Err(Status::unavailable("the daemon is shutting down"))
             }
             (Err(status), _) => {
@@ -277,9 +384,14 @@ impl DeviceTable {
             slot.state = SlotState::Detaching(device.clone());
             device
         };
-        device.stop();
-        self.slots().remove(id);
-        Ok(())
+        let stopped = device.stop();
+        let mut slots = self.slots();
+        match (&stopped, slots.get_mut(id)) {
+            (Ok(()), _) => drop(slots.remove(id)),
+            (Err(_), Some(slot)) => slot.state = SlotState::Attached(device),
+            (Err(_), None) => {}
+        }
+        stopped
     }
 
     fn list(&self) -> Vec<Device> {
@@ -325,13 +437,15 @@ enum Reserved {
     SameAsBefore(Arc<dyn ServedDevice>),
 }
 
-/// Serves `table` on the bound `control` socket (and its metrics on `metrics`) until SIGTERM or
-/// SIGINT, then stops all devices. Starts its own runtime: call it once the process is confined.
+/// Serves `table`, and beside it `services` of the daemon's own, on the bound `control` socket (and
+/// its metrics on `metrics`) until SIGTERM or SIGINT, then stops all devices. Starts its own
+/// runtime: call it once the process is confined.
 ///
 /// # Errors
-/// When the sockets fail.
+/// When the sockets fail, or devices could not be drained.
 pub fn run(
     table: &Arc<DeviceTable>,
+    services: Services,
     control: Listener,
     metrics: Option<Listener>,
 ) -> Result<(), RunError> {
@@ -348,27 +462,30 @@ pub fn run(
             }));
         }
         let service = DeviceDaemonServer::new(Control(table.clone()));
-        serve::on(control, Services::new().with(service), serve::terminated()).await
+        serve::on(control, services.with(service), serve::terminated()).await
     });
-    table.stop_all();
-    Ok(served?)
+    let stopped = table.stop_all();
+    served?;
+    Ok(stopped?)
+}
+
+/// Answers a call with what `act` says, outside the async runtime.
+///
+/// # Errors
+/// What `act` says.
+pub async fn blocking<T: Send + 'static>(
+    table: &Arc<DeviceTable>,
+    act: impl FnOnce(&DeviceTable) -> Result<T, Status> + Send + 'static,
+) -> Result<Response<T>, Status> {
+    let table = table.clone();
+    tokio::task::spawn_blocking(move || act(&table))
+        .await
+        .unwrap_or_else(|error| Err(Status::internal(error.to_string())))
+        .map(Response::new)
 }
 
 /// The service; all it does is leave the async runtime.
 struct Control(Arc<DeviceTable>);
-
-impl Control {
-    async fn blocking<T: Send + 'static>(
-        &self,
-        act: impl FnOnce(&DeviceTable) -> Result<T, Status> + Send + 'static,
-    ) -> Result<Response<T>, Status> {
-        let table = self.0.clone();
-        tokio::task::spawn_blocking(move || act(&table))
-            .await
-            .unwrap_or_else(|error| Err(Status::internal(error.to_string())))
-            .map(Response::new)
-    }
-}
 
 #[tonic::async_trait]
 impl DeviceDaemon for Control {
@@ -380,15 +497,14 @@ impl DeviceDaemon for Control {
     }
 
     async fn attach(&self, request: Request<AttachRequest>) -> Result<Response<Device>, Status> {
-        self.blocking(|table| table.attach_request(request.into_inner()))
-            .await
+        blocking(&self.0, |table| table.attach_request(request.into_inner())).await
     }
 
     async fn detach(
         &self,
         request: Request<DetachRequest>,
     ) -> Result<Response<DetachResponse>, Status> {
-        self.blocking(move |table| {
+        blocking(&self.0, move |table| {
             let request = request.into_inner();
             validate::detach_request(&request)?;
             table.detach(&request.id)?;
@@ -471,6 +587,9 @@ pub enum RunError {
     /// See [`ServeError`].
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// See [`NotStopped`].
+    #[error(transparent)]
+    NotStopped(#[from] NotStopped),
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
-//! Resource names: `projects/{project}/vms/{vm}`, `projects/{project}/volumes/{volume}`,
-//! `hosts/{host}`, `operations/{operation}`.
+//! Resource names: `projects/{project}/vms/{vm}` and its `…/disks/{disk}`,
+//! `projects/{project}/volumes/{volume}`, `projects/{project}/uploads/{upload}`, `hosts/{host}`,
+//! `operations/{operation}`.
 
 use std::fmt;
 
@@ -39,6 +40,8 @@ pub struct Name {
 pub const VMS: &str = "vms";
 /// Collection of volumes.
 pub const VOLUMES: &str = "volumes";
+/// Collection of uploads.
+pub const UPLOADS: &str = "uploads";
 
 impl Name {
     /// A VM's name.
@@ -57,6 +60,37 @@ impl Name {
             collection: VOLUMES,
             id: id.to_owned(),
         }
+    }
+
+    /// An upload's name.
+    pub fn upload(project: &str, id: &str) -> Self {
+        Self {
+            project: project.to_owned(),
+            collection: UPLOADS,
+            id: id.to_owned(),
+        }
+    }
+
+    /// Parses an upload's name.
+    ///
+    /// # Errors
+    /// When `name` is not `projects/{project}/uploads/{upload}`.
+    pub fn parse_upload(name: &str) -> Result<Self, NameError> {
+        Self::parse(name, UPLOADS)
+    }
+
+    /// Parses the name of a VM's disk: the VM, and the disk's name in its spec.
+    ///
+    /// # Errors
+    /// When `name` is not `projects/{project}/vms/{vm}/disks/{disk}`.
+    pub fn parse_disk(name: &str) -> Result<(Self, String), NameError> {
+        name.rsplit_once("/disks/")
+            .filter(|(_, disk)| is_id(disk))
+            .and_then(|(vm, disk)| Some((Self::parse_vm(vm).ok()?, disk.to_owned())))
+            .ok_or_else(|| NameError {
+                name: name.to_owned(),
+                pattern: "projects/{project}/vms/{vm}/disks/{disk}",
+            })
     }
 
     /// Parses a VM's name.

@@ -4,11 +4,17 @@
 //! A function collects all violations; see [`crate::errors::Violations`]. Whether a file exists or
 //! a name is taken is not decided here.
 
+mod disk;
 mod fields;
 mod machine;
 
 use tonic::Status;
 
+pub use disk::{
+    MAX_BACKING_IMAGES, MAX_BITMAP_GRANULARITY, bitmap_request, create_bitmap_request,
+    disk_request, job_request, resize_request, set_limits_request, set_polling_request,
+    snapshot_request, start_backup_request, start_mirror_request,
+};
 use fields::*;
 use machine::{Machine, NicFields, VhostUserFields};
 
@@ -64,9 +70,7 @@ pub fn attach_request(request: &device::AttachRequest) -> Result<(), Status> {
     }
     match &request.device {
         Some(device::attach_request::Device::Blk(blk)) => {
-            token(&mut found, "blk.image_fd", blk.image_fd.as_ref());
-            serial(&mut found, "blk.serial", &blk.serial);
-            at_most(&mut found, "blk.num_queues", blk.num_queues, MAX_QUEUES);
+            disk::blk_config(&mut found, "blk", blk);
         }
         Some(device::attach_request::Device::Net(net)) => {
             let pairs = net.tap_fds.len();

@@ -1,18 +1,35 @@
 //! A daemon's devices as Prometheus metrics.
 
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use super::DeviceHistogram;
 use crate::device::Device;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Labels {
     daemon: String,
     device: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct OpLabels {
+    daemon: String,
+    device: String,
+    op: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct QueueLabels {
+    daemon: String,
+    device: String,
+    queue: u16,
+    op: &'static str,
 }
 
 /// A metric's name, its help text, and where it is found in a [`Device`] of the right kind.
@@ -63,6 +80,16 @@ const COUNTERS: &[Row] = &[
     ("blk_errors", "Requests completed with an error", |d| {
         Some(d.blk.as_ref()?.errors)
     }),
+    (
+        "blk_throttled_requests",
+        "Requests that waited for a rate limit",
+        |d| Some(d.blk.as_ref()?.throttled),
+    ),
+    (
+        "blk_slow_requests",
+        "Requests slower than the threshold of the log",
+        |d| Some(d.blk.as_ref()?.slow_requests),
+    ),
     ("net_rx_packets", "Packets delivered to the guest", |d| {
         Some(d.net.as_ref()?.rx_packets)
     }),
@@ -84,7 +111,12 @@ const COUNTERS: &[Row] = &[
 ];
 
 /// The counters of the devices themselves are the truth; a registry is built for each scrape.
-pub(super) fn render(daemon: &str, devices: &[Device]) -> String {
+/// `histograms` come with the ids of their devices.
+pub(super) fn render(
+    daemon: &str,
+    devices: &[Device],
+    histograms: Vec<(String, Vec<DeviceHistogram>)>,
+) -> String {
     let mut registry = Registry::with_prefix("mortise");
     for &(name, help, read) in GAUGES {
         let family = Family::<Labels, Gauge>::default();
@@ -102,6 +134,16 @@ pub(super) fn render(daemon: &str, devices: &[Device]) -> String {
         }
         registry.register(name, help, family);
     }
+    registry.register(
+        "blk_errors_by_op",
+        "Requests completed with an error, by their type",
+        errors_by_op(daemon, devices),
+    );
+    registry.register(
+        "blk_request_duration_seconds",
+        "From the ring to the ring",
+        Durations::new(daemon, histograms),
+    );
     let mut text = String::new();
     encode(&mut text, &registry).expect("writing to a String cannot fail");
     text
@@ -119,4 +161,67 @@ fn rows<'a>(
         };
         Some((labels, read(device)?))
     })
+}
+
+fn errors_by_op(daemon: &str, devices: &[Device]) -> Family<OpLabels, Counter> {
+    let family = Family::<OpLabels, Counter>::default();
+    for device in devices {
+        let by_op = device.blk.iter().flat_map(|blk| &blk.errors_by_op);
+        for (op, &errors) in by_op {
+            let labels = OpLabels {
+                daemon: daemon.to_owned(),
+                device: device.id.clone(),
+                op: op.clone(),
+            };
+            family.get_or_create(&labels).inc_by(errors);
+        }
+    }
+    family
+}
+
+/// Histograms whose buckets were counted elsewhere; the client library's own can only be fed value
+/// by value.
+#[derive(Debug)]
+struct Durations(Vec<(QueueLabels, DeviceHistogram)>);
+
+impl Durations {
+    fn new(daemon: &str, of_devices: Vec<(String, Vec<DeviceHistogram>)>) -> Self {
+        let labelled = of_devices.into_iter().flat_map(|(device, histograms)| {
+            histograms.into_iter().map(move |histogram| {
+                let labels = QueueLabels {
+                    daemon: daemon.to_owned(),
+                    device: device.clone(),
+                    queue: histogram.queue,
+                    op: histogram.op,
+                };
+                (labels, histogram)
+            })
+        });
+        Self(labelled.collect())
+    }
+}
+
+impl EncodeMetric for Durations {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+        for (labels, histogram) in &self.0 {
+            let count = histogram.buckets.iter().map(|(_, count)| count).sum();
+            encoder
+                .encode_family(labels)?
+                .encode_histogram::<NoLabelSet>(
+                    histogram.sum_seconds,
+                    count,
+                    &histogram.buckets,
+                    None,
+                )?;
+        }
+        Ok(())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -25,6 +25,8 @@ struct Counts {
 struct Dummy {
     counts: Arc<Counts>,
     num_fds: usize,
+    /// Can not be stopped at the first attempt.
+    is_stubborn: AtomicBool,
     _listener: UnixListener,
 }
 
@@ -41,8 +43,12 @@ impl ServedDevice for Dummy {
             ..Device::default()
         }
     }
-    fn stop(&self) {
+    fn stop(&self) -> Result<(), Status> {
         self.counts.stopped.fetch_add(1, Ordering::SeqCst);
+        if self.is_stubborn.swap(false, Ordering::SeqCst) {
+            return Err(Status::deadline_exceeded("not drained"));
+        }
+        Ok(())
     }
 }
 
@@ -68,6 +74,7 @@ async fn daemon() -> Daemon {
             Ok(Arc::new(Dummy {
                 counts: counts.clone(),
                 num_fds: parts.fds.len(),
+                is_stubborn: AtomicBool::new(parts.request.id.starts_with("stubborn")),
                 _listener: parts.listener,
             }) as Arc<dyn ServedDevice>)
         }
@@ -210,7 +217,52 @@ async fn stop_all_stops_each_device_once() {
         daemon.send_parts().await;
         daemon.client.attach(request(id)).await.unwrap();
     }
-    daemon.table.stop_all();
+    daemon.table.stop_all().unwrap();
     assert_eq!(daemon.counts.stopped.load(Ordering::SeqCst), 2);
     assert!(daemon.table.list().is_empty());
+}
+
+#[tokio::test]
+async fn device_that_can_not_be_drained_is_not_detached_with_success() {
+    let mut daemon = daemon().await;
+    daemon.send_parts().await;
+    daemon.client.attach(request("stubborn")).await.unwrap();
+    let detach = || DetachRequest {
+        id: "stubborn".into(),
+    };
+    let error = daemon.client.detach(detach()).await.unwrap_err();
+    assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
+    assert_eq!(daemon.table.list().len(), 1, "it can be looked at");
+    daemon.client.detach(detach()).await.unwrap();
+    assert!(daemon.table.list().is_empty());
+}
+
+#[tokio::test]
+async fn shutdown_says_which_device_could_not_be_drained() {
+    let mut daemon = daemon().await;
+    for id in ["fine", "stubborn"] {
+        daemon.send_parts().await;
+        daemon.client.attach(request(id)).await.unwrap();
+    }
+    let error = daemon.table.stop_all().unwrap_err().to_string();
+    assert!(
+        error.contains("stubborn") && !error.contains("fine"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn services_of_the_daemon_find_their_devices_by_type() {
+    let mut daemon = daemon().await;
+    daemon.send_parts().await;
+    daemon.client.attach(request("net0")).await.unwrap();
+    let found: Arc<Dummy> = daemon.table.attached("net0").unwrap();
+    assert_eq!(found.num_fds, 1);
+    let none = daemon
+        .table
+        .attached::<Dummy>("net1")
+        .map(drop)
+        .unwrap_err();
+    assert_eq!(none.code(), Code::NotFound);
+    assert_eq!(daemon.table.all_attached::<Dummy>().len(), 1);
 }

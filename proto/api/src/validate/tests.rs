@@ -266,3 +266,90 @@ fn names_are_parsed_once_and_errors_name_the_field() {
     assert_eq!(page_size(0), 100);
     assert_eq!(page_size(5000), 1000);
 }
+
+#[test]
+fn every_part_of_a_disk_is_checked() {
+    let with = |change: fn(&mut device::BlkConfig)| {
+        let mut request = attach_blk();
+        let Some(device::attach_request::Device::Blk(blk)) = &mut request.device else {
+            unreachable!("a disk");
+        };
+        change(blk);
+        fields(attach_request(&request))
+    };
+    assert_eq!(with(|blk| blk.format = "vmdk".into()), ["blk.format"]);
+    assert_eq!(with(|blk| blk.block_size = 1024), ["blk.block_size"]);
+    assert_eq!(with(|blk| blk.polling = 9), ["blk.polling"]);
+    assert_eq!(with(|blk| blk.cpus = vec![0, 9999]), ["blk.cpus[1]"]);
+    assert_eq!(
+        with(|blk| blk.backing = vec![device::BackingImage::default()]),
+        ["blk.backing", "blk.backing[0].image_fd.token"]
+    );
+    assert_eq!(
+        with(|blk| {
+            blk.limits = Some(device::RateLimits {
+                read: Some(device::RateLimit {
+                    burst_ios: 5,
+                    ..Default::default()
+                }),
+                write: None,
+            });
+        }),
+        ["blk.limits.read.burst_ios"]
+    );
+    assert_eq!(
+        with(|blk| blk.nbd = Some(device::NbdSource::default())),
+        ["blk.nbd.address", "blk.image_fd"]
+    );
+}
+
+#[test]
+fn calls_on_a_served_disk_are_checked() {
+    let resize = |capacity_bytes| {
+        resize_request(&device::ResizeRequest {
+            id: "d".into(),
+            capacity_bytes,
+        })
+    };
+    resize(4096).unwrap();
+    for wrong in [0, 1000, u64::MAX] {
+        assert!(!fields(resize(wrong)).is_empty(), "{wrong}");
+    }
+    let bitmap = |granularity_bytes| {
+        create_bitmap_request(&device::CreateBitmapRequest {
+            id: "d".into(),
+            bitmap: "b".into(),
+            granularity_bytes,
+        })
+    };
+    bitmap(0).unwrap();
+    bitmap(4096).unwrap();
+    for wrong in [512, 5000, 1 << 31] {
+        assert_eq!(fields(bitmap(wrong)), ["granularity_bytes"], "{wrong}");
+    }
+    assert_eq!(fields(job_request("d", "")), ["job_id"]);
+    let mirror = device::StartMirrorRequest {
+        id: "d".into(),
+        job_id: "j".into(),
+        ..Default::default()
+    };
+    assert_eq!(fields(start_mirror_request(&mirror)), ["target"]);
+    let backup = device::StartBackupRequest {
+        id: "d".into(),
+        job_id: "j".into(),
+        target: Some(device::Target {
+            image_fd: Some(device::FdRef { token: "t".into() }),
+            format: "raw".into(),
+            ..Default::default()
+        }),
+        bitmap: "b".into(),
+        new_bitmap: "b".into(),
+        ..Default::default()
+    };
+    assert_eq!(fields(start_backup_request(&backup)), ["new_bitmap"]);
+    let limits = device::SetLimitsRequest {
+        id: "d".into(),
+        limits: None,
+    };
+    assert_eq!(fields(set_limits_request(&limits)), ["limits"]);
+}
