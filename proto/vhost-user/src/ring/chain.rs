@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use super::fault::ChainFault;
 use crate::memory::MemoryTable;
 
 /// Chains up to this many segments need no allocation.
@@ -56,7 +57,7 @@ impl Segment {
     }
 
     /// This segment without its first `skip` bytes and at most `len` long; None when empty.
-    fn slice(&self, skip: usize, len: usize) -> Option<Segment> {
+    pub(super) fn slice(&self, skip: usize, len: usize) -> Option<Segment> {
         let len = len.min(self.len().checked_sub(skip)?);
         // SAFETY: `skip` is at most the segment's length, so the result stays inside it.
         let host = unsafe { NonNull::new_unchecked(self.as_ptr().add(skip)) };
@@ -72,6 +73,10 @@ impl fmt::Debug for Segment {
 
 /// A descriptor chain: first the bytes the device reads, then those it writes.
 ///
+/// A chain that the driver broke (see [`DescChain::fault`]) has nothing to read, and no more to
+/// write than the last writable byte: a handler that answers requests which are too short answers
+/// these as well.
+///
 /// Dropping a chain without completing it leaves it in flight: the driver waits for it, and the
 /// next session resubmits it.
 #[derive(Debug)]
@@ -82,6 +87,9 @@ pub struct DescChain {
     pub(super) writable_from: u32,
     pub(super) readable_len_bytes: u32,
     pub(super) writable_len_bytes: u32,
+    /// No more was written from the first writable byte on.
+    pub(super) written_limit_bytes: u32,
+    pub(super) fault: Option<Box<ChainFault>>,
     pub(super) segments: SegmentVec,
     /// Keeps the segments mapped, whatever becomes of ring and session.
     pub(super) memory: Arc<PinnedMemory>,
@@ -98,6 +106,11 @@ impl DescChain {
     /// Index of the chain's first descriptor; identifies the chain while it is in flight.
     pub fn head(&self) -> u16 {
         self.head
+    }
+
+    /// What is wrong with the chain, if anything is. The ring says so in the log.
+    pub fn fault(&self) -> Option<&ChainFault> {
+        self.fault.as_deref()
     }
 
     /// What the driver wrote for the device.

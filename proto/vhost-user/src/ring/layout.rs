@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
-use super::{MAX_RING_SIZE, RingError};
+use super::walk::{Buffer, Walk};
+use super::{ChainFault, MAX_RING_SIZE, RingError};
 use crate::memory::MemoryTable;
 
 /// Where a ring's areas are, in the frontend's addresses (SET_VRING_ADDR).
@@ -45,16 +46,12 @@ impl Desc {
         unsafe { std::mem::transmute::<[u8; 16], Desc>(bytes) }
     }
 
-    pub(super) fn gpa(&self) -> u64 {
-        u64::from_le(self.gpa)
-    }
-
-    pub(super) fn len_bytes(&self) -> u32 {
-        u32::from_le(self.len_bytes)
-    }
-
-    pub(super) fn is_writable(&self) -> bool {
-        self.has(VRING_DESC_F_WRITE)
+    pub(super) fn buffer(&self) -> Buffer {
+        Buffer {
+            gpa: u64::from_le(self.gpa),
+            len_bytes: u32::from_le(self.len_bytes),
+            is_writable: self.has(VRING_DESC_F_WRITE),
+        }
     }
 
     pub(super) fn is_indirect(&self) -> bool {
@@ -124,6 +121,35 @@ impl RingAreas {
         assert!(index < self.size);
         // SAFETY: in bounds by the check above; aligned and mapped since `resolve`.
         unsafe { self.desc.add(usize::from(index)).read_volatile() }
+    }
+
+    /// Follows the chain at `head`, which must be below the size.
+    #[inline]
+    pub(super) fn walk(&self, head: u16, indirect_desc: bool, walk: &mut Walk<'_>) {
+        let mut index = head;
+        for _ in 0..self.size {
+            let desc = self.desc(index);
+            if desc.is_indirect() {
+                let reason = match (indirect_desc, desc.next()) {
+                    (true, None) => {
+                        let follow = |desc: &Desc, _| desc.next().map(u32::from);
+                        return walk.indirect(desc.buffer(), follow);
+                    }
+                    (true, Some(_)) => "descriptor is both indirect and chained",
+                    (false, _) => "indirect descriptor, but the feature was not negotiated",
+                };
+                return walk.cut(ChainFault::BadIndirect { reason });
+            }
+            walk.add(desc.buffer());
+            let Some(next) = desc.next() else {
+                return;
+            };
+            if next >= self.size {
+                return walk.cut(ChainFault::BadNext { next });
+            }
+            index = next;
+        }
+        walk.cut(ChainFault::Loop);
     }
 
     #[inline]

@@ -15,6 +15,7 @@
 
 mod chain;
 mod error;
+mod fault;
 mod layout;
 mod walk;
 
@@ -26,14 +27,16 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::eventfd::Doorbell;
 use crate::inflight::QueueInflight;
+use crate::log_limit::LogLimit;
 use crate::memory::MemoryTable;
 pub use chain::{DescChain, MemoryPin, Segment, SegmentRange};
 use chain::{PinnedMemory, SegmentVec};
 pub use error::RingError;
+pub use fault::ChainFault;
 pub use layout::RingAddresses;
 use layout::RingAreas;
 pub use walk::MAX_INDIRECT_DESCS;
-use walk::Walk;
+use walk::{Buffers, Walk};
 
 /// Largest split ring (Virtio 1.2 section 2.7).
 pub const MAX_RING_SIZE: u16 = 32768;
@@ -115,6 +118,7 @@ pub struct Ring {
     /// Storage of long chains, to be used again.
     spare: Vec<SegmentVec>,
     completed_total: u64,
+    complaints: LogLimit,
 }
 
 impl Ring {
@@ -181,6 +185,7 @@ impl Ring {
             resubmit,
             spare: Vec::new(),
             completed_total: 0,
+            complaints: LogLimit::default(),
         })
     }
 
@@ -197,6 +202,7 @@ impl Ring {
     }
 
     /// Takes the next request. Requests that a dead predecessor left come first, in their order.
+    /// One that the driver broke is yielded like any other: see [`DescChain::fault`].
     ///
     /// # Errors
     /// [`RingError`] when the driver broke the ring; nothing is taken then.
@@ -234,7 +240,7 @@ impl Ring {
         self.areas.write_used(
             self.used_next,
             head,
-            written_bytes.min(chain.writable_len_bytes),
+            written_bytes.min(chain.written_limit_bytes),
         );
         self.used_next = self.used_next.wrapping_add(1);
         if let Some(inflight) = &mut self.inflight {
@@ -482,32 +488,40 @@ impl Ring {
         if self.outstanding[word] & bit != 0 {
             return Err(RingError::HeadInFlight { head });
         }
-        let mut walk = Walk {
-            head,
-            table: &self.memory.table,
-            region_hint: &mut self.region_hint,
-            segments: self.spare.pop().unwrap_or_default(),
-            writable_from: None,
-            len_bytes: [0; 2],
-            borders: 0,
-        };
-        walk.direct(&self.areas, self.indirect_desc)?;
-        let Walk {
+        let storage = self.spare.pop().unwrap_or_default();
+        let mut walk = Walk::new(&self.memory.table, &mut self.region_hint, storage);
+        self.areas.walk(head, self.indirect_desc, &mut walk);
+        let Buffers {
             segments,
             writable_from,
             len_bytes: [readable_len_bytes, writable_len_bytes],
-            ..
-        } = walk;
+            written_limit_bytes,
+            fault,
+        } = walk.finish();
+        if let Some(fault) = &fault {
+            self.complain(head, fault);
+        }
         self.outstanding[word] |= bit;
         self.outstanding_count += 1;
         Ok(DescChain {
             head,
-            writable_from: writable_from.unwrap_or(segments.len() as u32),
+            writable_from,
             readable_len_bytes,
             writable_len_bytes,
+            written_limit_bytes,
+            fault,
             segments,
             memory: Arc::clone(&self.memory),
         })
+    }
+
+    /// The driver can break any number of requests; the log need not hear of each.
+    #[cold]
+    fn complain(&mut self, head: u16, fault: &ChainFault) {
+        if let Some(withheld) = self.complaints.admit() {
+            let queue = self.index;
+            tracing::warn!(queue, head, %fault, withheld, "broken request, answered as such");
+        }
     }
 
     /// Virtio 1.2 sections 2.7.7 and 2.7.10.

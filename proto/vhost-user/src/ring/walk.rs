@@ -1,128 +1,233 @@
-//! From a head to buffers: follows a descriptor chain, through an indirect table if there is one,
-//! checks it, and resolves its buffers in the memory table.
+//! From descriptors to buffers: takes what a chain's descriptors say one after the other, checks
+//! it, and resolves the buffers in the memory table.
+//!
+//! A chain that is broken is walked on to its end where it has one, because its last writable byte
+//! is where a driver looks for the answer.
 
-use super::RingError;
 use super::chain::{Segment, SegmentVec};
-use super::layout::{Desc, RingAreas};
+use super::fault::ChainFault;
+use super::layout::Desc;
 use crate::memory::{MAX_REGIONS, MemoryTable};
 
 /// Entries of an indirect table at most. Linux makes indirect chains longer than a small ring, so
 /// the bound is not the ring's size but IOV_MAX, what the kernel takes in one call.
 pub const MAX_INDIRECT_DESCS: u32 = 1024;
 
-/// The walk along one chain.
-pub(super) struct Walk<'a> {
-    pub(super) head: u16,
-    pub(super) table: &'a MemoryTable,
-    pub(super) region_hint: &'a mut usize,
-    pub(super) segments: SegmentVec,
-    /// Index of the first writable segment, once a writable descriptor was seen.
-    pub(super) writable_from: Option<u32>,
-    /// Readable and writable bytes.
-    pub(super) len_bytes: [u32; 2],
-    /// Borders between memory regions that the buffers cross.
-    pub(super) borders: usize,
+/// What a descriptor says of a buffer.
+#[derive(Clone, Copy)]
+pub(super) struct Buffer {
+    pub(super) gpa: u64,
+    pub(super) len_bytes: u32,
+    pub(super) is_writable: bool,
 }
 
-impl Walk<'_> {
-    pub(super) fn direct(
-        &mut self,
-        areas: &RingAreas,
-        indirect_desc: bool,
-    ) -> Result<(), RingError> {
-        let head = self.head;
-        let mut index = head;
-        for _ in 0..areas.size() {
-            let desc = areas.desc(index);
-            if desc.is_indirect() {
-                let reason = "indirect descriptor, but the feature was not negotiated";
-                return match indirect_desc {
-                    true => self.indirect(&desc),
-                    false => Err(RingError::BadIndirect { head, reason }),
-                };
-            }
-            self.add(&desc)?;
-            let Some(next) = desc.next() else {
-                return Ok(());
-            };
-            if next >= areas.size() {
-                return Err(RingError::BadNext { head, next });
-            }
-            index = next;
+/// The walk along one chain.
+pub(super) struct Walk<'a> {
+    table: &'a MemoryTable,
+    region_hint: &'a mut usize,
+    segments: SegmentVec,
+    /// Index of the first writable segment, once a writable descriptor was seen.
+    writable_from: Option<u32>,
+    /// Readable and writable bytes.
+    len_bytes: [u32; 2],
+    /// Borders between memory regions that the buffers cross.
+    borders: usize,
+    broken: Option<Broken>,
+}
+
+/// What is known of a chain that is broken.
+struct Broken {
+    fault: ChainFault,
+    /// The last writable byte so far, if it is in guest memory.
+    status: Option<Segment>,
+    /// Writable bytes so far.
+    writable_bytes: u64,
+}
+
+/// A chain's buffers.
+pub(super) struct Buffers {
+    pub(super) segments: SegmentVec,
+    /// Index of the first writable segment.
+    pub(super) writable_from: u32,
+    /// Readable and writable bytes.
+    pub(super) len_bytes: [u32; 2],
+    /// Bytes that can be written from the first writable one on.
+    pub(super) written_limit_bytes: u32,
+    pub(super) fault: Option<Box<ChainFault>>,
+}
+
+impl<'a> Walk<'a> {
+    /// `segments` is empty storage.
+    pub(super) fn new(
+        table: &'a MemoryTable,
+        region_hint: &'a mut usize,
+        segments: SegmentVec,
+    ) -> Walk<'a> {
+        Walk {
+            table,
+            region_hint,
+            segments,
+            writable_from: None,
+            len_bytes: [0; 2],
+            borders: 0,
+            broken: None,
         }
-        Err(RingError::Loop { head })
     }
 
-    fn indirect(&mut self, table: &Desc) -> Result<(), RingError> {
-        let head = self.head;
-        let bad = |reason| Err(RingError::BadIndirect { head, reason });
-        let count = table.len_bytes() / Desc::SIZE_BYTES;
-        if table.next().is_some() {
-            return bad("descriptor is both indirect and chained");
+    /// The chain's next buffer.
+    #[inline]
+    pub(super) fn add(&mut self, buffer: Buffer) {
+        if self.broken.is_some() {
+            return self.look_for_status(buffer);
         }
-        if !table.len_bytes().is_multiple_of(Desc::SIZE_BYTES)
+        let sound = self.segments.len();
+        if let Err(fault) = self.try_add(buffer) {
+            self.segments.truncate(sound);
+            self.spoil(fault);
+            self.look_for_status(buffer);
+        }
+    }
+
+    /// The chain is broken here, and has no end that could be found.
+    #[cold]
+    pub(super) fn cut(&mut self, fault: ChainFault) {
+        self.spoil(fault);
+        if let Some(broken) = &mut self.broken {
+            broken.status = None;
+        }
+    }
+
+    /// The table that an indirect descriptor names, entry by entry. `follow` says which entry comes
+    /// after the one at an index; None ends the chain.
+    pub(super) fn indirect(&mut self, table: Buffer, follow: impl Fn(&Desc, u32) -> Option<u32>) {
+        let count = table.len_bytes / Desc::SIZE_BYTES;
+        if !table.len_bytes.is_multiple_of(Desc::SIZE_BYTES)
             || count == 0
             || count > MAX_INDIRECT_DESCS
         {
-            return bad("indirect table is empty, too long or not a multiple of 16 bytes");
+            return self.cut(ChainFault::BadIndirect {
+                reason: "indirect table is empty, too long or not a multiple of 16 bytes",
+            });
         }
         let mut index = 0;
         for _ in 0..count {
-            let desc = self.read_indirect(table.gpa(), index)?;
-            if desc.is_indirect() {
-                return bad("indirect descriptor inside an indirect table");
-            }
-            self.add(&desc)?;
-            let Some(next) = desc.next() else {
-                return Ok(());
+            let desc = match self.read_indirect(table.gpa, index) {
+                Ok(desc) => desc,
+                Err(fault) => return self.cut(fault),
             };
-            if u32::from(next) >= count {
-                return Err(RingError::BadNext { head, next });
+            if desc.is_indirect() {
+                return self.cut(ChainFault::BadIndirect {
+                    reason: "indirect descriptor inside an indirect table",
+                });
             }
-            index = u32::from(next);
+            self.add(desc.buffer());
+            let Some(next) = follow(&desc, index) else {
+                return;
+            };
+            if next >= count {
+                let next = next as u16;
+                return self.cut(ChainFault::BadNext { next });
+            }
+            index = next;
         }
-        Err(RingError::Loop { head })
+        self.cut(ChainFault::Loop);
     }
 
-    /// Copies one entry of an indirect table; the table may span regions, an entry may not.
-    fn read_indirect(&mut self, table_gpa: u64, index: u32) -> Result<Desc, RingError> {
-        let len_bytes = Desc::SIZE_BYTES;
-        let gpa = table_gpa.wrapping_add(u64::from(index * len_bytes));
-        let bad = RingError::BadAddress {
-            head: self.head,
-            gpa,
-            len_bytes,
-        };
-        match self.table.translate(gpa, self.region_hint) {
-            Some((host, following)) if following >= u64::from(len_bytes) => {
-                // SAFETY: `translate` says that 16 bytes follow in the mapping, which `table`
-                // holds.
-                Ok(unsafe { Desc::read_unaligned(host) })
-            }
-            _ => Err(bad),
+    /// All buffers were added, or the chain was cut.
+    #[inline]
+    pub(super) fn finish(self) -> Buffers {
+        if self.broken.is_some() {
+            return self.salvage();
         }
+        Buffers {
+            writable_from: self.writable_from.unwrap_or(self.segments.len() as u32),
+            segments: self.segments,
+            len_bytes: self.len_bytes,
+            written_limit_bytes: self.len_bytes[1],
+            fault: None,
+        }
+    }
+
+    /// Of a broken chain nothing is left but the place of the answer.
+    #[cold]
+    fn salvage(mut self) -> Buffers {
+        self.segments.clear();
+        let broken = self.broken.expect("only broken chains are salvaged");
+        self.segments.extend(broken.status);
+        let status_bytes = self.segments.len() as u32;
+        let is_first_byte = broken.writable_bytes == 1;
+        Buffers {
+            segments: self.segments,
+            writable_from: 0,
+            len_bytes: [0, status_bytes],
+            written_limit_bytes: if is_first_byte { status_bytes } else { 0 },
+            fault: Some(Box::new(broken.fault)),
+        }
+    }
+
+    /// The first fault is what counts; the buffers so far are sound.
+    #[cold]
+    fn spoil(&mut self, fault: ChainFault) {
+        if self.broken.is_some() {
+            return;
+        }
+        let writable = self.writable_from.unwrap_or(u32::MAX) as usize;
+        let last = self
+            .segments
+            .last()
+            .filter(|_| writable < self.segments.len());
+        self.broken = Some(Broken {
+            fault,
+            status: last.and_then(|last| last.slice(last.len() - 1, 1)),
+            writable_bytes: self.segments[writable.min(self.segments.len())..]
+                .iter()
+                .map(|segment| segment.len() as u64)
+                .sum(),
+        });
+    }
+
+    /// The status byte of a broken chain is the last byte of its last writable buffer, or cannot
+    /// be written.
+    #[cold]
+    fn look_for_status(&mut self, buffer: Buffer) {
+        let Some(broken) = &mut self.broken else {
+            return;
+        };
+        if !buffer.is_writable || buffer.len_bytes == 0 {
+            return;
+        }
+        let last_gpa = buffer.gpa.checked_add(u64::from(buffer.len_bytes) - 1);
+        let found = last_gpa.and_then(|gpa| self.table.translate(gpa, self.region_hint));
+        broken.status = found.map(|(host, _)| Segment::new(host, 1));
+        broken.writable_bytes += u64::from(buffer.len_bytes);
     }
 
     /// Adds a buffer, split where it crosses from one region into the next.
     #[inline]
-    fn add(&mut self, desc: &Desc) -> Result<(), RingError> {
-        let head = self.head;
-        let direction = usize::from(desc.is_writable());
-        match (desc.is_writable(), self.writable_from) {
+    fn try_add(&mut self, buffer: Buffer) -> Result<(), ChainFault> {
+        let Buffer {
+            mut gpa,
+            len_bytes,
+            is_writable,
+        } = buffer;
+        match (is_writable, self.writable_from) {
             (true, None) => self.writable_from = Some(self.segments.len() as u32),
-            (false, Some(_)) => return Err(RingError::ReadableAfterWritable { head }),
+            (false, Some(_)) => return Err(ChainFault::ReadableAfterWritable),
             _ => {}
         }
-        self.len_bytes[direction] = self.len_bytes[direction]
-            .checked_add(desc.len_bytes())
-            .ok_or(RingError::TooManyBytes { head })?;
-        let (mut gpa, mut left) = (desc.gpa(), u64::from(desc.len_bytes()));
+        if len_bytes == 0 {
+            return Err(ChainFault::EmptyBuffer);
+        }
+        let total = &mut self.len_bytes[usize::from(is_writable)];
+        *total = total
+            .checked_add(len_bytes)
+            .ok_or(ChainFault::TooManyBytes)?;
+        let mut left = u64::from(len_bytes);
         while left > 0 {
             let Some((host, following)) = self.table.translate(gpa, self.region_hint) else {
-                return Err(RingError::BadAddress {
-                    head,
-                    gpa: desc.gpa(),
-                    len_bytes: desc.len_bytes(),
+                return Err(ChainFault::BadAddress {
+                    gpa: buffer.gpa,
+                    len_bytes,
                 });
             };
             let len = left.min(following);
@@ -135,10 +240,24 @@ impl Walk<'_> {
                 // million segments of one chain.
                 self.borders += 1;
                 if self.borders > MAX_REGIONS {
-                    return Err(RingError::TooScattered { head });
+                    return Err(ChainFault::TooScattered);
                 }
             }
         }
         Ok(())
+    }
+
+    /// Copies one entry of an indirect table; the table may span regions, an entry may not.
+    fn read_indirect(&mut self, table_gpa: u64, index: u32) -> Result<Desc, ChainFault> {
+        let len_bytes = Desc::SIZE_BYTES;
+        let gpa = table_gpa.wrapping_add(u64::from(index * len_bytes));
+        match self.table.translate(gpa, self.region_hint) {
+            Some((host, following)) if following >= u64::from(len_bytes) => {
+                // SAFETY: `translate` says that 16 bytes follow in the mapping, which `table`
+                // holds.
+                Ok(unsafe { Desc::read_unaligned(host) })
+            }
+            _ => Err(ChainFault::BadAddress { gpa, len_bytes }),
+        }
     }
 }
