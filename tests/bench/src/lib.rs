@@ -1,0 +1,11 @@
+//! Load that benches put on disks: one thread that keeps a number of requests in flight for a
+//! while, either through a vhost-user daemon ([`vhost_user`]) or on the file itself ([`uring`]).
+//!
+//! Both run the same [`load::Load`] and are measured by the same [`meter::Meter`], so that their
+//! figures can be divided by one another.
+
+pub mod buffer;
+pub mod load;
+pub mod meter;
+pub mod uring;
+pub mod vhost_user;
