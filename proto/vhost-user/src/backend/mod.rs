@@ -4,6 +4,7 @@
 //! queues does); [`Server`] owns the listening socket and serves sessions one after another.
 
 mod connection;
+mod poller;
 mod server;
 mod session;
 mod socket;
@@ -14,6 +15,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use crate::ring::{Ring, RingError};
+pub use poller::Polling;
 pub use server::{Server, Status, StopError};
 pub use socket::{BindError, bind, listener_from_fd};
 
@@ -86,6 +88,21 @@ pub trait QueueHandler {
     /// A ring error means the driver broke the ring: the worker stops it and signals the
     /// error eventfd. The daemon and its other rings go on.
     fn process(&mut self, ring: &mut Ring, wake: Wake) -> Result<(), RingError>;
+    /// Whether the worker looks for work by itself before it sleeps; asked each time. While it
+    /// finds some, event descriptors are not looked at: `process` then runs for `Wake::Kick`.
+    fn polling(&self) -> Polling {
+        Polling::Never
+    }
+    /// Whether `process` has something to do that the ring does not show. Asked in a tight loop
+    /// while the worker looks for work: it makes no system call.
+    fn has_events(&mut self) -> bool {
+        false
+    }
+    /// The worker is about to sleep: whatever happens from now on must make an event descriptor
+    /// readable. True when something happened already; then `process` runs instead.
+    fn prepare_sleep(&mut self) -> bool {
+        false
+    }
     /// Completes what is in flight before the ring stops, until `deadline` at most. The ring
     /// yields no new chains. Returns how many requests are still in flight.
     ///

@@ -22,7 +22,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, s
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::{Device, QueueHandler, Wake};
+use super::poller::{Look, Poller};
+use super::{Device, Polling, QueueHandler, Wake};
 use crate::eventfd::{Doorbell, EventFd};
 use crate::memory::MemoryTable;
 use crate::ring::{Intake, Ring, RingError, RingState};
@@ -84,6 +85,8 @@ pub(super) enum WorkerError {
 pub(super) struct Worker {
     index: u16,
     commands: Sender<Command>,
+    /// There are commands; for a worker that does not sleep.
+    has_commands: Arc<AtomicBool>,
     wake: EventFd,
     thread: Option<JoinHandle<()>>,
 }
@@ -109,6 +112,7 @@ impl Worker {
         stats: Arc<QueueStats>,
     ) -> io::Result<Worker> {
         let (commands, inbox) = channel();
+        let has_commands = Arc::new(AtomicBool::new(false));
         let wake = EventFd::new()?;
         let index = ring.index();
         let serving = Serving {
@@ -117,7 +121,9 @@ impl Worker {
             kick: Some(kick),
             err,
             wake: wake.try_clone()?,
+            has_commands: Arc::clone(&has_commands),
             inbox,
+            poller: Poller::default(),
             stats,
             is_broken: false,
             events_polled: true,
@@ -131,6 +137,7 @@ impl Worker {
         Ok(Worker {
             index,
             commands,
+            has_commands,
             wake,
             thread: Some(thread),
         })
@@ -201,6 +208,7 @@ impl Worker {
     /// A worker that is gone is noticed by the missing answer, or at the session's end.
     fn send(&self, command: Command) {
         let _ = self.commands.send(command);
+        self.has_commands.store(true, Ordering::Release);
         self.wake.ring();
     }
 }
@@ -246,7 +254,9 @@ struct Serving {
     kick: Option<EventFd>,
     err: Option<Doorbell>,
     wake: EventFd,
+    has_commands: Arc<AtomicBool>,
     inbox: Receiver<Command>,
+    poller: Poller,
     stats: Arc<QueueStats>,
     /// The ring takes no more requests, whatever the frontend enables.
     is_broken: bool,
@@ -338,28 +348,48 @@ impl Serving {
             } else {
                 again = false;
             }
-            self.fill_poll_set(&mut polls, handler.as_deref(), &event_fds);
-            poll(&mut polls, again);
-            if polls[POLL_WAKE].revents != 0 {
+            let idle_since = (!again).then(Instant::now);
+            let found = match (&idle_since, &mut *handler) {
+                (Some(idle_since), Some(handler)) => self.look(handler.as_mut(), *idle_since),
+                _ => false,
+            };
+            if !again
+                && !found
+                && let Some(handler) = handler
+            {
+                again = self.prepare_sleep(handler.as_mut());
+            }
+            let has_commands = self.has_commands.swap(false, Ordering::AcqRel);
+            polls.clear();
+            if !found {
+                self.fill_poll_set(&mut polls, handler.as_deref(), &event_fds);
+                poll(&mut polls, again || has_commands);
+            }
+            again |= found;
+            if let Some(idle_since) = idle_since {
+                self.poller.note_gap(idle_since, Instant::now());
+            }
+            if has_commands || polls.get(POLL_WAKE).is_some_and(is_readable) {
                 match self.obey() {
                     Some(Command::Stop { deadline, answer }) => return (deadline, answer),
                     _ => again = true,
                 }
             }
-            if polls[POLL_KICK].revents != 0 {
+            if polls.get(POLL_KICK).is_some_and(is_readable) {
                 again = true;
                 self.take_kick();
             }
             let Some(handler) = handler else { continue };
-            for (index, event) in polls[POLL_EVENTS..].iter().enumerate() {
-                if event.revents != 0 {
+            for (index, event) in polls.iter().skip(POLL_EVENTS).enumerate() {
+                if is_readable(event) {
                     again |= self.serve(handler.as_mut(), Wake::Event(index));
                 }
             }
         }
     }
 
-    /// Lets the handler work until the driver has nothing new; true when it still may have.
+    /// Lets the handler work until the driver has nothing new; true when it still may have. The
+    /// driver does not kick from now on.
     fn serve(&mut self, handler: &mut dyn QueueHandler, wake: Wake) -> bool {
         let result = self.try_serve(handler, wake);
         self.report();
@@ -375,15 +405,46 @@ impl Serving {
         handler.process(&mut self.ring, wake)?;
         self.ring.notify();
         for _ in 0..BUSY_ROUNDS {
-            if !self.ring.enable_notification()? {
+            if !self.ring.has_new()? {
                 return Ok(false);
             }
-            self.ring.disable_notification();
             handler.process(&mut self.ring, Wake::Kick)?;
             self.ring.notify();
         }
-        self.ring.enable_notification()?;
         Ok(true)
+    }
+
+    /// Looks for work for a while, if that may pay; true when there is some.
+    fn look(&mut self, handler: &mut dyn QueueHandler, idle_since: Instant) -> bool {
+        let polling = handler.polling();
+        if polling == Polling::Never || self.is_broken {
+            return false;
+        }
+        let Serving {
+            ring,
+            has_commands,
+            poller,
+            ..
+        } = self;
+        let look = poller.look(polling, idle_since, || {
+            // A broken index is something for `process` to find.
+            ring.has_new().unwrap_or(true)
+                || handler.has_events()
+                || has_commands.load(Ordering::Relaxed)
+        });
+        look == Look::Found
+    }
+
+    /// Makes everything that happens from now on wake the thread; true when something has
+    /// happened already.
+    fn prepare_sleep(&mut self, handler: &mut dyn QueueHandler) -> bool {
+        match self.ring.enable_notification() {
+            Ok(has_more) => handler.prepare_sleep() || has_more,
+            Err(error) => {
+                self.break_ring(&error);
+                false
+            }
+        }
     }
 
     fn report(&mut self) {
@@ -469,6 +530,10 @@ impl Serving {
             polls.push(entry(if wanted { fd } else { -1 }));
         }
     }
+}
+
+fn is_readable(entry: &libc::pollfd) -> bool {
+    entry.revents != 0
 }
 
 /// Waits until something is readable. The wait has no time limit of its own: the session's

@@ -301,6 +301,18 @@ impl Ring {
         self.look_for_available().unwrap_or(true)
     }
 
+    /// Whether the driver added requests since this ring last looked, here or elsewhere. Unlike
+    /// [`Ring::has_available`] it does not tell again of those that were left unpopped.
+    ///
+    /// # Errors
+    /// [`RingError::AvailIdxJump`].
+    #[inline]
+    pub fn has_new(&mut self) -> Result<bool, RingError> {
+        let seen_before = self.seen_avail;
+        self.look_for_available()?;
+        Ok(self.intake == Intake::Open && self.seen_avail != seen_before)
+    }
+
     /// Asks the driver not to kick, for as long as the device polls the ring.
     pub fn disable_notification(&mut self) {
         if !self.event_idx {
@@ -321,9 +333,7 @@ impl Ring {
             self.areas.set_used_flags(0);
         }
         fence(Ordering::SeqCst);
-        let seen_before = self.seen_avail;
-        self.look_for_available()?;
-        Ok(self.intake == Intake::Open && self.seen_avail != seen_before)
+        self.has_new()
     }
 
     /// Number of descriptors.
