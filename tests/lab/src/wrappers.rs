@@ -34,7 +34,7 @@ pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, OsSt
         ),
     ];
     // Called by name: the scripts' folder leads the PATH.
-    for program in &artifacts.qemu_utils {
+    for program in artifacts.qemu_utils.iter().chain(&artifacts.cryptsetup) {
         script(&program.name(), &program.command())?;
     }
     if let Some(virtiofsd) = &artifacts.virtiofsd {

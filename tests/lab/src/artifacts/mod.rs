@@ -20,7 +20,7 @@ use crate::{tool, workspace};
 use apt::{Apt, Package};
 
 /// Raised when a lab needs more than an older lab's stamp promises.
-const STAMP_VERSION: u32 = 2;
+const STAMP_VERSION: u32 = 3;
 
 /// Where everything is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +35,8 @@ pub(crate) struct Artifacts {
     pub(crate) virtiofsd: Option<Program>,
     /// qemu-img, qemu-io and qemu-nbd.
     pub(crate) qemu_utils: Vec<Program>,
+    /// What encrypted volumes are compared with.
+    pub(crate) cryptsetup: Vec<Program>,
     /// fio, mke2fs and e2fsck, for a guest's root disk.
     pub(crate) guest_tools: Vec<Program>,
 }
@@ -122,7 +124,11 @@ impl Artifacts {
     fn from_stamp(stamp: &Path) -> Option<Self> {
         let artifacts: Self = serde_json::from_slice(&fs::read(stamp).ok()?).ok()?;
         let kernel = &artifacts.kernel;
-        let programs = artifacts.qemu_utils.iter().chain(&artifacts.guest_tools);
+        let programs = artifacts
+            .qemu_utils
+            .iter()
+            .chain(&artifacts.cryptsetup)
+            .chain(&artifacts.guest_tools);
         let files = [
             &kernel.bzimage,
             &kernel.vmlinux,
@@ -165,6 +171,7 @@ impl Fetcher {
         let storage_daemon = self.storage_daemon(&qemu_root)?;
         let virtiofsd = find_virtiofsd(&qemu_root);
         let qemu_utils = self.programs("qemu-utils", &["qemu-img", "qemu-io", "qemu-nbd"])?;
+        let cryptsetup = self.programs("cryptsetup-bin", &["cryptsetup"])?;
         let mut guest_tools = self.programs("fio", &["fio"])?;
         guest_tools.extend(self.programs("e2fsprogs", &["mke2fs", "e2fsck"])?);
         Ok(Artifacts {
@@ -176,6 +183,7 @@ impl Fetcher {
             storage_daemon,
             virtiofsd,
             qemu_utils,
+            cryptsetup,
             guest_tools,
         })
     }
