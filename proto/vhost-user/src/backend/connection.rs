@@ -5,16 +5,18 @@
 //! handed over when all its bytes are there and the answer has room.
 
 use std::fmt;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io::{self, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, VhostUserBackendReqHandlerMut};
 
 use super::session::Session;
+use crate::eventfd::EventFd;
 
 /// How long the rest of a begun request, or room for the answer, may take.
 const MESSAGE_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 5000 });
@@ -22,11 +24,11 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 500 } el
 /// Interval of looks at a half-received request. Senders write requests whole, so this is rare.
 const PARTIAL_POLL: Duration = Duration::from_millis(5);
 
-const HEADER_BYTES: usize = 12;
+pub(super) const HEADER_BYTES: usize = 12;
 const MAX_PAYLOAD_BYTES: usize = 4096;
-const PROTOCOL_VERSION: u32 = 1;
-const FLAG_REPLY: u32 = 1 << 2;
-const FLAG_NEED_REPLY: u32 = 1 << 3;
+pub(super) const PROTOCOL_VERSION: u32 = 1;
+pub(super) const FLAG_REPLY: u32 = 1 << 2;
+pub(super) const FLAG_NEED_REPLY: u32 = 1 << 3;
 
 /// Why a session ended.
 #[derive(Debug)]
@@ -74,43 +76,70 @@ impl fmt::Display for SessionEnd {
     }
 }
 
-/// What ends a session from outside of its connection, when readable.
+/// What a session hears from outside of its connection, when readable.
 #[derive(Clone, Copy)]
 pub(super) struct Interrupts<'a> {
-    /// The server is to stop.
+    /// The server is to stop: the session ends.
     pub(super) stop: BorrowedFd<'a>,
-    /// A page of the frontend's memory is gone.
+    /// A page of the frontend's memory is gone: the session ends.
     pub(super) truncated: BorrowedFd<'a>,
+    /// The device configuration changed: the frontend is told.
+    pub(super) config_changed: &'a EventFd,
 }
 
+/// Positions in the poll set.
+const POLL_CONNECTION: usize = 0;
+const POLL_STOP: usize = 1;
+const POLL_TRUNCATED: usize = 2;
+const POLL_CONFIG_CHANGED: usize = 3;
+const POLL_CHANNEL: usize = 4;
+
 impl Interrupts<'_> {
-    /// A poll set of the connection and these.
-    fn and(&self, stream: &UnixStream, events: libc::c_short) -> [libc::pollfd; 3] {
-        let entry = |fd: BorrowedFd<'_>, events| libc::pollfd {
-            fd: fd.as_raw_fd(),
+    /// Waits for `events` of the connection, or what else concerns the session; what is ready of
+    /// the connection, 0 when nothing is, or why the session ends.
+    fn poll(
+        &self,
+        stream: &UnixStream,
+        events: libc::c_short,
+        session: &Mutex<Session>,
+        timeout_ms: libc::c_int,
+    ) -> Result<libc::c_short, SessionEnd> {
+        // Only this thread replaces the channel, so the descriptor stays open during the poll.
+        let channel = lock(session).notice().socket().map(|fd| fd.as_raw_fd());
+        let entry = |fd: RawFd, events| libc::pollfd {
+            fd,
             events,
             revents: 0,
         };
-        [
-            entry(stream.as_fd(), events),
-            entry(self.stop, libc::POLLIN),
-            entry(self.truncated, libc::POLLIN),
-        ]
-    }
-}
-
-/// Polls the set; what is ready of the connection, or why the session ends.
-fn poll(
-    polls: &mut [libc::pollfd; 3],
-    timeout_ms: libc::c_int,
-) -> Result<libc::c_short, SessionEnd> {
-    // SAFETY: three valid pollfds with descriptors that their owners keep open throughout.
-    let ready = unsafe { libc::poll(polls.as_mut_ptr(), 3, timeout_ms) };
-    match polls {
-        _ if ready <= 0 => Ok(0),
-        [_, stop, _] if stop.revents != 0 => Err(SessionEnd::Stopped),
-        [_, _, truncated] if truncated.revents != 0 => Err(SessionEnd::MemoryTruncated),
-        [connection, ..] => Ok(connection.revents),
+        let mut polls = [
+            entry(stream.as_raw_fd(), events),
+            entry(self.stop.as_raw_fd(), libc::POLLIN),
+            entry(self.truncated.as_raw_fd(), libc::POLLIN),
+            entry(self.config_changed.as_raw_fd(), libc::POLLIN),
+            entry(channel.unwrap_or(-1), libc::POLLIN),
+        ];
+        // SAFETY: valid pollfds with descriptors that their owners keep open throughout.
+        let ready =
+            unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout_ms) };
+        let is_ready = |position: usize| ready > 0 && polls[position].revents != 0;
+        if is_ready(POLL_STOP) {
+            return Err(SessionEnd::Stopped);
+        }
+        if is_ready(POLL_TRUNCATED) {
+            return Err(SessionEnd::MemoryTruncated);
+        }
+        if is_ready(POLL_CONFIG_CHANGED) {
+            let _ = self.config_changed.take();
+            lock(session).notice().changed();
+        }
+        if is_ready(POLL_CHANNEL) {
+            lock(session).notice().hear();
+        }
+        Ok(if ready > 0 {
+            polls[POLL_CONNECTION].revents
+        } else {
+            0
+        })
     }
 }
 
@@ -141,7 +170,7 @@ fn serve_requests(
 ) -> SessionEnd {
     let mut handler = BackendReqHandler::from_stream(requests, Arc::clone(session));
     loop {
-        let header = match await_request(stream, interrupts) {
+        let header = match await_request(stream, interrupts, session) {
             Ok(header) => header,
             Err(end) => return end,
         };
@@ -149,6 +178,14 @@ fn serve_requests(
             && lock(session).may_enable_before_features()
         {
             match serve_early_enable(stream, &mut lock(session), header.needs_reply) {
+                Ok(()) => continue,
+                Err(end) => return end,
+            }
+        }
+        if header.request == u32::from(FrontendReq::SET_BACKEND_REQ_FD)
+            && lock(session).has_channel()
+        {
+            match serve_channel(stream, &mut lock(session), header.needs_reply) {
                 Ok(()) => continue,
                 Err(end) => return end,
             }
@@ -192,21 +229,68 @@ fn serve_early_enable(
     }
     let refused = session.set_vring_enable(index, enable == 1).is_err();
     session.take_refusal();
+    let request = FrontendReq::SET_VRING_ENABLE;
+    acknowledge(stream, session, request, needs_reply, refused)
+}
+
+/// Serves a SET_BACKEND_REQ_FD: the vhost crate makes something of the descriptor that cannot tell
+/// of a changed configuration. The request is whole (see [`await_request`]).
+fn serve_channel(
+    stream: &UnixStream,
+    session: &mut Session,
+    needs_reply: bool,
+) -> Result<(), SessionEnd> {
+    let bad_request = || SessionEnd::BadRequest(vhost::vhost_user::Error::InvalidMessage);
+    let mut header = [0; HEADER_BYTES];
+    let mut control = nix::cmsg_space!([RawFd; 1]);
+    let mut iov = [IoSliceMut::new(&mut header)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+    let received = recvmsg::<()>(stream.as_raw_fd(), &mut iov, Some(&mut control), flags);
+    let received = received.map_err(|error| SessionEnd::Socket(error.into()))?;
+    let mut sockets = Vec::new();
+    for message in received.cmsgs().into_iter().flatten() {
+        if let ControlMessageOwned::ScmRights(fds) = message {
+            // SAFETY: the kernel just installed them for this process, and nobody else knows.
+            sockets.extend(
+                fds.into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
+        }
+    }
+    let is_whole = received.bytes == HEADER_BYTES
+        && !received.flags.contains(MsgFlags::MSG_CTRUNC)
+        && sockets.len() == 1;
+    let Some(socket) = sockets.pop().filter(|_| is_whole) else {
+        return Err(bad_request());
+    };
+    if word_at(&header, 8) != 0 {
+        return Err(bad_request());
+    }
+    let refused = session.open_channel(socket).is_err();
+    let request = FrontendReq::SET_BACKEND_REQ_FD;
+    acknowledge(stream, session, request, needs_reply, refused)
+}
+
+/// Answers a request that was not handed to the vhost crate.
+fn acknowledge(
+    mut stream: &UnixStream,
+    session: &Session,
+    request: FrontendReq,
+    needs_reply: bool,
+    refused: bool,
+) -> Result<(), SessionEnd> {
     if !(needs_reply && session.acknowledges()) {
         return match refused {
             true => Err(SessionEnd::RefusedSilently),
             false => Ok(()),
         };
     }
-    let mut answer = [0; HEADER_BYTES + PAYLOAD_BYTES];
-    answer[..4].copy_from_slice(&u32::from(FrontendReq::SET_VRING_ENABLE).to_ne_bytes());
-    answer[4..8].copy_from_slice(&(PROTOCOL_VERSION | FLAG_REPLY).to_ne_bytes());
-    answer[8..12].copy_from_slice(&(PAYLOAD_BYTES as u32).to_ne_bytes());
-    answer[12..].copy_from_slice(&u64::from(refused).to_ne_bytes());
+    let header = [u32::from(request), PROTOCOL_VERSION | FLAG_REPLY, 8].map(u32::to_ne_bytes);
+    let answer = [&header.concat()[..], &u64::from(refused).to_ne_bytes()].concat();
     stream.write_all(&answer).map_err(SessionEnd::Socket)
 }
 
-fn word_at(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn word_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
@@ -219,17 +303,21 @@ struct Header {
 }
 
 /// Waits until a whole request has arrived and an answer can be sent.
-fn await_request(stream: &UnixStream, interrupts: Interrupts<'_>) -> Result<Header, SessionEnd> {
-    wait_for(stream, libc::POLLIN, interrupts, None)?;
+fn await_request(
+    stream: &UnixStream,
+    interrupts: Interrupts<'_>,
+    session: &Mutex<Session>,
+) -> Result<Header, SessionEnd> {
+    wait_for(stream, libc::POLLIN, interrupts, session, None)?;
     let deadline = Instant::now() + MESSAGE_TIMEOUT;
     let header = loop {
         match peek_request(stream)? {
             Some(header) => break header,
             None if Instant::now() >= deadline => return Err(SessionEnd::Truncated),
-            None => await_rest(stream, interrupts)?,
+            None => await_rest(stream, interrupts, session)?,
         }
     };
-    wait_for(stream, libc::POLLOUT, interrupts, Some(deadline))?;
+    wait_for(stream, libc::POLLOUT, interrupts, session, Some(deadline))?;
     Ok(header)
 }
 
@@ -302,17 +390,18 @@ fn is_set_request(request: u32) -> bool {
     SET_REQUESTS.iter().any(|set| u32::from(*set) == request)
 }
 
-/// Waits for `events` on the connection, or for the server's stop.
+/// Waits for `events` on the connection, or for the session's end.
 fn wait_for(
     stream: &UnixStream,
     events: libc::c_short,
     interrupts: Interrupts<'_>,
+    session: &Mutex<Session>,
     deadline: Option<Instant>,
 ) -> Result<(), SessionEnd> {
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let timeout_ms = left.map_or(-1, |left| left.as_millis() as libc::c_int);
-        match poll(&mut interrupts.and(stream, events), timeout_ms)? {
+        match interrupts.poll(stream, events, session, timeout_ms)? {
             0 if left.is_some_and(|left| left.is_zero()) => return Err(SessionEnd::AnswersNotRead),
             0 => {}
             ready if ready & events != 0 => return Ok(()),
@@ -322,9 +411,13 @@ fn wait_for(
 }
 
 /// A part of a request is there: POLLIN would return at once, so look again a little later.
-fn await_rest(stream: &UnixStream, interrupts: Interrupts<'_>) -> Result<(), SessionEnd> {
+fn await_rest(
+    stream: &UnixStream,
+    interrupts: Interrupts<'_>,
+    session: &Mutex<Session>,
+) -> Result<(), SessionEnd> {
     let timeout_ms = PARTIAL_POLL.as_millis() as libc::c_int;
-    if poll(&mut interrupts.and(stream, libc::POLLRDHUP), timeout_ms)? == 0 {
+    if interrupts.poll(stream, libc::POLLRDHUP, session, timeout_ms)? == 0 {
         return Ok(());
     }
     // The peer is gone. What it sent before may be whole by now.

@@ -3,6 +3,7 @@
 //! A daemon implements [`Device`] (what the device is) and [`QueueHandler`] (what one of its
 //! queues does); [`Server`] owns the listening socket and serves sessions one after another.
 
+mod channel;
 mod connection;
 mod poller;
 mod server;

@@ -80,6 +80,7 @@ impl Server {
         let shared = Arc::new(Shared {
             name: name.to_owned(),
             stop: EventFd::new()?,
+            config_changed: EventFd::new()?,
             queues,
             sessions: Mutex::default(),
         });
@@ -116,6 +117,12 @@ impl Server {
         }
     }
 
+    /// What [`Device::config`] answers is no longer what it was: tells the frontend, if it takes
+    /// such messages (CONFIG_CHANGE_MSG). Never waits for it.
+    pub fn config_changed(&self) {
+        self.shared.config_changed.ring();
+    }
+
     /// How it is doing.
     pub fn status(&self) -> Status {
         self.shared.status()
@@ -134,6 +141,7 @@ impl Drop for Server {
 pub(super) struct Shared {
     name: String,
     stop: EventFd,
+    config_changed: EventFd,
     queues: Vec<Arc<QueueStats>>,
     sessions: Mutex<Sessions>,
 }
@@ -224,7 +232,10 @@ fn serve(shared: &Arc<Shared>, listener: &UnixListener, device: &Arc<dyn Device>
         let interrupts = Interrupts {
             stop: shared.stop.as_fd(),
             truncated: truncated.as_fd(),
+            config_changed: &shared.config_changed,
         };
+        // This frontend has yet to read the configuration.
+        let _ = shared.config_changed.take();
         let session = Session::new(
             &shared.name,
             Arc::clone(device),

@@ -27,6 +27,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::Device;
+use super::channel::ConfigNotice;
 use super::server::Shared;
 use super::worker::{Worker, WorkerError};
 use crate::eventfd::{Doorbell, EventFd};
@@ -112,6 +113,7 @@ pub(super) struct Session {
     /// Rung when the frontend's files turn out shorter than they were.
     truncated: Arc<EventFd>,
     vrings: Vec<Vring>,
+    notice: ConfigNotice,
     /// The last request was refused by this handler, not by the protocol's parser.
     refused: bool,
 }
@@ -135,6 +137,7 @@ impl Session {
             inflight: None,
             truncated,
             vrings,
+            notice: ConfigNotice::default(),
             refused: false,
         }
     }
@@ -152,6 +155,22 @@ impl Session {
     /// Whether a refusal can be told to the frontend.
     pub(super) fn acknowledges(&self) -> bool {
         self.acked_protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+
+    /// Whether a SET_BACKEND_REQ_FD may come.
+    pub(super) fn has_channel(&self) -> bool {
+        self.acked_protocol_features & VhostUserProtocolFeatures::BACKEND_REQ.bits() != 0
+    }
+
+    /// SET_BACKEND_REQ_FD.
+    pub(super) fn open_channel(&mut self, socket: OwnedFd) -> io::Result<()> {
+        let acknowledges = self.acknowledges();
+        self.notice.open(socket, acknowledges)
+    }
+
+    /// Tells the frontend of changes to the device configuration.
+    pub(super) fn notice(&mut self) -> &mut ConfigNotice {
+        &mut self.notice
     }
 
     /// Drains and stops all rings and forgets the driver's state. Returns only when no worker

@@ -24,6 +24,7 @@ use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::channel::RequestChannel;
 use super::memory::MemoryTable;
 use super::watchdog;
 
@@ -78,6 +79,7 @@ pub struct Connection {
     frontend: Frontend,
     stream: Arc<UnixStream>,
     timeout: Duration,
+    channel: Option<RequestChannel>,
 }
 
 impl Connection {
@@ -92,21 +94,24 @@ impl Connection {
             socket: path.to_owned(),
             source,
         })?;
-        Ok(Self::from_stream(stream, timeout))
+        Self::from_stream(stream, timeout).map_err(|source| ConnectError {
+            socket: path.to_owned(),
+            source,
+        })
     }
 
     /// Uses a stream that is connected already, for instance one end of a pair.
-    #[must_use]
-    pub fn from_stream(stream: UnixStream, timeout: Duration) -> Self {
-        let stream = Arc::new(stream);
-        let duplicate = stream
-            .try_clone()
-            .expect("duplicating a descriptor fails only when none is left");
-        Self {
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn from_stream(stream: UnixStream, timeout: Duration) -> io::Result<Self> {
+        let duplicate = stream.try_clone()?;
+        Ok(Self {
             frontend: Frontend::from_stream(duplicate, u64::from(MAX_QUEUES)),
-            stream,
+            stream: Arc::new(stream),
             timeout,
-        }
+            channel: None,
+        })
     }
 
     /// Gives later requests `timeout` each.
@@ -164,6 +169,34 @@ impl Connection {
             self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         Ok(())
+    }
+
+    /// SET_BACKEND_REQ_FD: the backend may say from then on that its configuration changed. One
+    /// that refuses is left in peace.
+    ///
+    /// # Errors
+    /// See [`RequestError`].
+    pub fn open_channel(&mut self) -> Result<()> {
+        const REQUEST: &str = "SET_BACKEND_REQ_FD";
+        let (channel, theirs) = RequestChannel::new().map_err(|source| RequestError::Failed {
+            request: REQUEST,
+            source: vhost::Error::IOError(source),
+        })?;
+        match self.request(REQUEST, |frontend| frontend.set_backend_request_fd(&theirs)) {
+            Ok(()) => self.channel = Some(channel),
+            Err(RequestError::Refused { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// What the backend asks for by itself.
+    pub(super) fn channel(&self) -> Option<&RequestChannel> {
+        self.channel.as_ref()
+    }
+
+    pub(super) fn channel_mut(&mut self) -> &mut Option<RequestChannel> {
+        &mut self.channel
     }
 
     /// GET_QUEUE_NUM: a number of rings, or of ring pairs for network devices.
@@ -374,7 +407,7 @@ impl Connection {
     }
 }
 
-/// Readable or hung up means that the session is over: a backend never speaks unasked.
+/// Readable or hung up means that the session is over: a backend never speaks unasked here.
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()

@@ -3,8 +3,10 @@
 //! - [`connection`]: one connection on which every request has a deadline.
 //! - [`session`]: what a backend is told, replayed as one transaction on every connection.
 //! - [`link`]: the thread that keeps a device's connection and reconnects without limit.
+//! - `channel`: the backend's own requests: its configuration changed.
 //! - [`memory`]: guest memory as it is described to a backend.
 
+mod channel;
 pub mod connection;
 pub mod link;
 pub mod memory;

@@ -31,6 +31,7 @@ const WANTED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
 /// Offset of `idx` in the used ring (Virtio 1.2 section 2.7.8).
 const USED_IDX_OFFSET: u64 = 2;
@@ -154,6 +155,13 @@ pub fn handshake(connection: &mut Connection, config_len: u16) -> Result<Offer, 
     }
     offer.protocol_features = connection.protocol_features()? & WANTED;
     connection.set_protocol_features(offer.protocol_features)?;
+    // Before the configuration is read: no change goes unnoticed.
+    if offer
+        .protocol_features
+        .contains(VhostUserProtocolFeatures::BACKEND_REQ)
+    {
+        connection.open_channel()?;
+    }
     if offer
         .protocol_features
         .contains(VhostUserProtocolFeatures::MQ)

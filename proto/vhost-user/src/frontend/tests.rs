@@ -1,5 +1,6 @@
 //! The frontend against scripted peers: what it sends, and what it makes of what they answer.
 
+mod config_change;
 mod rust_vmm;
 
 use std::fs::File;
@@ -100,7 +101,7 @@ fn peer(
             }
         }
     });
-    (Connection::from_stream(ours, TIMEOUT), seen)
+    (Connection::from_stream(ours, TIMEOUT).unwrap(), seen)
 }
 
 fn receive(stream: &UnixStream) -> Option<(Request, u32)> {
@@ -474,7 +475,7 @@ fn refusal_is_reported_and_the_connection_goes_on() {
 #[test]
 fn silent_peer_is_given_up_at_the_deadline_and_others_are_not() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
-    let mut silent = Connection::from_stream(ours, SHORT);
+    let mut silent = Connection::from_stream(ours, SHORT).unwrap();
     let (mut sound, _seen) = peer(0, |_| None);
     let started = Instant::now();
     let given_up = silent.features();
@@ -499,7 +500,7 @@ fn silent_peer_is_given_up_at_the_deadline_and_others_are_not() {
 #[test]
 fn reply_that_trickles_in_does_not_move_the_deadline() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    let mut connection = Connection::from_stream(ours, SHORT);
+    let mut connection = Connection::from_stream(ours, SHORT).unwrap();
     thread::spawn(move || {
         while theirs.write_all(&[GET_FEATURES as u8]).is_ok() {
             thread::sleep(SHORT / 4);
@@ -513,7 +514,7 @@ fn reply_that_trickles_in_does_not_move_the_deadline() {
 #[test]
 fn peer_that_reads_nothing_cannot_block_a_request() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
-    let mut connection = Connection::from_stream(ours, SHORT);
+    let mut connection = Connection::from_stream(ours, SHORT).unwrap();
     let started = Instant::now();
     // No replies were negotiated, so the socket buffer fills up.
     let blocked = (0..100_000).find_map(|_| connection.set_owner().err());

@@ -1,5 +1,6 @@
 //! Sessions over real sockets: an echo device served to honest and hostile frontends.
 
+mod config_change;
 mod fuzz;
 mod hostile;
 mod peers;

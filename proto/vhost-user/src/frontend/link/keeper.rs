@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{BACKOFF, Connected, Endpoint, Shared, Wiring};
 use crate::eventfd;
+use crate::frontend::channel::RequestChannel;
 use crate::frontend::connection::RequestError;
 use crate::frontend::session::{self, Activation, InflightRegion, Resources};
 
@@ -317,20 +318,28 @@ impl Keeper {
 
     /// Waits for something to do.
     fn wait(&mut self) {
-        let timeout = match &self.connected {
-            Some(_) => PollTimeout::NONE,
-            None => {
-                let left = self.retry_at.saturating_duration_since(Instant::now());
-                // One millisecond more, lest the poll ends a little early and spins.
-                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-            }
+        let channel = self
+            .connected
+            .as_ref()
+            .and_then(|connected| connected.connection.channel());
+        let quiet_until = channel.and_then(RequestChannel::quiet_until);
+        let deadline = match &self.connected {
+            Some(_) => quiet_until,
+            None => Some(self.retry_at),
         };
+        let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // One millisecond more, lest the poll ends a little early and spins.
+            PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+        });
         let mut fds = vec![
             PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN),
             PollFd::new(borrow(&self.err), PollFlags::POLLIN),
         ];
         if let Some(connected) = &self.connected {
             fds.push(PollFd::new(connected.connection.as_fd(), PollFlags::POLLIN));
+            let listening = channel.filter(|_| quiet_until.is_none());
+            fds.extend(listening.map(|channel| PollFd::new(channel.as_fd(), PollFlags::POLLIN)));
         }
         // An interrupted poll is a poll without events.
         let _ = poll(&mut fds, timeout);
@@ -344,11 +353,30 @@ impl Keeper {
         if !events[1].is_empty() && matches!(eventfd::take(&self.err), Ok(true)) {
             self.wiring.events.ring_broken();
         }
+        if events.get(3).is_some_and(|event| !event.is_empty()) {
+            self.hear_backend();
+        }
         match events.get(2) {
             Some(event) if event.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) => {
                 self.lose(&Ended::HungUp);
             }
             Some(event) if !event.is_empty() => self.lose(&Ended::SpokeUnasked),
+            _ => {}
+        }
+    }
+
+    /// The backend speaks by itself.
+    fn hear_backend(&mut self) {
+        let Some(connected) = &mut self.connected else {
+            return;
+        };
+        let channel = connected.connection.channel_mut();
+        match channel.as_mut().map(RequestChannel::hear) {
+            Some(Ok(true)) => self.shared.lock().refresh_config = true,
+            Some(Err(end)) => {
+                tracing::debug!(socket = %self.endpoint.socket.display(), %end, "backend heard no more");
+                *channel = None;
+            }
             _ => {}
         }
     }
