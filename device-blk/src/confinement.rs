@@ -3,7 +3,8 @@
 //! The process gives up the file system, the network and all capabilities before its first
 //! thread starts; from then on images and sockets reach it only as descriptors. A queue's
 //! thread gives up more, once its io_uring stands: it talks to no socket and sets up no further
-//! ring, and its ring is restricted to disk operations (see [`crate::engine::uring`]).
+//! ring, and its ring is restricted to disk operations (see [`crate::engine::uring`]). A thread
+//! that works on an image for the queues reads and writes what is open.
 
 use sandbox::seccomp::{Arg, Profile, SeccompError, Syscalls, sets};
 use sandbox::{Achieved, Confinement, ConfinementError};
@@ -26,6 +27,17 @@ pub(crate) fn confine_queue_thread() -> Result<(), SeccompError> {
         .map(drop)
 }
 
+/// Confines the calling thread to what work on an image needs: see
+/// [`crate::image::Image::perform`].
+///
+/// # Errors
+/// The kernel refused the filter.
+pub(crate) fn confine_worker_thread() -> Result<(), SeccompError> {
+    Profile::new("device-blk-io", worker_syscalls())
+        .apply_to_this_thread()
+        .map(drop)
+}
+
 /// The control socket's runtime, descriptor inbox, vhost-user sessions, opening of passed
 /// images, and starting of queue threads.
 fn process_syscalls() -> Syscalls {
@@ -34,7 +46,11 @@ fn process_syscalls() -> Syscalls {
         .with(sets::shared_memory())
         .with(sets::file_io())
         .with(sets::io_uring())
-        // A queue's thread confines itself further; a filter can only take away.
+        // Whether a file is in memory; images are passed while guests are served.
+        .allow(&[libc::SYS_fstatfs])
+        // Queues' threads choose their CPUs.
+        .allow_if(libc::SYS_sched_setaffinity, &[Arg::Int(0, 0)])
+        // They confine themselves further; a filter can only take away.
         .allow(&[libc::SYS_seccomp])
         .allow_if(
             libc::SYS_prctl,
@@ -42,7 +58,20 @@ fn process_syscalls() -> Syscalls {
         )
 }
 
-/// Waiting for kicks and completions, entering the ring that exists.
+/// Waiting for kicks and completions, entering the ring that exists, reading and writing what is
+/// in memory.
 fn queue_syscalls() -> Syscalls {
-    sets::base().allow(&[libc::SYS_io_uring_enter])
+    sets::base().allow(&[
+        libc::SYS_io_uring_enter,
+        libc::SYS_pread64,
+        libc::SYS_pwrite64,
+        libc::SYS_pwritev2,
+    ])
+}
+
+/// Files and open sockets, starting another worker, which is as confined as its starter.
+fn worker_syscalls() -> Syscalls {
+    sets::base()
+        .with(sets::file_io())
+        .with(sets::open_sockets())
 }

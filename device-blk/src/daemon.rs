@@ -23,9 +23,10 @@ use vhost_user::backend::Server;
 
 use crate::cli::{Args, DiskArg, MAX_QUEUES, Source};
 use crate::confinement;
-use crate::device::BlkDevice;
+use crate::device::{BlkDevice, serial_id};
+use crate::engine::backend::ServeOptions;
 use crate::engine::uring::Uring;
-use crate::image::{ImageError, OpenOptions, RawImage, SECTOR_BYTES, raw};
+use crate::image::{Image, ImageError, OpenOptions, RawImage, SECTOR_BYTES, raw};
 use crate::request::OpKind;
 
 /// How long a detach or shutdown waits for requests in flight.
@@ -121,6 +122,7 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
     let options = OpenOptions {
         read_only: disk.read_only,
         page_cache: disk.page_cache,
+        block_bytes: SECTOR_BYTES as u32,
         lock_patience: lock_wait,
     };
     let image = RawImage::from_file(file, image_name.clone(), options)?;
@@ -231,6 +233,7 @@ impl Disk {
                 let options = OpenOptions {
                     read_only: config.read_only,
                     page_cache: config.page_cache,
+                    block_bytes: SECTOR_BYTES as u32,
                     lock_patience: lock_wait,
                 };
                 RawImage::from_file(File::from(image), name.clone(), options)
@@ -246,7 +249,11 @@ impl Disk {
             discard = image.punches_holes(),
             "attached"
         );
-        let device = Arc::new(BlkDevice::new(image, serial, num_queues));
+        let options = ServeOptions {
+            serial: serial_id(serial),
+            ..ServeOptions::default()
+        };
+        let device = Arc::new(BlkDevice::new(Arc::new(image), num_queues, options));
         let server = Server::spawn(&request.id, listener, device.clone())
             .map_err(|error| Status::resource_exhausted(format!("cannot serve: {error}")))?;
         Ok(Arc::new(Self {

@@ -7,13 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vhost_user::backend::{Device, QueueHandler};
 
 use crate::confinement;
-use crate::engine::{Backend, BlkQueue, CacheMode, MAX_QUEUE_SIZE};
-use crate::image::{RawImage, SECTOR_BYTES};
-use crate::request::{ID_BYTES, Limits, MAX_RANGE_SECTORS, MAX_RANGES};
+use crate::engine::backend::ServeOptions;
+use crate::engine::{Backend, BlkQueue, CacheMode, MAX_QUEUE_SIZE, affinity};
+use crate::image::{Image, SECTOR_BYTES};
+use crate::request::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::stats::{QueueStats, Snapshot};
 
 /// `VIRTIO_BLK_F_*`, as bit numbers (Virtio 1.2 section 5.2.3).
 mod feature {
+    pub(super) const SIZE_MAX: u64 = 1 << 1;
     pub(super) const SEG_MAX: u64 = 1 << 2;
     pub(super) const RO: u64 = 1 << 5;
     pub(super) const BLK_SIZE: u64 = 1 << 6;
@@ -23,55 +25,73 @@ mod feature {
     pub(super) const MQ: u64 = 1 << 12;
     pub(super) const DISCARD: u64 = 1 << 13;
     pub(super) const WRITE_ZEROES: u64 = 1 << 14;
+    pub(super) const LIFETIME: u64 = 1 << 15;
 }
 
 /// Data segments of one request: with header and status they fit a ring of 128, the smallest
 /// that VMMs use for disks.
 const SEG_MAX: u32 = 126;
+/// Bytes of one data segment. Larger ones are served too; drivers that ask for no limit are given
+/// one that keeps a request below the 2 GiB that the kernel moves at once.
+const SIZE_MAX: u32 = 1 << 20;
 /// Where `writeback` lies in `struct virtio_blk_config`.
 const WRITEBACK_OFFSET: u32 = 32;
 
 /// One disk. Outlives sessions.
 #[derive(Debug)]
 pub(crate) struct BlkDevice {
-    image: Arc<RawImage>,
-    serial: [u8; ID_BYTES],
+    backend: Arc<Backend>,
     /// The driver's choice of cache mode; true for write-back.
     write_back: Arc<AtomicBool>,
     queues: Vec<Arc<QueueStats>>,
-    has_ghosts: Arc<AtomicBool>,
+}
+
+/// The answer to GET_ID; cut to 20 bytes.
+pub(crate) fn serial_id(serial: &str) -> [u8; ID_BYTES] {
+    let mut id = [0; ID_BYTES];
+    let len = serial.len().min(ID_BYTES);
+    id[..len].copy_from_slice(&serial.as_bytes()[..len]);
+    id
 }
 
 impl BlkDevice {
-    /// Serves `image` on up to `num_queues` queues. `serial` is cut to 20 bytes.
-    pub(crate) fn new(image: RawImage, serial: &str, num_queues: u16) -> Self {
-        let mut id = [0; ID_BYTES];
-        let len = serial.len().min(ID_BYTES);
-        id[..len].copy_from_slice(&serial.as_bytes()[..len]);
+    /// Serves `image` on up to `num_queues` queues.
+    pub(crate) fn new(image: Arc<dyn Image>, num_queues: u16, options: ServeOptions) -> Self {
         Self {
-            image: Arc::new(image),
-            serial: id,
+            backend: Arc::new(Backend::new(image, options)),
             write_back: Arc::new(AtomicBool::new(true)),
             queues: (0..num_queues).map(|_| Arc::default()).collect(),
-            has_ghosts: Arc::default(),
         }
     }
 
-    pub(crate) fn image(&self) -> &RawImage {
-        &self.image
+    /// What the queues work on: to stop them, exchange the image, change how they poll.
+    pub(crate) fn backend(&self) -> &Arc<Backend> {
+        &self.backend
+    }
+
+    /// What is served now.
+    pub(crate) fn image(&self) -> Arc<dyn Image> {
+        self.backend.image()
+    }
+
+    /// Grows the disk to `capacity_sectors`; the driver is told by the caller. Blocks.
+    ///
+    /// # Errors
+    /// `InvalidInput` for less than now or for parts of a block; else what the image says.
+    pub(crate) fn resize(&self, capacity_sectors: u64) -> io::Result<()> {
+        let image = self.image();
+        let block_sectors = u64::from(self.backend.block_bytes()) / SECTOR_BYTES;
+        if capacity_sectors < self.backend.capacity_sectors(&*image)
+            || !capacity_sectors.is_multiple_of(block_sectors)
+        {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        image.resize(capacity_sectors)
     }
 
     /// What all queues did so far.
     pub(crate) fn stats(&self) -> Snapshot {
         Snapshot::of(self.queues.iter().map(|queue| &**queue))
-    }
-
-    fn limits(&self) -> Limits {
-        Limits {
-            capacity_sectors: self.image.capacity_sectors(),
-            read_only: self.image.is_read_only(),
-            discard: self.image.punches_holes(),
-        }
     }
 
     /// Section 5.2.6.2: the toggle decides where it was negotiated; else a driver that cannot
@@ -89,17 +109,20 @@ impl BlkDevice {
 
 impl Device for BlkDevice {
     fn features(&self) -> u64 {
+        let image = self.image();
         let mut features = feature::SEG_MAX
+            | feature::SIZE_MAX
+            | feature::LIFETIME
             | feature::BLK_SIZE
             | feature::FLUSH
             | feature::TOPOLOGY
             | feature::CONFIG_WCE;
-        if self.image.is_read_only() {
+        if image.is_read_only() {
             features |= feature::RO;
         } else {
             features |= feature::WRITE_ZEROES;
         }
-        if self.image.punches_holes() {
+        if image.punches_holes() {
             features |= feature::DISCARD;
         }
         if self.queues.len() > 1 {
@@ -117,16 +140,19 @@ impl Device for BlkDevice {
     }
 
     fn config(&self) -> Vec<u8> {
-        let physical_block_bytes = u64::from(self.image.physical_block_bytes());
-        let blocks_per_physical = physical_block_bytes / SECTOR_BYTES;
+        let image = self.image();
+        let block_bytes = self.backend.block_bytes();
+        let physical_block_bytes = image.physical_block_bytes().max(block_bytes);
+        let blocks_per_physical = physical_block_bytes / block_bytes;
         ConfigSpace {
-            capacity_sectors: self.image.capacity_sectors(),
+            capacity_sectors: self.backend.capacity_sectors(&*image),
+            block_bytes,
             physical_block_exp: blocks_per_physical.trailing_zeros() as u8,
             min_io_blocks: blocks_per_physical as u16,
             write_back: self.write_back.load(Ordering::Acquire),
             num_queues: self.num_queues(),
-            discard_alignment_sectors: blocks_per_physical as u32,
-            unmaps: self.image.punches_holes(),
+            discard_alignment_sectors: physical_block_bytes / SECTOR_BYTES as u32,
+            unmaps: image.punches_holes(),
         }
         .to_bytes()
     }
@@ -143,7 +169,7 @@ impl Device for BlkDevice {
     }
 
     fn start_queue(&self, index: u16, features: u64) -> io::Result<Box<dyn QueueHandler>> {
-        if self.has_ghosts.load(Ordering::Acquire) {
+        if self.backend.has_ghosts() {
             return Err(io::Error::other(
                 "requests of an earlier session still run in the kernel; restart the daemon",
             ));
@@ -152,14 +178,10 @@ impl Device for BlkDevice {
             .queues
             .get(usize::from(index))
             .ok_or(io::ErrorKind::InvalidInput)?;
-        let backend = Backend {
-            image: Arc::clone(&self.image),
-            serial: self.serial,
-            limits: self.limits(),
-            cache: self.cache_mode(features),
-            has_ghosts: Arc::clone(&self.has_ghosts),
-        };
-        let queue = BlkQueue::new(backend, Arc::clone(stats)).map_err(io::Error::other)?;
+        let backend = Arc::clone(&self.backend);
+        affinity::pin_this_thread(backend.cpus(), index)?;
+        let queue = BlkQueue::new(backend, self.cache_mode(features), Arc::clone(stats))
+            .map_err(io::Error::other)?;
         confinement::confine_queue_thread().map_err(io::Error::other)?;
         Ok(Box::new(queue))
     }
@@ -172,6 +194,7 @@ impl Device for BlkDevice {
 /// `struct virtio_blk_config` up to the write-zeroes fields (section 5.2.4).
 struct ConfigSpace {
     capacity_sectors: u64,
+    block_bytes: u32,
     /// log2 of the logical blocks in a physical one.
     physical_block_exp: u8,
     min_io_blocks: u16,
@@ -190,8 +213,9 @@ impl ConfigSpace {
             bytes[offset..offset + field.len()].copy_from_slice(field);
         };
         put(0, &self.capacity_sectors.to_le_bytes());
+        put(8, &SIZE_MAX.to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
-        put(20, &(SECTOR_BYTES as u32).to_le_bytes());
+        put(20, &self.block_bytes.to_le_bytes());
         put(24, &[self.physical_block_exp]);
         put(26, &self.min_io_blocks.to_le_bytes());
         put(WRITEBACK_OFFSET as usize, &[u8::from(self.write_back)]);
@@ -211,20 +235,30 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::image::OpenOptions;
+    use crate::image::{OpenOptions, RawImage};
+
+    const OPTIONS: OpenOptions = OpenOptions {
+        read_only: false,
+        page_cache: false,
+        block_bytes: 512,
+        lock_patience: Duration::ZERO,
+    };
+
+    fn image_of(len_bytes: u64, options: OpenOptions) -> Arc<dyn Image> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(len_bytes).unwrap();
+        Arc::new(RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap())
+    }
 
     fn disk(read_only: bool, num_queues: u16) -> BlkDevice {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(1 << 20).unwrap();
         let options = OpenOptions {
             read_only,
-            page_cache: false,
-            lock_patience: Duration::ZERO,
+            ..OPTIONS
         };
         BlkDevice::new(
-            RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap(),
-            "serial",
+            image_of(1 << 20, options),
             num_queues,
+            ServeOptions::default(),
         )
     }
 
@@ -232,6 +266,7 @@ mod tests {
     fn config_space_has_every_field_in_its_place() {
         let bytes = ConfigSpace {
             capacity_sectors: 0x1122_3344,
+            block_bytes: 4096,
             physical_block_exp: 3,
             min_io_blocks: 8,
             write_back: true,
@@ -242,8 +277,9 @@ mod tests {
         .to_bytes();
         assert_eq!(bytes.len(), 60);
         assert_eq!(bytes[..8], 0x1122_3344_u64.to_le_bytes());
+        assert_eq!(bytes[8..12], (1_u32 << 20).to_le_bytes());
         assert_eq!(bytes[12..16], 126_u32.to_le_bytes());
-        assert_eq!(bytes[20..24], 512_u32.to_le_bytes());
+        assert_eq!(bytes[20..24], 4096_u32.to_le_bytes());
         assert_eq!((bytes[24], &bytes[26..28]), (3, &[8, 0][..]));
         assert_eq!((bytes[32], &bytes[34..36]), (1, &[4, 0][..]));
         assert_eq!((bytes[40], bytes[44], bytes[52], bytes[56]), (32, 8, 32, 1));
@@ -306,18 +342,34 @@ mod tests {
     #[test]
     fn serial_is_cut_to_twenty_bytes() {
         let long = "0123456789012345678901234";
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(4096).unwrap();
+        assert_eq!(&serial_id(long)[..], &long.as_bytes()[..20]);
+        assert_eq!(serial_id("ab")[..3], *b"ab\0");
+    }
+
+    #[test]
+    fn disk_of_large_blocks_has_whole_blocks() {
         let options = OpenOptions {
-            read_only: true,
-            page_cache: true,
-            lock_patience: Duration::ZERO,
+            block_bytes: 4096,
+            ..OPTIONS
         };
-        let disk = BlkDevice::new(
-            RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap(),
-            long,
-            1,
-        );
-        assert_eq!(&disk.serial[..], &long.as_bytes()[..20]);
+        let image = image_of(3 * 4096 + 512, options);
+        let serve = ServeOptions {
+            block_bytes: 4096,
+            ..ServeOptions::default()
+        };
+        let config = BlkDevice::new(image, 1, serve).config();
+        assert_eq!(config[..8], 24_u64.to_le_bytes());
+        assert_eq!(config[20..24], 4096_u32.to_le_bytes());
+        assert_eq!(config[24], 0);
+    }
+
+    #[test]
+    fn disk_grows_and_does_not_shrink() {
+        let disk = disk(false, 1);
+        assert!(disk.resize(8).is_err());
+        disk.resize(4096).unwrap();
+        disk.resize(4096).unwrap();
+        assert_eq!(disk.config()[..8], 4096_u64.to_le_bytes());
+        assert_eq!(disk.image().capacity_sectors(), 4096);
     }
 }

@@ -22,6 +22,7 @@ mod daemon;
 mod device;
 mod engine;
 mod image;
+mod latency;
 mod request;
 mod stats;
 

@@ -14,6 +14,8 @@ pub(crate) const HEADER_BYTES: usize = 16;
 pub(crate) const RANGE_BYTES: usize = 16;
 /// `VIRTIO_BLK_ID_BYTES`.
 pub(crate) const ID_BYTES: usize = 20;
+/// `struct virtio_blk_lifetime`.
+pub(crate) const LIFETIME_BYTES: usize = 6;
 /// Ranges in one discard or write-zeroes request; `max_discard_seg` in the configuration.
 pub(crate) const MAX_RANGES: usize = 32;
 /// Sectors in one such range (2 GiB); `max_discard_sectors` in the configuration.
@@ -23,6 +25,7 @@ const VIRTIO_BLK_T_IN: u32 = 0;
 const VIRTIO_BLK_T_OUT: u32 = 1;
 const VIRTIO_BLK_T_FLUSH: u32 = 4;
 const VIRTIO_BLK_T_GET_ID: u32 = 8;
+const VIRTIO_BLK_T_GET_LIFETIME: u32 = 10;
 const VIRTIO_BLK_T_DISCARD: u32 = 11;
 const VIRTIO_BLK_T_WRITE_ZEROES: u32 = 13;
 /// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`.
@@ -49,18 +52,20 @@ pub(crate) enum OpKind {
     Discard,
     WriteZeroes,
     GetId,
+    GetLifetime,
     /// A type that is not known, or a request too broken to have one.
     Unknown,
 }
 
 impl OpKind {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Read,
         Self::Write,
         Self::Flush,
         Self::Discard,
         Self::WriteZeroes,
         Self::GetId,
+        Self::GetLifetime,
         Self::Unknown,
     ];
 
@@ -71,6 +76,7 @@ impl OpKind {
             VIRTIO_BLK_T_OUT => Self::Write,
             VIRTIO_BLK_T_FLUSH => Self::Flush,
             VIRTIO_BLK_T_GET_ID => Self::GetId,
+            VIRTIO_BLK_T_GET_LIFETIME => Self::GetLifetime,
             VIRTIO_BLK_T_DISCARD => Self::Discard,
             VIRTIO_BLK_T_WRITE_ZEROES => Self::WriteZeroes,
             _ => Self::Unknown,
@@ -86,12 +92,13 @@ impl OpKind {
             Self::Discard => "discard",
             Self::WriteZeroes => "write_zeroes",
             Self::GetId => "get_id",
+            Self::GetLifetime => "get_lifetime",
             Self::Unknown => "unknown",
         }
     }
 }
 
-/// A checked request. Byte ranges lie inside the disk and are whole sectors.
+/// A checked request. Byte ranges lie inside the disk and are whole blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Request {
     /// Into the writable bytes from the first on.
@@ -115,12 +122,16 @@ pub(crate) enum Request {
     },
     /// The serial number, into the writable bytes from the first on.
     GetId,
+    /// What is known of the medium's wear, into the writable bytes from the first on.
+    GetLifetime,
 }
 
 /// What requests are checked against.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     pub(crate) capacity_sectors: u64,
+    /// What offsets and lengths are multiples of; a power of two.
+    pub(crate) block_sectors: u64,
     pub(crate) read_only: bool,
     /// `VIRTIO_BLK_F_DISCARD` is offered.
     pub(crate) discard: bool,
@@ -168,6 +179,8 @@ pub(crate) fn parse(
         }
         OpKind::GetId if data_in_bytes == 0 => Err(Status::IoErr),
         OpKind::GetId => Ok(Request::GetId),
+        OpKind::GetLifetime if (data_in_bytes as usize) < LIFETIME_BYTES => Err(Status::IoErr),
+        OpKind::GetLifetime => Ok(Request::GetLifetime),
         OpKind::Unknown => Err(Status::Unsupp),
     }
 }
@@ -192,6 +205,9 @@ fn data_offset(sector: u64, len_bytes: u32, limits: &Limits) -> Result<u64, Stat
 
 fn sectors_offset(sector: u64, num_sectors: u64, limits: &Limits) -> Result<u64, Status> {
     let end = sector.checked_add(num_sectors).ok_or(Status::IoErr)?;
+    if (sector | num_sectors) & (limits.block_sectors - 1) != 0 {
+        return Err(Status::IoErr);
+    }
     if end > limits.capacity_sectors {
         return Err(Status::IoErr);
     }

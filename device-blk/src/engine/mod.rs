@@ -2,20 +2,34 @@
 //!
 //! [`BlkQueue`] belongs to its ring's thread, which alone touches it. It takes requests off
 //! the ring, checks them ([`crate::request`]), runs them as [`job`]s through the thread's own
-//! io_uring ([`uring`]) and answers each as soon as it is done, in any order:
+//! io_uring ([`uring`]) or the disk's [`workers`], and answers each as soon as it is done, in any
+//! order:
 //!
 //! ```text
-//! ring.pop ─► parse ─► Job ─► io_uring ─► completion ─► status byte ─► ring.complete
-//!               └─ refused, GET_ID: answered at once ──────┘
+//! ring.pop ─► parse ─► admitted ─► Job ─► io_uring, worker ─► completion ─► status ─► ring.complete
+//!               │         └─ held until the rate limit allows it              │
+//!               └─ refused, GET_ID: answered at once; in memory: done at once ┘
 //! ```
 //!
-//! Guest buffers go to the kernel as they are; only buffers that `O_DIRECT` would refuse are
-//! [`bounce`]d. Nothing here blocks except `drain`, which has a deadline.
+//! Guest buffers go to the kernel as they are; only buffers that `O_DIRECT` would refuse, and
+//! what a cipher changes, are [`bounce`]d. Nothing here blocks except `drain`, which has a
+//! deadline.
+//!
+//! What queues share is the [`backend`]; the [`gate`] stops them all at one instant.
 
+pub(crate) mod affinity;
+mod alarm;
+pub(crate) mod backend;
 pub(crate) mod bounce;
 pub(crate) mod buffer;
+mod complaints;
+pub(crate) mod gate;
 mod job;
+mod ranges;
+mod sync;
+mod transfer;
 pub(crate) mod uring;
+mod workers;
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -23,39 +37,36 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use vhost_user::backend::{QueueHandler, Wake};
+use vhost_user::backend::{Polling, QueueHandler, Wake};
 use vhost_user::ring::{DescChain, Ring, RingError};
 
-use crate::image::RawImage;
+use crate::image::{Access, SECTOR_BYTES};
+use crate::latency::SlowRequest;
 use crate::request::{
-    self, ByteRange, HEADER_BYTES, ID_BYTES, Limits, MAX_RANGES, OpKind, RANGE_BYTES, RangeOp,
-    Request, Status,
+    self, ByteRange, HEADER_BYTES, ID_BYTES, LIFETIME_BYTES, Limits, MAX_RANGES, OpKind,
+    RANGE_BYTES, RangeOp, Request, Status,
 };
 use crate::stats::QueueStats;
+use alarm::{Alarm, monotonic_ns};
+pub(crate) use backend::Backend;
 use bounce::BouncePool;
-use job::{Backing, Direction, Job, Next};
+use complaints::Complaints;
+use job::{Backing, Job, Next, Served};
+use sync::Nowait;
 use uring::{Uring, UringError};
+use workers::{Item, Operation, Results};
 
 /// Largest ring served, and so the most requests a queue has in flight.
 pub(crate) const MAX_QUEUE_SIZE: u16 = 1024;
 /// Rounds of work before the thread looks at its commands again.
 const MAX_ROUNDS: u32 = 64;
+/// Requests that are answered as soon as they are taken, before the driver hears of them.
+const ANSWERS_UNPUBLISHED: u32 = 8;
 /// How long a queue that ends waits for the kernel to let go of guest memory.
 const TEARDOWN_PATIENCE: Duration = Duration::from_secs(30);
-/// Between two complaints about failing I/O on one queue.
-const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What a queue serves, shared with the device it belongs to.
-#[derive(Clone, Debug)]
-pub(crate) struct Backend {
-    pub(crate) image: Arc<RawImage>,
-    /// The answer to GET_ID.
-    pub(crate) serial: [u8; ID_BYTES],
-    pub(crate) limits: Limits,
-    pub(crate) cache: CacheMode,
-    /// Set when requests outlived their queue: see [`BlkQueue`]'s `Drop`.
-    pub(crate) has_ghosts: Arc<AtomicBool>,
-}
+/// Positions in [`BlkQueue::event_fds`].
+const EVENT_ALARM: usize = 1;
 
 /// When a write counts as done (Virtio 1.2 section 5.2.6.2).
 #[derive(Clone, Debug)]
@@ -80,16 +91,33 @@ impl CacheMode {
 
 /// One virtqueue being served.
 pub(crate) struct BlkQueue {
-    backend: Backend,
+    backend: Arc<Backend>,
     stats: Arc<QueueStats>,
+    cache: CacheMode,
+    served: Served,
+    /// Of the gate, when it was last looked at.
+    turns: u64,
+    gate_id: u64,
     uring: Uring,
+    results: Arc<Results>,
+    /// Operations that workers have and have not answered.
+    with_workers: usize,
     slots: Vec<Slot>,
     free_slots: Vec<usize>,
     /// Slots of jobs that need a bounce buffer, in order.
     waiting: VecDeque<usize>,
+    /// Reads and writes that were not admitted yet, in order.
+    held: [VecDeque<Job>; 2],
+    /// When the first of each may be.
+    held_until_ns: [u64; 2],
+    alarm: Alarm,
     bounce: BouncePool,
     zero_range_works: bool,
+    nowait: Nowait,
     complaints: Complaints,
+    /// The last reading of the clock.
+    now_ns: u64,
+    unpublished: u32,
 }
 
 /// A place for a job; its index is the `user_data` of the job's operations.
@@ -100,19 +128,49 @@ struct Slot {
     iovecs: Vec<libc::iovec>,
 }
 
+/// Why a queue cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum QueueError {
+    #[error(transparent)]
+    Uring(#[from] UringError),
+    #[error("no timer for rate limits")]
+    Alarm(#[source] std::io::Error),
+}
+
 impl BlkQueue {
     /// Sets up the calling thread's io_uring.
-    pub(crate) fn new(backend: Backend, stats: Arc<QueueStats>) -> Result<Self, UringError> {
+    pub(crate) fn new(
+        backend: Arc<Backend>,
+        cache: CacheMode,
+        stats: Arc<QueueStats>,
+    ) -> Result<Self, QueueError> {
+        let uring = Uring::new(MAX_QUEUE_SIZE)?;
+        let waker = uring.waker();
+        let alarm = Alarm::new().map_err(QueueError::Alarm)?;
+        let gate_id = backend.gate.join(Arc::clone(&waker));
         Ok(Self {
+            // No number that the gate has: the first request reads anew what is served.
+            turns: u64::MAX,
+            served: Served::of(&backend),
+            gate_id,
+            results: Arc::new(Results::new(waker)),
             backend,
             stats,
-            uring: Uring::new(MAX_QUEUE_SIZE)?,
+            cache,
+            uring,
+            with_workers: 0,
             slots: Vec::new(),
             free_slots: Vec::new(),
             waiting: VecDeque::new(),
+            held: Default::default(),
+            held_until_ns: [0; 2],
+            alarm,
             bounce: BouncePool::default(),
             zero_range_works: true,
+            nowait: Nowait::default(),
             complaints: Complaints::default(),
+            now_ns: monotonic_ns(),
+            unpublished: 0,
         })
     }
 
@@ -130,121 +188,268 @@ impl BlkQueue {
         Ok(())
     }
 
+    /// Requests that were begun and are not answered.
     fn in_flight(&self) -> usize {
         self.slots.len() - self.free_slots.len()
+    }
+
+    fn held(&self) -> usize {
+        self.held.iter().map(VecDeque::len).sum()
     }
 
     /// Takes as many requests as there are, or as there is room for; no more than a ring holds,
     /// since a driver can offer requests that are answered at once faster than they are taken.
     fn accept(&mut self, ring: &mut Ring) -> Result<bool, RingError> {
-        let mut progress = false;
+        if !self.pass_gate() {
+            return Ok(false);
+        }
+        let limited = self.backend.options.admission.is_limited();
+        let mut progress = self.held() > 0 && self.admit_held(ring, limited);
+        let mut is_clock_read = false;
         for _ in 0..MAX_QUEUE_SIZE {
-            if self.in_flight() >= usize::from(MAX_QUEUE_SIZE) {
+            if self.in_flight() + self.held() >= usize::from(MAX_QUEUE_SIZE) {
                 break;
             }
             let Some(chain) = ring.pop()? else { break };
+            if !std::mem::replace(&mut is_clock_read, true) {
+                self.now_ns = monotonic_ns();
+            }
             self.stats.start();
-            self.begin(ring, chain);
+            if let Some(mut job) = self.parse(ring, chain) {
+                job.accepted_ns = self.now_ns;
+                if !limited || self.admit(&job) {
+                    self.begin(ring, job);
+                } else if let Some(access) = job.access() {
+                    self.held[access as usize].push_back(job);
+                }
+            }
             progress = true;
+        }
+        if self.held() > 0 {
+            self.set_alarm();
         }
         Ok(progress)
     }
 
+    /// False while the gate is closed. Afterwards, what is served is read anew.
+    fn pass_gate(&mut self) -> bool {
+        let turns = self.backend.gate.turns();
+        if turns == self.turns && !gate::is_closed(turns) {
+            return true;
+        }
+        self.turns = turns;
+        if gate::is_closed(turns) {
+            if self.in_flight() == 0 {
+                self.backend.gate.park(self.gate_id);
+            }
+            return false;
+        }
+        self.served = Served::of(&self.backend);
+        self.zero_range_works = true;
+        self.nowait = Nowait::default();
+        true
+    }
+
+    /// Whether the request may begin now: the rate limit allows it, and none is held before it.
+    fn admit(&mut self, job: &Job) -> bool {
+        let Some(access) = job.access() else {
+            return true;
+        };
+        self.held[access as usize].is_empty() && self.is_in_limit(access, job.payload_bytes())
+    }
+
+    fn is_in_limit(&mut self, access: Access, len_bytes: u64) -> bool {
+        let admission = &self.backend.options.admission;
+        admission
+            .admit(access, len_bytes, self.now_ns)
+            .inspect_err(|&again_ns| self.held_until_ns[access as usize] = again_ns)
+            .is_ok()
+    }
+
+    /// Begins what was held and may go on now; true when there was something.
+    #[cold]
+    fn admit_held(&mut self, ring: &mut Ring, limited: bool) -> bool {
+        let mut progress = false;
+        self.now_ns = monotonic_ns();
+        for access in [Access::Read, Access::Write] {
+            while let Some(job) = self.held[access as usize].front() {
+                let len_bytes = job.payload_bytes();
+                if limited && !self.is_in_limit(access, len_bytes) {
+                    break;
+                }
+                let job = self.held[access as usize].pop_front().expect("the front");
+                self.begin(ring, job);
+                progress = true;
+            }
+        }
+        progress
+    }
+
+    /// Makes the thread come back when the next held request may begin.
+    #[cold]
+    fn set_alarm(&mut self) {
+        let held = self.held.iter().zip(self.held_until_ns);
+        let next = held
+            .filter(|(jobs, _)| !jobs.is_empty())
+            .map(|(_, at_ns)| at_ns);
+        if let Some(at_ns) = next.min() {
+            self.alarm.set(at_ns);
+        }
+    }
+
     /// Answers a request, or makes it a job.
-    fn begin(&mut self, ring: &mut Ring, chain: DescChain) {
+    fn parse(&mut self, ring: &mut Ring, chain: DescChain) -> Option<Job> {
         let mut header = [0; HEADER_BYTES];
         if chain.read_at(0, &mut header) < HEADER_BYTES || chain.writable_len_bytes() == 0 {
-            return self.answer(ring, chain, OpKind::Unknown, 0, Status::IoErr);
+            self.answer_now(ring, chain, OpKind::Unknown, 0, Status::IoErr);
+            return None;
         }
         let kind = OpKind::of(&header);
         let data_out_bytes = chain.readable_len_bytes() - HEADER_BYTES as u32;
         let data_in_bytes = chain.writable_len_bytes() - 1;
-        let limits = &self.backend.limits;
-        let job = match request::parse(&header, data_out_bytes, data_in_bytes, limits) {
+        let limits = &self.served.limits;
+        let status = match request::parse(&header, data_out_bytes, data_in_bytes, limits) {
             Ok(Request::Read {
                 offset_bytes,
                 len_bytes,
-            }) => Job::transfer(chain, Direction::Read, offset_bytes, len_bytes),
+            }) => return Some(Job::transfer(chain, Access::Read, offset_bytes, len_bytes)),
             Ok(Request::Write {
                 offset_bytes,
                 len_bytes,
-            }) => Job::transfer(chain, Direction::Write, offset_bytes, len_bytes),
-            Ok(Request::Flush) => Job::flush(chain),
+            }) => return Some(Job::transfer(chain, Access::Write, offset_bytes, len_bytes)),
+            Ok(Request::Flush) => return Some(Job::flush(chain)),
             Ok(Request::Discard { payload_bytes }) => {
                 match copy_ranges(&chain, RangeOp::Discard, payload_bytes, limits) {
-                    Ok(ranges) => Job::ranges(chain, RangeOp::Discard, ranges),
-                    Err(status) => return self.answer(ring, chain, kind, 0, status),
+                    Ok(ranges) => return Some(Job::ranges(chain, RangeOp::Discard, ranges)),
+                    Err(status) => status,
                 }
             }
             Ok(Request::WriteZeroes { payload_bytes }) => {
                 match copy_ranges(&chain, RangeOp::WriteZeroes, payload_bytes, limits) {
-                    Ok(ranges) => Job::ranges(chain, RangeOp::WriteZeroes, ranges),
-                    Err(status) => return self.answer(ring, chain, kind, 0, status),
+                    Ok(ranges) => return Some(Job::ranges(chain, RangeOp::WriteZeroes, ranges)),
+                    Err(status) => status,
                 }
             }
             Ok(Request::GetId) => {
                 let len_bytes = ID_BYTES.min(data_in_bytes as usize);
-                chain.write_at(0, &self.backend.serial[..len_bytes]);
-                return self.answer(ring, chain, kind, len_bytes as u64, Status::Ok);
+                chain.write_at(0, &self.backend.options.serial[..len_bytes]);
+                self.answer_now(ring, chain, kind, len_bytes as u64, Status::Ok);
+                return None;
             }
-            Err(status) => return self.answer(ring, chain, kind, 0, status),
+            // Section 5.2.6: zero for what is not known.
+            Ok(Request::GetLifetime) => {
+                chain.zero_at(0, LIFETIME_BYTES);
+                self.answer_now(ring, chain, kind, LIFETIME_BYTES as u64, Status::Ok);
+                return None;
+            }
+            Err(status) => status,
         };
+        self.answer_now(ring, chain, kind, 0, status);
+        None
+    }
+
+    fn begin(&mut self, ring: &mut Ring, job: Job) {
+        let observer = &self.backend.options.observer;
+        job.each_change(|offset_bytes, len_bytes| observer.mark(offset_bytes, len_bytes));
         let index = self.free_slots.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
             self.slots.len() - 1
         });
         self.slots[index].job = Some(job);
-        self.advance(ring, index);
+        if self.advance(ring, index) {
+            self.note_answer(ring);
+        }
     }
 
-    /// Lets the job in a slot take its next step.
-    fn advance(&mut self, ring: &mut Ring, index: usize) {
+    /// Lets the job in a slot take its next step; true when that answered it.
+    fn advance(&mut self, ring: &mut Ring, index: usize) -> bool {
         let Slot { job, iovecs } = &mut self.slots[index];
         let job = job.as_mut().expect("completions and waits belong to jobs");
         let mut backing = Backing {
-            image: &self.backend.image,
-            write_through: self.backend.cache.is_write_through(),
+            served: &self.served,
+            write_through: self.cache.is_write_through(),
             bounce: &mut self.bounce,
             zero_range_works: &mut self.zero_range_works,
+            nowait: &mut self.nowait,
         };
         match job.next(&mut backing, iovecs) {
             // SAFETY: the job's chain keeps guest memory mapped, its bounce buffer and its
             // slot's vectors stay with it, and it leaves the slot only after its completion;
             // `drop` leaks jobs that have none.
             Next::Submit(entry) => unsafe { self.uring.push(entry.user_data(index as u64)) },
+            Next::Perform(operation) => self.perform(index, operation),
             Next::NeedsBounce => self.waiting.push_back(index),
-            Next::Done(status) => self.retire(ring, index, status),
+            Next::Done(status) => {
+                self.retire(ring, index, status);
+                return true;
+            }
+            Next::Failed(errno) => {
+                self.fail(ring, index, errno);
+                return true;
+            }
         }
+        false
+    }
+
+    fn perform(&mut self, index: usize, operation: Operation) {
+        let Slot { job, iovecs } = &mut self.slots[index];
+        let job = job.as_ref().expect("operations belong to jobs");
+        let item = Item {
+            image: Arc::clone(&self.served.image),
+            operation,
+            iovecs: std::mem::take(iovecs),
+            pin: job.chain.pin(),
+            slot: index,
+            results: Arc::clone(&self.results),
+        };
+        self.with_workers += 1;
+        self.backend.workers.submit(item);
     }
 
     /// Takes completions; true when there were any.
     fn reap(&mut self, ring: &mut Ring) -> bool {
         let mut progress = false;
         while let Some((user_data, result)) = self.uring.next_completion() {
-            progress = true;
-            let index = user_data as usize;
-            let job = self.slots[index]
-                .job
-                .as_mut()
-                .expect("completions belong to jobs");
-            let mut backing = Backing {
-                image: &self.backend.image,
-                write_through: self.backend.cache.is_write_through(),
-                bounce: &mut self.bounce,
-                zero_range_works: &mut self.zero_range_works,
-            };
-            match job.completed(result, &mut backing) {
-                Ok(()) => self.advance(ring, index),
-                Err(errno) => {
-                    let kind = job.kind;
-                    self.complaints
-                        .complain(self.backend.image.name(), kind, errno);
-                    self.retire(ring, index, Status::IoErr);
-                }
+            self.note_progress(&mut progress);
+            self.completed(ring, user_data as usize, result);
+        }
+        if self.with_workers > 0 {
+            while let Some(done) = self.results.take() {
+                self.note_progress(&mut progress);
+                self.with_workers -= 1;
+                self.slots[done.slot].iovecs = done.iovecs;
+                self.completed(ring, done.slot, done.result);
             }
-            self.resume_waiting(ring);
         }
         progress
+    }
+
+    /// The clock is read once for all completions that are there.
+    fn note_progress(&mut self, progress: &mut bool) {
+        if !std::mem::replace(progress, true) {
+            self.now_ns = monotonic_ns();
+        }
+    }
+
+    fn completed(&mut self, ring: &mut Ring, index: usize, result: i32) {
+        let job = self.slots[index]
+            .job
+            .as_mut()
+            .expect("completions belong to jobs");
+        let mut backing = Backing {
+            served: &self.served,
+            write_through: self.cache.is_write_through(),
+            bounce: &mut self.bounce,
+            zero_range_works: &mut self.zero_range_works,
+            nowait: &mut self.nowait,
+        };
+        match job.completed(result, &mut backing) {
+            Ok(()) => drop(self.advance(ring, index)),
+            Err(errno) => self.fail(ring, index, errno),
+        }
+        if !self.waiting.is_empty() {
+            self.resume_waiting(ring);
+        }
     }
 
     /// Lets the first waiting job have the bounce buffer that may be free now.
@@ -258,11 +463,54 @@ impl BlkQueue {
         }
     }
 
+    #[cold]
+    fn fail(&mut self, ring: &mut Ring, index: usize, errno: i32) {
+        let kind = self.slots[index].job.as_ref().map(|job| job.kind);
+        self.complaints.complain(
+            self.served.image.name(),
+            kind.unwrap_or(OpKind::Unknown),
+            errno,
+        );
+        self.retire(ring, index, Status::IoErr);
+    }
+
     fn retire(&mut self, ring: &mut Ring, index: usize, status: Status) {
         let job = self.slots[index].job.take().expect("only jobs retire");
         self.free_slots.push(index);
-        let (kind, bytes) = (job.kind, job.payload_bytes());
+        let request = SlowRequest {
+            image: self.served.image.name(),
+            op: job.kind,
+            sector: job.offset_bytes() / SECTOR_BYTES,
+            len_bytes: job.payload_bytes(),
+        };
+        let elapsed_ns = self.now_ns.saturating_sub(job.accepted_ns);
+        self.stats.took(&request, elapsed_ns);
+        let (kind, bytes) = (request.op, request.len_bytes);
         self.answer(ring, job.chain, kind, bytes, status);
+    }
+
+    /// Answers a request that never became a job.
+    fn answer_now(
+        &mut self,
+        ring: &mut Ring,
+        chain: DescChain,
+        kind: OpKind,
+        bytes: u64,
+        status: Status,
+    ) {
+        self.answer(ring, chain, kind, bytes, status);
+        self.note_answer(ring);
+    }
+
+    /// A request was answered while others are still being taken: the driver need not wait for
+    /// all of them.
+    fn note_answer(&mut self, ring: &mut Ring) {
+        self.now_ns = monotonic_ns();
+        self.unpublished += 1;
+        if self.unpublished >= ANSWERS_UNPUBLISHED {
+            self.unpublished = 0;
+            ring.notify();
+        }
     }
 
     /// Writes the status byte, the last writable one, and returns the chain. A chain without
@@ -307,29 +555,56 @@ fn copy_ranges(
 
 impl QueueHandler for BlkQueue {
     fn event_fds(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.uring.completion_event()]
+        vec![self.uring.completion_event(), self.alarm.event()]
     }
 
     fn process(&mut self, ring: &mut Ring, wake: Wake) -> Result<(), RingError> {
-        if let Wake::Event(_) = wake {
-            self.uring.take_completion_event();
+        match wake {
+            Wake::Event(EVENT_ALARM) => self.alarm.take(),
+            Wake::Event(_) => self.uring.take_completion_event(),
+            Wake::Kick => {}
         }
         self.uring.mute();
-        let worked = self.work(ring);
-        if self.uring.unmute() {
-            self.uring.raise_completion_event();
-        }
-        worked
+        // It may have grown.
+        self.served.limits = self.backend.limits(&*self.served.image);
+        self.work(ring)
+    }
+
+    fn polling(&self) -> Polling {
+        self.backend.polling()
+    }
+
+    fn has_events(&mut self) -> bool {
+        self.uring.has_news()
+            || self.backend.gate.turns() != self.turns
+            || (self.with_workers > 0 && !self.results.is_empty())
+            || (self.held() > 0 && self.alarm.is_due())
+    }
+
+    fn prepare_sleep(&mut self) -> bool {
+        self.uring.unmute() || (self.with_workers > 0 && !self.results.is_empty())
     }
 
     fn drain(&mut self, ring: &mut Ring, deadline: Instant) -> usize {
-        self.uring.submit();
-        self.reap(ring);
-        while self.in_flight() > 0 && Instant::now() < deadline {
-            self.uring.wait(deadline);
+        self.uring.mute();
+        loop {
+            // Whoever stops a ring does not wait for rate limits.
+            if self.held() > 0 && self.pass_gate() {
+                self.admit_held(ring, false);
+            }
+            self.uring.submit();
             self.reap(ring);
+            if self.in_flight() == 0 {
+                self.pass_gate();
+            }
+            let left = self.in_flight() + self.held();
+            if left == 0 || Instant::now() >= deadline {
+                return left;
+            }
+            if self.results.is_empty() {
+                self.uring.wait(deadline);
+            }
         }
-        self.in_flight()
     }
 }
 
@@ -338,52 +613,44 @@ impl Drop for BlkQueue {
     /// must have ended before: a late write would overwrite a newer one, and a late read would
     /// land in memory that belongs to something else by then.
     fn drop(&mut self) {
-        self.stats.forget(self.in_flight() as u64);
-        if self.uring.unanswered() == 0 {
+        self.stats.forget((self.in_flight() + self.held()) as u64);
+        self.end_operations();
+        self.backend.gate.leave(self.gate_id);
+    }
+}
+
+impl BlkQueue {
+    fn running(&self) -> usize {
+        self.uring.unanswered() + self.with_workers
+    }
+
+    fn end_operations(&mut self) {
+        if self.running() == 0 {
             return;
         }
         let deadline = Instant::now() + TEARDOWN_PATIENCE;
         self.uring.cancel_all();
-        while self.uring.unanswered() > 0 && Instant::now() < deadline {
+        loop {
             while self.uring.next_completion().is_some() {}
-            if self.uring.unanswered() > 0 {
-                self.uring.wait(deadline);
+            while self.results.take().is_some() {
+                self.with_workers -= 1;
             }
+            if self.running() == 0 {
+                return;
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+            self.uring.wait(deadline);
         }
-        if self.uring.unanswered() > 0 {
-            tracing::error!(
-                image = self.backend.image.name(),
-                "{} requests still run in the kernel; this disk stays stopped until the daemon \
-                 is restarted",
-                self.uring.unanswered()
-            );
-            self.backend.has_ghosts.store(true, Ordering::Release);
-            // Their memory must outlive them, whenever they end.
-            std::mem::forget(std::mem::take(&mut self.slots));
-        }
-    }
-}
-
-/// Says that I/O fails, but not for each of a million requests.
-#[derive(Default)]
-struct Complaints {
-    last: Option<Instant>,
-    withheld: u64,
-}
-
-impl Complaints {
-    fn complain(&mut self, image: &str, kind: OpKind, errno: i32) {
-        if self
-            .last
-            .is_some_and(|last| last.elapsed() < COMPLAINT_INTERVAL)
-        {
-            self.withheld += 1;
-            return;
-        }
-        self.last = Some(Instant::now());
-        let error = std::io::Error::from_raw_os_error(errno);
-        let withheld = std::mem::take(&mut self.withheld);
-        tracing::warn!(image, op = kind.name(), %error, withheld, "request failed; the guest gets IOERR");
+        tracing::error!(
+            image = self.served.image.name(),
+            "{} requests still run; this disk stays stopped until the daemon is restarted",
+            self.running()
+        );
+        self.backend.has_ghosts.store(true, Ordering::Release);
+        // Their memory must outlive them, whenever they end.
+        std::mem::forget(std::mem::take(&mut self.slots));
     }
 }
 

@@ -5,8 +5,9 @@ use std::time::Duration;
 use vhost_user::driver::{DriverRing, GuestMemory};
 use vhost_user::ring::RingConfig;
 
+use super::backend::ServeOptions;
 use super::*;
-use crate::image::OpenOptions;
+use crate::image::{OpenOptions, RawImage};
 use crate::stats::Snapshot;
 
 const CAPACITY_SECTORS: u64 = 2048;
@@ -31,6 +32,20 @@ fn rig(cache: CacheMode) -> Rig {
 }
 
 fn rig_with(cache: CacheMode, page_cache: bool) -> Rig {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(CAPACITY_SECTORS * 512).unwrap();
+    let options = OpenOptions {
+        read_only: false,
+        page_cache,
+        block_bytes: 512,
+        lock_patience: Duration::ZERO,
+    };
+    let image = RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap();
+    let backend = Backend::new(Arc::new(image), ServeOptions::default());
+    rig_of(Arc::new(backend), cache, file)
+}
+
+fn rig_of(backend: Arc<Backend>, cache: CacheMode, file: tempfile::NamedTempFile) -> Rig {
     let memory = Arc::new(GuestMemory::new(4 << 20).unwrap());
     let driver = DriverRing::new(&memory, 0, SIZE, 0);
     let ring = Ring::start(RingConfig {
@@ -44,27 +59,8 @@ fn rig_with(cache: CacheMode, page_cache: bool) -> Rig {
         call: None,
     })
     .unwrap();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(CAPACITY_SECTORS * 512).unwrap();
-    let options = OpenOptions {
-        read_only: false,
-        page_cache,
-        lock_patience: Duration::ZERO,
-    };
-    let image = RawImage::from_file(file.reopen().unwrap(), "test".into(), options).unwrap();
-    let backend = Backend {
-        image: Arc::new(image),
-        serial: [0; ID_BYTES],
-        limits: Limits {
-            capacity_sectors: CAPACITY_SECTORS,
-            read_only: false,
-            discard: true,
-        },
-        cache,
-        has_ghosts: Arc::default(),
-    };
     let stats = Arc::<QueueStats>::default();
-    let queue = BlkQueue::new(backend, Arc::clone(&stats)).unwrap();
+    let queue = BlkQueue::new(backend, cache, Arc::clone(&stats)).unwrap();
     Rig {
         memory,
         driver,
@@ -112,10 +108,11 @@ impl Rig {
 
     fn backing(&mut self) -> Backing<'_> {
         Backing {
-            image: &self.queue.backend.image,
+            served: &self.queue.served,
             write_through: false,
             bounce: &mut self.queue.bounce,
             zero_range_works: &mut self.queue.zero_range_works,
+            nowait: &mut self.queue.nowait,
         }
     }
 
@@ -169,11 +166,10 @@ fn dropped_queue_leaves_nothing_running_and_answers_nothing() {
     rig.queue.uring.submit();
     assert_eq!(Snapshot::of([&*rig.stats]).inflight, 16);
     let Rig { queue, stats, .. } = &mut rig;
-    let has_ghosts = Arc::clone(&queue.backend.has_ghosts);
-    let backend = queue.backend.clone();
-    let fresh = BlkQueue::new(backend, Arc::clone(stats)).unwrap();
+    let backend = Arc::clone(&queue.backend);
+    let fresh = BlkQueue::new(backend, CacheMode::WriteBack, Arc::clone(stats)).unwrap();
     drop(std::mem::replace(queue, fresh));
-    assert!(!has_ghosts.load(Ordering::Acquire));
+    assert!(!queue.backend.has_ghosts());
     assert_eq!(Snapshot::of([&*rig.stats]).inflight, 0);
     assert_eq!(rig.ring.in_flight(), 16, "the next session gets them again");
     for slot in 0..16 {

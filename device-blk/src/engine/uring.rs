@@ -12,6 +12,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
@@ -56,7 +57,8 @@ pub(crate) enum UringError {
 /// A restricted ring; belongs to the thread that made it.
 pub(crate) struct Uring {
     ring: IoUring,
-    completed: EventFd,
+    completed: Arc<EventFd>,
+    is_muted: bool,
     /// Requests the kernel has and has not answered, plus those pushed and not submitted.
     unanswered: usize,
 }
@@ -65,7 +67,7 @@ impl Uring {
     /// A ring for `entries` requests at one time.
     pub(crate) fn new(entries: u16) -> Result<Self, UringError> {
         let ring = set_up(u32::from(entries)).map_err(UringError::Unavailable)?;
-        let completed = EventFd::new().map_err(UringError::Eventfd)?;
+        let completed = Arc::new(EventFd::new().map_err(UringError::Eventfd)?);
         ring.submitter()
             .register_eventfd(completed.as_fd().as_raw_fd())
             .map_err(UringError::Eventfd)?;
@@ -73,6 +75,7 @@ impl Uring {
         Ok(Self {
             ring,
             completed,
+            is_muted: false,
             unanswered: 0,
         })
     }
@@ -82,25 +85,34 @@ impl Uring {
         self.completed.as_fd()
     }
 
+    /// Rings the completion event, for others who wake the ring's thread.
+    pub(crate) fn waker(&self) -> Arc<EventFd> {
+        Arc::clone(&self.completed)
+    }
+
     /// Stops signalling completions: the thread looks for them by itself until
     /// [`Self::unmute`].
     pub(crate) fn mute(&mut self) {
-        self.ring.completion().disable_eventfd();
+        if !std::mem::replace(&mut self.is_muted, true) {
+            self.ring.completion().disable_eventfd();
+        }
     }
 
     /// Signals completions from now on. True when some arrived in the meantime: then look
     /// again before going to sleep.
     pub(crate) fn unmute(&mut self) -> bool {
+        self.is_muted = false;
         self.ring.completion().enable_eventfd();
         // The kernel posts a completion and then looks at the flag; we clear the flag and then
         // look for completions. Without the fence both could miss the other.
         fence(Ordering::SeqCst);
-        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
+        self.has_news()
     }
 
-    /// Makes the event readable.
-    pub(crate) fn raise_completion_event(&self) {
-        self.completed.ring();
+    /// Whether there are completions, or will be after a [`Self::submit`].
+    #[inline]
+    pub(crate) fn has_news(&mut self) -> bool {
+        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
     }
 
     /// Makes the event unreadable again.
@@ -165,19 +177,27 @@ impl Uring {
         }
     }
 
-    /// Submits, and waits until a completion is there or `deadline` has passed.
+    /// Submits, and waits until a completion is there, the event was rung by others, or
+    /// `deadline` has passed.
     pub(crate) fn wait(&mut self, deadline: Instant) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = types::Timespec::from(left);
-        let args = types::SubmitArgs::new().timespec(&timeout);
-        match self.ring.submitter().submit_with_args(1, &args) {
-            Ok(_) => {}
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ETIME | libc::EINTR)) => {}
-            Err(error) => {
-                tracing::error!(%error, "io_uring cannot wait for completions");
-                std::thread::sleep(SUBMIT_RETRY_INTERVAL.min(left));
-            }
+        self.submit();
+        let was_muted = self.is_muted;
+        if !self.unmute() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout_ms = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
+            let mut poll = libc::pollfd {
+                fd: self.completed.as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // SAFETY: one valid pollfd is passed. Whatever ends the wait, the caller looks.
+            unsafe { libc::poll(&mut poll, 1, timeout_ms) };
+            self.take_completion_event();
         }
+        if was_muted {
+            self.mute();
+        }
+        self.submit();
     }
 
     /// Asks the kernel to give up what it can; everything still completes.

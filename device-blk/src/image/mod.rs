@@ -1,97 +1,139 @@
 //! Disk images.
 //!
-//! [`RawImage`] is the one format served today: guest sector N is bytes `512 * N` of the file,
-//! so the engine sends guest buffers straight to the file. A format with a mapping of its own
-//! will stand beside it, behind the same capacity, alignment and locking.
+//! An [`Image`] is the content of a disk, whatever it is stored as; all queues of the disk share
+//! it. The engine asks [`Image::locate`] where the next stretch of a request is, and does the I/O
+//! of stretches that lie in a file by itself. What has to be thought about first (allocation,
+//! metadata that is not loaded, another host) goes to a worker thread, which may block:
 //!
-//! - [`raw`]: opening and measuring;
-//! - [`direct`]: whether, and with which alignment, the file takes `O_DIRECT`;
-//! - [`lock`]: keeping a second writer out.
+//! ```text
+//! request ─► locate ─┬─► File: io_uring on the queue's thread
+//!                    ├─► Zeroes: filled in
+//!                    └─► Worker: perform, on a worker thread of the disk
+//! ```
+//!
+//! - [`raw`]: guest sector N is bytes `512 * N` of the file; opening and measuring;
+//! - [`place`]: where a stretch is, and what keeps it there;
+//! - [`task`]: what a worker thread is asked to do;
+//! - [`direct`]: whether, and with which alignment, a file takes `O_DIRECT`;
+//! - [`lock`]: keeping a second writer out;
+//! - [`error`]: why an image cannot be served.
 
 pub(crate) mod direct;
+pub(crate) mod error;
 pub(crate) mod lock;
+pub(crate) mod place;
 pub(crate) mod raw;
+pub(crate) mod task;
 
-pub(crate) use raw::{OpenOptions, RawImage};
-
+use std::fmt;
 use std::io;
+use std::os::fd::RawFd;
+
+pub(crate) use direct::DirectIo;
+pub(crate) use error::ImageError;
+pub(crate) use place::{Access, Place, Ticket, TicketIssuer};
+pub(crate) use raw::{OpenOptions, RawImage};
+pub(crate) use task::{Buffers, Task};
 
 /// Bytes of a sector, the unit of every virtio-blk request (Virtio 1.2 section 5.2.2).
 pub(crate) const SECTOR_BYTES: u64 = 512;
 
-/// Why an image cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ImageError {
-    /// The path leads nowhere.
-    #[error(
-        "image {name}: no such file; create it first, for example with `qemu-img create -f raw {name} 10G`"
-    )]
-    Missing {
-        /// The path.
-        name: String,
-    },
-    /// The kernel refused.
-    #[error("image {name}: cannot {action}")]
-    Io {
-        /// Name of the image.
-        name: String,
-        /// What was tried.
-        action: &'static str,
-        /// The kernel's answer.
-        #[source]
-        source: io::Error,
-    },
-    /// Not something with blocks.
-    #[error("image {name} is a {kind}; name a regular file or a block device")]
-    WrongKind {
-        /// Name of the image.
-        name: String,
-        /// What it is.
-        kind: &'static str,
-    },
-    /// Less than a sector.
-    #[error(
-        "image {name} has {len_bytes} bytes, and a disk needs 512 at least; grow it first, for example with `truncate -s 10G {name}`"
-    )]
-    TooSmall {
-        /// Name of the image.
-        name: String,
-        /// Its length.
-        len_bytes: u64,
-    },
-    /// The descriptor cannot be written.
-    #[error(
-        "image {name} is open for reading only; pass a descriptor opened for reading and writing, or attach the disk read-only"
-    )]
-    NotWritable {
-        /// Name of the image.
-        name: String,
-    },
-    /// The descriptor cannot be read.
-    #[error("image {name} is not open for reading; pass a descriptor opened for reading")]
-    NotReadable {
-        /// Name of the image.
-        name: String,
-    },
-    /// Somebody else's lock.
-    #[error(
-        "image {name} is in use by another process ({holder}); stop that process, or wait until it has closed the image"
-    )]
-    InUse {
-        /// Name of the image.
-        name: String,
-        /// What the locks tell of the other side.
-        holder: &'static str,
-    },
-    /// Locks are what keeps two writers apart, so nothing is served without them.
-    #[error(
-        "image {name}: its file system does not support locks; move the image to one that does (ext4, xfs, btrfs, NFSv4, ...)"
-    )]
-    NoLocks {
-        /// Name of the image.
-        name: String,
-        /// The kernel's answer.
-        #[source]
-        source: io::Error,
-    },
+/// Threads that wait for one image at most, unless it says otherwise.
+const DEFAULT_MAX_WORKERS: usize = 4;
+
+/// The content of a disk.
+///
+/// Offsets are the disk's, in bytes; requests were checked against the capacity and are whole
+/// sectors.
+pub(crate) trait Image: Send + Sync + fmt::Debug {
+    /// For logs and metrics.
+    fn name(&self) -> &str;
+
+    /// `raw`, `qcow2`, ...
+    fn format(&self) -> &'static str;
+
+    fn is_read_only(&self) -> bool;
+
+    /// Grows by [`Image::resize`] alone.
+    fn capacity_sectors(&self) -> u64;
+
+    /// A power of two from 512 to 4096: what the storage below likes to be written in.
+    fn physical_block_bytes(&self) -> u32;
+
+    /// Whether discarded blocks are given back.
+    fn punches_holes(&self) -> bool;
+
+    /// What the files that [`Place::File`] names demand of buffers; `None` when they go through
+    /// the page cache.
+    fn direct(&self) -> Option<DirectIo>;
+
+    /// Where the first stretch of at most `len_bytes` from `offset_bytes` on is; `len_bytes` is
+    /// not 0, and neither is the stretch. Called for every request on the queue's thread: never
+    /// blocks, not for long on a lock either.
+    fn locate(&self, access: Access, offset_bytes: u64, len_bytes: u64) -> Place;
+
+    /// Does what `locate` answered [`Place::Worker`] for, and whatever the queue does not do by
+    /// itself: see [`Image::plain_file`] and [`Image::flush_file`]. Blocks; runs on a worker thread
+    /// of the disk, or on a job's. Several run at once.
+    ///
+    /// # Errors
+    /// The error number; the guest gets IOERR.
+    fn perform(&self, task: &mut Task<'_>) -> Result<(), i32>;
+
+    /// When the disk's bytes are exactly those of one file: that file. Then the queue does not
+    /// ask `locate`, and zeroes, discards and flushes by itself.
+    fn plain_file(&self) -> Option<RawFd> {
+        None
+    }
+
+    /// When a flush is no more than `fdatasync` of one file: that file. Otherwise flushes are
+    /// [`Task::Flush`].
+    fn flush_file(&self) -> Option<RawFd> {
+        self.plain_file()
+    }
+
+    /// Whether reads never wait for a medium (tmpfs): then they are done at once, on the queue's
+    /// thread.
+    fn is_in_memory(&self) -> bool {
+        false
+    }
+
+    /// When what is stored is not what the guest sees: data passes a buffer in between, decrypted
+    /// after reads and encrypted before writes, wherever it is stored. Not applied to
+    /// [`Place::Zeroes`], [`Task::WriteZeroes`] and [`Task::Discard`].
+    fn cipher(&self) -> Option<&dyn SectorCipher> {
+        None
+    }
+
+    /// Tasks that the image can work on at the same time; a bound for its threads.
+    fn max_workers(&self) -> usize {
+        DEFAULT_MAX_WORKERS
+    }
+
+    /// Grows the image to `capacity_sectors`. Blocks. Requests go on meanwhile; those beyond the
+    /// old end come only after it returned.
+    ///
+    /// # Errors
+    /// What the storage said, or `Unsupported`.
+    fn resize(&self, capacity_sectors: u64) -> io::Result<()> {
+        let _ = capacity_sectors;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Whether writes that were answered with success may never reach the storage: no flush can
+    /// succeed any more.
+    fn has_lost_writes(&self) -> bool {
+        false
+    }
+
+    /// A flush of [`Image::flush_file`] failed.
+    fn note_failed_flush(&self) {}
+}
+
+/// Encryption of a disk's sectors, in place.
+pub(crate) trait SectorCipher: Send + Sync {
+    /// `offset_bytes` is the disk's, of the first byte; whole sectors.
+    fn encrypt(&self, offset_bytes: u64, sectors: &mut [u8]);
+    /// As [`SectorCipher::encrypt`].
+    fn decrypt(&self, offset_bytes: u64, sectors: &mut [u8]);
 }

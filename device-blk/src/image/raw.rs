@@ -1,15 +1,22 @@
 //! A raw image: opened, checked, locked and measured.
+//!
+//! Guest sector N is bytes `512 * N` of the file, so queues work on the file by themselves
+//! ([`Image::plain_file`]); only jobs ask [`Image::perform`].
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::direct::{self, DirectIo};
-use super::{ImageError, SECTOR_BYTES, lock};
+use super::{Access, Buffers, Image, ImageError, Place, SECTOR_BYTES, Task, lock};
+use crate::engine::buffer::AlignedBuffer;
+
+/// Zeroes written at a time where the file system cannot zero by itself.
+const ZEROES_BYTES: usize = 64 << 10;
 
 /// Opens the image file at `path`.
 pub(crate) fn open_file(path: &Path, read_only: bool) -> Result<File, ImageError> {
@@ -47,6 +54,8 @@ pub(crate) struct OpenOptions {
     pub(crate) read_only: bool,
     /// Use the page cache even where `O_DIRECT` works.
     pub(crate) page_cache: bool,
+    /// What requests are multiples of: 512 or 4096.
+    pub(crate) block_bytes: u32,
     /// How long the image's lock is waited for.
     pub(crate) lock_patience: Duration,
 }
@@ -57,9 +66,10 @@ pub(crate) struct RawImage {
     file: File,
     name: String,
     read_only: bool,
-    capacity_sectors: u64,
+    capacity_sectors: AtomicU64,
     physical_block_bytes: u32,
     direct: Option<DirectIo>,
+    is_in_memory: bool,
     punches_holes: bool,
     /// A flush of the page cache failed.
     has_lost_writes: AtomicBool,
@@ -88,11 +98,13 @@ impl RawImage {
         if capacity_sectors == 0 {
             return Err(ImageError::TooSmall { name, len_bytes });
         }
-        let direct = if options.page_cache {
+        let is_in_memory = direct::is_in_memory(&file);
+        let direct = if options.page_cache || is_in_memory {
             direct::disable(&file).map_err(io_error("be switched to the page cache"))?;
             None
         } else {
-            direct::enable(&file).map_err(io_error("be switched to direct I/O"))?
+            direct::enable(&file, options.block_bytes)
+                .map_err(io_error("be switched to direct I/O"))?
         };
         let block_bytes = file.metadata().map_err(io_error("be inspected"))?.blksize();
         let image = Self {
@@ -105,62 +117,13 @@ impl RawImage {
             file,
             name,
             read_only: options.read_only,
-            capacity_sectors,
+            capacity_sectors: AtomicU64::new(capacity_sectors),
             direct,
+            is_in_memory,
             has_lost_writes: AtomicBool::new(false),
         };
         image.warn_of_surprises(len_bytes);
         Ok(image)
-    }
-
-    /// For logs and metrics.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub(crate) fn is_read_only(&self) -> bool {
-        self.read_only
-    }
-
-    pub(crate) fn capacity_sectors(&self) -> u64 {
-        self.capacity_sectors
-    }
-
-    /// A power of two from 512 to 4096: what the storage below likes to be written in.
-    pub(crate) fn physical_block_bytes(&self) -> u32 {
-        self.physical_block_bytes
-    }
-
-    /// Alignment for `O_DIRECT`; `None` when requests go through the page cache.
-    pub(crate) fn direct(&self) -> Option<DirectIo> {
-        self.direct
-    }
-
-    /// Whether discarded blocks are given back to the file system.
-    pub(crate) fn punches_holes(&self) -> bool {
-        self.punches_holes
-    }
-
-    /// Whether writes that were answered with success may never reach the storage: no flush can
-    /// succeed any more.
-    pub(crate) fn has_lost_writes(&self) -> bool {
-        self.has_lost_writes.load(Ordering::Acquire)
-    }
-
-    /// A flush failed. The kernel then takes the pages for clean and the next flush would say
-    /// that all is well. Direct I/O has no such pages.
-    pub(crate) fn note_failed_flush(&self) {
-        if self.direct.is_none() && !self.has_lost_writes.swap(true, Ordering::AcqRel) {
-            tracing::error!(
-                image = %self.name,
-                "a flush failed; writes may be lost, so every flush fails until the disk is \
-                 attached again"
-            );
-        }
-    }
-
-    pub(crate) fn raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
     }
 
     /// Things that are served as asked, though they may not be what was meant.
@@ -173,7 +136,7 @@ impl RawImage {
                  round the image up to a multiple of 512 bytes"
             );
         }
-        let mut sector = crate::engine::buffer::AlignedBuffer::new(4096);
+        let mut sector = AlignedBuffer::new(4096);
         let head = sector.as_mut_slice();
         if self
             .file
@@ -186,6 +149,177 @@ impl RawImage {
                 "this looks like a {format} image and is served as raw bytes; if that is not \
                  meant, convert it: qemu-img convert -O raw IMAGE IMAGE.raw"
             );
+        }
+    }
+}
+
+impl Image for RawImage {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn capacity_sectors(&self) -> u64 {
+        self.capacity_sectors.load(Ordering::Acquire)
+    }
+
+    fn physical_block_bytes(&self) -> u32 {
+        self.physical_block_bytes
+    }
+
+    fn punches_holes(&self) -> bool {
+        self.punches_holes
+    }
+
+    fn direct(&self) -> Option<DirectIo> {
+        self.direct
+    }
+
+    fn locate(&self, _: Access, offset_bytes: u64, len_bytes: u64) -> Place {
+        Place::File {
+            fd: self.file.as_raw_fd(),
+            offset_bytes,
+            len_bytes,
+            ticket: None,
+        }
+    }
+
+    fn perform(&self, task: &mut Task<'_>) -> Result<(), i32> {
+        let fd = self.file.as_raw_fd();
+        let all_of = |moved: usize, len_bytes: usize| match moved == len_bytes {
+            true => Ok(()),
+            // The image was truncated, or the storage is full.
+            false => Err(libc::EIO),
+        };
+        match task {
+            Task::Read {
+                offset_bytes,
+                buffers,
+            } => all_of(buffers.read_from(fd, *offset_bytes)?, buffers.len_bytes()),
+            Task::Write {
+                offset_bytes,
+                buffers,
+            } => all_of(buffers.write_to(fd, *offset_bytes)?, buffers.len_bytes()),
+            Task::WriteZeroes {
+                offset_bytes,
+                len_bytes,
+                unmap,
+            } => self.write_zeroes(*offset_bytes, *len_bytes, *unmap),
+            Task::Discard {
+                offset_bytes,
+                len_bytes,
+            } => match fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE, *offset_bytes, *len_bytes) {
+                // A discard is advice.
+                Err(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => Ok(()),
+                result => result,
+            },
+            Task::Flush => self.flush(),
+        }
+    }
+
+    fn plain_file(&self) -> Option<RawFd> {
+        Some(self.file.as_raw_fd())
+    }
+
+    fn is_in_memory(&self) -> bool {
+        self.is_in_memory
+    }
+
+    fn resize(&self, capacity_sectors: u64) -> io::Result<()> {
+        if capacity_sectors < self.capacity_sectors() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let len_bytes = capacity_sectors
+            .checked_mul(SECTOR_BYTES)
+            .ok_or(io::ErrorKind::FileTooLarge)?;
+        if measure(&self.file)? < len_bytes {
+            // A block device answers EINVAL: who owns it must have grown it before.
+            self.file.set_len(len_bytes)?;
+        }
+        self.capacity_sectors
+            .store(capacity_sectors, Ordering::Release);
+        Ok(())
+    }
+
+    fn has_lost_writes(&self) -> bool {
+        self.has_lost_writes.load(Ordering::Acquire)
+    }
+
+    /// The kernel then takes the pages for clean and the next flush would say that all is well.
+    /// Direct I/O has no such pages.
+    fn note_failed_flush(&self) {
+        if self.direct.is_none() && !self.has_lost_writes.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                image = %self.name,
+                "a flush failed; writes may be lost, so every flush fails until the disk is \
+                 attached again"
+            );
+        }
+    }
+}
+
+impl RawImage {
+    fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, unmap: bool) -> Result<(), i32> {
+        let fd = self.file.as_raw_fd();
+        let how = if unmap && self.punches_holes {
+            libc::FALLOC_FL_PUNCH_HOLE
+        } else {
+            libc::FALLOC_FL_ZERO_RANGE
+        };
+        match fallocate(fd, how, offset_bytes, len_bytes) {
+            Err(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => {}
+            result => return result,
+        }
+        let zeroes = AlignedBuffer::new(ZEROES_BYTES);
+        let mut done = 0;
+        while done < len_bytes {
+            let len = (len_bytes - done).min(ZEROES_BYTES as u64) as usize;
+            let iovec = libc::iovec {
+                iov_base: zeroes.as_ptr().cast(),
+                iov_len: len,
+            };
+            // SAFETY: the buffer is longer than `len` and nobody else's; writing only reads it.
+            let buffers = unsafe { Buffers::new(std::slice::from_ref(&iovec)) };
+            if buffers.write_to(fd, offset_bytes + done)? < len {
+                return Err(libc::EIO);
+            }
+            done += len as u64;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), i32> {
+        if self.has_lost_writes() {
+            return Err(libc::EIO);
+        }
+        self.file.sync_data().map_err(|error| {
+            self.note_failed_flush();
+            error.raw_os_error().unwrap_or(libc::EIO)
+        })
+    }
+}
+
+fn fallocate(fd: RawFd, how: i32, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
+    let (Ok(offset), Ok(len)) = (
+        libc::off_t::try_from(offset_bytes),
+        libc::off_t::try_from(len_bytes),
+    ) else {
+        return Err(libc::EFBIG);
+    };
+    loop {
+        // SAFETY: fallocate takes integers and touches no memory of ours.
+        let result = unsafe { libc::fallocate(fd, how | libc::FALLOC_FL_KEEP_SIZE, offset, len) };
+        match io::Error::last_os_error().raw_os_error() {
+            _ if result == 0 => return Ok(()),
+            Some(libc::EINTR) => {}
+            errno => return Err(errno.unwrap_or(libc::EIO)),
         }
     }
 }
@@ -269,6 +403,7 @@ mod tests {
     const OPTIONS: OpenOptions = OpenOptions {
         read_only: false,
         page_cache: false,
+        block_bytes: 512,
         lock_patience: Duration::ZERO,
     };
 
@@ -348,7 +483,7 @@ mod tests {
         };
         let image = RawImage::from_file(passed, "x".into(), options).unwrap();
         // SAFETY: F_GETFL takes no argument and touches no memory.
-        let flags = unsafe { libc::fcntl(image.raw_fd(), libc::F_GETFL) };
+        let flags = unsafe { libc::fcntl(image.file.as_raw_fd(), libc::F_GETFL) };
         assert_eq!(flags & libc::O_DIRECT, 0);
     }
 }

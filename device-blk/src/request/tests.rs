@@ -4,6 +4,7 @@ use super::*;
 
 const LIMITS: Limits = Limits {
     capacity_sectors: 100,
+    block_sectors: 1,
     read_only: false,
     discard: true,
 };
@@ -104,8 +105,27 @@ fn everything_that_changes_a_read_only_disk_reports_ioerr() {
 }
 
 #[test]
+fn lifetime_needs_room() {
+    let lifetime = header(VIRTIO_BLK_T_GET_LIFETIME, 0);
+    assert_eq!(parse(&lifetime, 0, 6, &LIMITS), Ok(Request::GetLifetime));
+    assert_eq!(parse(&lifetime, 0, 5, &LIMITS), Err(Status::IoErr));
+}
+
+#[test]
+fn parts_of_large_blocks_report_ioerr() {
+    let limits = Limits {
+        block_sectors: 8,
+        ..LIMITS
+    };
+    let read = |sector, len_bytes| parse(&header(VIRTIO_BLK_T_IN, sector), 0, len_bytes, &limits);
+    assert!(read(8, 4096).is_ok());
+    assert_eq!(read(1, 4096), Err(Status::IoErr));
+    assert_eq!(read(8, 512), Err(Status::IoErr));
+}
+
+#[test]
 fn unknown_types_report_unsupp() {
-    for kind in [2, 3, 5, 6, 7, 9, 10, 12, 14, 15, 16, 0x8000_0000, u32::MAX] {
+    for kind in [2, 3, 5, 6, 7, 9, 12, 14, 15, 16, 0x8000_0000, u32::MAX] {
         assert_eq!(
             parse(&header(kind, 0), 512, 512, &LIMITS),
             Err(Status::Unsupp),
@@ -181,6 +201,7 @@ fn one_range_past_end_refuses_all() {
 fn giant_range_reports_ioerr() {
     let limits = Limits {
         capacity_sectors: u64::MAX / 512,
+        block_sectors: 1,
         ..LIMITS
     };
     let most = range(0, MAX_RANGE_SECTORS, 0);

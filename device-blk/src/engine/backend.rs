@@ -1,0 +1,198 @@
+//! What the queues of a disk share, and what they read of it.
+//!
+//! ```text
+//!                 ┌─ image ........ what is served; exchanged behind the gate alone
+//!   BlkDevice ──► Backend ─ gate ......... stops all queues at one instant
+//!   jobs ───────►  │      ─ workers ...... threads that may block
+//!                  └─ observers .. rate limits, notes of what is written
+//! ```
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use vhost_user::backend::Polling;
+
+use super::gate::{Gate, GateError};
+use super::workers::Workers;
+use crate::image::{Access, Image, SECTOR_BYTES};
+use crate::request::{ID_BYTES, Limits};
+
+/// Decides when reads and writes may begin: rate limits.
+pub(crate) trait Admission: Send + Sync {
+    /// False when every request is admitted at once. Asked once for many requests.
+    fn is_limited(&self) -> bool;
+    /// Takes what a request costs. Requests of one direction and queue are asked for in their
+    /// order.
+    ///
+    /// # Errors
+    /// The time (`CLOCK_MONOTONIC`) from which on it is worth asking again. Nothing was taken.
+    fn admit(&self, access: Access, len_bytes: u64, now_ns: u64) -> Result<(), u64>;
+}
+
+/// Hears of every change before it begins: dirty bitmaps, mirrors.
+pub(crate) trait WriteObserver: Send + Sync {
+    /// A write, write-zeroes or discard is about to begin. Called on queues' threads for each:
+    /// cheap when nobody is interested, and never blocks.
+    fn mark(&self, offset_bytes: u64, len_bytes: u64);
+}
+
+/// No limits, nobody interested.
+#[derive(Debug)]
+pub(crate) struct Unobserved;
+
+impl Admission for Unobserved {
+    fn is_limited(&self) -> bool {
+        false
+    }
+
+    fn admit(&self, _: Access, _: u64, _: u64) -> Result<(), u64> {
+        Ok(())
+    }
+}
+
+impl WriteObserver for Unobserved {
+    fn mark(&self, _: u64, _: u64) {}
+}
+
+/// How a disk is served.
+#[derive(Clone)]
+pub(crate) struct ServeOptions {
+    /// The answer to GET_ID.
+    pub(crate) serial: [u8; ID_BYTES],
+    /// 512 or 4096.
+    pub(crate) block_bytes: u32,
+    pub(crate) polling: Polling,
+    /// CPUs the queues' threads run on, in turn; empty for any.
+    pub(crate) cpus: Vec<usize>,
+    pub(crate) admission: Arc<dyn Admission>,
+    pub(crate) observer: Arc<dyn WriteObserver>,
+}
+
+impl Default for ServeOptions {
+    fn default() -> Self {
+        Self {
+            serial: [0; ID_BYTES],
+            block_bytes: SECTOR_BYTES as u32,
+            polling: Polling::Adaptive,
+            cpus: Vec::new(),
+            admission: Arc::new(Unobserved),
+            observer: Arc::new(Unobserved),
+        }
+    }
+}
+
+/// A disk as its queues see it. Outlives sessions.
+pub(crate) struct Backend {
+    image: RwLock<Arc<dyn Image>>,
+    pub(super) gate: Gate,
+    pub(super) workers: Workers,
+    pub(super) options: ServeOptions,
+    polling: AtomicU8,
+    /// Set when requests outlived their queue: see [`BlkQueue`](super::BlkQueue)'s `Drop`.
+    pub(super) has_ghosts: AtomicBool,
+}
+
+impl Backend {
+    pub(crate) fn new(image: Arc<dyn Image>, options: ServeOptions) -> Self {
+        let backend = Self {
+            gate: Gate::default(),
+            workers: Workers::default(),
+            polling: AtomicU8::new(options.polling as u8),
+            image: RwLock::new(image),
+            options,
+            has_ghosts: AtomicBool::new(false),
+        };
+        backend.prepare_workers(&*backend.image());
+        backend
+    }
+
+    /// What is served now.
+    pub(crate) fn image(&self) -> Arc<dyn Image> {
+        Arc::clone(&self.image.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Stops all queues, runs `alone`, and lets them go on. No request runs meanwhile; new ones
+    /// stay in their rings. `alone` may exchange the image that it is handed, for one of the same
+    /// capacity or more; it must be short, since the guest waits.
+    ///
+    /// # Errors
+    /// Requests in flight did not complete within `patience`: nothing happened.
+    pub(crate) fn quiesced<T>(
+        &self,
+        patience: Duration,
+        alone: impl FnOnce(&mut Arc<dyn Image>) -> T,
+    ) -> Result<T, GateError> {
+        self.gate.closed(patience, || {
+            let mut image = self.image();
+            let result = alone(&mut image);
+            self.prepare_workers(&*image);
+            *self.image.write().unwrap_or_else(PoisonError::into_inner) = image;
+            result
+        })
+    }
+
+    pub(crate) fn polling(&self) -> Polling {
+        match self.polling.load(Ordering::Relaxed) {
+            x if x == Polling::Never as u8 => Polling::Never,
+            x if x == Polling::Always as u8 => Polling::Always,
+            _ => Polling::Adaptive,
+        }
+    }
+
+    /// Takes effect with the next request of each queue.
+    pub(crate) fn set_polling(&self, polling: Polling) {
+        self.polling.store(polling as u8, Ordering::Relaxed);
+        self.gate.wake_all();
+    }
+
+    /// Makes queues look at what changed: limits, capacity.
+    pub(crate) fn wake_queues(&self) {
+        self.gate.wake_all();
+    }
+
+    /// See [`ServeOptions::cpus`].
+    pub(crate) fn cpus(&self) -> &[usize] {
+        &self.options.cpus
+    }
+
+    pub(crate) fn block_bytes(&self) -> u32 {
+        self.options.block_bytes
+    }
+
+    pub(crate) fn has_ghosts(&self) -> bool {
+        self.has_ghosts.load(Ordering::Acquire)
+    }
+
+    /// Capacity in whole blocks.
+    pub(crate) fn capacity_sectors(&self, image: &dyn Image) -> u64 {
+        let block_sectors = u64::from(self.options.block_bytes) / SECTOR_BYTES;
+        image.capacity_sectors() / block_sectors * block_sectors
+    }
+
+    /// What requests are checked against.
+    pub(crate) fn limits(&self, image: &dyn Image) -> Limits {
+        Limits {
+            capacity_sectors: self.capacity_sectors(image),
+            block_sectors: u64::from(self.options.block_bytes) / SECTOR_BYTES,
+            read_only: image.is_read_only(),
+            discard: image.punches_holes(),
+        }
+    }
+
+    /// Queues' threads start no others: they are confined too far.
+    fn prepare_workers(&self, image: &dyn Image) {
+        if image.plain_file().is_none() {
+            self.workers.prepare(image.name(), image.max_workers());
+        }
+    }
+}
+
+impl fmt::Debug for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Backend")
+            .field("image", &self.image)
+            .finish_non_exhaustive()
+    }
+}
