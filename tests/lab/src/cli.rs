@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 
 use crate::artifacts::Artifacts;
+use crate::bench::Bench;
 use crate::demo::Demo;
 use crate::initramfs::Tool;
 use crate::inside::{self, Events};
@@ -30,6 +31,8 @@ enum Verb {
     Demo(Demo),
     /// Run all tests, the fast ones first.
     Test(Suite),
+    /// Measure, beside the limit and other implementations.
+    Bench(Bench),
     /// Fetch the kernel, QEMU and tools, and print where they are.
     Artifacts,
     /// Print the variables that integration tests need, to run them by cargo alone.
@@ -74,6 +77,7 @@ impl Cli {
         match self.command {
             Verb::Demo(demo) => demo.run(),
             Verb::Test(suite) => suite.run(),
+            Verb::Bench(bench) => bench.run(),
             Verb::Env => {
                 let kit = Kit::prepare()?;
                 let variables = kit.site().variables().into_iter();

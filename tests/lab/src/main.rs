@@ -1,8 +1,9 @@
-//! `cargo lab`: obtains artifacts and runs demo, tests and commands on real or nested KVM.
+//! `cargo lab`: obtains artifacts and runs demo, tests, benches and commands on real or nested KVM.
 //!
 //! The same static binary is `/init` of the nested host it boots.
 
 mod artifacts;
+mod bench;
 mod cli;
 mod cpio;
 mod demo;
@@ -10,6 +11,7 @@ mod initramfs;
 mod inside;
 mod job;
 mod kvm;
+mod memory;
 mod nested;
 mod progress;
 mod runner;

@@ -9,13 +9,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// Killed on drop.
-pub(super) struct Guarded {
+pub(crate) struct Guarded {
     name: String,
     child: Child,
 }
 
 impl Guarded {
-    pub(super) fn spawn(command: &mut Command) -> Result<Self> {
+    pub(crate) fn spawn(command: &mut Command) -> Result<Self> {
         let name = command.get_program().to_string_lossy();
         let name = name.rsplit('/').next().unwrap_or_default().to_owned();
         crate::nested::die_with_this_process(command);
@@ -25,16 +25,16 @@ impl Guarded {
         Ok(Self { name, child })
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub(super) fn child(&mut self) -> &mut Child {
+    pub(crate) fn child(&mut self) -> &mut Child {
         &mut self.child
     }
 
     /// An error if it has ended.
-    pub(super) fn expect_running(&mut self) -> Result<()> {
+    pub(crate) fn expect_running(&mut self) -> Result<()> {
         match self.child.try_wait()? {
             Some(status) => bail!("{} ended early: {status}", self.name),
             None => Ok(()),
@@ -42,7 +42,7 @@ impl Guarded {
     }
 
     /// Waits for its end.
-    pub(super) fn wait_until(&mut self, deadline: Instant) -> Result<ExitStatus> {
+    pub(crate) fn wait_until(&mut self, deadline: Instant) -> Result<ExitStatus> {
         loop {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
@@ -57,7 +57,7 @@ impl Guarded {
     }
 
     /// Sends SIGTERM and expects an orderly end.
-    pub(super) fn terminate(mut self, limit: Duration) -> Result<()> {
+    pub(crate) fn terminate(mut self, limit: Duration) -> Result<()> {
         self.expect_running()?;
         kill(Pid::from_raw(self.pid().cast_signed()), Signal::SIGTERM)?;
         let status = self.wait_until(Instant::now() + limit)?;
@@ -78,7 +78,7 @@ impl Drop for Guarded {
 }
 
 /// Polls until `ready` answers, or fails with what it was waiting for.
-pub(super) fn poll<T>(
+pub(crate) fn poll<T>(
     what: &str,
     limit: Duration,
     mut ready: impl FnMut() -> Result<Option<T>>,

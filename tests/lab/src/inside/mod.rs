@@ -1,7 +1,7 @@
 //! Runs a job where `/dev/kvm` is a real KVM: on this machine, or as a child of a nested host's
 //! `/init`.
 
-mod child;
+pub(crate) mod child;
 mod demo;
 pub(crate) mod test_run;
 

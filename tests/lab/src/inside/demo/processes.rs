@@ -8,16 +8,14 @@ use anyhow::{Context, Result, ensure};
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::job::Process;
+use crate::memory;
 
 const NAMES: [&str; 3] = ["device-blk", "device-net", "vmm-core"];
 
 /// Reads memory and sandbox of a process from /proc.
 pub(super) fn inspect(name: &str, pid: u32) -> Result<Process> {
-    let read = |file: &str| {
-        fs::read_to_string(format!("/proc/{pid}/{file}"))
-            .with_context(|| format!("{name} (pid {pid}) is not running"))
-    };
-    let (rss_kib, pss_kib) = memory_kib(&read("smaps")?);
+    let (rss_kib, pss_kib) =
+        memory::sets_kib(pid).with_context(|| format!("{name} is not running"))?;
     let mut sandbox = BTreeSet::new();
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
         let status = fs::read_to_string(thread?.path().join("status"))?;
@@ -74,25 +72,6 @@ fn start_ticks(stat: &str) -> Option<u64> {
     after_name.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// Resident and proportional set without memfds, of which guest RAM is one.
-fn memory_kib(smaps: &str) -> (u64, u64) {
-    let (mut rss, mut pss, mut counted) = (0, 0, true);
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let (first, second) = (
-            words.next().unwrap_or_default(),
-            words.next().unwrap_or_default(),
-        );
-        match first {
-            "Rss:" if counted => rss += second.parse::<u64>().unwrap_or(0),
-            "Pss:" if counted => pss += second.parse::<u64>().unwrap_or(0),
-            _ if !first.ends_with(':') => counted = !line.contains("/memfd:"),
-            _ => {}
-        }
-    }
-    (rss, pss)
-}
-
 fn confinement(status: &str) -> Vec<String> {
     let field = |key: &str| {
         let value = status.lines().find_map(|line| line.strip_prefix(key));
@@ -112,17 +91,6 @@ fn confinement(status: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn guest_ram_is_not_counted() {
-        let smaps = "00400000-00500000 r-xp 00000000 00:01 5 /usr/bin/vmm-core\n\
-            Rss:                 100 kB\nPss:                  60 kB\nPss_Dirty: 9 kB\n\
-            7f0000000000-7f0010000000 rw-s 00000000 00:01 9 /memfd:guest (deleted)\n\
-            Rss:              200000 kB\nPss:              100000 kB\n\
-            7f0010000000-7f0010001000 rw-p 00000000 00:00 0\n\
-            Rss:                   4 kB\nPss:                   4 kB\n";
-        assert_eq!(memory_kib(smaps), (104, 64));
-    }
 
     #[test]
     fn start_time_survives_a_strange_name() {
