@@ -1,0 +1,6 @@
+//! Images made, read and checked by QEMU's own tools: what either side writes, the other reads.
+
+mod chains;
+mod qemu;
+mod workload;
+mod writing;
