@@ -6,10 +6,41 @@ use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 
-use crate::request::ID_BYTES;
+mod disk;
+
+pub(crate) use disk::{DiskArg, Source};
 
 /// Queues a disk may have.
 pub(crate) const MAX_QUEUES: u16 = 64;
+
+const DISK_HELP: &str = "\
+A disk, as KEY=VALUE parts and flags joined by commas. May be repeated.
+
+  id=ID                 name of the disk: a-z, 0-9 and '-'
+  path=IMAGE, fd=N      the image, or a descriptor that was opened for us
+  nbd=ADDR/EXPORT[@G]   an export of an NBD server instead; ADDR is HOST:PORT or unix:PATH, G the
+                        generation that is presented
+  nbd-tls-file=PEM, nbd-tls-fd=N, nbd-tls-hostname=NAME
+                        TLS for it: CA certificates, then optionally our certificate and key
+  socket=PATH, socket-fd=N
+                        where VMMs connect
+  format=raw|qcow2      never guessed [default: raw]
+  backing=PATH[:FORMAT] what a qcow2 image is based on, nearest first, repeated; without it the
+                        names in the images are followed
+  key-file=PATH, key-fd=N
+                        the image is encrypted with LUKS, and this is its passphrase
+  readonly              refuse writes
+  page-cache            do not use O_DIRECT
+  queues=N              1 to 64 [default: 1]
+  block-size=512|4096   what guests see [default: 512]
+  serial=S              at most 20 bytes [default: the id]
+  polling=adaptive|never|always
+                        whether queues look for work a while before they sleep
+  cpus=0-3+8            CPUs of the queues' threads, in turn [default: any]
+  read-iops=N, read-bps=N, write-iops=N, write-bps=N
+                        limits for a second; K, M, G and T are powers of 1024
+  read-iops-burst=N ... at once after a pause [default: what a second allows]
+  slow-ms=N|never       requests that take longer are logged [default: 1000]";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -23,6 +54,10 @@ Examples:
         -chardev socket,id=root,path=/run/root.vu,reconnect-ms=500 \\
         -device vhost-user-blk-pci,chardev=root ...
 
+  A qcow2 image with its backing files, limited to 500 writes and 50 MiB/s:
+    device-blk --control-socket /run/blk.ctl --disk id=root,path=root.qcow2,format=qcow2,\\
+        socket=/run/root.vu,write-iops=500,write-bps=50M
+
   Two disks in one process, one of them read-only, and metrics for Prometheus:
     device-blk --control-socket /run/blk.ctl --metrics-listen 127.0.0.1:9101 \\
         --disk id=root,path=root.img,socket=/run/root.vu,queues=4 \\
@@ -32,9 +67,12 @@ Examples:
     device-blk --control-socket /run/blk.ctl --fd-socket /run/blk.fds
 
 What runs: grpcurl -plaintext -unix /run/blk.ctl mortise.device.v1.DeviceDaemon/ListDevices
+What can be done to a disk meanwhile (limits, resize, snapshot, mirror, backup, ...):
+    grpcurl -plaintext -unix /run/blk.ctl describe mortise.device.v1.Disks
 Logs go to standard error; MORTISE_LOG sets their level (error, warn, info, debug, trace).
-SIGTERM completes what is in flight and ends with status 0. Socket files stay behind, since the
-running daemon cannot touch the file system; the next start replaces them.";
+SIGTERM completes what is in flight and ends with status 0, or 1 if something could not be
+completed. Socket files stay behind, since the running daemon cannot touch the file system; the
+next start replaces them.";
 
 /// Serves disk images as vhost-user-blk devices
 #[derive(Debug, Parser)]
@@ -49,10 +87,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH")]
     pub(crate) fd_socket: Option<PathBuf>,
 
-    /// A disk: id=ID,path=IMAGE,socket=PATH[,readonly][,queues=N][,serial=S][,page-cache].
-    /// Inherited descriptors: fd=N in place of path, socket-fd=N in place of socket. May be
-    /// repeated
-    #[arg(long = "disk", value_name = "SPEC", value_parser = parse_disk)]
+    /// A disk: id=ID,path=IMAGE,socket=PATH[,format=qcow2][,readonly][,queues=N]...; --help tells
+    /// all
+    #[arg(long = "disk", value_name = "SPEC", value_parser = disk::parse, long_help = DISK_HELP)]
     pub(crate) disks: Vec<DiskArg>,
 
     /// Where GET /metrics is answered over HTTP
@@ -63,26 +100,6 @@ pub(crate) struct Args {
     /// its last request has ended
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]
     pub(crate) lock_wait: Duration,
-}
-
-/// One `--disk`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct DiskArg {
-    pub(crate) id: String,
-    pub(crate) image: Source,
-    pub(crate) socket: Source,
-    pub(crate) read_only: bool,
-    pub(crate) page_cache: bool,
-    pub(crate) num_queues: u16,
-    /// Empty for the id.
-    pub(crate) serial: String,
-}
-
-/// Something to open, or opened by whoever started this process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    Path(PathBuf),
-    Fd(RawFd),
 }
 
 /// Reads the command line of this process; ends it when that is wrong.
@@ -98,16 +115,7 @@ pub(crate) fn parse() -> Args {
 impl Args {
     /// Descriptors that the command line names.
     pub(crate) fn inherited_fds(&self) -> Vec<RawFd> {
-        let sources = self
-            .disks
-            .iter()
-            .flat_map(|disk| [&disk.image, &disk.socket]);
-        sources
-            .filter_map(|source| match source {
-                Source::Fd(fd) => Some(*fd),
-                Source::Path(_) => None,
-            })
-            .collect()
+        self.disks.iter().flat_map(DiskArg::inherited_fds).collect()
     }
 
     /// Looks for what two disks cannot share.
@@ -136,103 +144,6 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("{text:?} is no number of seconds"))
 }
 
-/// Reads `key=value` parts separated by commas.
-fn parse_disk(spec: &str) -> Result<DiskArg, String> {
-    let (mut id, mut image, mut socket) = (None, None, None);
-    let (mut read_only, mut page_cache) = (false, false);
-    let (mut num_queues, mut serial) = (1, String::new());
-    for part in spec.split(',') {
-        match part.split_once('=') {
-            Some(("id", value)) => set_once(&mut id, "id", value.to_owned())?,
-            Some(("path", value)) => {
-                set_once(&mut image, "path or fd", Source::Path(value.into()))?
-            }
-            Some(("fd", value)) => {
-                set_once(&mut image, "path or fd", Source::Fd(parse_fd("fd", value)?))?;
-            }
-            Some(("socket", value)) => {
-                set_once(
-                    &mut socket,
-                    "socket or socket-fd",
-                    Source::Path(value.into()),
-                )?;
-            }
-            Some(("socket-fd", value)) => {
-                let fd = Source::Fd(parse_fd("socket-fd", value)?);
-                set_once(&mut socket, "socket or socket-fd", fd)?;
-            }
-            Some(("queues", value)) => num_queues = parse_queues(value)?,
-            Some(("serial", value)) => serial = parse_serial(value)?,
-            None if part == "readonly" => read_only = true,
-            None if part == "page-cache" => page_cache = true,
-            _ => {
-                return Err(format!(
-                    "{part:?} is not understood; known are id=, path=, fd=, socket=, socket-fd=, \
-                     queues=, serial=, readonly, page-cache (a path with a comma can be passed \
-                     as a descriptor)"
-                ));
-            }
-        }
-    }
-    let id = id.ok_or("id= is missing")?;
-    if !is_id(&id) {
-        return Err(format!(
-            "id {id:?} must start with a letter and consist of at most 63 of a-z, 0-9 and '-'"
-        ));
-    }
-    let image = image.ok_or("path= (or fd=) is missing")?;
-    let socket = socket.ok_or("socket= (or socket-fd=) is missing")?;
-    Ok(DiskArg {
-        id,
-        image,
-        socket,
-        read_only,
-        page_cache,
-        num_queues,
-        serial,
-    })
-}
-
-fn set_once<T>(place: &mut Option<T>, name: &str, value: T) -> Result<(), String> {
-    match place.replace(value) {
-        None => Ok(()),
-        Some(_) => Err(format!("{name} is given twice")),
-    }
-}
-
-fn parse_fd(key: &str, value: &str) -> Result<RawFd, String> {
-    match value.parse() {
-        Ok(fd) if fd > 2 => Ok(fd),
-        _ => Err(format!(
-            "{key}={value}: an open descriptor above 2 is wanted"
-        )),
-    }
-}
-
-fn parse_queues(value: &str) -> Result<u16, String> {
-    match value.parse() {
-        Ok(queues) if (1..=MAX_QUEUES).contains(&queues) => Ok(queues),
-        _ => Err(format!("queues={value}: 1 to {MAX_QUEUES} are possible")),
-    }
-}
-
-fn parse_serial(value: &str) -> Result<String, String> {
-    let printable = value.bytes().all(|byte| (0x20..0x7f).contains(&byte));
-    if value.len() > ID_BYTES || !printable {
-        return Err(format!(
-            "serial={value}: at most {ID_BYTES} printable ASCII characters fit"
-        ));
-    }
-    Ok(value.to_owned())
-}
-
-fn is_id(id: &str) -> bool {
-    let is_rest = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    id.len() <= 63
-        && id.as_bytes().first().is_some_and(u8::is_ascii_lowercase)
-        && id.bytes().all(is_rest)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,32 +151,6 @@ mod tests {
     #[test]
     fn command_is_consistent() {
         Args::command().debug_assert();
-    }
-
-    #[test]
-    fn short_disk_gets_defaults() {
-        let disk = parse_disk("id=root,path=/x/root.img,socket=/run/s").unwrap();
-        assert_eq!(
-            disk,
-            DiskArg {
-                id: "root".into(),
-                image: Source::Path("/x/root.img".into()),
-                socket: Source::Path("/run/s".into()),
-                read_only: false,
-                page_cache: false,
-                num_queues: 1,
-                serial: String::new(),
-            }
-        );
-    }
-
-    #[test]
-    fn full_disk_is_read() {
-        let disk =
-            parse_disk("id=a,fd=7,socket-fd=8,readonly,page-cache,queues=4,serial=S 1").unwrap();
-        assert_eq!((disk.image, disk.socket), (Source::Fd(7), Source::Fd(8)));
-        assert!(disk.read_only && disk.page_cache);
-        assert_eq!((disk.num_queues, disk.serial.as_str()), (4, "S 1"));
     }
 
     #[test]
@@ -285,24 +170,5 @@ mod tests {
         assert!(twice.check().unwrap_err().contains("descriptor 8"));
         let twice = args(&["id=a,path=x,socket=/s", "id=a,path=y,socket=/t"]);
         assert!(twice.check().unwrap_err().contains("id a"));
-    }
-
-    #[test]
-    fn mistakes_are_named() {
-        for (spec, named) in [
-            ("path=/x,socket=/s", "id="),
-            ("id=a,socket=/s", "path="),
-            ("id=a,path=/x", "socket="),
-            ("id=A,path=/x,socket=/s", "a-z"),
-            ("id=a,path=/x,fd=5,socket=/s", "twice"),
-            ("id=a,path=/x,socket=/s,queues=65", "64"),
-            ("id=a,path=/x,socket=/s,queues=0", "64"),
-            ("id=a,path=/x,socket=/s,ro", "\"ro\""),
-            ("id=a,fd=1,socket=/s", "above 2"),
-            ("id=a,path=/x,socket=/s,serial=123456789012345678901", "20"),
-        ] {
-            let error = parse_disk(spec).unwrap_err();
-            assert!(error.contains(named), "{spec}: {error}");
-        }
     }
 }

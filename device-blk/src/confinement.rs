@@ -48,6 +48,8 @@ fn process_syscalls() -> Syscalls {
         .with(sets::io_uring())
         // Whether a file is in memory; images are passed while guests are served.
         .allow(&[libc::SYS_fstatfs])
+        // A mark on the image that a disk was switched over to.
+        .allow(&[libc::SYS_fsetxattr])
         // Queues' threads choose their CPUs.
         .allow_if(libc::SYS_sched_setaffinity, &[Arg::Int(0, 0)])
         // They confine themselves further; a filter can only take away.

@@ -5,32 +5,27 @@
 //! threads start and guests get in touch.
 
 use std::collections::BTreeMap;
-use std::error::Error as _;
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use api::daemon::{DeviceTable, Parts, ServedDevice};
+use api::daemon::{DeviceTable, Parts};
 use api::device::attach_request::{Device as DeviceConfig, Listener as ListenerConfig};
-use api::device::{AttachRequest, BlkConfig, BlkStats, Device, FdRef};
+use api::device::disks_server::DisksServer;
+use api::device::{AttachRequest, BackingImage, FdRef};
 use api::fds::Inbox;
 use api::listen::{self, SocketFile};
 use api::serve::Services;
-use tonic::Status;
-use vhost_user::backend::Server;
 
-use crate::cli::{Args, DiskArg, MAX_QUEUES, Source};
+use crate::assembly::{Files, assemble};
+use crate::cli::{Args, DiskArg, Source};
 use crate::confinement;
-use crate::device::{BlkDevice, serial_id};
-use crate::engine::backend::ServeOptions;
+use crate::disk::Disk;
+use crate::disks::DiskService;
 use crate::engine::uring::Uring;
-use crate::image::{Image, ImageError, OpenOptions, RawImage, SECTOR_BYTES, raw};
-use crate::request::OpKind;
-
-/// How long a detach or shutdown waits for requests in flight.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+use crate::image::{Image, chain, raw};
 
 /// Runs until SIGTERM or SIGINT.
 ///
@@ -93,7 +88,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         disks = args.disks.len(),
         "serving"
     );
-    api::daemon::run(&table, Services::new(), control, metrics)?;
+    let disks = DisksServer::new(DiskService::new(table.clone(), lock_wait));
+    api::daemon::run(&table, Services::new().with(disks), control, metrics)?;
     tracing::info!("drained and stopped");
     Ok(())
 }
@@ -107,25 +103,44 @@ struct Opened {
     /// All but the image.
     parts: Parts,
     /// Opened, checked and locked here already: a failure must be able to remove sockets.
-    image: RawImage,
+    image: Arc<dyn Image>,
     socket_file: Option<SocketFile>,
 }
 
 fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
-    let (file, image_name) = match &disk.image {
-        Source::Path(path) => (
-            raw::open_file(path, disk.read_only)?,
-            path.display().to_string(),
-        ),
-        Source::Fd(fd) => (File::from(inherited(*fd)?), format!("fd {fd}")),
-    };
-    let options = OpenOptions {
-        read_only: disk.read_only,
-        page_cache: disk.page_cache,
-        block_bytes: SECTOR_BYTES as u32,
-        lock_patience: lock_wait,
-    };
-    let image = RawImage::from_file(file, image_name.clone(), options)?;
+    let mut config = disk.config.clone();
+    let mut files = Files::default();
+    if let Some(source) = &disk.image {
+        let (file, name) = open_image(source, config.read_only)?;
+        files.image = Some(file);
+        config.image_name = name;
+    }
+    if let (Some(Source::Path(path)), Some(file), None, "qcow2") =
+        (&disk.image, &files.image, &disk.backing, config.format.as_str())
+    {
+        for image in chain::follow(file, path)? {
+            files.backing.push(image.file);
+            config.backing.push(BackingImage {
+                image_fd: None,
+                format: match image.format {
+                    qcow2::Format::Raw => "raw".to_owned(),
+                    qcow2::Format::Qcow2 => "qcow2".to_owned(),
+                },
+                name: image.name,
+            });
+        }
+    }
+    for backing in disk.backing.iter().flatten() {
+        files.backing.push(raw::open_file(&backing.path, true)?);
+        config.backing.push(BackingImage {
+            image_fd: None,
+            format: backing.format.clone(),
+            name: backing.path.display().to_string(),
+        });
+    }
+    files.key = disk.key.as_ref().map(open_secret).transpose()?;
+    files.nbd_tls = disk.nbd_tls.as_ref().map(open_secret).transpose()?;
+    let image = assemble(&config, &config.image_name, files, lock_wait)?;
     let (listener, socket_file) = match &disk.socket {
         Source::Path(path) => {
             let (listener, file) = listen::unix_socket(path)?;
@@ -142,15 +157,7 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
             Source::Path(path) => ListenerConfig::SocketPath(path.display().to_string()),
             Source::Fd(_) => ListenerConfig::SocketFd(FdRef::default()),
         }),
-        device: Some(DeviceConfig::Blk(BlkConfig {
-            image_fd: None,
-            read_only: disk.read_only,
-            serial: disk.serial.clone(),
-            num_queues: u32::from(disk.num_queues),
-            image_name,
-            page_cache: disk.page_cache,
-            ..BlkConfig::default()
-        })),
+        device: Some(DeviceConfig::Blk(config)),
     };
     let parts = Parts {
         request,
@@ -164,6 +171,26 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
     })
 }
 
+/// An image with its name for logs.
+fn open_image(source: &Source, read_only: bool) -> anyhow::Result<(File, String)> {
+    Ok(match source {
+        Source::Path(path) => (raw::open_file(path, read_only)?, path.display().to_string()),
+        Source::Fd(fd) => (File::from(inherited(*fd)?), format!("fd {fd}")),
+    })
+}
+
+/// A file with a key or certificates.
+fn open_secret(source: &Source) -> anyhow::Result<OwnedFd> {
+    match source {
+        Source::Path(path) => {
+            let file =
+                File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+            Ok(file.into())
+        }
+        Source::Fd(fd) => inherited(*fd),
+    }
+}
+
 /// Takes over a descriptor that the command line names.
 fn inherited(fd: i32) -> anyhow::Result<OwnedFd> {
     // SAFETY: F_SETFD takes an integer and touches no memory.
@@ -174,165 +201,4 @@ fn inherited(fd: i32) -> anyhow::Result<OwnedFd> {
     // SAFETY: it is open, as was just seen, and the command line gives it to us; `Args` has
     // each descriptor used once.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// An attached disk.
-struct Disk {
-    device: Arc<BlkDevice>,
-    serving: Mutex<Serving>,
-}
-
-enum Serving {
-    Running(Server),
-    /// What its server said last.
-    Stopped(vhost_user::backend::Status),
-}
-
-impl Disk {
-    /// Serves `opened`, or else the image among `parts`.
-    fn attach(
-        parts: Parts,
-        opened: Option<RawImage>,
-        lock_wait: Duration,
-    ) -> Result<Arc<dyn ServedDevice>, Status> {
-        let Parts {
-            request,
-            listener,
-            fds,
-        } = parts;
-        let Some(DeviceConfig::Blk(config)) = request.device else {
-            return Err(Status::invalid_argument(
-                "blk: missing; this daemon serves disks alone",
-            ));
-        };
-        let num_queues = match u16::try_from(config.num_queues) {
-            Ok(0) => 1,
-            Ok(queues) if queues <= MAX_QUEUES => queues,
-            _ => {
-                return Err(Status::invalid_argument(format!(
-                    "blk.num_queues: 1 to {MAX_QUEUES} are possible"
-                )));
-            }
-        };
-        let name = if config.image_name.is_empty() {
-            &request.id
-        } else {
-            &config.image_name
-        };
-        let serial = if config.serial.is_empty() {
-            &request.id
-        } else {
-            &config.serial
-        };
-        let image = match opened {
-            Some(image) => image,
-            None => {
-                let Some(image) = fds.into_iter().next() else {
-                    return Err(Status::invalid_argument("blk.image_fd: missing"));
-                };
-                let options = OpenOptions {
-                    read_only: config.read_only,
-                    page_cache: config.page_cache,
-                    block_bytes: SECTOR_BYTES as u32,
-                    lock_patience: lock_wait,
-                };
-                RawImage::from_file(File::from(image), name.clone(), options)
-                    .map_err(|error| refusal(&error))?
-            }
-        };
-        tracing::info!(
-            disk = request.id,
-            image = name,
-            capacity_bytes = image.capacity_sectors() * SECTOR_BYTES,
-            read_only = image.is_read_only(),
-            direct_io = image.direct().is_some(),
-            discard = image.punches_holes(),
-            "attached"
-        );
-        let options = ServeOptions {
-            serial: serial_id(serial),
-            ..ServeOptions::default()
-        };
-        let device = Arc::new(BlkDevice::new(Arc::new(image), num_queues, options));
-        let server = Server::spawn(&request.id, listener, device.clone())
-            .map_err(|error| Status::resource_exhausted(format!("cannot serve: {error}")))?;
-        Ok(Arc::new(Self {
-            device,
-            serving: Mutex::new(Serving::Running(server)),
-        }))
-    }
-}
-
-/// How an image's fault is told over gRPC.
-fn refusal(error: &ImageError) -> Status {
-    let message = match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    };
-    match error {
-        ImageError::Missing { .. } => Status::not_found(message),
-        ImageError::WrongKind { .. }
-        | ImageError::TooSmall { .. }
-        | ImageError::NotWritable { .. }
-        | ImageError::NotReadable { .. } => Status::invalid_argument(message),
-        ImageError::InUse { .. } | ImageError::NoLocks { .. } => {
-            Status::failed_precondition(message)
-        }
-        ImageError::Io { .. } => Status::internal(message),
-    }
-}
-
-impl ServedDevice for Disk {
-    fn describe(&self) -> Device {
-        let status = match &*lock(&self.serving) {
-            Serving::Running(server) => server.status(),
-            Serving::Stopped(status) => status.clone(),
-        };
-        let stats = self.device.stats();
-        let image = self.device.image();
-        let (read, write) = (stats.op(OpKind::Read), stats.op(OpKind::Write));
-        Device {
-            id: String::new(),
-            r#type: "blk".to_owned(),
-            connected: status.connected,
-            sessions: status.sessions,
-            queues_running: status.queues_running,
-            inflight: stats.inflight,
-            last_session_end: status.last_session_end.unwrap_or_default(),
-            blk: Some(BlkStats {
-                read_requests: read.requests,
-                read_bytes: read.bytes,
-                write_requests: write.requests,
-                write_bytes: write.bytes,
-                flush_requests: stats.op(OpKind::Flush).requests,
-                discard_requests: stats.op(OpKind::Discard).requests,
-                write_zeroes_requests: stats.op(OpKind::WriteZeroes).requests,
-                errors: stats.errors(),
-                capacity_bytes: image.capacity_sectors() * SECTOR_BYTES,
-                direct_io: image.direct().is_some(),
-                ..BlkStats::default()
-            }),
-            net: None,
-        }
-    }
-
-    fn stop(&self) -> Result<(), Status> {
-        let mut serving = lock(&self.serving);
-        let Serving::Running(server) = &*serving else {
-            return Ok(());
-        };
-        let last = vhost_user::backend::Status {
-            connected: false,
-            queues_running: 0,
-            ..server.status()
-        };
-        let running = std::mem::replace(&mut *serving, Serving::Stopped(last));
-        drop(serving);
-        let Serving::Running(server) = running else {
-            unreachable!("it was running a moment ago");
-        };
-        server
-            .stop(DRAIN_TIMEOUT)
-            .map_err(|error| Status::deadline_exceeded(error.to_string()))
-    }
 }

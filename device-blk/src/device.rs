@@ -57,10 +57,13 @@ pub(crate) fn serial_id(serial: &str) -> [u8; ID_BYTES] {
 impl BlkDevice {
     /// Serves `image` on up to `num_queues` queues.
     pub(crate) fn new(image: Arc<dyn Image>, num_queues: u16, options: ServeOptions) -> Self {
+        let slow = Arc::clone(&options.slow);
         Self {
             backend: Arc::new(Backend::new(image, options)),
             write_back: Arc::new(AtomicBool::new(true)),
-            queues: (0..num_queues).map(|_| Arc::default()).collect(),
+            queues: (0..num_queues)
+                .map(|index| Arc::new(QueueStats::new(index, Arc::clone(&slow))))
+                .collect(),
         }
     }
 
@@ -87,6 +90,11 @@ impl BlkDevice {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         image.resize(capacity_sectors)
+    }
+
+    /// What each queue did so far.
+    pub(crate) fn queues(&self) -> &[Arc<QueueStats>] {
+        &self.queues
     }
 
     /// What all queues did so far.

@@ -214,6 +214,10 @@ impl SlowLog {
         }
     }
 
+    pub(crate) fn queue(&self) -> u16 {
+        self.queue
+    }
+
     #[inline]
     pub(crate) fn is_slow(&self, elapsed_ns: u64) -> bool {
         elapsed_ns >= self.threshold.as_ns()

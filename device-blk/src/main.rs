@@ -16,15 +16,21 @@
 //! | [`image`] | files, their alignment and their locks |
 //! | [`stats`] | counters |
 
+mod assembly;
 mod cli;
 mod confinement;
 mod daemon;
 mod device;
+mod disk;
+mod disks;
 mod engine;
 mod image;
+mod jobs;
 mod latency;
+mod limiter;
 mod request;
 mod stats;
+mod tracking;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;

@@ -36,6 +36,11 @@ impl QueueStats {
         }
     }
 
+    /// Its number.
+    pub(crate) fn queue(&self) -> u16 {
+        self.slow_log.queue()
+    }
+
     /// A request was taken off the ring.
     pub(crate) fn start(&self) {
         add(&self.inflight, 1);
@@ -74,7 +79,10 @@ impl QueueStats {
 
     /// How long requests of this kind took; `None` when there was none.
     pub(crate) fn latency(&self, kind: OpKind) -> Option<&Histogram> {
-        self.ops[kind as usize].latency.get().map(|latency| &**latency)
+        self.ops[kind as usize]
+            .latency
+            .get()
+            .map(|latency| &**latency)
     }
 }
 

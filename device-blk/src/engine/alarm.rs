@@ -6,7 +6,7 @@ use std::ptr;
 
 /// `CLOCK_MONOTONIC` in nanoseconds.
 #[inline]
-pub(super) fn monotonic_ns() -> u64 {
+pub(crate) fn monotonic_ns() -> u64 {
     let mut now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,

@@ -17,6 +17,7 @@ use vhost_user::backend::Polling;
 use super::gate::{Gate, GateError};
 use super::workers::Workers;
 use crate::image::{Access, Image, SECTOR_BYTES};
+use crate::latency::SlowThreshold;
 use crate::request::{ID_BYTES, Limits};
 
 /// Decides when reads and writes may begin: rate limits.
@@ -27,14 +28,17 @@ pub(crate) trait Admission: Send + Sync {
     /// order.
     ///
     /// # Errors
-    /// The time (`CLOCK_MONOTONIC`) from which on it is worth asking again. Nothing was taken.
-    fn admit(&self, access: Access, len_bytes: u64, now_ns: u64) -> Result<(), u64>;
+    /// The time (`CLOCK_MONOTONIC`) at which the same request may go: its turn is reserved, and it
+    /// is asked for again then, or earlier when the limits were changed.
+    fn admit(&self, queue: u16, access: Access, len_bytes: u64, now_ns: u64) -> Result<(), u64>;
 }
 
-/// Hears of every change before it begins: dirty bitmaps, mirrors.
+/// Hears of every change: dirty bitmaps, mirrors.
 pub(crate) trait WriteObserver: Send + Sync {
-    /// A write, write-zeroes or discard is about to begin. Called on queues' threads for each:
-    /// cheap when nobody is interested, and never blocks.
+    /// A write, write-zeroes or discard is over, whatever became of it, and is answered next.
+    /// Before it begins would not do: a copier could take the note, read what was there, and miss
+    /// what comes. Called on queues' threads for each: cheap when nobody is interested, and never
+    /// blocks.
     fn mark(&self, offset_bytes: u64, len_bytes: u64);
 }
 
@@ -47,7 +51,7 @@ impl Admission for Unobserved {
         false
     }
 
-    fn admit(&self, _: Access, _: u64, _: u64) -> Result<(), u64> {
+    fn admit(&self, _: u16, _: Access, _: u64, _: u64) -> Result<(), u64> {
         Ok(())
     }
 }
@@ -68,6 +72,7 @@ pub(crate) struct ServeOptions {
     pub(crate) cpus: Vec<usize>,
     pub(crate) admission: Arc<dyn Admission>,
     pub(crate) observer: Arc<dyn WriteObserver>,
+    pub(crate) slow: Arc<SlowThreshold>,
 }
 
 impl Default for ServeOptions {
@@ -79,6 +84,7 @@ impl Default for ServeOptions {
             cpus: Vec::new(),
             admission: Arc::new(Unobserved),
             observer: Arc::new(Unobserved),
+            slow: SlowThreshold::new(0),
         }
     }
 }

@@ -157,11 +157,13 @@ impl Job {
         }
     }
 
-    /// What is read or written, for whoever limits it.
-    pub(super) fn access(&self) -> Option<Access> {
+    /// What is read or written, and how much data moves, for whoever limits it. Discards and
+    /// write-zeroes move none.
+    pub(super) fn cost(&self) -> Option<(Access, u64)> {
         match &self.work {
-            Work::Transfer(transfer) => Some(transfer.access()),
-            Work::Flush { .. } | Work::Ranges(_) => None,
+            Work::Transfer(transfer) => Some((transfer.access(), transfer.len_bytes() as u64)),
+            Work::Ranges(_) => Some((Access::Write, 0)),
+            Work::Flush { .. } => None,
         }
     }
 

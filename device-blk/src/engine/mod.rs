@@ -18,7 +18,7 @@
 //! What queues share is the [`backend`]; the [`gate`] stops them all at one instant.
 
 pub(crate) mod affinity;
-mod alarm;
+pub(crate) mod alarm;
 pub(crate) mod backend;
 pub(crate) mod bounce;
 pub(crate) mod buffer;
@@ -219,7 +219,7 @@ impl BlkQueue {
                 job.accepted_ns = self.now_ns;
                 if !limited || self.admit(&job) {
                     self.begin(ring, job);
-                } else if let Some(access) = job.access() {
+                } else if let Some((access, _)) = job.cost() {
                     self.held[access as usize].push_back(job);
                 }
             }
@@ -252,16 +252,16 @@ impl BlkQueue {
 
     /// Whether the request may begin now: the rate limit allows it, and none is held before it.
     fn admit(&mut self, job: &Job) -> bool {
-        let Some(access) = job.access() else {
+        let Some((access, len_bytes)) = job.cost() else {
             return true;
         };
-        self.held[access as usize].is_empty() && self.is_in_limit(access, job.payload_bytes())
+        self.held[access as usize].is_empty() && self.is_in_limit(access, len_bytes)
     }
 
     fn is_in_limit(&mut self, access: Access, len_bytes: u64) -> bool {
         let admission = &self.backend.options.admission;
         admission
-            .admit(access, len_bytes, self.now_ns)
+            .admit(self.stats.queue(), access, len_bytes, self.now_ns)
             .inspect_err(|&again_ns| self.held_until_ns[access as usize] = again_ns)
             .is_ok()
     }
@@ -273,7 +273,7 @@ impl BlkQueue {
         self.now_ns = monotonic_ns();
         for access in [Access::Read, Access::Write] {
             while let Some(job) = self.held[access as usize].front() {
-                let len_bytes = job.payload_bytes();
+                let len_bytes = job.cost().map_or(0, |(_, len_bytes)| len_bytes);
                 if limited && !self.is_in_limit(access, len_bytes) {
                     break;
                 }
@@ -349,8 +349,6 @@ impl BlkQueue {
     }
 
     fn begin(&mut self, ring: &mut Ring, job: Job) {
-        let observer = &self.backend.options.observer;
-        job.each_change(|offset_bytes, len_bytes| observer.mark(offset_bytes, len_bytes));
         let index = self.free_slots.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
             self.slots.len() - 1
@@ -477,6 +475,8 @@ impl BlkQueue {
     fn retire(&mut self, ring: &mut Ring, index: usize, status: Status) {
         let job = self.slots[index].job.take().expect("only jobs retire");
         self.free_slots.push(index);
+        let observer = &self.backend.options.observer;
+        job.each_change(|offset_bytes, len_bytes| observer.mark(offset_bytes, len_bytes));
         let request = SlowRequest {
             image: self.served.image.name(),
             op: job.kind,
@@ -636,7 +636,7 @@ impl BlkQueue {
                 self.with_workers -= 1;
             }
             if self.running() == 0 {
-                return;
+                return self.note_unanswered();
             }
             if Instant::now() >= deadline {
                 break;
@@ -649,8 +649,17 @@ impl BlkQueue {
             self.running()
         );
         self.backend.has_ghosts.store(true, Ordering::Release);
+        self.note_unanswered();
         // Their memory must outlive them, whenever they end.
         std::mem::forget(std::mem::take(&mut self.slots));
+    }
+
+    /// What requests have changed that are not answered here.
+    fn note_unanswered(&self) {
+        let observer = &self.backend.options.observer;
+        for job in self.slots.iter().filter_map(|slot| slot.job.as_ref()) {
+            job.each_change(|offset_bytes, len_bytes| observer.mark(offset_bytes, len_bytes));
+        }
     }
 }
 

@@ -77,4 +77,43 @@ pub(crate) enum ImageError {
         #[source]
         source: io::Error,
     },
+    /// What is in it cannot be served.
+    #[error("image {name} cannot be served")]
+    Format {
+        /// Name of the image.
+        name: String,
+        /// Why.
+        #[source]
+        source: qcow2::Error,
+    },
+    /// There is no passphrase to unlock it with.
+    #[error("image {name} cannot be unlocked")]
+    Key {
+        /// Name of the image.
+        name: String,
+        /// Why.
+        #[source]
+        source: luks::PassphraseError,
+    },
+    /// Its volume cannot be unlocked.
+    #[error("image {name} cannot be unlocked")]
+    Locked {
+        /// Name of the image.
+        name: String,
+        /// Why.
+        #[source]
+        source: luks::LuksError,
+    },
+    /// Requests could be smaller than what is encrypted as one.
+    #[error(
+        "image {name} is encrypted in sectors of {sector_bytes} bytes, and the disk has blocks of {block_bytes}; attach it with a block size of {sector_bytes}"
+    )]
+    SectorsTooLarge {
+        /// Name of the image.
+        name: String,
+        /// Of the volume.
+        sector_bytes: u32,
+        /// Of the disk.
+        block_bytes: u32,
+    },
 }

@@ -81,6 +81,18 @@ pub(crate) fn acquire(
     }
 }
 
+/// Lets a writer go on as a reader. For an image that becomes the backing image of another.
+pub(crate) fn downgrade(file: &File) -> io::Result<()> {
+    lock(file, libc::F_UNLCK, PERM_BASE + WRITE, 1)?;
+    lock(file, libc::F_RDLCK, 0, OWN_LEN)?;
+    Ok(())
+}
+
+/// Lets a reader become the writer again; false when there is another reader.
+pub(crate) fn upgrade(file: &File) -> io::Result<bool> {
+    Ok(try_acquire(file, false)?.is_none())
+}
+
 /// One attempt; `Some` tells who is in the way.
 fn try_acquire(file: &File, read_only: bool) -> io::Result<Option<&'static str>> {
     const OURS: &str = "it holds a lock on the whole image, as device-blk does";

@@ -12,16 +12,24 @@
 //! ```
 //!
 //! - [`raw`]: guest sector N is bytes `512 * N` of the file; opening and measuring;
+//! - [`qcow2`]: an overlay or a whole chain of images;
+//! - [`chain`]: opening the files that a chain's headers name;
+//! - [`luks`]: an encrypted volume in a raw image;
+//! - [`key`]: reading its passphrase;
 //! - [`place`]: where a stretch is, and what keeps it there;
 //! - [`task`]: what a worker thread is asked to do;
 //! - [`direct`]: whether, and with which alignment, a file takes `O_DIRECT`;
 //! - [`lock`]: keeping a second writer out;
 //! - [`error`]: why an image cannot be served.
 
+pub(crate) mod chain;
 pub(crate) mod direct;
 pub(crate) mod error;
+pub(crate) mod key;
 pub(crate) mod lock;
+pub(crate) mod luks;
 pub(crate) mod place;
+pub(crate) mod qcow2;
 pub(crate) mod raw;
 pub(crate) mod task;
 
@@ -32,6 +40,7 @@ use std::os::fd::RawFd;
 pub(crate) use direct::DirectIo;
 pub(crate) use error::ImageError;
 pub(crate) use place::{Access, Place, Ticket, TicketIssuer};
+pub(crate) use self::qcow2::Qcow2Image;
 pub(crate) use raw::{OpenOptions, RawImage};
 pub(crate) use task::{Buffers, Task};
 
@@ -108,6 +117,19 @@ pub(crate) trait Image: Send + Sync + fmt::Debug {
     /// Tasks that the image can work on at the same time; a bound for its threads.
     fn max_workers(&self) -> usize {
         DEFAULT_MAX_WORKERS
+    }
+
+    /// The files it consists of, topmost first, for making it the backing image of an overlay.
+    ///
+    /// # Errors
+    /// It cannot be one, or there are no descriptors left.
+    fn layers(&self) -> io::Result<Vec<qcow2::Layer>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// For what only qcow2 images can do.
+    fn as_qcow2(&self) -> Option<&Qcow2Image> {
+        None
     }
 
     /// Grows the image to `capacity_sectors`. Blocks. Requests go on meanwhile; those beyond the

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -126,6 +127,10 @@ impl RawImage {
         Ok(image)
     }
 
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Things that are served as asked, though they may not be what was meant.
     fn warn_of_surprises(&self, len_bytes: u64) {
         let tail_bytes = len_bytes % SECTOR_BYTES;
@@ -228,6 +233,14 @@ impl Image for RawImage {
         Some(self.file.as_raw_fd())
     }
 
+    fn layers(&self) -> io::Result<Vec<qcow2::Layer>> {
+        Ok(vec![qcow2::Layer {
+            file: Arc::new(self.file.try_clone()?),
+            format: qcow2::Format::Raw,
+            mem_align_bytes: self.direct.map(|direct| direct.mem_align_bytes),
+        }])
+    }
+
     fn is_in_memory(&self) -> bool {
         self.is_in_memory
     }
@@ -324,7 +337,7 @@ fn fallocate(fd: RawFd, how: i32, offset_bytes: u64, len_bytes: u64) -> Result<(
     }
 }
 
-fn check_access(file: &File, name: &str, read_only: bool) -> Result<(), ImageError> {
+pub(super) fn check_access(file: &File, name: &str, read_only: bool) -> Result<(), ImageError> {
     // SAFETY: F_GETFL takes no argument and touches no memory.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
     let meta = file.metadata().map_err(|source| ImageError::Io {

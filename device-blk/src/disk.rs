@@ -1,0 +1,231 @@
+//! An attached disk: its device, who may connect to it, and what was asked of it since.
+
+mod operations;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use api::daemon::{DeviceHistogram, Parts, ServedDevice};
+use api::device::attach_request::Device as DeviceConfig;
+use api::device::{BlkConfig, BlkStats, Device, Polling, RateLimits};
+use tonic::Status;
+use vhost_user::backend::{self, Server};
+
+use crate::assembly::{self, Files, assemble};
+use crate::cli::MAX_QUEUES;
+use crate::device::{BlkDevice, serial_id};
+use crate::engine::backend::ServeOptions;
+use crate::image::{Image, SECTOR_BYTES};
+use crate::jobs::Jobs;
+use crate::latency::{Distribution, SlowThreshold};
+use crate::limiter::Limiter;
+use crate::request::OpKind;
+use crate::tracking::Tracker;
+
+/// How long a detach or shutdown waits for requests in flight.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a job has to end before its disk does: a block to slow storage, and a switch.
+const JOB_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// An attached disk.
+pub(crate) struct Disk {
+    pub(crate) device: Arc<BlkDevice>,
+    pub(crate) limiter: Arc<Limiter>,
+    pub(crate) tracker: Arc<Tracker>,
+    pub(crate) jobs: Jobs,
+    /// As attached.
+    pub(crate) config: BlkConfig,
+    serving: Mutex<Serving>,
+}
+
+enum Serving {
+    Running(Server),
+    /// What its server said last.
+    Stopped(backend::Status),
+}
+
+impl Disk {
+    /// Serves `opened`, or else what is made of the descriptors among `parts`.
+    pub(crate) fn attach(
+        parts: Parts,
+        opened: Option<Arc<dyn Image>>,
+        lock_patience: Duration,
+    ) -> Result<Arc<dyn ServedDevice>, Status> {
+        let Parts {
+            request,
+            listener,
+            fds,
+        } = parts;
+        let Some(DeviceConfig::Blk(config)) = request.device else {
+            return Err(Status::invalid_argument(
+                "blk: missing; this daemon serves disks alone",
+            ));
+        };
+        let num_queues = match u16::try_from(config.num_queues) {
+            Ok(0) => 1,
+            Ok(queues) if queues <= MAX_QUEUES => queues,
+            _ => {
+                return Err(Status::invalid_argument(format!(
+                    "blk.num_queues: 1 to {MAX_QUEUES} are possible"
+                )));
+            }
+        };
+        let or_id = |text: &str| match text {
+            "" => request.id.clone(),
+            text => text.to_owned(),
+        };
+        let name = or_id(&config.image_name);
+        let image = match opened {
+            Some(image) => image,
+            None => {
+                let files = Files::of_request(&config, fds);
+                assemble(&config, &name, files, lock_patience)?
+            }
+        };
+        tracing::info!(
+            disk = request.id,
+            image = name,
+            format = image.format(),
+            capacity_bytes = image.capacity_sectors() * SECTOR_BYTES,
+            read_only = image.is_read_only(),
+            direct_io = image.direct().is_some(),
+            discard = image.punches_holes(),
+            "attached"
+        );
+        let limiter = Limiter::new(config.limits.unwrap_or_default());
+        let tracker = Arc::<Tracker>::default();
+        let options = ServeOptions {
+            serial: serial_id(&or_id(&config.serial)),
+            block_bytes: assembly::block_bytes(&config),
+            polling: polling(config.polling()),
+            cpus: config.cpus.iter().map(|&cpu| cpu as usize).collect(),
+            admission: limiter.clone(),
+            observer: tracker.clone(),
+            slow: SlowThreshold::new(config.slow_request_ms),
+        };
+        let device = Arc::new(BlkDevice::new(image, num_queues, options));
+        let server = Server::spawn(&request.id, listener, device.clone())
+            .map_err(|error| Status::resource_exhausted(format!("cannot serve: {error}")))?;
+        Ok(Arc::new(Self {
+            device,
+            limiter,
+            tracker,
+            jobs: Jobs::default(),
+            config,
+            serving: Mutex::new(Serving::Running(server)),
+        }))
+    }
+
+    /// Replaces the rate limits, also for requests that wait.
+    pub(crate) fn set_limits(&self, limits: RateLimits) {
+        self.limiter.set(limits);
+        self.device.backend().wake_queues();
+    }
+
+    pub(crate) fn set_polling(&self, mode: Polling) {
+        self.device.backend().set_polling(polling(mode));
+    }
+
+    fn serving(&self) -> MutexGuard<'_, Serving> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn polling(mode: Polling) -> backend::Polling {
+    match mode {
+        Polling::Unspecified | Polling::Adaptive => backend::Polling::Adaptive,
+        Polling::Never => backend::Polling::Never,
+        Polling::Always => backend::Polling::Always,
+    }
+}
+
+impl ServedDevice for Disk {
+    fn describe(&self) -> Device {
+        let status = match &*self.serving() {
+            Serving::Running(server) => server.status(),
+            Serving::Stopped(last) => last.clone(),
+        };
+        let stats = self.device.stats();
+        let image = self.device.image();
+        let (read, write) = (stats.op(OpKind::Read), stats.op(OpKind::Write));
+        let errors_by_op = stats
+            .errors_by_op()
+            .map(|(op, errors)| (op.to_owned(), errors))
+            .collect();
+        Device {
+            id: String::new(),
+            r#type: "blk".to_owned(),
+            connected: status.connected,
+            sessions: status.sessions,
+            queues_running: status.queues_running,
+            inflight: stats.inflight,
+            last_session_end: status.last_session_end.unwrap_or_default(),
+            blk: Some(BlkStats {
+                read_requests: read.requests,
+                read_bytes: read.bytes,
+                write_requests: write.requests,
+                write_bytes: write.bytes,
+                flush_requests: stats.op(OpKind::Flush).requests,
+                discard_requests: stats.op(OpKind::Discard).requests,
+                write_zeroes_requests: stats.op(OpKind::WriteZeroes).requests,
+                errors: stats.errors(),
+                capacity_bytes: image.capacity_sectors() * SECTOR_BYTES,
+                direct_io: image.direct().is_some(),
+                format: image.format().to_owned(),
+                encrypted: image.cipher().is_some(),
+                errors_by_op,
+                throttled: self.limiter.throttled(),
+                slow_requests: stats.slow_requests,
+                latency: Some(stats.latency.summary()),
+                limits: Some(self.limiter.limits()),
+            }),
+            net: None,
+        }
+    }
+
+    fn histograms(&self) -> Vec<DeviceHistogram> {
+        let mut histograms = Vec::new();
+        for (index, queue) in self.device.queues().iter().enumerate() {
+            for op in OpKind::ALL {
+                let Some(latency) = queue.latency(op) else {
+                    continue;
+                };
+                let latency = Distribution::of([latency]);
+                histograms.push(DeviceHistogram {
+                    queue: index as u16,
+                    op: op.name(),
+                    buckets: latency.metric_buckets(),
+                    sum_seconds: latency.sum_seconds(),
+                });
+            }
+        }
+        histograms
+    }
+
+    /// Ends the jobs first: they would exchange the image of a disk that is gone.
+    fn stop(&self) -> Result<(), Status> {
+        if !self.jobs.end(Instant::now() + JOB_TIMEOUT) {
+            return Err(Status::deadline_exceeded(
+                "a job of the disk does not end; its target may hang. Try again later",
+            ));
+        }
+        let mut serving = self.serving();
+        let Serving::Running(server) = &*serving else {
+            // What was not completed was told once; whoever asks again wants to be rid of it.
+            return Ok(());
+        };
+        let stopped = Serving::Stopped(backend::Status {
+            connected: false,
+            queues_running: 0,
+            ..server.status()
+        });
+        let running = std::mem::replace(&mut *serving, stopped);
+        drop(serving);
+        let Serving::Running(server) = running else {
+            unreachable!("it was running a moment ago");
+        };
+        server
+            .stop(DRAIN_TIMEOUT)
+            .map_err(|error| Status::deadline_exceeded(error.to_string()))
+    }
+}

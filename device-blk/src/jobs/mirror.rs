@@ -1,0 +1,192 @@
+//! Mirror: copies a disk to another image while it is used, then goes on with the copy.
+//!
+//! Writes are noted when they are over ([`crate::tracking`]), so a block that is written while it is
+//! copied is copied again:
+//!
+//! ```text
+//!   all blocks are due ─► copy what is due ─► little is due: READY ─► gate closed: copy the rest,
+//!                              ▲   │                                  flush, exchange the image
+//!                              └───┘ the guest writes
+//! ```
+//!
+//! A commit is the same onto the image below the top one: what is due at first is what the top
+//! image has.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::copy::{BLOCK_BYTES, Copier, Fresh, Pace, UNIT_BYTES, flush};
+use super::{Control, JobError};
+use crate::engine::backend::Backend;
+use crate::image::{Image, SECTOR_BYTES};
+use crate::tracking::{Bitmap, Tracker};
+
+/// What may be left to copy while the guest waits: some tens of milliseconds on a plain disk.
+const MAX_LEFT_BYTES: u64 = 8 << 20;
+/// How long the guest's requests have to complete before the switch.
+const SWITCH_PATIENCE: Duration = Duration::from_secs(10);
+/// Between two looks at what is due once the copy keeps up.
+const IDLE_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a mirror needs.
+pub(crate) struct Mirror {
+    pub(crate) backend: Arc<Backend>,
+    pub(crate) tracker: Arc<Tracker>,
+    pub(crate) target: Arc<dyn Image>,
+    pub(crate) fresh: Fresh,
+    /// What is copied at first; all when there is none. In [`UNIT_BYTES`].
+    pub(crate) initial: Option<Bitmap>,
+    /// Switch over without CompleteJob.
+    pub(crate) auto_complete: bool,
+    /// 0 for no limit.
+    pub(crate) bytes_per_second: u64,
+}
+
+impl Mirror {
+    /// Runs to the end.
+    pub(crate) fn run(self, control: &Control) -> Result<(), JobError> {
+        let capacity_bytes = self.backend.image().capacity_sectors() * SECTOR_BYTES;
+        let due = Arc::new(Bitmap::new(capacity_bytes, UNIT_BYTES as u32));
+        match &self.initial {
+            Some(initial) => due.add_all(initial),
+            None => due.fill(),
+        }
+        self.tracker
+            .add("", Arc::clone(&due))
+            .map_err(|error| JobError::Failed(error.to_string()))?;
+        let result = self.copy_and_switch(control, &due, capacity_bytes);
+        self.tracker.remove(&due);
+        result
+    }
+
+    fn copy_and_switch(
+        &self,
+        control: &Control,
+        due: &Bitmap,
+        capacity_bytes: u64,
+    ) -> Result<(), JobError> {
+        let mut pass = Pass {
+            control,
+            due,
+            source: self.backend.image(),
+            target: &*self.target,
+            capacity_bytes,
+            copier: Copier::new(),
+            pace: Pace::new(self.bytes_per_second),
+        };
+        // Only while nothing was written to the target do zeroes need no writing.
+        pass.run(self.fresh)?;
+        loop {
+            if due.count() * UNIT_BYTES > MAX_LEFT_BYTES {
+                control.set_running();
+                pass.run(Fresh::Unknown)?;
+                continue;
+            }
+            if control.state() != api::device::JobState::Ready {
+                control.set_ready();
+            }
+            if self.auto_complete || control.completes() {
+                // What the guest has flushed must be on the target's storage after the switch.
+                // Most of that is done before the guest has to wait.
+                flush(&*self.target)?;
+                if due.count() * UNIT_BYTES <= MAX_LEFT_BYTES {
+                    return self.switch(&mut pass);
+                }
+            }
+            pass.run(Fresh::Unknown)?;
+            control.pause(IDLE_PAUSE)?;
+        }
+    }
+
+    fn switch(&self, pass: &mut Pass<'_>) -> Result<(), JobError> {
+        let switched = self.backend.quiesced(SWITCH_PATIENCE, |image| {
+            // The guest waits: no pace, and no look at cancellation.
+            pass.finish()?;
+            flush(&*self.target)?;
+            mark_as_current(&*self.target);
+            *image = Arc::clone(&self.target);
+            Ok(())
+        });
+        switched.unwrap_or_else(|error| Err(JobError::Failed(error.to_string())))
+    }
+}
+
+/// Going through what is due.
+struct Pass<'a> {
+    control: &'a Control,
+    due: &'a Bitmap,
+    source: Arc<dyn Image>,
+    target: &'a dyn Image,
+    capacity_bytes: u64,
+    copier: Copier,
+    pace: Pace,
+}
+
+impl Pass<'_> {
+    /// Copies what is due, from the first byte to the last.
+    fn run(&mut self, fresh: Fresh) -> Result<(), JobError> {
+        let mut from = 0;
+        while let Some((offset_bytes, len_bytes)) = self.take(from) {
+            let copied = self
+                .pace
+                .wait(self.control, len_bytes)
+                .and_then(|()| self.copy(offset_bytes, len_bytes, fresh));
+            if copied.is_err() {
+                self.due.mark(offset_bytes, len_bytes);
+            }
+            copied?;
+            from = (offset_bytes + len_bytes).div_ceil(UNIT_BYTES);
+        }
+        Ok(())
+    }
+
+    /// Copies the rest, while nothing is written.
+    fn finish(&mut self) -> Result<(), JobError> {
+        while let Some((offset_bytes, len_bytes)) = self.take(0) {
+            self.copy(offset_bytes, len_bytes, Fresh::Unknown)?;
+        }
+        Ok(())
+    }
+
+    /// The next stretch that is due, taken out.
+    fn take(&mut self, from: u64) -> Option<(u64, u64)> {
+        let first = self.due.next(from)?;
+        let mut end = first;
+        while end - first < BLOCK_BYTES / UNIT_BYTES
+            && end < self.due.num_blocks()
+            && self.due.take(end)
+        {
+            end += 1;
+        }
+        // Somebody else takes nothing out, so the first was there.
+        let offset_bytes = first * UNIT_BYTES;
+        let end_bytes = (end * UNIT_BYTES).min(self.capacity_bytes);
+        Some((offset_bytes, end_bytes.saturating_sub(offset_bytes)))
+    }
+
+    fn copy(&mut self, offset_bytes: u64, len_bytes: u64, fresh: Fresh) -> Result<(), JobError> {
+        self.copier
+            .copy(&*self.source, self.target, offset_bytes, len_bytes, fresh)?;
+        self.control.add_done(len_bytes);
+        self.control.set_left(self.due.count() * UNIT_BYTES);
+        Ok(())
+    }
+}
+
+/// Leaves a mark on the file that is written from now on: whoever manages the images must know
+/// after a crash which one is the disk. A file system without attributes has nobody to tell.
+fn mark_as_current(image: &dyn Image) {
+    const NAME: &std::ffi::CStr = c"user.mortise.current";
+    const VALUE: &[u8] = b"1";
+    let Some(fd) = image.plain_file().or_else(|| image.flush_file()) else {
+        return;
+    };
+    // SAFETY: the name ends with NUL, and the value is of the length given.
+    let set = unsafe { libc::fsetxattr(fd, NAME.as_ptr(), VALUE.as_ptr().cast(), VALUE.len(), 0) };
+    if set != 0 {
+        let error = std::io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::EOPNOTSUPP) {
+            tracing::warn!(image = image.name(), %error, "cannot mark the image as the current one");
+        }
+    }
+}
