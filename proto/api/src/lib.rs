@@ -10,6 +10,7 @@ pub mod limits;
 pub mod listen;
 pub mod metrics;
 pub mod names;
+pub mod rate;
 pub mod serve;
 pub mod validate;
 
