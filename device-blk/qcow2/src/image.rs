@@ -468,6 +468,17 @@ impl Image {
         }
     }
 
+    /// Whether writes that were completed may never reach the storage: no flush succeeds any
+    /// more.
+    pub fn has_lost_writes(&self) -> bool {
+        self.layers[0].storage.has_lost_writes()
+    }
+
+    /// A flush of the top's file by other means failed.
+    pub fn note_failed_flush(&self) {
+        self.layers[0].storage.note_failed_sync();
+    }
+
     /// Gives back clusters that are reserved or were freed. For an image that will not be written
     /// for a while: before it is closed, or becomes a backing image. Without it, they are leaked.
     ///

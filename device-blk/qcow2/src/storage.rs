@@ -8,6 +8,7 @@ use std::io;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -54,6 +55,9 @@ pub(crate) struct Storage {
     /// What direct I/O demands of buffers; `None` when the page cache is used.
     mem_align_bytes: Option<usize>,
     is_block_device: bool,
+    /// A flush of the page cache failed: what was written before may be lost, and the kernel
+    /// says so only once.
+    has_lost_writes: Arc<AtomicBool>,
 }
 
 impl Storage {
@@ -63,6 +67,7 @@ impl Storage {
             file,
             mem_align_bytes,
             is_block_device,
+            has_lost_writes: Arc::default(),
         })
     }
 
@@ -119,7 +124,26 @@ impl Storage {
 
     /// Puts everything that was written on stable storage.
     pub(crate) fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        if self.has_lost_writes() {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.file
+            .sync_data()
+            .inspect_err(|_| self.note_failed_sync())
+    }
+
+    pub(crate) fn has_lost_writes(&self) -> bool {
+        self.has_lost_writes.load(Ordering::Acquire)
+    }
+
+    /// Direct I/O leaves nothing behind that could get lost.
+    pub(crate) fn note_failed_sync(&self) {
+        if self.mem_align_bytes.is_none() && !self.has_lost_writes.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                "a flush failed; writes may be lost, so every flush fails until the image is \
+                 opened again"
+            );
+        }
     }
 
     /// Makes the file at least this long; what is added reads zeroes.

@@ -94,7 +94,10 @@ fn resolve(name: &str, above: &Path) -> Option<PathBuf> {
     let name = match name.strip_prefix("file:") {
         Some(rest) => rest,
         None => {
-            let protocol = name.split('/').next().is_some_and(|first| first.contains(':'));
+            let protocol = name
+                .split('/')
+                .next()
+                .is_some_and(|first| first.contains(':'));
             if protocol {
                 return None;
             }

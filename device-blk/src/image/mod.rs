@@ -123,7 +123,7 @@ pub(crate) trait Image: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// It cannot be one, or there are no descriptors left.
-    fn layers(&self) -> io::Result<Vec<qcow2::Layer>> {
+    fn layers(&self) -> io::Result<Vec<::qcow2::Layer>> {
         Err(io::ErrorKind::Unsupported.into())
     }
 

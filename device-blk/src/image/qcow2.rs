@@ -87,9 +87,15 @@ impl Qcow2Image {
     ) -> Result<Self, ImageError> {
         let fds = layers.iter().map(|layer| layer.file.as_raw_fd()).collect();
         let aligns = layers.iter().filter_map(|layer| layer.mem_align_bytes);
-        let direct = aligns.max().map(|mem_align_bytes| DirectIo { mem_align_bytes });
+        let direct = aligns.max().map(|mem_align_bytes| DirectIo {
+            mem_align_bytes,
+            block_bytes: SECTOR_BYTES as usize,
+        });
         let is_in_memory = layers.iter().all(|layer| direct::is_in_memory(&layer.file));
-        let block_bytes = layers[0].file.metadata().map_or(4096, |meta| meta.blksize());
+        let block_bytes = layers[0]
+            .file
+            .metadata()
+            .map_or(4096, |meta| meta.blksize());
         let image = ::qcow2::Image::open(layers, read_only).map_err(|source| {
             let name = name.clone();
             ImageError::Format { name, source }
@@ -255,10 +261,12 @@ impl Image for Qcow2Image {
         let capacity_bytes = capacity_sectors
             .checked_mul(SECTOR_BYTES)
             .ok_or(io::ErrorKind::FileTooLarge)?;
-        self.image.resize(capacity_bytes).map_err(|error| match error {
-            ::qcow2::Error::Invalid(_) => io::Error::new(io::ErrorKind::InvalidInput, error),
-            other => other.into(),
-        })
+        self.image
+            .resize(capacity_bytes)
+            .map_err(|error| match error {
+                ::qcow2::Error::Invalid(_) => io::Error::new(io::ErrorKind::InvalidInput, error),
+                other => other.into(),
+            })
     }
 
     fn has_lost_writes(&self) -> bool {

@@ -233,10 +233,10 @@ impl Image for RawImage {
         Some(self.file.as_raw_fd())
     }
 
-    fn layers(&self) -> io::Result<Vec<qcow2::Layer>> {
-        Ok(vec![qcow2::Layer {
+    fn layers(&self) -> io::Result<Vec<::qcow2::Layer>> {
+        Ok(vec![::qcow2::Layer {
             file: Arc::new(self.file.try_clone()?),
-            format: qcow2::Format::Raw,
+            format: ::qcow2::Format::Raw,
             mem_align_bytes: self.direct.map(|direct| direct.mem_align_bytes),
         }])
     }
