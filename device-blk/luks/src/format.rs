@@ -17,7 +17,7 @@ use crate::luks2::metadata::{
     encoded,
 };
 use crate::slot::{KeyDigest, Slot};
-use crate::{af, area};
+use crate::{af, area, protected};
 
 /// Where `cryptsetup` begins data too: room for headers and 32 key slots.
 pub const DEFAULT_PAYLOAD_OFFSET_BYTES: u64 = 16 << 20;
@@ -111,8 +111,9 @@ pub fn format(
     options: &FormatOptions,
 ) -> Result<Formatted, LuksError> {
     options.check(area::file_len(file)?)?;
-    let plan = Plan::new(options)?;
-    let key_area = plan.key_area(passphrase)?;
+    let planned = Plan::sealed(options, passphrase);
+    protected::wipe_stack();
+    let (plan, key_area) = planned?;
     let json = serde_json::to_vec(&plan.metadata(options))
         .expect("maps with string keys can be written as JSON");
     let uuid = Uuid::new_v4().to_string();
@@ -238,6 +239,17 @@ impl Plan {
             slot,
             digest,
         })
+    }
+
+    /// With what is to be stored in its key slot.
+    #[inline(never)]
+    fn sealed(
+        options: &FormatOptions,
+        passphrase: &[u8],
+    ) -> Result<(Self, Zeroizing<Vec<u8>>), LuksError> {
+        let plan = Self::new(options)?;
+        let key_area = plan.key_area(passphrase)?;
+        Ok((plan, key_area))
     }
 
     fn key_area(&self, passphrase: &[u8]) -> Result<Zeroizing<Vec<u8>>, LuksError> {

@@ -111,6 +111,15 @@ impl<T> Drop for Protected<T> {
     }
 }
 
+/// Overwrites the stack below the caller, where functions that it called left copies of secrets:
+/// moved values, and the buffers of hash functions.
+#[inline(never)]
+pub(crate) fn wipe_stack() {
+    // More than key derivation and key expansion use.
+    let mut below = [0_u8; 32 << 10];
+    std::hint::black_box(&mut below).zeroize();
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,7 +8,7 @@ use crate::kdf::{Budget, Limits};
 use crate::luks2::binary::MAGIC;
 use crate::slot::Layout;
 use crate::xts::Cipher;
-use crate::{luks1, luks2};
+use crate::{luks1, luks2, protected};
 
 /// A volume whose header was read; locked.
 #[derive(Debug)]
@@ -84,17 +84,25 @@ impl Volume {
     ) -> Result<Unlocked, LuksError> {
         let layout = &self.layout;
         let payload_len_bytes = self.payload_len(area::file_len(file)?)?;
+        let cipher = self.cipher(file, passphrase, limits);
+        protected::wipe_stack();
+        Ok(Unlocked {
+            payload_offset_bytes: layout.payload_offset_bytes,
+            payload_len_bytes,
+            has_fixed_len: layout.payload_len_bytes.is_some(),
+            sector_bytes: layout.sector_bytes,
+            cipher: cipher?,
+        })
+    }
+
+    #[inline(never)]
+    fn cipher(&self, file: &File, passphrase: &[u8], limits: Limits) -> Result<Cipher, LuksError> {
+        let layout = &self.layout;
         let mut budget = Budget::new(limits);
         for slot in &layout.slots {
             let key = slot.candidate(file, passphrase, &mut budget)?;
             if layout.digest.matches(&key, &mut budget)? {
-                return Ok(Unlocked {
-                    payload_offset_bytes: layout.payload_offset_bytes,
-                    payload_len_bytes,
-                    has_fixed_len: layout.payload_len_bytes.is_some(),
-                    sector_bytes: layout.sector_bytes,
-                    cipher: Cipher::new(&key, layout.sector_bytes, layout.first_iv)?,
-                });
+                return Cipher::new(&key, layout.sector_bytes, layout.first_iv);
             }
         }
         Err(LuksError::WrongPassphrase)

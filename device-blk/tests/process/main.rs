@@ -1,11 +1,15 @@
 //! The real `device-blk` process, driven by third parties: the `virtio-driver` crate as a
 //! vhost-user frontend, QEMU's tools, and gRPC clients.
 
+mod broken_chains;
 mod control;
 mod crash;
 mod daemon;
 mod driver;
+mod encrypted;
 mod io;
+mod jobs;
+mod limits;
 mod lifecycle;
 mod locks;
 mod qemu;
