@@ -1,0 +1,421 @@
+//! Answers the kernel's requests, as faults want.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use fuser::{
+    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyEmpty,
+    ReplyEntry, ReplyLseek, ReplyOpen, ReplyWrite, TimeOrNow, WriteFlags,
+};
+
+use crate::fault::{Effect, Fault, FaultId, Faults, Op, Request};
+use crate::files::{Files, OpenFile, locked};
+
+/// Attributes are never cached: files change underneath.
+const TTL: Duration = Duration::ZERO;
+
+/// What is done with a request in the end.
+type Action = Box<dyn FnOnce() + Send>;
+
+/// What tests and server share.
+#[derive(Default)]
+pub(crate) struct Shared {
+    faults: Mutex<Faults>,
+    held: Mutex<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    /// The test is over: nothing is held any more.
+    closed: bool,
+    actions: Vec<Action>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("faults", &self.faults)
+            .field("held", &self.held())
+            .finish()
+    }
+}
+
+impl Shared {
+    pub(crate) fn inject(&self, fault: Fault) -> FaultId {
+        locked(&self.faults).inject(fault)
+    }
+
+    pub(crate) fn lift(&self, fault: FaultId) {
+        locked(&self.faults).lift(fault);
+    }
+
+    pub(crate) fn hits(&self, fault: FaultId) -> u64 {
+        locked(&self.faults).hits(fault)
+    }
+
+    pub(crate) fn held(&self) -> usize {
+        locked(&self.held).actions.len()
+    }
+
+    pub(crate) fn release(&self) -> usize {
+        let actions = std::mem::take(&mut locked(&self.held).actions);
+        let count = actions.len();
+        for action in actions {
+            action();
+        }
+        count
+    }
+
+    pub(crate) fn close(&self) {
+        locked(&self.held).closed = true;
+        self.release();
+    }
+
+    fn hold(&self, action: Action) {
+        let mut held = locked(&self.held);
+        if held.closed {
+            drop(held);
+            action();
+        } else {
+            held.actions.push(action);
+        }
+    }
+}
+
+/// The file system as FUSE sees it.
+pub(crate) struct Server {
+    files: Files,
+    shared: Arc<Shared>,
+    later: Later,
+}
+
+impl Server {
+    pub(crate) fn new(underneath: &Path, shared: Arc<Shared>) -> io::Result<Self> {
+        Ok(Self {
+            files: Files::new(underneath),
+            shared,
+            later: Later::spawn()?,
+        })
+    }
+
+    /// Does `act` with the bytes that may be moved, now or later, or fails.
+    fn serve(
+        &self,
+        file: io::Result<Arc<OpenFile>>,
+        request: (Op, u64, u64),
+        act: impl FnOnce(io::Result<(Arc<OpenFile>, usize)>) + Send + 'static,
+    ) {
+        let (op, offset_bytes, len_bytes) = request;
+        let file = match file {
+            Ok(file) => file,
+            Err(error) => return act(Err(error)),
+        };
+        let names = file.names();
+        let effect = locked(&self.shared.faults).apply(&Request {
+            op,
+            names: &names,
+            offset_bytes,
+            len_bytes,
+        });
+        let all = len_bytes as usize;
+        match effect {
+            None => act(Ok((file, all))),
+            Some(Effect::Fail(errno)) => act(Err(io::Error::from_raw_os_error(errno))),
+            Some(Effect::Short(at_most)) => act(Ok((file, all.min(at_most)))),
+            Some(Effect::Hold) => self.shared.hold(Box::new(move || act(Ok((file, all))))),
+            Some(Effect::Delay(delay)) => {
+                self.later
+                    .after(delay, Box::new(move || act(Ok((file, all)))));
+            }
+        }
+    }
+}
+
+impl Filesystem for Server {
+    fn init(&mut self, _: &fuser::Request, config: &mut KernelConfig) -> io::Result<()> {
+        // As local file systems do it: a process that dies leaves its direct I/O behind.
+        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &fuser::Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.files.find(name) {
+            Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn getattr(&self, _: &fuser::Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.files.attr(inode) {
+            Ok(attr) => reply.attr(&TTL, &attr),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _: &fuser::Request,
+        inode: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let changed = self.files.get(inode).and_then(|open| {
+            if let Some(size) = size {
+                open.file.set_len(size)?;
+            }
+            open.attr()
+        });
+        match changed {
+            Ok(attr) => reply.attr(&TTL, &attr),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn open(&self, _: &fuser::Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        match self.files.get(inode) {
+            Ok(_) => reply.opened(FileHandle(0), FopenFlags::empty()),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn create(
+        &self,
+        _: &fuser::Request,
+        _parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        match self.files.create(name) {
+            Ok(attr) => reply.created(
+                &TTL,
+                &attr,
+                Generation(0),
+                FileHandle(0),
+                FopenFlags::empty(),
+            ),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn rename(
+        &self,
+        _: &fuser::Request,
+        _: INodeNo,
+        name: &OsStr,
+        _: INodeNo,
+        new_name: &OsStr,
+        _: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        answer(reply, self.files.rename(name, new_name));
+    }
+
+    fn unlink(&self, _: &fuser::Request, _: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        answer(reply, self.files.remove(name));
+    }
+
+    fn read(
+        &self,
+        _: &fuser::Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset_bytes: u64,
+        len_bytes: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let request = (Op::Read, offset_bytes, u64::from(len_bytes));
+        self.serve(self.files.get(inode), request, move |go_on| {
+            match go_on.and_then(|(open, len)| open.read(offset_bytes, len)) {
+                Ok(data) => reply.data(&data),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        _: &fuser::Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset_bytes: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let request = (Op::Write, offset_bytes, data.len() as u64);
+        let data = data.to_vec();
+        self.serve(self.files.get(inode), request, move |go_on| {
+            let written = go_on.and_then(|(open, len)| {
+                open.file.write_all_at(&data[..len], offset_bytes)?;
+                Ok(len)
+            });
+            match written {
+                Ok(len) => reply.written(len as u32),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn flush(
+        &self,
+        _: &fuser::Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        reply.ok();
+    }
+
+    fn fsync(
+        &self,
+        _: &fuser::Request,
+        inode: INodeNo,
+        _: FileHandle,
+        _data_only: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.serve(self.files.get(inode), (Op::Sync, 0, 0), move |go_on| {
+            answer(reply, go_on.and_then(|(open, _)| open.file.sync_data()));
+        });
+    }
+
+    fn fallocate(
+        &self,
+        _: &fuser::Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset_bytes: u64,
+        len_bytes: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let request = (Op::Allocate, offset_bytes, len_bytes);
+        self.serve(self.files.get(inode), request, move |go_on| {
+            let done = go_on.and_then(|(open, _)| {
+                let (offset, len) = (offset_bytes as libc::off_t, len_bytes as libc::off_t);
+                // SAFETY: fallocate takes integers and touches no memory of ours.
+                match unsafe { libc::fallocate(open.file.as_raw_fd(), mode, offset, len) } {
+                    0 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                }
+            });
+            answer(reply, done);
+        });
+    }
+
+    fn lseek(
+        &self,
+        _: &fuser::Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let found = self.files.get(inode).and_then(|open| {
+            // SAFETY: lseek takes integers; the position is used by nobody.
+            match unsafe { libc::lseek(open.file.as_raw_fd(), offset, whence) } {
+                -1 => Err(io::Error::last_os_error()),
+                offset => Ok(offset),
+            }
+        });
+        match found {
+            Ok(offset) => reply.offset(offset),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+}
+
+fn answer(reply: ReplyEmpty, result: io::Result<()>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_i32(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// A thread that does things later; ends with its owner, and then does what is left at once.
+struct Later {
+    sender: Option<mpsc::Sender<(Instant, Action)>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Later {
+    fn spawn() -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel::<(Instant, Action)>();
+        let run = move || {
+            let mut waiting: Vec<(Instant, Action)> = Vec::new();
+            loop {
+                waiting.sort_by_key(|(due, _)| *due);
+                let now = Instant::now();
+                while waiting.first().is_some_and(|(due, _)| *due <= now) {
+                    (waiting.remove(0).1)();
+                }
+                let next = match waiting.first() {
+                    Some((due, _)) => receiver.recv_timeout(due.saturating_duration_since(now)),
+                    None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                };
+                match next {
+                    Ok(more) => waiting.push(more),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => break,
+                }
+            }
+            for (_, action) in waiting {
+                action();
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("faultfs-later".to_owned())
+            .spawn(run)?;
+        Ok(Self {
+            sender: Some(sender),
+            thread: Some(thread),
+        })
+    }
+
+    fn after(&self, delay: Duration, action: Action) {
+        if let Some(sender) = &self.sender {
+            let _ = sender.send((Instant::now() + delay, action));
+        }
+    }
+}
+
+impl Drop for Later {
+    fn drop(&mut self) {
+        drop(self.sender.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
