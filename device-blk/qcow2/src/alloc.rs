@@ -255,6 +255,25 @@ impl Allocator {
         self.release_unsynced(&mut counts)
     }
 
+    /// Whether freed clusters are still waited for.
+    pub(crate) fn has_users(&self) -> bool {
+        let freed = self.freed.lock().unwrap_or_else(PoisonError::into_inner);
+        let draining = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
+        !freed.is_empty() || draining.is_some()
+    }
+
+    /// Corrects counts that were found to be too high.
+    pub(crate) fn set_counts(&self, runs: &[(Run, u64)]) -> io::Result<()> {
+        let mut counts = self.lock();
+        for &(run, value) in runs {
+            self.change(&mut counts, run.first, run.count, |_| Some(value))?;
+            if value == 0 {
+                counts.hint = counts.hint.min(run.first);
+            }
+        }
+        self.storage.sync()
+    }
+
     /// Punches holes, and lets the clusters wait for a flush.
     fn retire(&self, runs: Vec<Run>) -> io::Result<()> {
         let mut counts = self.lock();

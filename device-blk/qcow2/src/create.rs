@@ -155,7 +155,6 @@ impl Layout {
             refcount_order: REFCOUNT_ORDER,
             num_snapshots: 0,
             incompatible: 0,
-            compatible: 0,
             autoclear: 0,
             has_bitmaps: false,
             backing: None,

@@ -35,9 +35,7 @@ pub(crate) mod at {
     pub(crate) const REFCOUNT_TABLE_OFFSET: usize = 48;
     pub(crate) const REFCOUNT_TABLE_CLUSTERS: usize = 56;
     pub(crate) const NUM_SNAPSHOTS: usize = 60;
-    pub(crate) const SNAPSHOTS_OFFSET: usize = 64;
     pub(crate) const INCOMPATIBLE: usize = 72;
-    pub(crate) const COMPATIBLE: usize = 80;
     pub(crate) const AUTOCLEAR: usize = 88;
     pub(crate) const REFCOUNT_ORDER: usize = 96;
     pub(crate) const HEADER_LEN: usize = 100;
@@ -86,7 +84,6 @@ pub struct Header {
     pub(crate) refcount_order: u32,
     pub(crate) num_snapshots: u32,
     pub(crate) incompatible: u64,
-    pub(crate) compatible: u64,
     pub(crate) autoclear: u64,
     pub(crate) has_bitmaps: bool,
     pub(crate) backing: Option<BackingRef>,
@@ -137,12 +134,11 @@ impl Header {
             return Err(Error::Version(version));
         }
         let cluster_bits = be32(cluster, at::CLUSTER_BITS);
-        let (incompatible, compatible, autoclear, refcount_order, header_len) = if version == 2 {
-            (0, 0, 0, 4, V2_LEN)
+        let (incompatible, autoclear, refcount_order, header_len) = if version == 2 {
+            (0, 0, 4, V2_LEN)
         } else {
             (
                 be64(cluster, at::INCOMPATIBLE),
-                be64(cluster, at::COMPATIBLE),
                 be64(cluster, at::AUTOCLEAR),
                 be32(cluster, at::REFCOUNT_ORDER),
                 be32(cluster, at::HEADER_LEN) as usize,
@@ -187,7 +183,6 @@ impl Header {
             refcount_order,
             num_snapshots: be32(cluster, at::NUM_SNAPSHOTS),
             incompatible,
-            compatible,
             autoclear,
             has_bitmaps: extensions.has_bitmaps,
             backing: backing(cluster, extensions.backing_format)?,

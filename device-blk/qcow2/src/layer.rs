@@ -224,7 +224,13 @@ impl<'a> Walker<'a> {
         Ok((Origin::Zeroes, len))
     }
 
-    fn entry(&mut self, number: usize, geometry: Geometry, cluster: u64) -> io::Result<u64> {
+    /// The raw entry that a layer has for a cluster of its own.
+    pub(crate) fn entry(
+        &mut self,
+        number: usize,
+        geometry: Geometry,
+        cluster: u64,
+    ) -> io::Result<u64> {
         let (slice, index) = geometry.slice_of(cluster);
         if self.last[number]
             .as_ref()

@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod alloc;
+mod check;
+mod commit;
 mod compressed;
 mod create;
 mod data;
@@ -21,6 +23,8 @@ mod resize;
 mod storage;
 mod write;
 
+pub use check::{CheckReport, Repair, check};
+pub use commit::{Base, TopExtent};
 pub use create::{CreateOptions, Preallocation, create};
 pub use data::{Sink, Source};
 pub use epoch::Ticket;

@@ -264,11 +264,6 @@ impl MapTable {
         Ok(())
     }
 
-    /// A copy of the L1 table, for looking through all of it.
-    pub(crate) fn l1(&self) -> Vec<u64> {
-        self.lock().l1.clone()
-    }
-
     /// Entries in the L1 table.
     pub(crate) fn l1_len(&self) -> usize {
         self.lock().l1.len()

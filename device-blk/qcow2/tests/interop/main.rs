@@ -1,6 +1,7 @@
 //! Images made, read and checked by QEMU's own tools: what either side writes, the other reads.
 
 mod chains;
+mod checking;
 mod qemu;
 mod workload;
 mod writing;
