@@ -20,8 +20,8 @@ Examples:
   The same load on the image itself, past the page cache:
     bench io-uring --file root.img --direct --depth 32
 
-  64 disks at once, one request in flight on each, the driver asleep while it waits:
-    bench blk-load $(printf -- '--socket /run/disk%s.vu ' $(seq 64)) --depth 1 --wait sleep
+  64 disks at once, one request in flight on each, by a driver that takes no interrupts:
+    bench blk-load $(printf -- '--socket /run/disk%s.vu ' $(seq 64)) --depth 1 --wait busy
 
 Writing patterns destroy what is on the disk.";
 
@@ -49,7 +49,7 @@ struct BlkLoad {
     #[arg(long = "socket", value_name = "PATH", required = true)]
     sockets: Vec<PathBuf>,
     /// What to do while waiting for completions
-    #[arg(long, value_enum, default_value = "busy")]
+    #[arg(long, value_enum, default_value = "sleep")]
     wait: Wait,
     /// Daemon whose CPU time to report; may be repeated
     #[arg(long = "pid", value_name = "PID")]
@@ -66,6 +66,9 @@ struct IoUring {
     /// Open it with O_DIRECT
     #[arg(long)]
     direct: bool,
+    /// Process completions only when they are waited for (IORING_SETUP_DEFER_TASKRUN)
+    #[arg(long)]
+    deferred: bool,
     #[command(flatten)]
     load: LoadArgs,
 }
@@ -157,7 +160,11 @@ fn run(verb: &Verb) -> Result<()> {
             args.load.report(&outcome)
         }
         Verb::IoUring(args) => {
-            let outcome = uring::run(&args.file, args.direct, &args.load.load())?;
+            let access = uring::Access {
+                direct: args.direct,
+                deferred: args.deferred,
+            };
+            let outcome = uring::run(&args.file, access, &args.load.load())?;
             args.load.report(&outcome)
         }
         Verb::BlkHold(args) => {

@@ -49,19 +49,28 @@ pub enum Error {
     Stalled,
 }
 
-/// Puts `load` on the file, past the page cache if `direct`.
+/// How the file is accessed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Access {
+    /// Past the page cache.
+    pub direct: bool,
+    /// Completions are processed only when they are waited for (IORING_SETUP_DEFER_TASKRUN).
+    pub deferred: bool,
+}
+
+/// Puts `load` on the file.
 ///
 /// # Errors
 /// When the file cannot be used, or a request fails.
-pub fn run(file_name: &Path, direct: bool, load: &Load) -> Result<Outcome, Error> {
-    let file = open(file_name, direct, load)?;
+pub fn run(file_name: &Path, access: Access, load: &Load) -> Result<Outcome, Error> {
+    let file = open(file_name, access.direct, load)?;
     let bytes = file.metadata().map_or(0, |metadata| metadata.len());
     if bytes < load.block_bytes as u64 {
         let file = file_name.display().to_string();
         return Err(Error::TooSmall { file, bytes });
     }
     let buffer = Buffer::new(load.depth, load.block_bytes).map_err(Error::Ring)?;
-    let mut runner = Runner::new(&file, &buffer, load, bytes)?;
+    let mut runner = Runner::new(&file, &buffer, access, load, bytes)?;
     let outcome = runner.count(load);
     runner.drain()?;
     outcome
@@ -90,13 +99,19 @@ struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    fn new(file: &File, buffer: &'a Buffer, load: &Load, bytes: u64) -> Result<Self, Error> {
+    fn new(
+        file: &File,
+        buffer: &'a Buffer,
+        access: Access,
+        load: &Load,
+        bytes: u64,
+    ) -> Result<Self, Error> {
         let entries = u32::try_from(load.depth).unwrap_or(u32::MAX);
-        // What a program that cares would ask for: completions are processed where they are
-        // waited for, and the one file is looked up once.
-        let ring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
+        let mut builder = IoUring::builder();
+        if access.deferred {
+            builder.setup_single_issuer().setup_defer_taskrun();
+        }
+        let ring = builder
             .build(entries.next_power_of_two())
             .map_err(Error::Ring)?;
         ring.submitter()
@@ -236,18 +251,22 @@ mod tests {
     #[test]
     fn a_file_is_read_and_written() {
         let file = scratch(1 << 20);
-        let read = run(file.path(), false, &load(Pattern::Randread, 8)).unwrap();
+        let read = run(file.path(), Access::default(), &load(Pattern::Randread, 8)).unwrap();
         assert!(read.ios > 0 && read.iops > 0.0, "{read:?}");
         assert_eq!(read.daemon_cpu_seconds, None);
         assert!(std::fs::read(&file).unwrap().iter().all(|&byte| byte == 0));
-        run(file.path(), false, &load(Pattern::Write, 3)).unwrap();
+        let deferred = Access {
+            deferred: true,
+            ..Access::default()
+        };
+        run(file.path(), deferred, &load(Pattern::Write, 3)).unwrap();
         assert!(std::fs::read(&file).unwrap()[..4096] != [0; 4096]);
     }
 
     #[test]
     fn a_file_without_a_block_is_refused() {
         let file = scratch(100);
-        let error = run(file.path(), false, &load(Pattern::Randread, 1)).unwrap_err();
+        let error = run(file.path(), Access::default(), &load(Pattern::Randread, 1)).unwrap_err();
         assert!(
             matches!(error, Error::TooSmall { bytes: 100, .. }),
             "{error}"

@@ -5,20 +5,24 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use rand::RngCore;
 
-use super::interrupt;
 use super::process::LoadProgram;
+use super::{Effort, interrupt};
 use crate::artifacts::{Artifacts, Program};
+use crate::inside::child;
 use crate::nested::RunDir;
 use crate::tool;
 use crate::workspace;
 
 /// Where memory is a file system.
 const RAM_DIR: &str = "/dev/shm";
+/// What a full bench may take, and some.
+const LONGEST_BENCH: Duration = Duration::from_secs(30 * 60);
 
 /// Everything that a bench uses and leaves nothing of.
 pub(super) struct Ground {
@@ -29,7 +33,7 @@ pub(super) struct Ground {
     pub(super) qemu_io: Program,
     disk_dir: RunDir,
     ram_dir: RunDir,
-    /// Two benches at once would measure one another.
+    /// Held as long as this bench runs.
     _lock: File,
 }
 
@@ -66,8 +70,7 @@ impl Ground {
     ) -> Result<Self> {
         let own_dir = workspace::lab_subdir("bench")?;
         let lock = File::create(own_dir.join("lock"))?;
-        lock.try_lock()
-            .context("another bench runs; wait for its end")?;
+        await_lock(&lock)?;
         let dir = dir.unwrap_or(&own_dir);
         let program = |name: &str| {
             let file = bin_dir.join(name);
@@ -90,15 +93,20 @@ impl Ground {
             ram_dir: RunDir::create_in(Path::new(RAM_DIR))?,
             _lock: lock,
         };
-        ground.expect_direct()?;
+        ensure!(
+            ground.allows_direct(Medium::FileDirect),
+            "{} cannot be read past the page cache; name a directory on a disk with --dir",
+            dir.display()
+        );
         Ok(ground)
     }
 
-    /// The program that makes the load, for runs of `seconds`.
-    pub(super) fn load(&self, seconds: f64) -> LoadProgram {
+    /// The program that makes the load.
+    pub(super) fn load(&self, effort: &Effort) -> LoadProgram {
         LoadProgram {
             file: self.load_program.clone(),
-            seconds,
+            seconds: effort.seconds,
+            warm_up_seconds: effort.warm_up_seconds,
         }
     }
 
@@ -129,22 +137,27 @@ impl Ground {
         )
     }
 
-    fn expect_direct(&self) -> Result<()> {
-        let probe = self.disk_dir.0.join("probe");
+    /// Whether files there can be read past the page cache; tmpfs lets itself be asked since
+    /// Linux 6.6.
+    pub(super) fn allows_direct(&self, medium: Medium) -> bool {
+        let probe = self.dir(medium).join("probe");
         let opened = OpenOptions::new()
             .create(true)
             .write(true)
             .truncate(true)
             .custom_flags(libc::O_DIRECT)
             .open(&probe);
-        opened.with_context(|| {
-            format!(
-                "{} cannot be read past the page cache; name a directory on a disk with --dir",
-                self.disk_dir.0.display()
-            )
-        })?;
-        Ok(())
+        let _ = fs::remove_file(&probe);
+        opened.is_ok()
     }
+}
+
+/// Two benches at once would measure one another.
+fn await_lock(lock: &File) -> Result<()> {
+    child::poll("the end of another bench", LONGEST_BENCH, || {
+        interrupt::check()?;
+        Ok(lock.try_lock().is_ok().then_some(()))
+    })
 }
 
 /// Writes a file of random bytes and takes it out of the page cache.

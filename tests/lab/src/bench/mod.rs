@@ -92,12 +92,15 @@ impl Bench {
 }
 
 fn run(options: &Options, name: &str, body: fn(&mut Session) -> Result<()>) -> Result<i32> {
-    if let Some(file) = &options.json {
+    if let (Some(file), false) = (&options.json, options.list) {
         // A FILE that cannot be written is better known now than in twenty minutes.
         fs::write(file, "").with_context(|| format!("cannot write {}", file.display()))?;
     }
     let mut session = Session::begin(options, name)?;
     body(&mut session)?;
+    if session.list_only {
+        return Ok(0);
+    }
     let report = session.end()?;
     print!("{report}");
     if let Some(file) = &options.json {
@@ -111,8 +114,9 @@ fn run(options: &Options, name: &str, body: fn(&mut Session) -> Result<()>) -> R
 #[derive(Clone, Copy, Debug)]
 struct Effort {
     rounds: u32,
-    /// Of one contender in one round.
+    /// Of one contender in one round: what counts, and what goes before.
     seconds: f64,
+    warm_up_seconds: f64,
     /// Of the images that get most of the load.
     image_bytes: u64,
     /// What idle daemons are watched for.
@@ -124,7 +128,8 @@ impl Effort {
         let mut effort = if options.quick {
             Self {
                 rounds: 3,
-                seconds: 0.2,
+                seconds: 0.12,
+                warm_up_seconds: 0.03,
                 image_bytes: 256 << 20,
                 idle: Duration::from_secs(2),
             }
@@ -132,6 +137,7 @@ impl Effort {
             Self {
                 rounds: 11,
                 seconds: 1.0,
+                warm_up_seconds: 0.1,
                 image_bytes: 1 << 30,
                 idle: Duration::from_secs(10),
             }
@@ -203,6 +209,11 @@ impl Session {
         self.ground.as_ref().context("nothing is prepared")
     }
 
+    /// Rounds for rows without targets.
+    fn few_rounds(&self) -> u32 {
+        self.effort.rounds.div_ceil(3)
+    }
+
     /// Adds the rows that come of `samples`. A failure becomes part of the results, so that one
     /// case does not take the others along.
     fn add(&mut self, specs: &[RowSpec], samples: Result<Samples>) -> Result<()> {
@@ -230,7 +241,7 @@ impl Session {
 
     fn end(self) -> Result<Report> {
         ensure!(
-            self.list_only || !self.report.rows.is_empty(),
+            !self.report.rows.is_empty(),
             "no case matches; --list prints them all"
         );
         Ok(self.report)

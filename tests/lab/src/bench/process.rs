@@ -11,7 +11,6 @@ use anyhow::{Context, Result, bail};
 use super::interrupt;
 use super::rounds::Sample;
 use crate::inside::child::{self, Guarded};
-use crate::tool;
 
 /// For everything that takes less than a second on a quiet machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -77,6 +76,24 @@ impl Daemon {
     }
 }
 
+/// What the third-party driver does until a request completes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Driver {
+    /// Sleeps until it is interrupted, as a guest's does.
+    Sleeping,
+    /// Looks at the ring without pause and takes no interrupts.
+    Busy,
+}
+
+/// How raw io_uring processes completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ring {
+    /// As the kernel does unless told otherwise.
+    Plain,
+    /// Only when they are waited for (IORING_SETUP_DEFER_TASKRUN).
+    Deferred,
+}
+
 /// Order, size and number of requests, as the load program takes them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Load {
@@ -89,8 +106,9 @@ pub(super) struct Load {
 #[derive(Clone, Debug)]
 pub(super) struct LoadProgram {
     pub(super) file: PathBuf,
-    /// Of each run.
+    /// Of each run: what counts, and what goes before.
     pub(super) seconds: f64,
+    pub(super) warm_up_seconds: f64,
 }
 
 impl LoadProgram {
@@ -99,11 +117,14 @@ impl LoadProgram {
         &self,
         daemons: &[&Daemon],
         sockets: &[&Path],
-        wait: &str,
+        driver: Driver,
         load: Load,
     ) -> Result<Sample> {
         let mut command = self.command("blk-load", load);
-        command.args(["--wait", wait]);
+        command.arg("--wait").arg(match driver {
+            Driver::Sleeping => "sleep",
+            Driver::Busy => "busy",
+        });
         for daemon in daemons {
             command.arg("--pid").arg(daemon.pid().to_string());
         }
@@ -117,11 +138,20 @@ impl LoadProgram {
     }
 
     /// Load on a file, by io_uring.
-    pub(super) fn on_file(&self, file: &Path, direct: bool, load: Load) -> Result<Sample> {
+    pub(super) fn on_file(
+        &self,
+        file: &Path,
+        direct: bool,
+        ring: Ring,
+        load: Load,
+    ) -> Result<Sample> {
         let mut command = self.command("io-uring", load);
         command.arg("--file").arg(file);
         if direct {
             command.arg("--direct");
+        }
+        if ring == Ring::Deferred {
+            command.arg("--deferred");
         }
         sample(&mut command)
     }
@@ -149,15 +179,26 @@ impl LoadProgram {
             .arg(verb)
             .args(["--pattern", load.pattern, "--block", load.block])
             .args(["--depth", &load.depth.to_string()])
-            .args(["--seconds", &self.seconds.to_string(), "--json", "-"]);
+            .args(["--seconds", &self.seconds.to_string()])
+            .args(["--warm-up", &self.warm_up_seconds.to_string()])
+            .args(["--json", "-"]);
         crate::nested::die_with_this_process(&mut command);
         command
     }
 }
 
 fn sample(command: &mut Command) -> Result<Sample> {
-    let text = tool::output(command)?;
-    serde_json::from_str(&text).with_context(|| format!("the load printed {text:?}"))
+    // A command with 64 sockets fills a screen: its error alone is told.
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run the load")?;
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let last = errors.lines().last().unwrap_or("it said nothing");
+        bail!("the load ended with {}: {last}", output.status);
+    }
+    serde_json::from_slice(&output.stdout).context("the load printed no outcome")
 }
 
 /// How often all threads of a process have been switched away from so far.

@@ -7,12 +7,12 @@ use std::time::Instant;
 use anyhow::Result;
 
 use super::super::ground::{self, Ground, Medium};
-use super::super::process::{self, Daemon, Load, LoadProgram};
+use super::super::process::{self, Daemon, Driver, Load, LoadProgram};
 use super::super::report::{Better, Row, Series};
 use super::super::rounds::{Contender, RowSpec, Samples, Verdict};
-use super::super::{Session, interrupt};
+use super::super::{Effort, Session, interrupt};
 use super::serving::{self, Disk};
-use super::{BUSY, OURS, QD32};
+use super::{OURS, QD32};
 use crate::memory;
 use crate::progress::step;
 
@@ -40,14 +40,8 @@ fn throughput(session: &mut Session, medium: Medium) -> Result<()> {
         return Ok(());
     }
     step(format_args!("{}: {DISKS} disks", medium.name()));
-    let effort = session.effort;
-    let samples = Stand::set_up(
-        session.ground()?,
-        medium,
-        effort.image_bytes,
-        effort.seconds,
-    )
-    .and_then(|stand| stand.compare(effort.rounds));
+    let samples = Stand::set_up(session.ground()?, medium, &session.effort)
+        .and_then(|stand| stand.compare(session.effort.rounds));
     session.add(&rows, samples)
 }
 
@@ -76,8 +70,8 @@ struct Stand {
 }
 
 impl Stand {
-    fn set_up(ground: &Ground, medium: Medium, bytes: u64, seconds: f64) -> Result<Self> {
-        let whole = ground.dir(medium).join("whole.img");
+    fn set_up(ground: &Ground, medium: Medium, effort: &Effort) -> Result<Self> {
+        let (whole, bytes) = (ground.dir(medium).join("whole.img"), effort.image_bytes);
         ground::fill(&whole, bytes)?;
         let parts = small_images(ground, medium, "part", bytes / DISKS as u64)?;
         let others = small_images(ground, medium, "other", bytes / DISKS as u64)?;
@@ -89,7 +83,7 @@ impl Stand {
             one: serving::device_blk(ground, "one", &[Disk::new("disk", &whole, "")])?,
             many: many(ground, "many", &parts)?,
             processes: processes.collect::<Result<_>>()?,
-            load: ground.load(seconds),
+            load: ground.load(effort),
         })
     }
 
@@ -105,16 +99,17 @@ impl Stand {
         let contenders = [
             Contender::new(OURS, || {
                 self.load
-                    .on_disks(&[&self.many], &paths(&self.many), BUSY, spread)
+                    .on_disks(&[&self.many], &paths(&self.many), Driver::Sleeping, spread)
             }),
             Contender::new(ONE_DISK, || {
                 self.load
-                    .on_disks(&[&self.one], &paths(&self.one), BUSY, whole)
+                    .on_disks(&[&self.one], &paths(&self.one), Driver::Sleeping, whole)
             }),
             Contender::new(PROCESSES, || {
                 let daemons: Vec<&Daemon> = self.processes.iter().collect();
                 let sockets: Vec<&Path> = daemons.iter().flat_map(|daemon| paths(daemon)).collect();
-                self.load.on_disks(&daemons, &sockets, BUSY, spread)
+                self.load
+                    .on_disks(&daemons, &sockets, Driver::Sleeping, spread)
             }),
         ];
         Samples::take(&contenders, rounds)
@@ -147,11 +142,7 @@ fn idle(session: &mut Session) -> Result<()> {
         return Ok(());
     }
     step(format_args!("{DISKS} idle disks"));
-    let found = Quiet::measure(
-        session.ground()?,
-        session.effort.idle,
-        session.effort.seconds,
-    );
+    let found = Quiet::measure(session.ground()?, &session.effort);
     interrupt::check()?;
     let values = found.map(|quiet| [quiet.wakeups_per_second, quiet.megabytes_each]);
     for (index, spec) in specs.iter().enumerate() {
@@ -171,9 +162,9 @@ struct Quiet {
 }
 
 impl Quiet {
-    fn measure(ground: &Ground, watch: std::time::Duration, seconds: f64) -> Result<Self> {
+    fn measure(ground: &Ground, effort: &Effort) -> Result<Self> {
         const BYTES: u64 = 1 << 20;
-        let load = ground.load(seconds);
+        let load = ground.load(effort);
         let images = small_images(ground, Medium::FileDirect, "idle", BYTES)?;
         let one = many(ground, "idle-one", &images[..1])?;
         let holder = load.hold(&paths(&one), QD32.load)?;
@@ -187,7 +178,7 @@ impl Quiet {
         process::await_idle(all.pid())?;
         let (_, all_kib) = memory::sets_kib(all.pid())?;
         let (before, began) = (process::context_switches(all.pid())?, Instant::now());
-        std::thread::sleep(watch);
+        std::thread::sleep(effort.idle);
         let switches = process::context_switches(all.pid())?.saturating_sub(before);
         Ok(Self {
             wakeups_per_second: switches as f64 / began.elapsed().as_secs_f64(),

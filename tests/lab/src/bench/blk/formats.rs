@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::super::Session;
 use super::super::ground::{self, Ground, Medium};
-use super::super::process::{Daemon, Load, LoadProgram};
+use super::super::process::{Daemon, Driver, Load, LoadProgram};
 use super::super::rounds::{Contender, RowSpec, Samples, Verdict};
+use super::super::{Effort, Session};
 use super::serving::{self, Disk};
-use super::{BIG_READ, BIG_WRITE, BUSY, Column, QD1, QD32};
+use super::{BIG_READ, BIG_WRITE, Column, QD1, QD32};
 use crate::progress::step;
 
 const RAW: &str = "own-raw";
@@ -41,16 +41,11 @@ pub(super) fn run(session: &mut Session, medium: Medium) -> Result<()> {
         return Ok(());
     }
     step(format_args!("{}: qcow2 images", medium.name()));
-    let effort = session.effort;
-    let stand = Stand::set_up(
-        session.ground()?,
-        medium,
-        effort.image_bytes / 2,
-        effort.seconds,
-    );
+    let rounds = session.effort.rounds;
+    let stand = Stand::set_up(session.ground()?, medium, &session.effort);
     for (column, has_chain, rows) in groups {
         let samples = match &stand {
-            Ok(stand) => stand.compare(column.load, has_chain, effort.rounds),
+            Ok(stand) => stand.compare(column.load, has_chain, rounds),
             Err(error) => Err(anyhow::anyhow!("{error:#}")),
         };
         session.add(&rows, samples)?;
@@ -83,8 +78,8 @@ struct Stand {
 }
 
 impl Stand {
-    fn set_up(ground: &Ground, medium: Medium, bytes: u64, seconds: f64) -> Result<Self> {
-        let images = Images::make(ground, medium, bytes)?;
+    fn set_up(ground: &Ground, medium: Medium, effort: &Effort) -> Result<Self> {
+        let images = Images::make(ground, medium, effort.image_bytes / 2)?;
         let disks = [
             Disk::new("raw", &images.raw, "format=raw"),
             Disk::new("qcow2", &images.qcow2, "format=qcow2"),
@@ -92,7 +87,7 @@ impl Stand {
         ];
         Ok(Self {
             daemon: serving::device_blk(ground, "formats", &disks)?,
-            load: ground.load(seconds),
+            load: ground.load(effort),
         })
     }
 
@@ -103,7 +98,8 @@ impl Stand {
             .filter(|(name, _)| has_chain || *name != CHAIN)
             .map(|(name, socket)| {
                 Contender::new(name, move || {
-                    self.load.on_disks(&[&self.daemon], &[socket], BUSY, load)
+                    self.load
+                        .on_disks(&[&self.daemon], &[socket], Driver::Sleeping, load)
                 })
             })
             .collect();

@@ -12,11 +12,10 @@ use super::Session;
 use super::ground::Medium;
 use super::process::Load;
 
-/// The driver looks at the ring without pause.
-const BUSY: &str = "busy";
-
 /// The limit: the same program on the file itself.
 const LIMIT: &str = "raw-io_uring";
+/// The same, set up for a single thread as well as the kernel can.
+const DEFERRED_LIMIT: &str = "raw-io_uring-deferred";
 const OURS: &str = "ours";
 const STORAGE_DAEMON: &str = "qemu-storage-daemon";
 

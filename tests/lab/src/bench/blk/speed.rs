@@ -4,13 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::super::Session;
 use super::super::ground::{self, Ground, Medium};
-use super::super::process::{Daemon, Load, LoadProgram};
+use super::super::process::{Daemon, Driver, Load, LoadProgram, Ring};
 use super::super::report::Better;
 use super::super::rounds::{Contender, Metric, RowSpec, Samples, Verdict};
+use super::super::{Effort, Session};
 use super::serving::{self, Disk};
-use super::{BIG_READ, BIG_WRITE, BUSY, Column, LIMIT, OURS, QD1, QD32, QD128, STORAGE_DAEMON};
+use super::{
+    BIG_READ, BIG_WRITE, Column, DEFERRED_LIMIT, LIMIT, OURS, QD1, QD32, QD128, STORAGE_DAEMON,
+};
 use crate::progress::step;
 
 /// Ours, told never to poll.
@@ -36,29 +38,37 @@ fn cpu_target(medium: Medium) -> f64 {
     }
 }
 
+/// What is compared in one group of rounds.
+#[derive(Clone, Copy)]
+enum Comparison {
+    Speed(Column),
+    /// The same, with a driver that takes no interrupts.
+    BusyDriver(Column),
+    Cost,
+}
+
 pub(super) fn run(session: &mut Session, medium: Medium) -> Result<()> {
-    let cpu = cpu_rows(medium);
-    let mut groups: Vec<(Column, bool, Vec<RowSpec>)> = columns(medium)
+    let mut groups: Vec<(Comparison, Vec<RowSpec>)> = columns(medium)
         .into_iter()
-        .map(|(column, target)| (column, false, speed_rows(medium, column, target)))
+        .flat_map(|(column, target)| {
+            let rows = speed_rows(medium, column, target);
+            let busy_rows = vec![busy_row(medium, column)];
+            [
+                (Comparison::Speed(column), rows),
+                (Comparison::BusyDriver(column), busy_rows),
+            ]
+        })
         .collect();
-    groups.push((QD32, true, cpu));
-    groups.retain(|(_, _, rows)| session.wants(rows));
+    groups.push((Comparison::Cost, cpu_rows(medium)));
+    groups.retain(|(_, rows)| session.wants(rows));
     if groups.is_empty() {
         return Ok(());
     }
     step(format_args!("{}: raw image", medium.name()));
-    let effort = session.effort;
-    let stand = Stand::set_up(
-        session.ground()?,
-        medium,
-        effort.image_bytes,
-        effort.seconds,
-    );
-    for (column, is_cpu, rows) in groups {
+    let stand = Stand::set_up(session.ground()?, medium, &session.effort);
+    for (comparison, rows) in groups {
         let samples = match &stand {
-            Ok(stand) if is_cpu => stand.compare_cost(column.load, effort.rounds),
-            Ok(stand) => stand.compare_speed(column.load, effort.rounds),
+            Ok(stand) => stand.compare(comparison, session),
             Err(error) => Err(anyhow::anyhow!("{error:#}")),
         };
         session.add(&rows, samples)?;
@@ -68,9 +78,13 @@ pub(super) fn run(session: &mut Session, medium: Medium) -> Result<()> {
 
 fn speed_rows(medium: Medium, column: Column, target: f64) -> Vec<RowSpec> {
     let case = format!("{}/{}", medium.name(), column.name);
+    let mut peers = vec![LIMIT, STORAGE_DAEMON];
+    if medium == Medium::Tmpfs {
+        peers.push(DEFERRED_LIMIT);
+    }
     let against = |case: String, peer: &str, value: f64| RowSpec {
         case,
-        peers: vec![LIMIT, STORAGE_DAEMON],
+        peers: peers.clone(),
         verdict: Verdict::Target {
             value,
             peer: Some(peer.to_owned()),
@@ -85,6 +99,14 @@ fn speed_rows(medium: Medium, column: Column, target: f64) -> Vec<RowSpec> {
             BESIDE,
         ),
     ]
+}
+
+fn busy_row(medium: Medium, column: Column) -> RowSpec {
+    RowSpec {
+        case: format!("{}/{}/busy-driver", medium.name(), column.name),
+        peers: vec![STORAGE_DAEMON],
+        ..RowSpec::default()
+    }
 }
 
 fn cpu_rows(medium: Medium) -> Vec<RowSpec> {
@@ -128,12 +150,12 @@ struct Stand {
 }
 
 impl Stand {
-    fn set_up(ground: &Ground, medium: Medium, bytes: u64, seconds: f64) -> Result<Self> {
+    fn set_up(ground: &Ground, medium: Medium, effort: &Effort) -> Result<Self> {
         let image = ground.dir(medium).join("raw.img");
-        ground::fill(&image, bytes)?;
+        ground::fill(&image, effort.image_bytes)?;
         // Ours would refuse a second writer of the same image, and rightly so.
         let second = ground.dir(medium).join("raw-2.img");
-        ground::fill(&second, bytes)?;
+        ground::fill(&second, effort.image_bytes)?;
         let never = [Disk::new("never", &second, "polling=never")];
         Ok(Self {
             medium,
@@ -141,40 +163,64 @@ impl Stand {
             never_polling: serving::device_blk(ground, NEVER_POLLING, &never)?,
             storage_daemon: serving::storage_daemon(ground, &image, medium)?,
             image,
-            load: ground.load(seconds),
+            load: ground.load(effort),
         })
     }
 
+    fn compare(&self, comparison: Comparison, session: &Session) -> Result<Samples> {
+        let rounds = session.effort.rounds;
+        match comparison {
+            Comparison::Speed(column) => self.compare_speed(column.load, rounds),
+            Comparison::BusyDriver(column) => {
+                let of = |name, daemon| self.contender(name, daemon, Driver::Busy, column.load);
+                let contenders = [
+                    of(OURS, &self.ours),
+                    of(STORAGE_DAEMON, &self.storage_daemon),
+                ];
+                Samples::take(&contenders, session.few_rounds())
+            }
+            Comparison::Cost => {
+                let of = |name, daemon| self.contender(name, daemon, Driver::Sleeping, QD32.load);
+                let contenders = [
+                    of(OURS, &self.ours),
+                    of(NEVER_POLLING, &self.never_polling),
+                    of(STORAGE_DAEMON, &self.storage_daemon),
+                ];
+                Samples::take(&contenders, rounds)
+            }
+        }
+    }
+
     fn compare_speed(&self, load: Load, rounds: u32) -> Result<Samples> {
-        let contenders = [
-            self.contender(OURS, &self.ours, load),
-            Contender::new(LIMIT, move || {
-                let direct = self.medium.is_direct();
-                self.load.on_file(&self.image, direct, load)
-            }),
-            self.contender(STORAGE_DAEMON, &self.storage_daemon, load),
+        let of = |name, daemon| self.contender(name, daemon, Driver::Sleeping, load);
+        let mut contenders = vec![
+            of(OURS, &self.ours),
+            self.limit(LIMIT, Ring::Plain, load),
+            of(STORAGE_DAEMON, &self.storage_daemon),
         ];
+        if self.medium == Medium::Tmpfs {
+            contenders.push(self.limit(DEFERRED_LIMIT, Ring::Deferred, load));
+        }
         Samples::take(&contenders, rounds)
     }
 
-    fn compare_cost(&self, load: Load, rounds: u32) -> Result<Samples> {
-        let contenders = [
-            self.contender(OURS, &self.ours, load),
-            self.contender(NEVER_POLLING, &self.never_polling, load),
-            self.contender(STORAGE_DAEMON, &self.storage_daemon, load),
-        ];
-        Samples::take(&contenders, rounds)
+    fn limit(&self, name: &'static str, ring: Ring, load: Load) -> Contender<'_> {
+        Contender::new(name, move || {
+            let direct = self.medium.is_direct();
+            self.load.on_file(&self.image, direct, ring, load)
+        })
     }
 
     fn contender<'a>(
         &'a self,
         name: &'static str,
         daemon: &'a Daemon,
+        driver: Driver,
         load: Load,
     ) -> Contender<'a> {
         Contender::new(name, move || {
             let sockets = [daemon.sockets[0].as_path()];
-            self.load.on_disks(&[daemon], &sockets, BUSY, load)
+            self.load.on_disks(&[daemon], &sockets, driver, load)
         })
     }
 }
