@@ -2,6 +2,7 @@
 
 mod chains;
 mod checking;
+mod hostile;
 mod qemu;
 mod workload;
 mod writing;
