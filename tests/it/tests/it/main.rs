@@ -9,6 +9,7 @@ mod layering;
 mod nested;
 mod process;
 mod qemu;
+mod qemu_formats;
 mod qemu_frontend;
 mod reflection;
 mod site;
