@@ -192,6 +192,16 @@ impl Client {
         self.queues[queue].read(offset, target, id).unwrap();
     }
 
+    /// Queues a flush without waiting for it.
+    pub(crate) fn submit_flush(&mut self, queue: usize, id: usize) {
+        self.queues[queue].flush(id).unwrap();
+    }
+
+    /// Queues a discard without waiting for it.
+    pub(crate) fn submit_discard(&mut self, queue: usize, offset: u64, len: u64, id: usize) {
+        self.queues[queue].discard(offset, len, id).unwrap();
+    }
+
     pub(crate) fn kick(&self, queue: usize) {
         self.transport
             .get_submission_notifier(queue)
@@ -211,6 +221,12 @@ impl Client {
             assert_eq!(poll(&mut polls, timeout).unwrap(), 1, "no completion");
             signal.read().unwrap();
         }
+    }
+
+    /// A completion that is there already.
+    pub(crate) fn poll_completion(&mut self, queue: usize) -> Option<(usize, i32)> {
+        let done = self.queues[queue].completions().next()?;
+        Some((done.context, done.ret))
     }
 
     fn finish(&mut self, queue: usize) -> i32 {

@@ -12,6 +12,8 @@ mod jobs;
 mod limits;
 mod lifecycle;
 mod locks;
+mod qcow2;
+mod qcow2_crash;
 mod qemu;
 mod sandboxed;
 mod wrong_requests;
