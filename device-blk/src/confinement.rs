@@ -50,7 +50,8 @@ fn process_syscalls() -> Syscalls {
         .allow(&[libc::SYS_fstatfs])
         // A mark on the image that a disk was switched over to.
         .allow(&[libc::SYS_fsetxattr])
-        // Queues' threads choose their CPUs.
+        // Queues' threads choose their CPUs, and see who else needs them.
+        .allow(&[libc::SYS_getrusage])
         .allow_if(libc::SYS_sched_setaffinity, &[Arg::Int(0, 0)])
         // They confine themselves further; a filter can only take away.
         .allow(&[libc::SYS_seccomp])
@@ -65,6 +66,8 @@ fn process_syscalls() -> Syscalls {
 fn queue_syscalls() -> Syscalls {
     sets::base().allow(&[
         libc::SYS_io_uring_enter,
+        // Whether looking for work keeps others from theirs.
+        libc::SYS_getrusage,
         libc::SYS_pread64,
         libc::SYS_pwrite64,
         libc::SYS_pwritev2,

@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user::driver::{DriverRing, GuestMemory};
 use vhost_user::ring::RingConfig;
+
+mod patchwork;
+mod quiescing;
 
 use super::backend::ServeOptions;
 use super::*;
@@ -90,8 +94,13 @@ impl Rig {
 
     /// A request of `kind` with `payload` for the device.
     fn offer(&mut self, slot: u64, kind: u8, payload: &[u8]) {
+        self.offer_at(slot, kind, 0, payload);
+    }
+
+    fn offer_at(&mut self, slot: u64, kind: u8, sector: u64, payload: &[u8]) {
         let mut header = [0; HEADER_BYTES];
         header[0] = kind;
+        header[8..].copy_from_slice(&sector.to_le_bytes());
         let header_gpa = HEADERS_GPA + slot * 16;
         let data_gpa = DATA_GPA + slot * u64::from(LEN_BYTES);
         self.memory.write(header_gpa, &header);
@@ -104,6 +113,41 @@ impl Rig {
         self.driver
             .add(&readable, &[(STATUS_GPA + slot, 1)])
             .unwrap();
+    }
+
+    fn offer_read(&mut self, slot: u64, sector: u64, len_bytes: u32) {
+        let mut header = [0; HEADER_BYTES];
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        let header_gpa = HEADERS_GPA + slot * 16;
+        let data_gpa = DATA_GPA + slot * u64::from(LEN_BYTES);
+        self.memory.write(header_gpa, &header);
+        self.memory
+            .write(data_gpa, &vec![NO_STATUS; len_bytes as usize]);
+        self.memory.write(STATUS_GPA + slot, &[NO_STATUS]);
+        let writable = [(data_gpa, len_bytes), (STATUS_GPA + slot, 1)];
+        self.driver.add(&[(header_gpa, 16)], &writable).unwrap();
+    }
+
+    /// What was read into a slot.
+    fn data(&self, slot: u64, len_bytes: usize) -> Vec<u8> {
+        let data_gpa = DATA_GPA + slot * u64::from(LEN_BYTES);
+        self.memory.read(data_gpa, len_bytes)
+    }
+
+    /// Works like the ring's thread until the driver has all its requests back.
+    fn complete_all(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.driver.used_idx() != self.driver.avail_idx() {
+            assert!(Instant::now() < deadline, "requests stay unanswered");
+            self.queue.process(&mut self.ring, Wake::Event(0)).unwrap();
+            self.ring.publish();
+            if !self.queue.prepare_sleep() {
+                let fds = self.queue.event_fds();
+                let mut polls = [PollFd::new(fds[0], PollFlags::POLLIN)];
+                poll(&mut polls, PollTimeout::from(100u8)).unwrap();
+            }
+        }
+        while self.driver.pop_used().is_some() {}
     }
 
     fn backing(&mut self) -> Backing<'_> {

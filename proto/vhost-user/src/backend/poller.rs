@@ -6,8 +6,8 @@
 //!
 //! - the gap before each piece of work is measured, slept through or not. Gaps that were short
 //!   lately make the worker look for twice as long as they were; long ones make it sleep at once;
-//! - a look that takes long itself was interrupted by another thread: then nobody looks for a
-//!   while;
+//! - a look that takes long itself was interrupted, and when the kernel says that another thread
+//!   had the CPU, the worker does not look for a while;
 //! - no more than half of the process's CPUs are used for looking at the same time.
 
 use std::sync::OnceLock;
@@ -33,8 +33,8 @@ const MAX_WINDOW: Duration = Duration::from_micros(200);
 const MIN_WINDOW: Duration = Duration::from_micros(10);
 /// A gap that was slept through is longer by the wake-up.
 const MAX_SHORT_GAP: Duration = Duration::from_micros(300);
-/// Between two looks, when nobody takes the CPU away.
-const MAX_LOOK: Duration = Duration::from_micros(100);
+/// Between two looks, when nobody takes the CPU away; interrupts may take as long.
+const MAX_LOOK: Duration = Duration::from_micros(50);
 /// How long others are left the CPU that they needed.
 const PAUSE: Duration = Duration::from_millis(20);
 /// Experience, from none to this: a short gap adds one, a long one takes four away.
@@ -53,6 +53,8 @@ pub(super) struct Poller {
     gap: Duration,
     confidence: u32,
     paused_until: Option<Instant>,
+    /// How often the thread had to let others have the CPU, when last asked.
+    preemptions: i64,
 }
 
 impl Default for Poller {
@@ -61,6 +63,7 @@ impl Default for Poller {
             gap: MIN_WINDOW,
             confidence: 0,
             paused_until: None,
+            preemptions: 0,
         }
     }
 }
@@ -106,13 +109,21 @@ impl Poller {
             if now.duration_since(started) >= window {
                 return Look::Nothing;
             }
-            if polling == Polling::Adaptive && now.duration_since(last) > MAX_LOOK {
+            let is_adaptive = polling == Polling::Adaptive;
+            if is_adaptive && now.duration_since(last) > MAX_LOOK && self.was_preempted() {
                 self.paused_until = Some(now + PAUSE);
                 return Look::Nothing;
             }
             last = now;
             std::hint::spin_loop();
         }
+    }
+
+    /// Whether another thread took the CPU since this was last asked.
+    #[cold]
+    fn was_preempted(&mut self) -> bool {
+        let preemptions = preemptions();
+        preemptions > std::mem::replace(&mut self.preemptions, preemptions)
     }
 
     /// How long to look; `None` for not at all.
@@ -156,6 +167,15 @@ impl Drop for Turn {
     }
 }
 
+/// How often the calling thread had to let another have the CPU.
+fn preemptions() -> i64 {
+    // SAFETY: `rusage` is plain data, for which all zeroes is a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: `usage` is a valid buffer for the call, which fails for other reasons never.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
+    usage.ru_nivcsw
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,15 +215,32 @@ mod tests {
     #[test]
     fn look_that_another_thread_interrupted_is_not_repeated_soon() {
         let mut poller = after_gaps(&[MAX_WINDOW; 40]);
-        let started = Instant::now();
-        let looked = poller.look(Polling::Adaptive, started, || {
-            let until = Instant::now() + MAX_LOOK * 3 / 2;
-            while Instant::now() < until {}
-            false
-        });
-        assert_eq!(looked, Look::Nothing);
-        assert_eq!(poller.window(Polling::Adaptive, Instant::now()), None);
-        let later = Instant::now() + PAUSE * 2;
-        assert!(poller.window(Polling::Adaptive, later).is_some());
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // Somebody else needs the CPU that this thread is on.
+        let rival_ends = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        // SAFETY: a CPU set is plain data; the calls take it with its size.
+        let rival = unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(libc::sched_getcpu() as usize, &mut set);
+            assert_eq!(libc::sched_setaffinity(0, size_of_val(&set), &set), 0);
+            let rival_ends = std::sync::Arc::clone(&rival_ends);
+            thread::spawn(move || while !rival_ends.load(Ordering::Relaxed) {})
+        };
+        while poller.paused_until.is_none() {
+            assert!(Instant::now() < deadline, "the rival is never noticed");
+            poller.look(Polling::Adaptive, Instant::now(), || false);
+        }
+        rival_ends.store(true, Ordering::Relaxed);
+        rival.join().unwrap();
+        let paused_until = poller.paused_until.unwrap();
+        assert_eq!(
+            poller.window(Polling::Adaptive, paused_until - PAUSE / 2),
+            None
+        );
+        assert!(
+            poller
+                .window(Polling::Adaptive, paused_until + PAUSE)
+                .is_some()
+        );
     }
 }
