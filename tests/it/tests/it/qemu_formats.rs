@@ -18,6 +18,7 @@ const DISK_BYTES: u64 = 64 << 20;
 const FILES_BYTES: u64 = 12 << 20;
 const PATTERN_BYTES: u64 = 4 << 20;
 const PATTERN_SEED: u64 = 0x5eed_0003;
+const PASSPHRASE: &str = "correct horse battery staple";
 
 #[test]
 fn file_system_and_pattern_are_the_same_for_guest_and_qemu() {
@@ -37,14 +38,26 @@ fn file_system_and_pattern_are_the_same_for_guest_and_qemu() {
     overlay(&path("top.qcow2"), &path("middle.qcow2"), "qcow2");
     overlay(&path("root.qcow2"), &path("root.raw"), "raw");
 
-    // vda: an overlay on the root disk; vdb: qcow2 alone; vdc: the third of a chain.
-    let images = ["root.qcow2", "plain.qcow2", "top.qcow2"];
+    std::fs::write(path("key"), PASSPHRASE).expect("a file can be written");
+    run(Command::new("qemu-img")
+        .args(["create", "-q", "-f", "luks", "--object"])
+        .arg(secret(&path("key")))
+        .args(["-o", "key-secret=key,iter-time=10"])
+        .arg(path("luks.raw"))
+        .arg(&size));
+
+    // vda: an overlay on the root disk; vdb: qcow2 alone; vdc: the third of a chain; vdd: LUKS.
+    let disks = [
+        ("root.qcow2", "format=qcow2".to_owned()),
+        ("plain.qcow2", "format=qcow2".to_owned()),
+        ("top.qcow2", "format=qcow2".to_owned()),
+        ("luks.raw", format!("key-file={}", path("key").display())),
+    ];
     let mut command = Command::new(site::program("device-blk"));
     command.arg("--control-socket").arg(path("blk.sock"));
-    for image in images {
+    for (number, (image, options)) in disks.iter().enumerate() {
         command.arg("--disk").arg(format!(
-            "id={},path={},socket={},format=qcow2",
-            image.trim_end_matches(".qcow2"),
+            "id=disk-{number},path={},socket={},{options}",
             path(image).display(),
             path(image).with_extension("vu").display()
         ));
@@ -64,11 +77,16 @@ fn file_system_and_pattern_are_the_same_for_guest_and_qemu() {
                 seed: PATTERN_SEED,
                 bytes: PATTERN_BYTES,
             },
+            Job::Disk {
+                device: "vdd".into(),
+                seed: !PATTERN_SEED,
+                bytes: PATTERN_BYTES,
+            },
         ],
         end: End::PowerOff,
     };
     let mut qemu = Qemu::new(&plan);
-    for image in images {
+    for (image, _) in &disks {
         qemu = qemu.disk(&path(image).with_extension("vu"));
     }
     let reports = guest_run::finish(&mut qemu.start(dir));
@@ -79,7 +97,7 @@ fn file_system_and_pattern_are_the_same_for_guest_and_qemu() {
     assert!(trimmed.is_some_and(|bytes| bytes > 0), "{reports:?}");
     blk.terminate(Duration::from_secs(10));
 
-    for image in images {
+    for image in ["root.qcow2", "plain.qcow2", "top.qcow2"] {
         run(Command::new("qemu-img")
             .args(["check", "-q"])
             .arg(path(image)));
@@ -87,6 +105,11 @@ fn file_system_and_pattern_are_the_same_for_guest_and_qemu() {
     let files = converted(&path("plain.qcow2"));
     run(Command::new("e2fsck").args(["-f", "-n"]).arg(files));
     expect_pattern(&converted(&path("top.qcow2")), PATTERN_SEED, PATTERN_BYTES);
+    expect_pattern(
+        &decrypted(&path("luks.raw"), &path("key")),
+        !PATTERN_SEED,
+        PATTERN_BYTES,
+    );
     let base = std::fs::read(path("base.raw")).expect("the base is there");
     assert!(base.iter().all(|byte| *byte == 0), "a backing file changed");
 }
@@ -98,6 +121,26 @@ fn converted(image: &Path) -> PathBuf {
         .args(["convert", "-f", "qcow2", "-O", "raw"])
         .args([image, &raw]));
     raw
+}
+
+/// The same of an encrypted one.
+fn decrypted(image: &Path, key: &Path) -> PathBuf {
+    let raw = image.with_extension("decrypted");
+    run(Command::new("qemu-img")
+        .args(["convert", "--object"])
+        .arg(secret(key))
+        .arg("--image-opts")
+        .arg(format!(
+            "driver=luks,key-secret=key,file.driver=file,file.filename={}",
+            image.display()
+        ))
+        .args(["-O", "raw"])
+        .arg(&raw));
+    raw
+}
+
+fn secret(key: &Path) -> String {
+    format!("secret,id=key,file={}", key.display())
 }
 
 fn overlay(image: &Path, backing: &Path, format: &str) {
