@@ -1,6 +1,7 @@
 //! An attached disk: its device, who may connect to it, and what was asked of it since.
 
-mod operations;
+mod layers;
+pub(crate) mod operations;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};

@@ -8,15 +8,16 @@ use api::daemon::{DeviceTable, ServedDevice, blocking};
 use api::device::disks_server::Disks;
 use api::device::{
     Bitmap, CancelJobRequest, CompleteJobRequest, CreateBitmapRequest, DeleteBitmapRequest,
-    DeleteBitmapResponse, Device, GetImageRequest, GetJobRequest, Image, Job, ListBitmapsRequest,
-    ListBitmapsResponse, ListJobsRequest, ListJobsResponse, ResizeRequest, SetLimitsRequest,
-    SetPollingRequest, SnapshotRequest, StartBackupRequest, StartCheckRequest, StartCommitRequest,
-    StartMirrorRequest, Target,
+    DeleteBitmapResponse, Device, FdRef, GetImageRequest, GetJobRequest, Image, Job,
+    ListBitmapsRequest, ListBitmapsResponse, ListJobsRequest, ListJobsResponse, ResizeRequest,
+    SetLimitsRequest, SetPollingRequest, SnapshotRequest, StartBackupRequest, StartCheckRequest,
+    StartCommitRequest, StartMirrorRequest, Target,
 };
 use api::validate;
 use tonic::{Request, Response, Status};
 
 use crate::disk::Disk;
+use crate::disk::operations::TargetFds;
 use crate::jobs::target::Extent;
 use crate::jobs::{Control, StartError};
 
@@ -112,8 +113,8 @@ impl Disks for DiskService {
         let patience = self.lock_patience;
         self.with(request.id.clone(), move |table, disk| {
             let target = request.target.clone().unwrap_or_default();
-            let fd = take_target(table, &target)?;
-            let open = || disk.open_target(&target, fd, Extent::Whole, patience);
+            let fds = take_target(table, &target)?;
+            let open = || disk.open_target(&target, fds, Extent::Whole, patience);
             let job = disk.start_mirror(&request, open)?;
             Ok(told(&request.id, &job))
         })
@@ -126,13 +127,13 @@ impl Disks for DiskService {
         let patience = self.lock_patience;
         self.with(request.id.clone(), move |table, disk| {
             let target = request.target.clone().unwrap_or_default();
-            let fd = take_target(table, &target)?;
+            let fds = take_target(table, &target)?;
             let extent = if request.bitmap.is_empty() {
                 Extent::Whole
             } else {
                 Extent::Changes
             };
-            let open = || disk.open_target(&target, fd, extent, patience);
+            let open = || disk.open_target(&target, fds, extent, patience);
             let job = disk.start_backup(&request, open)?;
             Ok(told(&request.id, &job))
         })
@@ -142,8 +143,11 @@ impl Disks for DiskService {
     async fn start_commit(&self, request: Request<StartCommitRequest>) -> Answer<Job> {
         let request = request.into_inner();
         validate::job_request(&request.id, &request.job_id)?;
-        self.with(request.id.clone(), move |_, disk| {
-            let job = disk.start_commit(&request.job_id)?;
+        let patience = self.lock_patience;
+        self.with(request.id.clone(), move |table, disk| {
+            let base = request.base_fd.as_ref();
+            let base = base.map(|reference| table.take_fd(reference, "base_fd"));
+            let job = disk.start_commit(&request.job_id, base.transpose()?, patience)?;
             Ok(told(&request.id, &job))
         })
         .await
@@ -284,14 +288,17 @@ fn find(disk: &Disk, job_id: &str) -> Result<Arc<Control>, Status> {
     })
 }
 
-fn take_target(
-    table: &DeviceTable,
-    target: &Target,
-) -> Result<Option<std::os::fd::OwnedFd>, Status> {
-    match &target.image_fd {
-        Some(reference) => table.take_fd(reference, "target.image_fd").map(Some),
-        None => Ok(None),
-    }
+fn take_target(table: &DeviceTable, target: &Target) -> Result<TargetFds, Status> {
+    let take = |reference: Option<&FdRef>, field| {
+        reference
+            .map(|reference| table.take_fd(reference, field))
+            .transpose()
+    };
+    let tls = target.nbd.as_ref().and_then(|nbd| nbd.tls_fd.as_ref());
+    Ok(TargetFds {
+        image: take(target.image_fd.as_ref(), "target.image_fd")?,
+        nbd_tls: take(tls, "target.nbd.tls_fd")?,
+    })
 }
 
 impl From<StartError> for Status {

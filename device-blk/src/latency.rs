@@ -152,7 +152,7 @@ impl Distribution {
             let count = self.buckets[from..next].iter().sum();
             buckets.push((bound_ns as f64 / 1e9, count));
         }
-        buckets.push((f64::MAX, self.buckets[next..].iter().sum()));
+        buckets.push((f64::INFINITY, self.buckets[next..].iter().sum()));
         buckets
     }
 

@@ -1,16 +1,17 @@
 //! What is asked of a disk that is served; errors are answers to the caller.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use api::device::{
-    Bitmap as BitmapInfo, Image as ImageInfo, StartBackupRequest, StartMirrorRequest, Target,
+    Bitmap as BitmapInfo, Image as ImageInfo, NbdSource, StartBackupRequest, StartMirrorRequest,
+    Target,
 };
 use tonic::Status;
 
-use super::{Disk, Serving};
+use super::{Disk, Serving, layers};
 use crate::assembly::{block_bytes, refusal};
 use crate::image::{Image, SECTOR_BYTES};
 use crate::jobs::backup::Backup;
@@ -18,10 +19,18 @@ use crate::jobs::copy::{Fresh, UNIT_BYTES};
 use crate::jobs::mirror::Mirror;
 use crate::jobs::target::{self, Extent, TargetOptions};
 use crate::jobs::{Control, Work};
+use crate::remote;
 use crate::tracking::{Bitmap, DEFAULT_GRANULARITY};
 
 /// How long the guest's requests have to complete before something is changed behind the gate.
-const GATE_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const GATE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Descriptors of a [`Target`].
+#[derive(Debug, Default)]
+pub(crate) struct TargetFds {
+    pub(crate) image: Option<OwnedFd>,
+    pub(crate) nbd_tls: Option<OwnedFd>,
+}
 
 /// An image to write to, and what it reads as.
 pub(crate) type OpenTarget = (Arc<dyn Image>, Fresh);
@@ -29,7 +38,7 @@ pub(crate) type OpenTarget = (Arc<dyn Image>, Fresh);
 impl Disk {
     /// Format and sizes of what is served now.
     pub(crate) fn describe_image(&self) -> ImageInfo {
-        describe(&*self.device.image())
+        layers::describe(&*self.device.image())
     }
 
     /// Grows the disk and tells its frontend.
@@ -151,18 +160,21 @@ impl Disk {
         overlay_name: &str,
         lock_patience: Duration,
     ) -> Result<(), Status> {
-        let _ = (overlay, overlay_name, lock_patience);
-        Err(Status::unimplemented(
-            "overlays are not served by this version",
-        ))
+        self.refuse_encrypted("put below an overlay")?;
+        self.jobs
+            .exclude(|| layers::put_overlay(self, overlay, overlay_name, lock_patience))?
     }
 
-    /// Merges the top image into the one below.
-    pub(crate) fn start_commit(&self, job_id: &str) -> Result<Arc<Control>, Status> {
-        let _ = job_id;
-        Err(Status::failed_precondition(
-            "the image is not based on another one that it could be merged into",
-        ))
+    /// Merges the top image into the one below, and goes on with that.
+    pub(crate) fn start_commit(
+        &self,
+        job_id: &str,
+        base: Option<OwnedFd>,
+        lock_patience: Duration,
+    ) -> Result<Arc<Control>, Status> {
+        self.jobs.start(job_id, "commit", || {
+            layers::prepare_commit(self, base, lock_patience)
+        })
     }
 
     /// Looks for errors in the format's metadata.
@@ -171,17 +183,31 @@ impl Disk {
         job_id: &str,
         repair_leaks: bool,
     ) -> Result<Arc<Control>, Status> {
-        let _ = (job_id, repair_leaks);
-        Err(Status::failed_precondition(
-            "a raw image has no metadata that could be checked",
-        ))
+        let image = self.device.image();
+        if image.as_qcow2().is_none() {
+            return Err(Status::failed_precondition(format!(
+                "a {} image has no metadata that could be checked",
+                image.format()
+            )));
+        }
+        if repair_leaks && image.is_read_only() {
+            return Err(Status::failed_precondition(
+                "repair_leaks: the disk is read-only",
+            ));
+        }
+        self.jobs.start(job_id, "check", || {
+            Ok(
+                Box::new(move |control: &Control| layers::check(&*image, repair_leaks, control))
+                    as Work,
+            )
+        })
     }
 
     /// Opens what a job is to write to.
     pub(crate) fn open_target(
         &self,
         target: &Target,
-        fd: Option<OwnedFd>,
+        fds: TargetFds,
         extent: Extent,
         lock_patience: Duration,
     ) -> Result<OpenTarget, Status> {
@@ -192,21 +218,45 @@ impl Disk {
             block_bytes: block_bytes(&self.config),
             lock_patience,
         };
-        let Some(fd) = fd else {
-            return Err(Status::unimplemented(
-                "target.nbd: targets on other hosts are not served by this version",
-            ));
-        };
         let name = match target.name.as_str() {
             "" => "target".to_owned(),
             name => name.to_owned(),
         };
-        match target.format.as_str() {
-            "" | "raw" => target::raw(fd, name, options).map_err(|error| refusal(&error)),
-            _ => Err(Status::unimplemented(
-                "target.format: qcow2 is not served by this version",
-            )),
+        if let Some(source) = &target.nbd {
+            return self.open_remote(source, fds.nbd_tls, &name, options);
         }
+        let fd = fds
+            .image
+            .ok_or_else(|| Status::invalid_argument("target.image_fd: missing"))?;
+        let opened = match target.format.as_str() {
+            "" | "raw" => target::raw(fd, name, options),
+            _ => target::qcow2(fd, name, options),
+        };
+        opened.map_err(|error| refusal(&error))
+    }
+
+    fn open_remote(
+        &self,
+        source: &NbdSource,
+        tls: Option<OwnedFd>,
+        name: &str,
+        options: TargetOptions,
+    ) -> Result<OpenTarget, Status> {
+        let how = remote::Use {
+            name,
+            read_only: false,
+            block_bytes: options.block_bytes,
+            connections: 1,
+        };
+        let image = remote::open(source, tls, how).map_err(|error| Status::from(&error))?;
+        let has_bytes = image.capacity_sectors() * SECTOR_BYTES;
+        if has_bytes < options.capacity_bytes {
+            return Err(Status::failed_precondition(format!(
+                "target.nbd: the export has {has_bytes} bytes, and the disk {}; grow the export",
+                options.capacity_bytes
+            )));
+        }
+        Ok((image, Fresh::Unknown))
     }
 
     /// What a job reads is plain, and would be so on its target.
@@ -239,26 +289,4 @@ fn tell(name: &str, bitmap: &Bitmap) -> BitmapInfo {
         granularity_bytes: bitmap.granularity(),
         dirty_bytes: bitmap.count() * u64::from(bitmap.granularity()),
     }
-}
-
-fn describe(image: &dyn Image) -> ImageInfo {
-    let file = image.plain_file().or_else(|| image.flush_file());
-    ImageInfo {
-        name: image.name().to_owned(),
-        format: image.format().to_owned(),
-        capacity_bytes: image.capacity_sectors() * SECTOR_BYTES,
-        // SAFETY: `image` keeps its file open.
-        allocated_bytes: file.map_or(0, |fd| {
-            allocated_bytes(unsafe { BorrowedFd::borrow_raw(fd) })
-        }),
-        cluster_bytes: 0,
-        encrypted: image.cipher().is_some(),
-        backing: Vec::new(),
-    }
-}
-
-fn allocated_bytes(file: BorrowedFd<'_>) -> u64 {
-    /// Unit of `st_blocks`.
-    const STAT_BLOCK_BYTES: u64 = 512;
-    nix::sys::stat::fstat(file).map_or(0, |stat| stat.st_blocks as u64 * STAT_BLOCK_BYTES)
 }

@@ -137,7 +137,7 @@ fn try_acquire(file: &File, read_only: bool) -> io::Result<Option<&'static str>>
 }
 
 /// Gives up every lock of this description.
-fn release(file: &File) {
+pub(crate) fn release(file: &File) {
     let unlocked = lock(file, libc::F_UNLCK, 0, 0);
     debug_assert!(
         unlocked.is_ok(),

@@ -20,8 +20,12 @@ pub(crate) const UNIT_BYTES: u64 = 64 << 10;
 pub(crate) enum Fresh {
     /// Zeroes, so that zeroes need not be written.
     Zeroes,
-    /// Anything, or what a base below it has.
+    /// Anything.
     Unknown,
+    /// Anything, and somebody else reads it: nothing may be given back.
+    InUse,
+    /// Zeroes now, but an older copy is to be put below it.
+    Overlay,
 }
 
 /// Something failed on one of the two sides.
@@ -76,7 +80,11 @@ impl Copier {
         fresh: Fresh,
     ) -> Result<(), CopyError> {
         let buffer = &mut self.buffer.as_mut_slice()[..len_bytes as usize];
-        let is_zero = reads_as_zeroes(source, offset_bytes, len_bytes) || {
+        let is_hole = reads_as_zeroes(source, offset_bytes, len_bytes);
+        if is_hole && fresh == Fresh::Overlay {
+            buffer.fill(0);
+        }
+        let is_zero = is_hole || {
             let mut memory = OwnIovec::new(buffer);
             let mut task = Task::Read {
                 offset_bytes,
@@ -90,12 +98,12 @@ impl Copier {
         let mut memory;
         let mut task = match (is_zero, fresh) {
             (true, Fresh::Zeroes) => return Ok(()),
-            (true, Fresh::Unknown) => Task::WriteZeroes {
+            (true, Fresh::Unknown | Fresh::InUse) => Task::WriteZeroes {
                 offset_bytes,
                 len_bytes,
-                unmap: true,
+                unmap: fresh == Fresh::Unknown,
             },
-            (false, _) => {
+            (false, _) | (true, Fresh::Overlay) => {
                 memory = OwnIovec::new(buffer);
                 Task::Write {
                     offset_bytes,

@@ -28,14 +28,18 @@ const SWITCH_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks at what is due once the copy keeps up.
 const IDLE_PAUSE: Duration = Duration::from_millis(50);
 
+/// See [`Mirror::initial`].
+pub(crate) type Initial = Box<dyn FnOnce(&Bitmap) -> Result<(), JobError> + Send>;
+
 /// What a mirror needs.
 pub(crate) struct Mirror {
     pub(crate) backend: Arc<Backend>,
     pub(crate) tracker: Arc<Tracker>,
     pub(crate) target: Arc<dyn Image>,
     pub(crate) fresh: Fresh,
-    /// What is copied at first; all when there is none. In [`UNIT_BYTES`].
-    pub(crate) initial: Option<Bitmap>,
+    /// Puts in what is copied at first; all when there is none. Called when writes are noted
+    /// already.
+    pub(crate) initial: Option<Initial>,
     /// Switch over without CompleteJob.
     pub(crate) auto_complete: bool,
     /// 0 for no limit.
@@ -44,17 +48,20 @@ pub(crate) struct Mirror {
 
 impl Mirror {
     /// Runs to the end.
-    pub(crate) fn run(self, control: &Control) -> Result<(), JobError> {
+    pub(crate) fn run(mut self, control: &Control) -> Result<(), JobError> {
         let capacity_bytes = self.backend.image().capacity_sectors() * SECTOR_BYTES;
         let due = Arc::new(Bitmap::new(capacity_bytes, UNIT_BYTES as u32));
-        match &self.initial {
-            Some(initial) => due.add_all(initial),
-            None => due.fill(),
-        }
         self.tracker
             .add("", Arc::clone(&due))
             .map_err(|error| JobError::Failed(error.to_string()))?;
-        let result = self.copy_and_switch(control, &due, capacity_bytes);
+        let initial = match self.initial.take() {
+            Some(initial) => initial(&due),
+            None => {
+                due.fill();
+                Ok(())
+            }
+        };
+        let result = initial.and_then(|()| self.copy_and_switch(control, &due, capacity_bytes));
         self.tracker.remove(&due);
         result
     }
@@ -71,15 +78,20 @@ impl Mirror {
             source: self.backend.image(),
             target: &*self.target,
             capacity_bytes,
+            fresh: self.fresh,
             copier: Copier::new(),
             pace: Pace::new(self.bytes_per_second),
         };
         // Only while nothing was written to the target do zeroes need no writing.
-        pass.run(self.fresh)?;
+        pass.run()?;
+        pass.fresh = match self.fresh {
+            Fresh::Zeroes => Fresh::Unknown,
+            other => other,
+        };
         loop {
             if due.count() * UNIT_BYTES > MAX_LEFT_BYTES {
                 control.set_running();
-                pass.run(Fresh::Unknown)?;
+                pass.run()?;
                 continue;
             }
             if control.state() != api::device::JobState::Ready {
@@ -93,7 +105,7 @@ impl Mirror {
                     return self.switch(&mut pass);
                 }
             }
-            pass.run(Fresh::Unknown)?;
+            pass.run()?;
             control.pause(IDLE_PAUSE)?;
         }
     }
@@ -118,19 +130,20 @@ struct Pass<'a> {
     source: Arc<dyn Image>,
     target: &'a dyn Image,
     capacity_bytes: u64,
+    fresh: Fresh,
     copier: Copier,
     pace: Pace,
 }
 
 impl Pass<'_> {
     /// Copies what is due, from the first byte to the last.
-    fn run(&mut self, fresh: Fresh) -> Result<(), JobError> {
+    fn run(&mut self) -> Result<(), JobError> {
         let mut from = 0;
         while let Some((offset_bytes, len_bytes)) = self.take(from) {
             let copied = self
                 .pace
                 .wait(self.control, len_bytes)
-                .and_then(|()| self.copy(offset_bytes, len_bytes, fresh));
+                .and_then(|()| self.copy(offset_bytes, len_bytes));
             if copied.is_err() {
                 self.due.mark(offset_bytes, len_bytes);
             }
@@ -143,7 +156,7 @@ impl Pass<'_> {
     /// Copies the rest, while nothing is written.
     fn finish(&mut self) -> Result<(), JobError> {
         while let Some((offset_bytes, len_bytes)) = self.take(0) {
-            self.copy(offset_bytes, len_bytes, Fresh::Unknown)?;
+            self.copy(offset_bytes, len_bytes)?;
         }
         Ok(())
     }
@@ -164,9 +177,14 @@ impl Pass<'_> {
         Some((offset_bytes, end_bytes.saturating_sub(offset_bytes)))
     }
 
-    fn copy(&mut self, offset_bytes: u64, len_bytes: u64, fresh: Fresh) -> Result<(), JobError> {
-        self.copier
-            .copy(&*self.source, self.target, offset_bytes, len_bytes, fresh)?;
+    fn copy(&mut self, offset_bytes: u64, len_bytes: u64) -> Result<(), JobError> {
+        self.copier.copy(
+            &*self.source,
+            self.target,
+            offset_bytes,
+            len_bytes,
+            self.fresh,
+        )?;
         self.control.add_done(len_bytes);
         self.control.set_left(self.due.count() * UNIT_BYTES);
         Ok(())

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::copy::Fresh;
-use crate::image::{Image, ImageError, OpenOptions, RawImage, lock};
+use crate::image::{Image, ImageError, OpenOptions, Qcow2Image, RawImage, lock};
 
 /// What the target is to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,5 +82,31 @@ pub(crate) fn raw(
     if len_bytes < options.capacity_bytes {
         return Err(ImageError::TooSmall { name, len_bytes });
     }
+    Ok((Arc::new(image), fresh))
+}
+
+/// A qcow2 target, made of an empty file.
+///
+/// # Errors
+/// It is in use, not empty, or cannot be written.
+pub(crate) fn qcow2(
+    fd: OwnedFd,
+    name: String,
+    options: TargetOptions,
+) -> Result<(Arc<dyn Image>, Fresh), ImageError> {
+    let file = File::from(fd);
+    let create = ::qcow2::CreateOptions {
+        capacity_bytes: options.capacity_bytes,
+        ..::qcow2::CreateOptions::default()
+    };
+    ::qcow2::create(&file, &create).map_err(|source| ImageError::Format {
+        name: name.clone(),
+        source,
+    })?;
+    let image = Qcow2Image::open(file, name, Vec::new(), options.for_image())?;
+    let fresh = match options.extent {
+        Extent::Whole => Fresh::Zeroes,
+        Extent::Changes => Fresh::Overlay,
+    };
     Ok((Arc::new(image), fresh))
 }

@@ -8,67 +8,80 @@ use std::os::unix::net::UnixListener;
 
 use api::device::attach_request::{Device as DeviceConfig, Listener};
 use api::device::device_daemon_client::DeviceDaemonClient;
+use api::device::disks_client::DisksClient;
 use api::device::{
     AttachRequest, BlkConfig, DetachRequest, Device, FdRef, GetDaemonRequest, GetDeviceRequest,
     GetMetricsRequest, ListDevicesRequest,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 
 use crate::daemon::{DEADLINE, Daemon, Place, await_true};
 use crate::driver::Client;
 
 /// A manager: gRPC and the descriptor socket.
-struct Manager {
+pub(crate) struct Manager {
     runtime: Runtime,
     client: DeviceDaemonClient<Channel>,
-    place: Place,
+    disks: DisksClient<Channel>,
+    pub(crate) place: Place,
 }
 
 impl Manager {
-    fn of(place: Place) -> Self {
+    pub(crate) fn of(place: Place) -> Self {
         let runtime = Runtime::new().unwrap();
         let channel = runtime
             .block_on(api::connect::unix(&place.control(), DEADLINE))
             .unwrap();
         Self {
             runtime,
-            client: DeviceDaemonClient::new(channel),
+            client: DeviceDaemonClient::new(channel.clone()),
+            disks: DisksClient::new(channel),
             place,
         }
     }
 
-    fn send(&self, token: &str, fd: BorrowedFd<'_>) {
+    /// Calls the service `Disks`.
+    pub(crate) fn disks<T>(
+        &mut self,
+        call: impl AsyncFnOnce(&mut DisksClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Status> {
+        self.runtime
+            .block_on(call(&mut self.disks))
+            .map(Response::into_inner)
+    }
+
+    pub(crate) fn send(&self, token: &str, fd: BorrowedFd<'_>) {
         api::fds::send(&self.place.fds(), token, &[fd], DEADLINE).unwrap();
     }
 
-    fn send_image(&self, token: &str, name: &str) {
+    pub(crate) fn send_image(&self, token: &str, name: &str) {
         let path = self.place.path(name);
         let image = File::options().read(true).write(true).open(path).unwrap();
         self.send(token, image.as_fd());
     }
 
     /// Sends image `a.img` and a listening socket, and asks to attach them.
-    fn attach(&mut self, request: AttachRequest) -> Result<Device, Status> {
+    pub(crate) fn attach(&mut self, request: AttachRequest) -> Result<Device, Status> {
         self.runtime
             .block_on(self.client.attach(request))
-            .map(tonic::Response::into_inner)
+            .map(Response::into_inner)
     }
 
-    fn detach(&mut self, id: &str) -> Result<(), Status> {
+    pub(crate) fn detach(&mut self, id: &str) -> Result<(), Status> {
         let request = DetachRequest { id: id.to_owned() };
         self.runtime.block_on(self.client.detach(request)).map(drop)
     }
 
-    fn list(&mut self) -> Vec<Device> {
+    pub(crate) fn list(&mut self) -> Vec<Device> {
         let listed = self
             .runtime
             .block_on(self.client.list_devices(ListDevicesRequest {}));
         listed.unwrap().into_inner().devices
     }
 
-    fn get(&mut self, id: &str) -> Device {
+    pub(crate) fn get(&mut self, id: &str) -> Device {
         let request = GetDeviceRequest { id: id.to_owned() };
         self.runtime
             .block_on(self.client.get_device(request))
@@ -76,7 +89,7 @@ impl Manager {
             .into_inner()
     }
 
-    fn metrics(&mut self) -> String {
+    pub(crate) fn metrics(&mut self) -> String {
         let metrics = self
             .runtime
             .block_on(self.client.get_metrics(GetMetricsRequest {}));

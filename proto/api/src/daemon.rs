@@ -69,8 +69,8 @@ pub struct DeviceHistogram {
     pub queue: u16,
     /// Kind of request.
     pub op: &'static str,
-    /// Upper bounds in seconds, ascending, and how many values are in each bucket; what is above
-    /// all of them goes to `f64::MAX`.
+    /// Upper bounds in seconds, ascending, and how many values are in each bucket; the last is
+    /// infinite.
     pub buckets: Vec<(f64, u64)>,
     /// Sum of all values in seconds.
     pub sum_seconds: f64,
