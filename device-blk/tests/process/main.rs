@@ -12,6 +12,7 @@ mod jobs;
 mod limits;
 mod lifecycle;
 mod locks;
+mod polling;
 mod qcow2;
 mod qcow2_crash;
 mod qemu;
