@@ -57,7 +57,9 @@ pub(super) fn put_overlay(
     let options = options(disk, lock_patience);
     // What the guest flushes later must be there too. Most of it is done before it waits.
     flush(&*below)?;
-    disk.device
+    drop(below);
+    let put = disk
+        .device
         .backend()
         .quiesced(GATE_PATIENCE, |image| {
             if let Some(qcow2) = image.as_qcow2() {
@@ -75,7 +77,10 @@ pub(super) fn put_overlay(
             }
             Ok(())
         })
-        .map_err(|error| Status::deadline_exceeded(error.to_string()))?
+        .map_err(|error| Status::deadline_exceeded(error.to_string()))
+        .flatten();
+    disk.device.backend().close_retired();
+    put
 }
 
 /// Opens the image below the top one for writing and makes the job that merges into it: a mirror of

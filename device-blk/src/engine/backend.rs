@@ -9,8 +9,8 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use vhost_user::backend::Polling;
 
@@ -92,6 +92,9 @@ impl Default for ServeOptions {
 /// A disk as its queues see it. Outlives sessions.
 pub(crate) struct Backend {
     image: RwLock<Arc<dyn Image>>,
+    /// Images that were exchanged, and may still be looked at by queues. Closing one may block and
+    /// write, which a queue's thread is not allowed to: see [`Backend::close_retired`].
+    retired: Mutex<Vec<Arc<dyn Image>>>,
     pub(super) gate: Gate,
     pub(super) workers: Workers,
     pub(super) options: ServeOptions,
@@ -107,6 +110,7 @@ impl Backend {
             workers: Workers::default(),
             polling: AtomicU8::new(options.polling as u8),
             image: RwLock::new(image),
+            retired: Mutex::default(),
             options,
             has_ghosts: AtomicBool::new(false),
         };
@@ -134,9 +138,38 @@ impl Backend {
             let mut image = self.image();
             let result = alone(&mut image);
             self.prepare_workers(&*image);
-            *self.image.write().unwrap_or_else(PoisonError::into_inner) = image;
+            let mut served = self.image.write().unwrap_or_else(PoisonError::into_inner);
+            if !Arc::ptr_eq(&served, &image) {
+                self.retired().push(std::mem::replace(&mut *served, image));
+            }
             result
         })
+    }
+
+    /// Closes images that were exchanged, on this thread, as soon as the queues have let go of
+    /// them. Whoever exchanged one calls it when it has no use for the old one any more. What is
+    /// still used after a while is closed the next time.
+    pub(crate) fn close_retired(&self) {
+        /// A queue lets go of an image when it is woken by the gate.
+        const PATIENCE: Duration = Duration::from_secs(5);
+        const LOOK_INTERVAL: Duration = Duration::from_millis(1);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let (unused, used): (Vec<_>, Vec<_>) = std::mem::take(&mut *self.retired())
+                .into_iter()
+                .partition(|image| Arc::strong_count(image) == 1);
+            let is_done = used.is_empty();
+            self.retired().extend(used);
+            drop(unused);
+            if is_done || Instant::now() >= deadline {
+                return;
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+    }
+
+    fn retired(&self) -> MutexGuard<'_, Vec<Arc<dyn Image>>> {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn polling(&self) -> Polling {

@@ -158,6 +158,7 @@ impl Begun {
         if let Err(error) = unguarded {
             tracing::warn!(%error, "the disk stays on its slower path until the next switch");
         }
+        self.backup.backend.close_retired();
     }
 }
 

@@ -63,6 +63,7 @@ impl Mirror {
         };
         let result = initial.and_then(|()| self.copy_and_switch(control, &due, capacity_bytes));
         self.tracker.remove(&due);
+        self.backend.close_retired();
         result
     }
 
