@@ -98,15 +98,24 @@ pub(crate) struct Allocator {
     metadata: Arc<Metadata>,
     epochs: Arc<Epochs>,
     counts: Mutex<Counts>,
-    freed: Mutex<Vec<Run>>,
+    freed: Mutex<Vec<Freed>>,
     draining: Mutex<Option<Draining>>,
+}
+
+/// Clusters that the map on disk no longer names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Freed {
+    pub(crate) run: Run,
+    /// What was in them no longer matters, even if a power failure brings the old map back. Their
+    /// blocks are given back at once.
+    pub(crate) discarded: bool,
 }
 
 /// Freed clusters whose last users are waited for.
 #[derive(Debug)]
 struct Draining {
     period: u64,
-    runs: Vec<Run>,
+    freed: Vec<Freed>,
 }
 
 #[derive(Debug)]
@@ -209,11 +218,11 @@ impl Allocator {
 
     /// Clusters that the map on disk no longer names, each once. They are given back when
     /// nobody uses them any more and a flush has made the map's change last.
-    pub(crate) fn free(&self, runs: impl IntoIterator<Item = Run>) {
+    pub(crate) fn free(&self, runs: impl IntoIterator<Item = Run>, discarded: bool) {
         self.freed
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .extend(runs);
+            .extend(runs.into_iter().map(|run| Freed { run, discarded }));
     }
 
     /// Brings freed clusters forward, and gives their blocks back to the file system. Waits
@@ -229,8 +238,8 @@ impl Allocator {
                     }
                     std::thread::sleep(TICKET_POLL);
                 }
-                let Draining { runs, .. } = draining.take().expect("just seen");
-                self.retire(runs)?;
+                let Draining { freed, .. } = draining.take().expect("just seen");
+                self.retire(freed)?;
             }
             let freed =
                 std::mem::take(&mut *self.freed.lock().unwrap_or_else(PoisonError::into_inner));
@@ -239,7 +248,7 @@ impl Allocator {
             }
             *draining = Some(Draining {
                 period: self.epochs.advance(),
-                runs: merge(freed),
+                freed,
             });
         }
         Ok(())
@@ -275,9 +284,11 @@ impl Allocator {
     }
 
     /// Punches holes, and lets the clusters wait for a flush.
-    fn retire(&self, runs: Vec<Run>) -> io::Result<()> {
+    fn retire(&self, freed: Vec<Freed>) -> io::Result<()> {
         let mut counts = self.lock();
-        for run in runs {
+        let (discarded, replaced): (Vec<_>, Vec<_>) =
+            freed.into_iter().partition(|freed| freed.discarded);
+        for run in merge(discarded.into_iter().map(|freed| freed.run).collect()) {
             let mut sole = true;
             for cluster in run.first..run.first + run.count {
                 sole &= self.count(&mut counts, cluster)? <= 1;
@@ -287,6 +298,9 @@ impl Allocator {
             }
             counts.unsynced.push(run);
         }
+        counts
+            .unsynced
+            .extend(replaced.into_iter().map(|freed| freed.run));
         if counts.unsynced.len() > MAX_WAITING {
             self.storage.sync()?;
             self.release_unsynced(&mut counts)?;

@@ -128,7 +128,7 @@ impl Image {
         }
         self.publish(live, changes, false)?;
         let gave_back = !freed.is_empty();
-        live.allocator.free(join(freed));
+        live.allocator.free(join(freed), true);
         Ok(gave_back)
     }
 

@@ -3,7 +3,7 @@
 //! Offsets and names follow QEMU's `docs/interop/qcow2.rst`. All numbers are big-endian.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use crate::error::Error;
 use crate::storage::{Buffer, SECTOR_BYTES, Storage};
@@ -405,6 +405,10 @@ impl Extensions {
 
 /// Changes fields of the header on disk, all in its first sector, which is written at once.
 pub(crate) fn rewrite(storage: &Storage, change: impl FnOnce(&mut [u8])) -> Result<(), Error> {
+    let _turn = storage
+        .header_turn()
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
     let mut sector: Buffer = storage
         .read_new(0, SECTOR_BYTES as usize)
         .map_err(Error::io("read the header"))?;

@@ -127,6 +127,20 @@ impl Image {
         let storage = Storage::new(Arc::clone(&top.file), top.mem_align_bytes)
             .map_err(Error::io("inspect the image"))?;
         let mut header = Header::load(&storage)?;
+        let mut below = Vec::with_capacity(lower.len());
+        let mut above = Some(header.clone());
+        for spec in lower {
+            check_has_backing(above.as_ref())?;
+            let (layer, its_header) = OpenLayer::frozen(spec)?;
+            below.push(layer);
+            above = its_header;
+        }
+        if let Some(backing) = above.as_ref().and_then(Header::backing) {
+            return Err(Error::NoBacking {
+                name: backing.name.clone(),
+            });
+        }
+        // Changes the image, so all else must be well.
         let epochs = Arc::new(Epochs::default());
         let (first, live) = if read_only {
             (OpenLayer::frozen(top)?.0, None)
@@ -136,19 +150,7 @@ impl Image {
             let metadata = Arc::clone(&live.metadata);
             (OpenLayer::live(top, storage, map, metadata), Some(live))
         };
-        let mut opened = vec![first];
-        let mut above = Some(header.clone());
-        for spec in lower {
-            check_has_backing(above.as_ref())?;
-            let (layer, its_header) = OpenLayer::frozen(spec)?;
-            opened.push(layer);
-            above = its_header;
-        }
-        if let Some(backing) = above.as_ref().and_then(Header::backing) {
-            return Err(Error::NoBacking {
-                name: backing.name.clone(),
-            });
-        }
+        let opened: Vec<_> = std::iter::once(first).chain(below).collect();
         let granule_bits = opened
             .iter()
             .filter_map(OpenLayer::geometry)

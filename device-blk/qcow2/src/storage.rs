@@ -7,8 +7,8 @@ use std::fs::File;
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::{FileExt, FileTypeExt};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -58,6 +58,8 @@ pub(crate) struct Storage {
     /// A flush of the page cache failed: what was written before may be lost, and the kernel
     /// says so only once.
     has_lost_writes: Arc<AtomicBool>,
+    /// Held while the header is changed.
+    header: Arc<Mutex<()>>,
 }
 
 impl Storage {
@@ -68,11 +70,17 @@ impl Storage {
             mem_align_bytes,
             is_block_device,
             has_lost_writes: Arc::default(),
+            header: Arc::default(),
         })
     }
 
     pub(crate) fn file(&self) -> &Arc<File> {
         &self.file
+    }
+
+    /// The turn of whoever changes the header.
+    pub(crate) fn header_turn(&self) -> &Mutex<()> {
+        &self.header
     }
 
     pub(crate) fn mem_align_bytes(&self) -> Option<usize> {

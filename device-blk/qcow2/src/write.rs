@@ -192,7 +192,7 @@ impl Piece<'_> {
             Mapping::Compressed(stretch) => Some(stretch.clusters(bits)),
             _ => None,
         });
-        self.live.allocator.free(runs_of(clusters.flatten()));
+        self.live.allocator.free(runs_of(clusters.flatten()), false);
         Ok(())
     }
 
