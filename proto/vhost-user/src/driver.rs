@@ -1,5 +1,7 @@
-//! The driver's end of a split ring, and guest memory to put it into: what tests and benches of
-//! the device's end drive it with. Not for use inside a VM.
+//! The driver's end of a ring, split or [packed], and guest memory to put it into: what tests and
+//! benches of the device's end drive it with. Not for use inside a VM.
+
+mod packed;
 
 use std::fs::File;
 use std::io;
@@ -14,6 +16,7 @@ use virtio_bindings::virtio_ring::{
 
 use crate::memory::{Mapping, MemoryError, MemoryTable, Region, RegionLayout};
 use crate::ring::RingAddresses;
+pub use packed::PackedDriverRing;
 
 /// Difference between frontend addresses and guest addresses, so that mixing them up shows.
 const USER_ADDR_OFFSET: u64 = 0x5500_0000_0000;

@@ -1,58 +1,27 @@
-//! The shared in-flight region (vhost-user: inflight I/O tracking, split virtqueues).
+//! The shared in-flight region (vhost-user: inflight I/O tracking).
 //!
-//! One file holds a [`QueueInflight`] per ring. It says which descriptor heads the backend took
-//! and did not complete yet, so that the next incarnation of a backend can resubmit exactly
-//! these, in order. The frontend keeps the file while no backend is connected.
-//!
-//! ```text
-//! queue region, 64-byte aligned:
-//!   0  features u64        10 desc_num u16         14 used_idx u16
-//!   8  version  u16        12 last_batch_head u16
-//!   16 desc_num entries of: inflight u8, padding [u8; 5], next u16, counter u64
-//! ```
-//!
-//! A region whose `version` is 0 was never used by a ring: [`QueueInflight::recover`] then starts
-//! from the ring's own `used->idx`, and so never takes entry 0 for the end of an unfinished batch.
+//! One file holds a [`QueueInflight`] per ring, [split] or [packed]. It says which requests the
+//! backend took and did not complete yet, so that the next incarnation of a backend can resubmit
+//! exactly these, in order. The frontend keeps the file while no backend is connected.
 //!
 //! The frontend shares this memory, so everything read from it is checked before use.
 
+mod packed;
+mod split;
+
 use std::fs::File;
 use std::io;
-use std::mem::{offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
-use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use crate::eventfd::EventFd;
 use crate::memory::Mapping;
+use crate::ring::RingFormat;
+pub(crate) use packed::{PackedInflight, PackedRecovered, StoredDesc};
+pub(crate) use split::SplitInflight;
 
 const REGION_ALIGN_BYTES: u64 = 64;
 const VERSION: u16 = 1;
-
-/// Fixed part of a queue's region (`QueueRegionSplit` without its entries).
-#[repr(C)]
-struct QueueRegionHeader {
-    features: AtomicU64,
-    version: AtomicU16,
-    desc_num: AtomicU16,
-    last_batch_head: AtomicU16,
-    used_idx: AtomicU16,
-}
-
-/// One entry per descriptor head (`DescStateSplit`).
-#[repr(C)]
-struct DescState {
-    inflight: AtomicU8,
-    padding: [u8; 5],
-    next: AtomicU16,
-    counter: AtomicU64,
-}
-
-const _: () = assert!(size_of::<QueueRegionHeader>() == 16);
-const _: () = assert!(offset_of!(QueueRegionHeader, used_idx) == 14);
-const _: () = assert!(size_of::<DescState>() == 16);
-const _: () = assert!(offset_of!(DescState, next) == 6 && offset_of!(DescState, counter) == 8);
 
 /// Why an in-flight region was refused.
 #[derive(Debug, thiserror::Error)]
@@ -82,14 +51,15 @@ pub enum InflightError {
 #[derive(Clone, Debug)]
 pub struct InflightRegion {
     mapping: Arc<Mapping>,
+    format: RingFormat,
     num_queues: u16,
     queue_size: u16,
 }
 
 impl InflightRegion {
     /// Bytes a region needs.
-    pub fn needed_bytes(num_queues: u16, queue_size: u16) -> u64 {
-        u64::from(num_queues) * queue_stride_bytes(queue_size)
+    pub fn needed_bytes(format: RingFormat, num_queues: u16, queue_size: u16) -> u64 {
+        u64::from(num_queues) * queue_stride_bytes(format, queue_size)
     }
 
     /// A fresh region in a memfd whose size is sealed.
@@ -97,13 +67,14 @@ impl InflightRegion {
     /// # Errors
     /// [`InflightError`] for impossible shapes or when the kernel refuses.
     pub fn create(
+        format: RingFormat,
         num_queues: u16,
         queue_size: u16,
     ) -> Result<(InflightRegion, File), InflightError> {
         check_shape(num_queues, queue_size)?;
-        let len_bytes = Self::needed_bytes(num_queues, queue_size);
+        let len_bytes = Self::needed_bytes(format, num_queues, queue_size);
         let file = sealed_memfd(len_bytes).map_err(InflightError::Map)?;
-        let region = Self::map(&file, 0, len_bytes, num_queues, queue_size)?;
+        let region = Self::map(&file, 0, len_bytes, format, num_queues, queue_size)?;
         Ok((region, file))
     }
 
@@ -115,11 +86,12 @@ impl InflightRegion {
         file: &File,
         mmap_offset: u64,
         mmap_len_bytes: u64,
+        format: RingFormat,
         num_queues: u16,
         queue_size: u16,
     ) -> Result<InflightRegion, InflightError> {
         check_shape(num_queues, queue_size)?;
-        let needed_bytes = Self::needed_bytes(num_queues, queue_size);
+        let needed_bytes = Self::needed_bytes(format, num_queues, queue_size);
         let file_len_bytes = file.metadata().map_err(InflightError::Map)?.len();
         let len_bytes = mmap_len_bytes.min(file_len_bytes.saturating_sub(mmap_offset));
         if len_bytes < needed_bytes {
@@ -137,6 +109,7 @@ impl InflightRegion {
             Mapping::new(file.as_fd(), mmap_offset, needed_bytes).map_err(InflightError::Map)?;
         Ok(InflightRegion {
             mapping: Arc::new(mapping),
+            format,
             num_queues,
             queue_size,
         })
@@ -147,183 +120,42 @@ impl InflightRegion {
         self.mapping.guard(truncated);
     }
 
+    /// The rings it is for.
+    pub fn format(&self) -> RingFormat {
+        self.format
+    }
+
     /// The part of one queue, for rings of at most `queue_size` descriptors.
     pub fn queue(&self, index: u16, ring_size: u16) -> Option<QueueInflight> {
         if index >= self.num_queues || ring_size > self.queue_size {
             return None;
         }
-        let offset = u64::from(index) * queue_stride_bytes(self.queue_size);
+        let offset = u64::from(index) * queue_stride_bytes(self.format, self.queue_size);
         // SAFETY: `index` is below `num_queues`, so the queue's region is within the mapping,
         // whose length `map` checked.
         let base = unsafe { self.mapping.as_ptr().add(offset as usize) };
-        Some(QueueInflight {
-            header: base.cast(),
-            // SAFETY: the entries follow the header; `queue_stride_bytes` counts both.
-            entries: unsafe { base.add(size_of::<QueueRegionHeader>()).cast() },
-            ring_size,
-            next_counter: 0,
-            batch_len: 0,
-            _mapping: Arc::clone(&self.mapping),
+        let mapping = Arc::clone(&self.mapping);
+        Some(match self.format {
+            RingFormat::Split => {
+                // SAFETY: the stride counts header and entries, and is a multiple of 64 bytes, as
+                // is the region's place in its file.
+                QueueInflight::Split(unsafe { SplitInflight::new(base, ring_size, mapping) })
+            }
+            RingFormat::Packed => {
+                // SAFETY: as above.
+                QueueInflight::Packed(unsafe { PackedInflight::new(base, ring_size, mapping) })
+            }
         })
     }
 }
 
-/// What a ring finds in its region when it starts.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Recovered {
-    /// Heads to resubmit, oldest first.
-    pub heads: Vec<u16>,
-    /// The region did not belong to this ring (the guest had reset it) and was started afresh.
-    pub was_stale: bool,
-}
-
 /// The in-flight entries of one ring.
 #[derive(Debug)]
-pub struct QueueInflight {
-    header: NonNull<QueueRegionHeader>,
-    entries: NonNull<DescState>,
-    ring_size: u16,
-    next_counter: u64,
-    batch_len: u16,
-    _mapping: Arc<Mapping>,
-}
-
-// SAFETY: the pointers lead into `_mapping`, which is kept alive here, and every field behind
-// them is atomic.
-unsafe impl Send for QueueInflight {}
-
-impl QueueInflight {
-    /// Finishes the batch that a dead backend may have left half done and returns what is to be
-    /// resubmitted. `used_idx` and `avail_idx` are the ring's, as the guest sees them.
-    ///
-    /// Within one life of a ring all heads in flight lie between `used_idx` and `avail_idx`, and
-    /// the last batch is no longer than the ring. A region that says otherwise dates from before
-    /// a reset of the ring; replaying it would complete requests the driver never made.
-    pub fn recover(&mut self, used_idx: u16, avail_idx: u16) -> Recovered {
-        self.next_counter = 0;
-        self.batch_len = 0;
-        let header = self.header();
-        if header.version.load(Ordering::Acquire) == 0 {
-            self.reset(used_idx);
-            return Recovered {
-                heads: Vec::new(),
-                was_stale: false,
-            };
-        }
-        let last_batch_len = used_idx.wrapping_sub(header.used_idx.load(Ordering::Acquire));
-        if last_batch_len > self.ring_size {
-            self.reset(used_idx);
-            return Recovered {
-                heads: Vec::new(),
-                was_stale: true,
-            };
-        }
-        self.finish_batch(last_batch_len, used_idx);
-
-        let mut in_flight: Vec<(u64, u16)> = (0..self.ring_size)
-            .filter(|&head| self.entry(head).inflight.load(Ordering::Acquire) != 0)
-            .map(|head| (self.entry(head).counter.load(Ordering::Relaxed), head))
-            .collect();
-        if in_flight.len() > usize::from(avail_idx.wrapping_sub(used_idx)) {
-            self.reset(used_idx);
-            return Recovered {
-                heads: Vec::new(),
-                was_stale: true,
-            };
-        }
-        in_flight.sort_unstable();
-        self.next_counter = in_flight
-            .last()
-            .map_or(0, |(counter, _)| counter.wrapping_add(1));
-        Recovered {
-            heads: in_flight.into_iter().map(|(_, head)| head).collect(),
-            was_stale: false,
-        }
-    }
-
-    /// The ring took `head` from the driver.
-    #[inline]
-    pub fn begin(&mut self, head: u16) {
-        let counter = self.next_counter;
-        self.next_counter = counter.wrapping_add(1);
-        let entry = self.entry(head);
-        entry.counter.store(counter, Ordering::Relaxed);
-        entry.inflight.store(1, Ordering::Release);
-    }
-
-    /// `head` was put back: the driver's once more.
-    pub fn cancel(&mut self, head: u16) {
-        self.entry(head).inflight.store(0, Ordering::Release);
-    }
-
-    /// `head` joins the batch that the next [`QueueInflight::batch_published`] ends. To be called
-    /// before `used->idx` moves.
-    #[inline]
-    pub fn add_to_batch(&mut self, head: u16) {
-        let header = self.header();
-        self.entry(head).next.store(
-            header.last_batch_head.load(Ordering::Relaxed),
-            Ordering::Relaxed,
-        );
-        header.last_batch_head.store(head, Ordering::Release);
-        self.batch_len += 1;
-    }
-
-    /// `used->idx` moved to `used_idx`: the batch is the driver's.
-    #[inline]
-    pub fn batch_published(&mut self, used_idx: u16) {
-        let batch_len = std::mem::take(&mut self.batch_len);
-        self.finish_batch(batch_len, used_idx);
-    }
-
-    /// Nothing is in flight and the ring ends its life: the next ring starts with a fresh region.
-    pub fn retire(&mut self) {
-        self.header().version.store(0, Ordering::Release);
-    }
-
-    fn finish_batch(&self, batch_len: u16, used_idx: u16) {
-        let header = self.header();
-        let mut head = header.last_batch_head.load(Ordering::Acquire);
-        for _ in 0..batch_len {
-            if head >= self.ring_size {
-                break;
-            }
-            let entry = self.entry(head);
-            entry.inflight.store(0, Ordering::Release);
-            head = entry.next.load(Ordering::Relaxed);
-        }
-        header.used_idx.store(used_idx, Ordering::Release);
-    }
-
-    fn reset(&mut self, used_idx: u16) {
-        let header = self.header();
-        header.version.store(0, Ordering::Release);
-        for head in 0..self.ring_size {
-            self.entry(head).inflight.store(0, Ordering::Release);
-        }
-        header.features.store(0, Ordering::Relaxed);
-        header.desc_num.store(self.ring_size, Ordering::Relaxed);
-        header.last_batch_head.store(0, Ordering::Relaxed);
-        header.used_idx.store(used_idx, Ordering::Release);
-        header.version.store(VERSION, Ordering::Release);
-    }
-
-    fn header(&self) -> &QueueRegionHeader {
-        // SAFETY: `header` is 64-byte aligned, inside the mapping that `_mapping` keeps alive,
-        // and consists of atomics, so sharing it with the frontend is sound.
-        unsafe { self.header.as_ref() }
-    }
-
-    #[inline]
-    fn entry(&self, head: u16) -> &DescState {
-        assert!(
-            head < self.ring_size,
-            "descriptor head {head} outside the in-flight region"
-        );
-        // SAFETY: `head` was just checked against the number of entries in the mapping; the
-        // fields are atomics except padding, which nobody reads.
-        unsafe { self.entries.add(usize::from(head)).as_ref() }
-    }
+pub enum QueueInflight {
+    /// Of a split one.
+    Split(SplitInflight),
+    /// Of a packed one.
+    Packed(PackedInflight),
 }
 
 fn check_shape(num_queues: u16, queue_size: u16) -> Result<(), InflightError> {
@@ -336,9 +168,11 @@ fn check_shape(num_queues: u16, queue_size: u16) -> Result<(), InflightError> {
     Ok(())
 }
 
-fn queue_stride_bytes(queue_size: u16) -> u64 {
-    let len_bytes =
-        size_of::<QueueRegionHeader>() + usize::from(queue_size) * size_of::<DescState>();
+fn queue_stride_bytes(format: RingFormat, queue_size: u16) -> u64 {
+    let len_bytes = match format {
+        RingFormat::Split => split::region_bytes(queue_size),
+        RingFormat::Packed => packed::region_bytes(queue_size),
+    };
     (len_bytes as u64).next_multiple_of(REGION_ALIGN_BYTES)
 }
 
@@ -359,6 +193,3 @@ fn sealed_memfd(len_bytes: u64) -> io::Result<File> {
     }
     Ok(file)
 }
-
-#[cfg(test)]
-mod tests;

@@ -13,6 +13,14 @@ pub struct LogLimit {
 }
 
 impl LogLimit {
+    /// Nothing was written yet.
+    pub const fn new() -> LogLimit {
+        LogLimit {
+            last: None,
+            withheld: 0,
+        }
+    }
+
     /// Whether to write a line now: then how many were withheld since the last one.
     pub fn admit(&mut self) -> Option<u64> {
         self.admit_at(Instant::now())

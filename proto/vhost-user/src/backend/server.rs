@@ -18,6 +18,7 @@ use super::connection::{self, Interrupts};
 use super::session::Session;
 use super::worker::QueueStats;
 use crate::eventfd::EventFd;
+use crate::log_limit::LogLimit;
 
 /// Pause after a failed accept (descriptors short), lest the thread spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -83,6 +84,7 @@ impl Server {
             config_changed: EventFd::new()?,
             queues,
             sessions: Mutex::default(),
+            complaints: Mutex::default(),
         });
         let (alive, ended) = sync_channel(0);
         let serving = Arc::clone(&shared);
@@ -144,6 +146,8 @@ pub(super) struct Shared {
     config_changed: EventFd,
     queues: Vec<Arc<QueueStats>>,
     sessions: Mutex<Sessions>,
+    /// About requests that are refused: a frontend can make any number of them.
+    complaints: Mutex<LogLimit>,
 }
 
 #[derive(Debug, Default)]
@@ -159,6 +163,15 @@ struct Sessions {
 impl Shared {
     pub(super) fn queue(&self, index: u16) -> Arc<QueueStats> {
         Arc::clone(&self.queues[usize::from(index)])
+    }
+
+    /// Whether to write a line about a refused request, and how many were withheld.
+    pub(super) fn admit_complaint(&self) -> Option<u64> {
+        let mut complaints = self
+            .complaints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        complaints.admit()
     }
 
     pub(super) fn set_memory_sealed(&self, sealed: bool) {

@@ -23,7 +23,7 @@ use vhost::vhost_user::message::{
     VhostUserInflight, VhostUserMemoryRegion, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Error, Result};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::Device;
@@ -33,7 +33,7 @@ use super::worker::{Worker, WorkerError};
 use crate::eventfd::{Doorbell, EventFd};
 use crate::inflight::{InflightError, InflightRegion};
 use crate::memory::{MemoryError, MemoryTable, Region, RegionLayout, is_sealed_against_shrinking};
-use crate::ring::{Ring, RingAddresses, RingConfig, RingError};
+use crate::ring::{Ring, RingAddresses, RingConfig, RingError, RingFormat};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 const F_PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -42,6 +42,7 @@ const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 const RING_FEATURES: u64 = (1 << VIRTIO_F_VERSION_1)
     | (1 << VIRTIO_RING_F_EVENT_IDX)
     | (1 << VIRTIO_RING_F_INDIRECT_DESC)
+    | (1 << VIRTIO_F_RING_PACKED)
     | F_PROTOCOL_FEATURES;
 
 /// How long requests in flight may take when the frontend stops a ring, resets the device or
@@ -63,9 +64,11 @@ enum Refusal {
     NoSuchQueue(u32),
     #[error("queue {index}: {request} while the ring runs")]
     WhileRunning { index: u16, request: &'static str },
-    #[error("queue {index}: ring size {size} is not a power of two up to {max}")]
+    #[error(
+        "queue {index}: ring size {size} is more than {max}, zero, or a split ring's and no power of two"
+    )]
     RingSize { index: u16, size: u32, max: u16 },
-    #[error("queue {index}: ring base {base} does not fit in 16 bits")]
+    #[error("queue {index}: no ring can go on from base {base:#x}")]
     RingBase { index: u16, base: u32 },
     #[error("queue {0}: rings without a kick descriptor are not supported")]
     NoKick(u16),
@@ -173,6 +176,10 @@ impl Session {
         &mut self.notice
     }
 
+    fn ring_format(&self) -> RingFormat {
+        RingFormat::of(self.acked_features)
+    }
+
     /// Drains and stops all rings and forgets the driver's state. Returns only when no worker
     /// and no I/O of this session is left.
     pub(super) fn end(&mut self) {
@@ -195,8 +202,16 @@ impl Session {
 
     /// Logs a refusal and makes the protocol's error of it.
     fn refuse(&mut self, request: &'static str, refusal: Refusal) -> Error {
-        let error = &refusal as &dyn StdError;
-        tracing::warn!(device = self.name, request, error, "request refused");
+        if let Some(withheld) = self.shared.admit_complaint() {
+            let error = &refusal as &dyn StdError;
+            tracing::warn!(
+                device = self.name,
+                request,
+                error,
+                withheld,
+                "request refused"
+            );
+        }
         // A worker that does not answer leaves the session in an unknown state: that ends it.
         self.refused = !matches!(refusal, Refusal::Worker(_));
         Error::ReqHandlerError(io::Error::other(refusal))
@@ -249,6 +264,10 @@ impl Session {
         if runs && features != self.acked_features {
             return Err(Refusal::FeaturesWhileRunning);
         }
+        if RingFormat::of(features) != self.ring_format() {
+            // What was said of rings was said of others.
+            self.inflight = None;
+        }
         self.acked_features = features;
         // vhost-user, "Ring states": without protocol features rings start enabled.
         if features & F_PROTOCOL_FEATURES == 0 {
@@ -284,11 +303,12 @@ impl Session {
     fn use_memory(&mut self, memory: MemoryTable) -> std::result::Result<(), Refusal> {
         memory.guard(&self.truncated);
         let memory = Arc::new(memory);
+        let format = self.ring_format();
         for (index, vring) in (0..).zip(&self.vrings) {
             let Some(addresses) = vring.addresses.filter(|_| vring.worker.is_some()) else {
                 continue;
             };
-            Ring::check_areas(&memory, &addresses, vring.size)
+            Ring::check_areas(format, &memory, &addresses, vring.size)
                 .map_err(|_| Refusal::LosesRing { index })?;
         }
         for worker in self.vrings.iter().filter_map(|vring| vring.worker.as_ref()) {
@@ -305,8 +325,13 @@ impl Session {
 
     fn try_set_vring_num(&mut self, index: u32, size: u32) -> std::result::Result<(), Refusal> {
         let max = self.device.max_queue_size();
+        let format = self.ring_format();
         let (index, vring) = self.stopped_vring(index, "SET_VRING_NUM")?;
-        if !size.is_power_of_two() || size > u32::from(max) {
+        let is_possible = match format {
+            RingFormat::Split => size.is_power_of_two(),
+            RingFormat::Packed => size > 0,
+        };
+        if !is_possible || size > u32::from(max) {
             return Err(Refusal::RingSize { index, size, max });
         }
         vring.size = size as u16;
@@ -319,6 +344,7 @@ impl Session {
         addresses: RingAddresses,
     ) -> std::result::Result<(), Refusal> {
         let memory = self.memory.clone();
+        let format = self.ring_format();
         let (index, vring) = self.vring(index)?;
         if vring.worker.is_some() && vring.addresses != Some(addresses) {
             return Err(Refusal::WhileRunning {
@@ -327,19 +353,33 @@ impl Session {
             });
         }
         if let (Some(memory), true) = (memory, vring.size > 0) {
-            Ring::check_areas(&memory, &addresses, vring.size)?;
+            Ring::check_areas(format, &memory, &addresses, vring.size)?;
         }
         vring.addresses = Some(addresses);
         self.start_if_ready(index)
     }
 
+    /// The base of a packed ring has the position of the next descriptor to take in its lower half,
+    /// and of the next one to use in its upper half. Where they differ, requests were in flight of
+    /// which nobody knows any more what they were, unless the in-flight region does.
     fn try_set_vring_base(&mut self, index: u32, base: u32) -> std::result::Result<(), Refusal> {
+        let format = self.ring_format();
+        let knows_in_flight = self.inflight.is_some();
         let (index, vring) = self.stopped_vring(index, "SET_VRING_BASE")?;
-        vring.base = u16::try_from(base).map_err(|_| Refusal::RingBase { index, base })?;
+        let (next_avail, rest) = (base as u16, base >> 16);
+        let is_possible = match format {
+            RingFormat::Split => rest == 0,
+            RingFormat::Packed => rest == u32::from(next_avail) || knows_in_flight,
+        };
+        if !is_possible {
+            return Err(Refusal::RingBase { index, base });
+        }
+        vring.base = next_avail;
         Ok(())
     }
 
-    fn try_get_vring_base(&mut self, index: u32) -> std::result::Result<u16, Refusal> {
+    fn try_get_vring_base(&mut self, index: u32) -> std::result::Result<u32, Refusal> {
+        let format = self.ring_format();
         let deadline = Instant::now() + self.drain_timeout();
         let (_, vring) = self.vring(index)?;
         // vhost-user, "Ring states": the ring starts again with the next SET_VRING_KICK.
@@ -352,7 +392,12 @@ impl Session {
                 worker.join();
             }
         }
-        Ok(vring.base)
+        let base = u32::from(vring.base);
+        Ok(match format {
+            RingFormat::Split => base,
+            // Nothing is in flight.
+            RingFormat::Packed => base | base << 16,
+        })
     }
 
     fn try_set_vring_kick(
@@ -426,7 +471,14 @@ impl Session {
             num_queues,
             queue_size,
         } = *inflight;
-        let region = InflightRegion::map(file, mmap_offset, mmap_size, num_queues, queue_size)?;
+        let region = InflightRegion::map(
+            file,
+            mmap_offset,
+            mmap_size,
+            self.ring_format(),
+            num_queues,
+            queue_size,
+        )?;
         if !is_sealed_against_shrinking(file.as_fd()) {
             region.guard(&self.truncated);
         }

@@ -16,15 +16,16 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::poller::{Look, Poller};
 use super::{Device, Polling, QueueHandler, Wake};
 use crate::eventfd::{Doorbell, EventFd};
+use crate::log_limit::LogLimit;
 use crate::memory::MemoryTable;
 use crate::ring::{Intake, Ring, RingError, RingState};
 
@@ -43,6 +44,8 @@ pub(super) struct QueueStats {
     pub(super) running: AtomicBool,
     pub(super) in_flight: AtomicU32,
     pub(super) completed_total: AtomicU64,
+    /// A driver can break its ring, reset the device and begin again at will.
+    complaints: Mutex<LogLimit>,
 }
 
 enum Command {
@@ -464,13 +467,22 @@ impl Serving {
         self.is_broken = true;
         self.ring.set_intake(Intake::Closed);
         self.stats.running.store(false, Ordering::Relaxed);
-        let error = error as &dyn std::error::Error;
-        tracing::warn!(
-            device = self.label,
-            queue = self.ring.index(),
-            error,
-            "ring stopped"
-        );
+        let mut complaints = self
+            .stats
+            .complaints
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(withheld) = complaints.admit() {
+            let error = error as &dyn std::error::Error;
+            tracing::warn!(
+                device = self.label,
+                queue = self.ring.index(),
+                error,
+                withheld,
+                "ring stopped"
+            );
+        }
+        drop(complaints);
         if let Some(err) = &self.err {
             err.ring();
         }

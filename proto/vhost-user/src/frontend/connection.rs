@@ -80,6 +80,8 @@ pub struct Connection {
     stream: Arc<UnixStream>,
     timeout: Duration,
     channel: Option<RequestChannel>,
+    /// REPLY_ACK is in force.
+    acknowledged: bool,
 }
 
 impl Connection {
@@ -111,6 +113,7 @@ impl Connection {
             stream: Arc::new(stream),
             timeout,
             channel: None,
+            acknowledged: false,
         })
     }
 
@@ -167,6 +170,7 @@ impl Connection {
         })?;
         if features.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+            self.acknowledged = true;
         }
         Ok(())
     }
@@ -298,13 +302,22 @@ impl Connection {
         })
     }
 
-    /// SET_VRING_BASE.
+    /// SET_VRING_BASE; a packed ring's base has two halves.
+    ///
+    /// Exchanged by hand, because [`Frontend`] has no room for the upper half.
     ///
     /// # Errors
     /// See [`RequestError`].
-    pub fn set_vring_base(&mut self, index: u16, base: u16) -> Result<()> {
-        self.request("SET_VRING_BASE", |frontend| {
-            frontend.set_vring_base(index.into(), base)
+    pub fn set_vring_base(&mut self, index: u16, base: u32) -> Result<()> {
+        let (stream, acknowledged) = (Arc::clone(&self.stream), self.acknowledged);
+        self.request("SET_VRING_BASE", move |_| {
+            let body = [u32::from(index), base].map(u32::to_le_bytes).concat();
+            let refused = exchange_set(&stream, FrontendReq::SET_VRING_BASE, &body, acknowledged)
+                .map_err(vhost::Error::IOError)?;
+            match refused {
+                true => Err(ProtocolError::BackendInternalError.into()),
+                false => Ok(()),
+            }
         })
     }
 
@@ -362,12 +375,10 @@ impl Connection {
     ///
     /// # Errors
     /// See [`RequestError`].
-    pub fn vring_base(&mut self, index: u16) -> Result<u16> {
-        // The upper half belongs to packed rings.
+    pub fn vring_base(&mut self, index: u16) -> Result<u32> {
         self.request("GET_VRING_BASE", |frontend| {
             frontend.get_vring_base(index.into())
         })
-        .map(|base| base as u16)
     }
 
     /// RESET_DEVICE.
@@ -446,16 +457,35 @@ fn connect_stream(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     }
 }
 
+const VERSION: u32 = 1;
+const FLAG_REPLY: u32 = 1 << 2;
+const FLAG_NEED_REPLY: u32 = 1 << 3;
+
 /// Sends a request without a body and receives 64 bits.
 fn exchange_u64(mut stream: &UnixStream, request: FrontendReq) -> io::Result<u64> {
-    const VERSION: u32 = 1;
-    const REPLY: u32 = 1 << 2;
-    let request = request as u32;
-    let header = [request, VERSION, 0].map(u32::to_le_bytes).concat();
+    let header = [request as u32, VERSION, 0].map(u32::to_le_bytes).concat();
     stream.write_all(&header)?;
+    receive_u64(stream, request)
+}
+
+/// Sends a request and awaits its acknowledgement, if there is one; whether it is a refusal.
+fn exchange_set(
+    mut stream: &UnixStream,
+    request: FrontendReq,
+    body: &[u8],
+    acknowledged: bool,
+) -> io::Result<bool> {
+    let flags = VERSION | if acknowledged { FLAG_NEED_REPLY } else { 0 };
+    let header = [request as u32, flags, body.len() as u32].map(u32::to_le_bytes);
+    stream.write_all(&[&header.concat(), body].concat())?;
+    Ok(acknowledged && receive_u64(stream, request)? != 0)
+}
+
+fn receive_u64(mut stream: &UnixStream, request: FrontendReq) -> io::Result<u64> {
     let mut reply = [0; 20];
     stream.read_exact(&mut reply)?;
-    if reply[..12] != [request, VERSION | REPLY, 8].map(u32::to_le_bytes).concat() {
+    let expected = [request as u32, VERSION | FLAG_REPLY, 8].map(u32::to_le_bytes);
+    if reply[..12] != expected.concat() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "the reply is to another request or of another size",

@@ -18,4 +18,4 @@ mod tests;
 
 pub use link::{Connected, Endpoint, Events, Link, LinkError, LinkHealth, Timeouts, Wiring};
 pub use memory::{MemoryRegion, MemoryTable};
-pub use session::{Activation, Offer, QueueEvents, QueueState};
+pub use session::{Activation, Offer, QueueEvents, QueueState, first_base};

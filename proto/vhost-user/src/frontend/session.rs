@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::{Connection, RequestError};
 use super::memory::MemoryTable;
+use crate::ring::RingFormat;
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -51,9 +52,10 @@ pub struct QueueState {
     pub driver_gpa: u64,
     /// Device area (used ring).
     pub device_gpa: u64,
-    /// Where the ring goes on if it was stopped in order; `None` after a loss of the backend:
-    /// then the used ring in guest memory tells.
-    pub base: Option<u16>,
+    /// Where the ring goes on if it was stopped in order, as SET_VRING_BASE has it; `None` after a
+    /// loss of the backend: then the used ring in guest memory tells, or for a packed ring the
+    /// in-flight region.
+    pub base: Option<u32>,
 }
 
 /// What the driver chose when it set DRIVER_OK.
@@ -125,6 +127,15 @@ pub enum SessionError {
     /// The in-flight region could not be made tamper-proof.
     #[error("cannot make a sealed copy of the in-flight region")]
     SealInflight(#[source] io::Error),
+    /// Nobody knows where a packed ring stands.
+    #[error(
+        "the backend was lost and kept no in-flight region, so nobody knows where the packed ring of \
+         queue {index} stands: the guest's driver must reset the device"
+    )]
+    PackedRingLost {
+        /// The queue.
+        index: u16,
+    },
     /// A used ring lies outside memory.
     #[error("cannot read the used ring of queue {index}")]
     UsedRing {
@@ -214,8 +225,10 @@ pub fn start(
     if offer.tracks_inflight() {
         share_inflight(connection, activation, inflight)?;
     }
+    let format = RingFormat::of(activation.features);
     for queue in &mut activation.queues {
-        start_queue(connection, queue, resources)?;
+        let base = base_of(queue, format, inflight.is_some(), resources)?;
+        start_queue(connection, queue, base, resources)?;
     }
     if offer.features & F_PROTOCOL_FEATURES != 0 {
         for queue in &activation.queues {
@@ -248,20 +261,45 @@ pub struct Resources<'a> {
     pub err: &'a EventFd,
 }
 
+/// Where a ring goes on.
+fn base_of(
+    queue: &QueueState,
+    format: RingFormat,
+    tracks_inflight: bool,
+    resources: &Resources<'_>,
+) -> Result<u32, SessionError> {
+    let index = queue.index;
+    match (queue.base, format) {
+        (Some(base), _) => Ok(base),
+        (None, RingFormat::Split) => resources
+            .memory
+            .read_u16(queue.device_gpa + USED_IDX_OFFSET)
+            .map(u32::from)
+            .map_err(|source| SessionError::UsedRing { index, source }),
+        // The backend goes on where the region says.
+        (None, RingFormat::Packed) if tracks_inflight => Ok(first_base(format)),
+        (None, RingFormat::Packed) => Err(SessionError::PackedRingLost { index }),
+    }
+}
+
+/// Where a ring starts that a driver just set up, as SET_VRING_BASE has it: at 0, and in a packed
+/// ring with both wrap counters set.
+#[must_use]
+pub fn first_base(format: RingFormat) -> u32 {
+    match format {
+        RingFormat::Split => 0,
+        RingFormat::Packed => 1 << 31 | 1 << 15,
+    }
+}
+
 fn start_queue(
     connection: &mut Connection,
     queue: &mut QueueState,
+    base: u32,
     resources: &Resources<'_>,
 ) -> Result<(), SessionError> {
     let index = queue.index;
     let events = &resources.queues[usize::from(index)];
-    let base = match queue.base {
-        Some(base) => base,
-        None => resources
-            .memory
-            .read_u16(queue.device_gpa + USED_IDX_OFFSET)
-            .map_err(|source| SessionError::UsedRing { index, source })?,
-    };
     connection.set_vring_num(index, queue.size)?;
     connection.set_vring_base(index, base)?;
     connection.set_vring_addr(

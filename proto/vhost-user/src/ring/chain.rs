@@ -103,7 +103,8 @@ pub(super) struct PinnedMemory {
 }
 
 impl DescChain {
-    /// Index of the chain's first descriptor; identifies the chain while it is in flight.
+    /// What identifies the chain while it is in flight: the index of its first descriptor, or of
+    /// its first entry in a packed ring's in-flight region.
     pub fn head(&self) -> u16 {
         self.head
     }

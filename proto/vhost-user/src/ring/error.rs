@@ -10,8 +10,10 @@ use super::MAX_RING_SIZE;
 /// does.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
-    /// Not a power of two up to [`MAX_RING_SIZE`].
-    #[error("ring size {size} is not a power of two up to {MAX_RING_SIZE}")]
+    /// Zero or more than [`MAX_RING_SIZE`]; for a split ring also no power of two.
+    #[error(
+        "ring size {size} is not possible: up to {MAX_RING_SIZE}, a split ring's a power of two"
+    )]
     BadSize {
         /// The size.
         size: u32,
@@ -45,6 +47,12 @@ pub enum RingError {
     HeadInFlight {
         /// The head.
         head: u16,
+    },
+    /// A packed ring offers more descriptors than it has, without getting any back.
+    #[error("more descriptors are available and in flight than the {size} that the ring has")]
+    TooManyDescs {
+        /// Ring size.
+        size: u16,
     },
     /// The in-flight region has no place for this ring.
     #[error("the in-flight region has no place for ring {index} of {size} descriptors")]

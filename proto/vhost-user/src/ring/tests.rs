@@ -1,9 +1,12 @@
 //! Rings in memory, driven by [`DriverRing`], by honest and hostile drivers.
 
 mod hostile;
+mod packed;
 mod recovery;
 
 use std::sync::Arc;
+
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::*;
 use crate::driver::{DriverRing, GuestMemory};
@@ -356,7 +359,7 @@ fn unpopped_chain_comes_again_and_is_not_in_flight() {
     let mut fixture = Fixture::new(0);
     let first = fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap();
     let second = fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap();
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     let chains = [ring.pop().unwrap().unwrap(), ring.pop().unwrap().unwrap()];
     for chain in chains.into_iter().rev() {

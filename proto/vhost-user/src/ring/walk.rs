@@ -4,14 +4,30 @@
 //! A chain that is broken is walked on to its end where it has one, because its last writable byte
 //! is where a driver looks for the answer.
 
+use std::ptr::NonNull;
+
 use super::chain::{Segment, SegmentVec};
 use super::fault::ChainFault;
-use super::layout::Desc;
 use crate::memory::{MAX_REGIONS, MemoryTable};
 
 /// Entries of an indirect table at most. Linux makes indirect chains longer than a small ring, so
 /// the bound is not the ring's size but IOV_MAX, what the kernel takes in one call.
 pub const MAX_INDIRECT_DESCS: u32 = 1024;
+
+/// Bytes of a descriptor, in either kind of ring.
+pub(super) const DESC_BYTES: u32 = 16;
+
+/// A descriptor of an indirect table.
+pub(super) trait Desc: Sized {
+    /// As it lies in memory.
+    fn of_bytes(bytes: [u8; DESC_BYTES as usize]) -> Self;
+    /// What it describes.
+    fn buffer(&self) -> Buffer;
+    /// Whether that is a table.
+    fn is_indirect(&self) -> bool;
+    /// The entry that comes after this one at `index` of a table with `count` entries.
+    fn following(&self, index: u32, count: u32) -> Option<u32>;
+}
 
 /// What a descriptor says of a buffer.
 #[derive(Clone, Copy)]
@@ -97,21 +113,17 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// The table that an indirect descriptor names, entry by entry. `follow` says which entry comes
-    /// after the one at an index; None ends the chain.
-    pub(super) fn indirect(&mut self, table: Buffer, follow: impl Fn(&Desc, u32) -> Option<u32>) {
-        let count = table.len_bytes / Desc::SIZE_BYTES;
-        if !table.len_bytes.is_multiple_of(Desc::SIZE_BYTES)
-            || count == 0
-            || count > MAX_INDIRECT_DESCS
-        {
+    /// The table that an indirect descriptor names, entry by entry.
+    pub(super) fn indirect<D: Desc>(&mut self, table: Buffer) {
+        let count = table.len_bytes / DESC_BYTES;
+        if !table.len_bytes.is_multiple_of(DESC_BYTES) || count == 0 || count > MAX_INDIRECT_DESCS {
             return self.cut(ChainFault::BadIndirect {
                 reason: "indirect table is empty, too long or not a multiple of 16 bytes",
             });
         }
         let mut index = 0;
         for _ in 0..count {
-            let desc = match self.read_indirect(table.gpa, index) {
+            let desc = match self.read_indirect::<D>(table.gpa, index) {
                 Ok(desc) => desc,
                 Err(fault) => return self.cut(fault),
             };
@@ -121,7 +133,7 @@ impl<'a> Walk<'a> {
                 });
             }
             self.add(desc.buffer());
-            let Some(next) = follow(&desc, index) else {
+            let Some(next) = desc.following(index, count) else {
                 return;
             };
             if next >= count {
@@ -165,9 +177,9 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// The first fault is what counts; the buffers so far are sound.
+    /// The chain is broken here. The first fault is what counts; the buffers so far are sound.
     #[cold]
-    fn spoil(&mut self, fault: ChainFault) {
+    pub(super) fn spoil(&mut self, fault: ChainFault) {
         if self.broken.is_some() {
             return;
         }
@@ -248,16 +260,22 @@ impl<'a> Walk<'a> {
     }
 
     /// Copies one entry of an indirect table; the table may span regions, an entry may not.
-    fn read_indirect(&mut self, table_gpa: u64, index: u32) -> Result<Desc, ChainFault> {
-        let len_bytes = Desc::SIZE_BYTES;
-        let gpa = table_gpa.wrapping_add(u64::from(index * len_bytes));
+    fn read_indirect<D: Desc>(&mut self, table_gpa: u64, index: u32) -> Result<D, ChainFault> {
+        let gpa = table_gpa.wrapping_add(u64::from(index * DESC_BYTES));
         match self.table.translate(gpa, self.region_hint) {
-            Some((host, following)) if following >= u64::from(len_bytes) => {
+            Some((host, following)) if following >= u64::from(DESC_BYTES) => {
+                let mut bytes = [0; DESC_BYTES as usize];
                 // SAFETY: `translate` says that 16 bytes follow in the mapping, which `table`
-                // holds.
-                Ok(unsafe { Desc::read_unaligned(host) })
+                // holds; the target is ours and that long.
+                unsafe {
+                    host.copy_to_nonoverlapping(NonNull::from(&mut bytes).cast(), bytes.len())
+                };
+                Ok(D::of_bytes(bytes))
             }
-            _ => Err(ChainFault::BadAddress { gpa, len_bytes }),
+            _ => Err(ChainFault::BadAddress {
+                gpa,
+                len_bytes: DESC_BYTES,
+            }),
         }
     }
 }

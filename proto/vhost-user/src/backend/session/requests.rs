@@ -15,7 +15,7 @@ use vhost::vhost_user::{GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use super::{Refusal, Session, layout_of};
 use crate::inflight::{InflightError, InflightRegion};
 use crate::memory::{MAX_REGIONS, Region};
-use crate::ring::RingAddresses;
+use crate::ring::{RingAddresses, RingFormat};
 
 impl VhostUserBackendReqHandlerMut for Session {
     fn set_owner(&mut self) -> Result<()> {
@@ -93,7 +93,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let result = self.try_get_vring_base(index);
         let base = self.answer("GET_VRING_BASE", result)?;
-        Ok(VhostUserVringState::new(index, u32::from(base)))
+        Ok(VhostUserVringState::new(index, base))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -179,6 +179,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             queue_size,
             ..
         } = *inflight;
+        let format = RingFormat::of(self.acked_features);
         let result = match usize::from(num_queues) > self.vrings.len()
             || queue_size > self.device.max_queue_size()
         {
@@ -187,11 +188,11 @@ impl VhostUserBackendReqHandlerMut for Session {
                 queue_size,
             }
             .into()),
-            false => InflightRegion::create(num_queues, queue_size).map_err(Refusal::from),
+            false => InflightRegion::create(format, num_queues, queue_size).map_err(Refusal::from),
         };
         let (region, file) = self.answer("GET_INFLIGHT_FD", result)?;
         drop(region);
-        let len_bytes = InflightRegion::needed_bytes(num_queues, queue_size);
+        let len_bytes = InflightRegion::needed_bytes(format, num_queues, queue_size);
         Ok((
             VhostUserInflight::new(len_bytes, 0, num_queues, queue_size),
             file,

@@ -22,6 +22,9 @@ const RING_GPA: u64 = 0x10000;
 const DATA_GPA: u64 = 0x80000;
 pub(super) const RING_SIZE: u16 = 16;
 
+/// VIRTIO_F_RING_PACKED: these frontends' rings are split.
+pub(super) const PACKED: u64 = 1 << 34;
+
 /// Ends a blocking call of the vhost crate that gets no answer.
 struct Watchdog {
     _alive: Sender<()>,
@@ -141,7 +144,7 @@ impl Honest {
     pub(super) fn negotiate(&mut self) {
         self.frontend.set_owner().unwrap();
         let features = self.frontend.get_features().unwrap();
-        self.frontend.set_features(features).unwrap();
+        self.frontend.set_features(features & !PACKED).unwrap();
         let protocol_features = self.frontend.get_protocol_features().unwrap();
         self.frontend
             .set_protocol_features(protocol_features)
@@ -253,7 +256,7 @@ impl Raw {
     pub(super) fn negotiate(&self) {
         self.request(3, VERSION, &[], &[]);
         self.request(1, VERSION, &[], &[]);
-        let features = self.reply_value().unwrap();
+        let features = self.reply_value().unwrap() & !PACKED;
         self.request(2, VERSION, &features.to_ne_bytes(), &[]);
         self.request(15, VERSION, &[], &[]);
         let protocol_features = self.reply_value().unwrap();

@@ -16,6 +16,7 @@ use crate::eventfd;
 use crate::frontend::channel::RequestChannel;
 use crate::frontend::connection::RequestError;
 use crate::frontend::session::{self, Activation, InflightRegion, Resources};
+use crate::log_limit::LogLimit;
 
 /// A connection that lived this long shows a backend that works: the next attempt is at once.
 const STABLE_AFTER: Duration = Duration::from_secs(1);
@@ -30,6 +31,8 @@ pub(super) struct Keeper {
     served: Option<Served>,
     retry_at: Instant,
     backoff: Duration,
+    /// About what drivers do at will.
+    complaints: LogLimit,
 }
 
 struct Served {
@@ -55,6 +58,7 @@ impl Keeper {
             served: None,
             retry_at: Instant::now(),
             backoff: BACKOFF.0,
+            complaints: LogLimit::new(),
         };
         keeper.shared.lock().hang_up = Some(first.connection.hang_up_handle());
         keeper.adopt(first);
@@ -221,7 +225,9 @@ impl Keeper {
         match connected.connection.reset_device() {
             Ok(()) => {}
             Err(error @ RequestError::Refused { .. }) => {
-                tracing::warn!(%error, "device reset is not complete")
+                if let Some(withheld) = self.complaints.admit() {
+                    tracing::warn!(%error, withheld, "device reset is not complete");
+                }
             }
             Err(error) => self.lose(&error),
         }
@@ -249,7 +255,9 @@ impl Keeper {
             match connected.connection.set_config(offset, &bytes) {
                 Ok(()) => self.shared.lock().keep_config_write(offset, bytes),
                 Err(error @ RequestError::Refused { .. }) => {
-                    tracing::warn!(%error, offset, "a driver's write is lost")
+                    if let Some(withheld) = self.complaints.admit() {
+                        tracing::warn!(%error, offset, withheld, "a driver's write is lost");
+                    }
                 }
                 Err(error) => {
                     self.shared.lock().config_writes.push_front((offset, bytes));

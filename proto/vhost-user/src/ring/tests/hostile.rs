@@ -15,7 +15,7 @@ fn fault_of(features: u64, prepare: impl FnOnce(&mut DriverRing)) -> (ChainFault
     fixture.memory.write(STATUS_GPA, &[0xff]);
     prepare(&mut fixture.driver);
     fixture.driver.push_avail(0);
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     let answer = |ring: &mut Ring| {
         let chain = ring.pop().unwrap().unwrap();
@@ -404,7 +404,7 @@ fn random_rings_yield_chains_inside_memory_and_go_on() {
 #[test]
 fn driver_that_offers_a_descriptor_again_before_it_gets_it_back_breaks_nothing() {
     let mut fixture = Fixture::new(0);
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     fixture.driver.set_desc(0, DATA_GPA, 16, F_WRITE, 0);
     // More than an index can count, in one batch of a device that never publishes.

@@ -8,7 +8,7 @@ fn crash_before_completion_resubmits_in_the_order_taken() {
     let all: Vec<u16> = (0..5)
         .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
         .collect();
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     let mut chains: Vec<_> = (0..4).map(|_| ring.pop().unwrap().unwrap()).collect();
     // Completed out of order: the second one.
@@ -29,7 +29,7 @@ fn crash_before_completion_resubmits_in_the_order_taken() {
 fn draining_ring_yields_what_is_left_to_resubmit_and_nothing_new() {
     let mut fixture = Fixture::new(0);
     let old = fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap();
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     assert_eq!(heads(&mut ring), [old]);
     drop(ring);
@@ -53,7 +53,7 @@ fn resubmitted_buffers_that_were_not_used_become_the_drivers_again() {
     let all: Vec<u16> = (0..4)
         .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
         .collect();
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     let mut chains: Vec<_> = (0..3).map(|_| ring.pop().unwrap().unwrap()).collect();
     ring.complete(chains.remove(0), 4);
@@ -79,7 +79,7 @@ fn requests_completed_out_of_order_are_not_rewound() {
     let all: Vec<u16> = (0..2)
         .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
         .collect();
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     let mut chains: Vec<_> = (0..2).map(|_| ring.pop().unwrap().unwrap()).collect();
     ring.complete(chains.remove(1), 4);
@@ -99,13 +99,13 @@ fn crash_between_publishing_and_clearing_does_not_run_the_batch_again() {
     let all: Vec<u16> = (0..4)
         .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
         .collect();
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     let mut ring = fixture.ring_with(&region);
     let mut chains: Vec<_> = (0..4).map(|_| ring.pop().unwrap().unwrap()).collect();
     ring.complete(chains.remove(2), 4);
     ring.complete(chains.remove(0), 4);
     // The crash: used->idx moves, the region does not hear of it.
-    ring.areas.set_used_idx(2);
+    ring.split().publish_half();
     drop((ring, chains));
 
     let mut ring = fixture.ring_with(&region);
@@ -118,7 +118,7 @@ fn crash_before_publishing_runs_the_batch_again() {
     let all: Vec<u16> = (0..3)
         .map(|_| fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap())
         .collect();
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     for _ in 0..3 {
         let mut ring = fixture.ring_with(&region);
         let chains: Vec<_> = (0..3).map(|_| ring.pop().unwrap().unwrap()).collect();
@@ -132,7 +132,7 @@ fn crash_before_publishing_runs_the_batch_again() {
 #[test]
 fn drained_ring_starts_again_anywhere() {
     let mut fixture = Fixture::new(0);
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap();
     let mut ring = fixture.ring_with(&region);
     let chain = ring.pop().unwrap().unwrap();
@@ -156,7 +156,7 @@ fn drained_ring_starts_again_anywhere() {
 #[test]
 fn guest_reset_during_an_outage_replays_nothing() {
     let mut fixture = Fixture::new(0);
-    let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+    let (region, _file) = InflightRegion::create(RingFormat::Split, 1, SIZE).unwrap();
     fixture.driver.start_at(1000);
     for _ in 0..3 {
         fixture.driver.add(&[], &[(DATA_GPA, 4)]).unwrap();
