@@ -13,6 +13,7 @@ use tonic::Status;
 use crate::image::luks::LuksImage;
 use crate::image::qcow2::Backing;
 use crate::image::{Image, ImageError, OpenOptions, Qcow2Image, RawImage, SECTOR_BYTES, key};
+use crate::remote::{self, RemoteError};
 
 /// The open files of a disk.
 #[derive(Debug, Default)]
@@ -33,6 +34,9 @@ pub(crate) enum AssemblyError {
     /// One of the files.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The other host.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
     /// Not all descriptors came.
     #[error("{field}: missing")]
     Missing {
@@ -62,7 +66,8 @@ impl Files {
     }
 }
 
-/// Checks, locks and combines `files`. Starts no thread: the process may not be confined yet.
+/// Checks, locks and combines `files`. Starts no thread, for the process may not be confined yet,
+/// unless the disk is on another host.
 ///
 /// # Errors
 /// What is wrong with which file, or with the combination.
@@ -72,10 +77,14 @@ pub(crate) fn assemble(
     files: Files,
     lock_patience: Duration,
 ) -> Result<Arc<dyn Image>, AssemblyError> {
-    if config.nbd.is_some() {
-        return Err(AssemblyError::Unsupported {
-            what: "disks on other hosts (nbd) are not served by this version",
-        });
+    if let Some(source) = &config.nbd {
+        let how = remote::Use {
+            name,
+            read_only: config.read_only,
+            block_bytes: block_bytes(config),
+            connections: config.num_queues as usize,
+        };
+        return Ok(remote::open(source, files.nbd_tls, how)?);
     }
     let file = files.image.ok_or(AssemblyError::Missing {
         field: "blk.image_fd",
@@ -163,6 +172,7 @@ impl From<AssemblyError> for Status {
     fn from(error: AssemblyError) -> Self {
         match error {
             AssemblyError::Image(error) => refusal(&error),
+            AssemblyError::Remote(error) => Self::from(&error),
             AssemblyError::Missing { .. } => Status::invalid_argument(error.to_string()),
             AssemblyError::Unsupported { .. } => Status::unimplemented(error.to_string()),
         }

@@ -10,6 +10,8 @@ mod disk;
 
 pub(crate) use disk::{DiskArg, Source};
 
+use crate::remote::Allowed;
+
 /// Queues a disk may have.
 pub(crate) const MAX_QUEUES: u16 = 64;
 
@@ -66,6 +68,12 @@ Examples:
   No disk yet; a manager attaches them (descriptors by --fd-socket, requests by gRPC):
     device-blk --control-socket /run/blk.ctl --fd-socket /run/blk.fds
 
+  A disk of another host, and an image for other hosts (nbd-serve --help tells all):
+    device-blk --control-socket /run/blk.ctl \\
+        --disk id=a,nbd=pool:10809/a@7,nbd-tls-file=client.pem,socket=/run/a.vu
+    device-blk nbd-serve --image a.img --export a --listen 0.0.0.0:10809 --tls-file server.pem \\
+        --generation-file a.generation
+
 What runs: grpcurl -plaintext -unix /run/blk.ctl mortise.device.v1.DeviceDaemon/ListDevices
 What can be done to a disk meanwhile (limits, resize, snapshot, mirror, backup, ...):
     grpcurl -plaintext -unix /run/blk.ctl describe mortise.device.v1.Disks
@@ -92,6 +100,12 @@ pub(crate) struct Args {
     #[arg(long = "disk", value_name = "SPEC", value_parser = disk::parse, long_help = DISK_HELP)]
     pub(crate) disks: Vec<DiskArg>,
 
+    /// A server that remote disks (nbd) may be attached from later, HOST:PORT or unix:PATH, or
+    /// `any`; may be repeated. Servers of --disk need not be named. A process of its own connects
+    /// to them
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_remote)]
+    pub(crate) remote: Vec<Remote>,
+
     /// Where GET /metrics is answered over HTTP
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) metrics_listen: Option<String>,
@@ -100,6 +114,13 @@ pub(crate) struct Args {
     /// its last request has ended
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]
     pub(crate) lock_wait: Duration,
+}
+
+/// One `--remote`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Remote {
+    Any,
+    Address(nbd::Address),
 }
 
 /// Reads the command line of this process; ends it when that is wrong.
@@ -116,6 +137,23 @@ impl Args {
     /// Descriptors that the command line names.
     pub(crate) fn inherited_fds(&self) -> Vec<RawFd> {
         self.disks.iter().flat_map(DiskArg::inherited_fds).collect()
+    }
+
+    /// Where connections to other hosts may go; `None` when there are none to be made.
+    pub(crate) fn allowed_remotes(&self) -> Result<Option<Allowed>, nbd::AddressError> {
+        if self.remote.contains(&Remote::Any) {
+            return Ok(Some(Allowed::Any));
+        }
+        let named = self.remote.iter().filter_map(|remote| match remote {
+            Remote::Any => None,
+            Remote::Address(address) => Some(Ok(address.clone())),
+        });
+        let of_disks = self.disks.iter().filter_map(|disk| {
+            let source = disk.config.nbd.as_ref()?;
+            Some(source.address.parse())
+        });
+        let addresses = named.chain(of_disks).collect::<Result<Vec<_>, _>>()?;
+        Ok((!addresses.is_empty()).then_some(Allowed::Only(addresses)))
     }
 
     /// Looks for what two disks cannot share.
@@ -137,7 +175,14 @@ impl Args {
     }
 }
 
-fn parse_seconds(text: &str) -> Result<Duration, String> {
+fn parse_remote(text: &str) -> Result<Remote, nbd::AddressError> {
+    match text {
+        "any" => Ok(Remote::Any),
+        address => address.parse().map(Remote::Address),
+    }
+}
+
+pub(crate) fn parse_seconds(text: &str) -> Result<Duration, String> {
     text.parse::<f64>()
         .ok()
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())

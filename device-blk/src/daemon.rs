@@ -26,6 +26,7 @@ use crate::disk::Disk;
 use crate::disks::DiskService;
 use crate::engine::uring::Uring;
 use crate::image::{Image, chain, raw};
+use crate::remote;
 
 /// Runs until SIGTERM or SIGINT.
 ///
@@ -33,6 +34,9 @@ use crate::image::{Image, chain, raw};
 /// Something that the command line names cannot be had, or the process cannot be confined.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     sandbox::close_other_fds(&args.inherited_fds())?;
+    if let Some(allowed) = args.allowed_remotes()? {
+        remote::start_connector(allowed).context("cannot start the connector")?;
+    }
     api::limits::raise_open_files();
     // A host without io_uring is told about here, not by a guest's disk that never answers.
     drop(Uring::new(1)?);
@@ -77,7 +81,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         socket_file,
     } in opened
     {
-        lock(&opened_images).insert(parts.request.id.clone(), image);
+        if let Some(image) = image {
+            lock(&opened_images).insert(parts.request.id.clone(), image);
+        }
         table
             .attach(parts)
             .map_err(|status| anyhow!("{}", status.message()))?;
@@ -102,8 +108,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Opened {
     /// All but the image.
     parts: Parts,
-    /// Opened, checked and locked here already: a failure must be able to remove sockets.
-    image: Arc<dyn Image>,
+    /// Opened, checked and locked here already: a failure must be able to remove sockets. None
+    /// when it is on another host: what talks to that is confined, and starts threads.
+    image: Option<Arc<dyn Image>>,
     socket_file: Option<SocketFile>,
 }
 
@@ -140,7 +147,15 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
     }
     files.key = disk.key.as_ref().map(open_secret).transpose()?;
     files.nbd_tls = disk.nbd_tls.as_ref().map(open_secret).transpose()?;
-    let image = assemble(&config, &config.image_name, files, lock_wait)?;
+    let mut fds = Vec::new();
+    let image = match &mut config.nbd {
+        None => Some(assemble(&config, &config.image_name, files, lock_wait)?),
+        Some(source) => {
+            source.tls_fd = files.nbd_tls.as_ref().map(|_| FdRef::default());
+            fds.extend(files.nbd_tls);
+            None
+        }
+    };
     let (listener, socket_file) = match &disk.socket {
         Source::Path(path) => {
             let (listener, file) = listen::unix_socket(path)?;
@@ -162,7 +177,7 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
     let parts = Parts {
         request,
         listener,
-        fds: Vec::new(),
+        fds,
     };
     Ok(Opened {
         parts,
@@ -172,7 +187,7 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
 }
 
 /// An image with its name for logs.
-fn open_image(source: &Source, read_only: bool) -> anyhow::Result<(File, String)> {
+pub(crate) fn open_image(source: &Source, read_only: bool) -> anyhow::Result<(File, String)> {
     Ok(match source {
         Source::Path(path) => (raw::open_file(path, read_only)?, path.display().to_string()),
         Source::Fd(fd) => (File::from(inherited(*fd)?), format!("fd {fd}")),
@@ -180,7 +195,7 @@ fn open_image(source: &Source, read_only: bool) -> anyhow::Result<(File, String)
 }
 
 /// A file with a key or certificates.
-fn open_secret(source: &Source) -> anyhow::Result<OwnedFd> {
+pub(crate) fn open_secret(source: &Source) -> anyhow::Result<OwnedFd> {
     match source {
         Source::Path(path) => {
             let file =
@@ -192,7 +207,7 @@ fn open_secret(source: &Source) -> anyhow::Result<OwnedFd> {
 }
 
 /// Takes over a descriptor that the command line names.
-fn inherited(fd: i32) -> anyhow::Result<OwnedFd> {
+pub(crate) fn inherited(fd: i32) -> anyhow::Result<OwnedFd> {
     // SAFETY: F_SETFD takes an integer and touches no memory.
     if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err(std::io::Error::last_os_error())

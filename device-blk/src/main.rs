@@ -14,6 +14,8 @@
 //! | [`request`] | what drivers ask for, checked; no I/O |
 //! | [`engine`] | doing it with io_uring, one ring for each queue's thread |
 //! | [`image`] | files, their alignment and their locks |
+//! | [`nbd_serve`] | the other way round: an image for other hosts |
+//! | [`remote`] | disks on other hosts, and the process that connects to them |
 //! | [`stats`] | counters |
 
 mod assembly;
@@ -28,6 +30,8 @@ mod image;
 mod jobs;
 mod latency;
 mod limiter;
+mod nbd_serve;
+mod remote;
 mod request;
 mod stats;
 mod tracking;
@@ -38,18 +42,29 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let args = cli::parse();
-    let filter = EnvFilter::try_from_env("MORTISE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
-    match daemon::run(&args) {
+    let mut words = std::env::args_os().skip(1).peekable();
+    let result = if words.next_if(|word| word == nbd_serve::SUBCOMMAND).is_some() {
+        start_log();
+        nbd_serve::run(words)
+    } else {
+        let args = cli::parse();
+        start_log();
+        daemon::run(&args)
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("device-blk: error: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn start_log() {
+    let filter = EnvFilter::try_from_env("MORTISE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
 }

@@ -135,6 +135,9 @@ impl Channel {
     /// # Errors
     /// The connection is broken.
     pub(crate) fn send(&mut self) -> io::Result<bool> {
+        if self.is_write_closed {
+            return Ok(true);
+        }
         let is_done = match &mut self.tls {
             None => send_plain(&mut self.socket, &self.output, &mut self.output_start)?,
             Some(tls) => send_tls(&mut self.socket, tls, &self.output, &mut self.output_start)?,
@@ -252,7 +255,7 @@ impl Channel {
             interest |= PollFlags::POLLIN;
         }
         let tls_has_output = self.tls.as_ref().is_some_and(|tls| tls.wants_write());
-        if self.unsent_bytes() > 0 || tls_has_output {
+        if !self.is_write_closed && (self.unsent_bytes() > 0 || tls_has_output) {
             interest |= PollFlags::POLLOUT;
         }
         let mut fds = [
@@ -267,12 +270,15 @@ impl Channel {
         Ok(Ready { woken })
     }
 
-    /// Tells the peer that nothing more will come; what it sends is still received.
+    /// Tells the peer that nothing more will come, and drops what was not sent; what the peer
+    /// sends is still received.
     pub(crate) fn close_write(&mut self) {
         if self.is_write_closed {
             return;
         }
         self.is_write_closed = true;
+        self.output.clear();
+        self.output_start = 0;
         if let Some(tls) = &mut self.tls {
             tls.send_close_notify();
             let _ = tls.write_tls(&mut self.socket);

@@ -16,7 +16,7 @@ use vhost_user::eventfd::EventFd;
 use vhost_user::ring::MemoryPin;
 
 use crate::confinement;
-use crate::image::{Buffers, Image, Task};
+use crate::image::{Buffers, Image, PendingTask, Task};
 
 /// A thread that had nothing to do for so long ends, unless it is the last.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -140,6 +140,10 @@ impl Workers {
     }
 
     pub(super) fn submit(&self, item: Item) {
+        let image = Arc::clone(&item.image);
+        if let Some(executor) = image.executor() {
+            return executor.begin(Box::new(item));
+        }
         let mut state = lock(&self.pool.state);
         if state.threads == 0 {
             drop(state);
@@ -253,10 +257,34 @@ impl Pool {
 
 impl Item {
     fn perform(&self) -> i32 {
+        result_code(self.image.perform(&mut self.task()))
+    }
+
+    fn answer(self, result: i32) {
+        let Item {
+            iovecs,
+            slot,
+            results,
+            pin,
+            image,
+            ..
+        } = self;
+        // Before the queue hears of it: it may end then, and its image be let go.
+        drop((pin, image));
+        results.put(Done {
+            slot,
+            result,
+            iovecs,
+        });
+    }
+}
+
+impl PendingTask for Item {
+    fn task(&self) -> Task<'_> {
         // SAFETY: the pin keeps the guest's memory mapped, and a job keeps its buffer until it
         // has the result; nobody refers to either as Rust values meanwhile.
         let buffers = unsafe { Buffers::new(&self.iovecs) };
-        let mut task = match self.operation {
+        match self.operation {
             Operation::Read { offset_bytes } => Task::Read {
                 offset_bytes,
                 buffers,
@@ -282,30 +310,19 @@ impl Item {
                 len_bytes,
             },
             Operation::Flush => Task::Flush,
-        };
-        match self.image.perform(&mut task) {
-            Ok(()) => 0,
-            // An error number of 0 or below would pass for success.
-            Err(errno) => -errno.max(1),
         }
     }
 
-    fn answer(self, result: i32) {
-        let Item {
-            iovecs,
-            slot,
-            results,
-            pin,
-            image,
-            ..
-        } = self;
-        // Before the queue hears of it: it may end then, and its image be let go.
-        drop((pin, image));
-        results.put(Done {
-            slot,
-            result,
-            iovecs,
-        });
+    fn complete(self: Box<Self>, result: Result<(), i32>) {
+        (*self).answer(result_code(result));
+    }
+}
+
+/// As io_uring has it. An error number of 0 or below would pass for success.
+fn result_code(result: Result<(), i32>) -> i32 {
+    match result {
+        Ok(()) => 0,
+        Err(errno) => -errno.max(1),
     }
 }
 

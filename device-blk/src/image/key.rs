@@ -16,24 +16,44 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// # Errors
 /// It is empty or too long, cannot be read, or does not end in time.
 pub(crate) fn read(fd: OwnedFd) -> Result<Passphrase, PassphraseError> {
-    let mut file = File::from(fd);
-    // A memfd that was just written stands at its end; a pipe stands nowhere.
-    match file.rewind() {
-        Err(error) if error.raw_os_error() != Some(libc::ESPIPE) => {
-            return Err(PassphraseError::Io(error));
-        }
-        _ => {}
+    Passphrase::read(Patient::new(fd).map_err(PassphraseError::Io)?)
+}
+
+/// Reads what is no secret the same way, `max_bytes` at most.
+///
+/// # Errors
+/// It is too long, cannot be read, or does not end in time.
+pub(crate) fn read_bytes(fd: OwnedFd, max_bytes: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    Patient::new(fd)?
+        .take(max_bytes as u64 + 1)
+        .read_to_end(&mut bytes)?;
+    if bytes.len() > max_bytes {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("more than {max_bytes} bytes"),
+        ));
     }
-    Passphrase::read(Patient {
-        file,
-        give_up: Instant::now() + PATIENCE,
-    })
+    Ok(bytes)
 }
 
 /// Waits no longer than until `give_up`.
 struct Patient {
     file: File,
     give_up: Instant,
+}
+
+impl Patient {
+    fn new(fd: OwnedFd) -> io::Result<Self> {
+        let mut file = File::from(fd);
+        // A memfd that was just written stands at its end; a pipe stands nowhere.
+        match file.rewind() {
+            Err(error) if error.raw_os_error() != Some(libc::ESPIPE) => return Err(error),
+            _ => {}
+        }
+        let give_up = Instant::now() + PATIENCE;
+        Ok(Self { file, give_up })
+    }
 }
 
 impl Read for Patient {

@@ -16,6 +16,7 @@
 //! - [`chain`]: opening the files that a chain's headers name;
 //! - [`luks`]: an encrypted volume in a raw image;
 //! - [`key`]: reading its passphrase;
+//! - [`nbd`]: a disk on another host;
 //! - [`place`]: where a stretch is, and what keeps it there;
 //! - [`task`]: what a worker thread is asked to do;
 //! - [`direct`]: whether, and with which alignment, a file takes `O_DIRECT`;
@@ -28,6 +29,7 @@ pub(crate) mod error;
 pub(crate) mod key;
 pub(crate) mod lock;
 pub(crate) mod luks;
+pub(crate) mod nbd;
 pub(crate) mod place;
 pub(crate) mod qcow2;
 pub(crate) mod raw;
@@ -42,7 +44,7 @@ pub(crate) use error::ImageError;
 pub(crate) use place::{Access, Place, Ticket, TicketIssuer};
 pub(crate) use self::qcow2::Qcow2Image;
 pub(crate) use raw::{OpenOptions, RawImage};
-pub(crate) use task::{Buffers, Task};
+pub(crate) use task::{Buffers, Executor, PendingTask, Task};
 
 /// Bytes of a sector, the unit of every virtio-blk request (Virtio 1.2 section 5.2.2).
 pub(crate) const SECTOR_BYTES: u64 = 512;
@@ -111,6 +113,17 @@ pub(crate) trait Image: Send + Sync + fmt::Debug {
     /// after reads and encrypted before writes, wherever it is stored. Not applied to
     /// [`Place::Zeroes`], [`Task::WriteZeroes`] and [`Task::Discard`].
     fn cipher(&self) -> Option<&dyn SectorCipher> {
+        None
+    }
+
+    /// An image with threads of its own, which takes many tasks at a time: they are handed over
+    /// there, and no worker waits for them. [`Image::perform`] works as well, for jobs.
+    fn executor(&self) -> Option<&dyn Executor> {
+        None
+    }
+
+    /// How the connection to the host that has the image is doing.
+    fn remote_status(&self) -> Option<::nbd::client::Status> {
         None
     }
 

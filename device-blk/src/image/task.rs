@@ -29,6 +29,20 @@ pub(crate) enum Task<'a> {
     Flush,
 }
 
+/// A task that outlives the call that hands it over; its memory stays valid until it is complete.
+pub(crate) trait PendingTask: Send {
+    fn task(&self) -> Task<'_>;
+
+    /// Whoever took it must call this, on whatever thread; the error is a number.
+    fn complete(self: Box<Self>, result: Result<(), i32>);
+}
+
+/// Works on tasks with threads of its own: see [`Image::executor`](super::Image::executor).
+pub(crate) trait Executor {
+    /// Takes a task over. Does not block.
+    fn begin(&self, pending: Box<dyn PendingTask>);
+}
+
 /// Memory of a task: a guest's, which it may change at any time, or a buffer of ours. Never a
 /// `&[u8]`.
 ///

@@ -16,5 +16,6 @@ mod polling;
 mod qcow2;
 mod qcow2_crash;
 mod qemu;
+mod remote;
 mod sandboxed;
 mod wrong_requests;

@@ -4,12 +4,13 @@
 //! is believed: cookies, lengths and offsets are checked against what was asked, and a read
 //! counts only when each of its bytes came exactly once.
 //!
-//! A server that owes answers and says nothing for the stall timeout gets no further requests:
-//! our half of the connection is closed, its answers are still taken, and its end is awaited
-//! ([`Outcome::Lost`] then). Only a closed connection tells that the server will not carry out
-//! an old write after a new one has been sent over the next connection. Where sessions are
-//! ordered by a claim, the server sees to that, and the connection is given up after a second
-//! timeout.
+//! A connection must not be left while the server may still carry out writes of it: one that comes
+//! late would undo what is written over the next connection. Hence:
+//! - A server that is silent is waited for, whatever it takes; its end, or its kernel's, shows.
+//! - When another connection of the session is lost, this one is used up: it takes nothing new,
+//!   and is closed when everything was answered.
+//! - Where sessions are ordered by a claim the server sees to all that: a silent connection is
+//!   closed on our half after the stall timeout and given up after another one.
 
 use std::collections::VecDeque;
 use std::io;
@@ -56,6 +57,8 @@ pub(super) struct Terms<'a> {
     pub(super) ledger: &'a super::ledger::Ledger,
     /// Set when the session ends, with a wake-up.
     pub(super) stop: &'a AtomicBool,
+    /// Set before that when the client ends: nobody waits for anything any more.
+    pub(super) is_closing: &'a AtomicBool,
     /// Set while the server owes answers and does not give them.
     pub(super) is_stalled: &'a AtomicBool,
     /// `NBD_FLAG_*`
@@ -77,9 +80,12 @@ pub(super) fn run(channel: Channel, terms: &Terms<'_>) -> Outcome {
         next_sequence: 0,
         incoming: Incoming::Header,
         last_progress: Instant::now(),
-        closing_since: None,
+        leaving: Leaving::No,
     };
     let outcome = link.serve();
+    if !matches!(outcome, Outcome::Stopped) {
+        link.await_end();
+    }
     terms.is_stalled.store(false, Ordering::Relaxed);
     link.put_back();
     outcome
@@ -95,8 +101,17 @@ struct Link<'a> {
     incoming: Incoming,
     /// When the server last sent something, or was given something to do after a pause.
     last_progress: Instant,
-    /// Our half has been closed.
-    closing_since: Option<Instant>,
+    leaving: Leaving,
+}
+
+/// How far we are from leaving the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leaving {
+    No,
+    /// Nothing new is taken.
+    UsedUp,
+    /// Our half is closed, since then.
+    Closed(Instant),
 }
 
 struct Inflight {
@@ -144,17 +159,26 @@ impl Link<'_> {
 
     fn step(&mut self) -> io::Result<Option<Outcome>> {
         if self.terms.stop.load(Ordering::SeqCst) {
-            self.say_goodbye();
-            return Ok(Some(Outcome::Stopped));
+            if self.terms.is_closing.load(Ordering::SeqCst) {
+                self.say_goodbye();
+                return Ok(Some(Outcome::Stopped));
+            }
+            if self.terms.is_claimed {
+                self.close();
+            } else if self.leaving == Leaving::No {
+                self.leaving = Leaving::UsedUp;
+            }
+            if self.inflight() == 0 {
+                self.say_goodbye();
+                return Ok(Some(Outcome::Stopped));
+            }
         }
         self.frame_requests();
         self.channel.send()?;
         let received = self.channel.receive()?;
         if received == Received::Bytes {
             self.last_progress = Instant::now();
-            if self.closing_since.is_none() {
-                self.terms.is_stalled.store(false, Ordering::Relaxed);
-            }
+            self.terms.is_stalled.store(false, Ordering::Relaxed);
             return match self.take_replies()? {
                 None => Ok(None),
                 Some(End::Fenced) => Ok(Some(Outcome::Fenced)),
@@ -171,7 +195,7 @@ impl Link<'_> {
         if self
             .terms
             .inbox
-            .fall_asleep(self.takes_requests(), self.terms.stop)
+            .fall_asleep(self.takes_requests(), self.sign_to_wake())
         {
             let ready = self
                 .channel
@@ -183,60 +207,100 @@ impl Link<'_> {
         Ok(None)
     }
 
+    /// What has not been heeded yet.
+    fn sign_to_wake(&self) -> &AtomicBool {
+        match self.leaving {
+            Leaving::No => self.terms.stop,
+            Leaving::UsedUp | Leaving::Closed(_) => self.terms.is_closing,
+        }
+    }
+
+    fn close(&mut self) {
+        if !matches!(self.leaving, Leaving::Closed(_)) {
+            self.leaving = Leaving::Closed(Instant::now());
+            self.channel.close_write();
+        }
+    }
+
+    /// Waits for the server to close a connection that is lost, which it does at once if it was
+    /// the server's doing.
+    fn await_end(&mut self) {
+        self.close();
+        loop {
+            match self.channel.receive() {
+                Ok(Received::Bytes) => {
+                    let len = self.channel.input().len();
+                    self.channel.consume(len);
+                    continue;
+                }
+                Ok(Received::Nothing) => (),
+                Ok(Received::End) | Err(_) => return,
+            }
+            if self.terms.is_closing.load(Ordering::SeqCst) || self.check_stall().is_err() {
+                return;
+            }
+            let inbox = self.terms.inbox;
+            if inbox.fall_asleep(false, self.terms.is_closing) {
+                let waited = self.channel.wait(true, inbox.wake_fd(), self.patience());
+                inbox.woke_up();
+                if waited.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
     fn inflight(&self) -> usize {
         MAX_INFLIGHT - self.free.len()
     }
 
     fn takes_requests(&self) -> bool {
-        self.closing_since.is_none()
+        self.leaving == Leaving::No
             && !self.free.is_empty()
             && self.channel.unsent_bytes() < MAX_UNSENT_BYTES
     }
 
     /// How long nothing may happen.
     fn patience(&self) -> Duration {
-        if self.inflight() == 0 {
+        /// For what is an event: answers, the end.
+        const LOOK_INTERVAL: Duration = Duration::from_secs(60);
+        let since = match self.leaving {
+            Leaving::Closed(since) => since,
             // Keepalive tells of a dead peer, and then the socket becomes readable.
-            return Duration::from_secs(60);
-        }
-        let since = self.closing_since.unwrap_or(self.last_progress);
+            _ if self.inflight() == 0 => return LOOK_INTERVAL,
+            _ => self.last_progress,
+        };
         let left = (since + self.terms.stall_timeout).saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            // Waiting for the end of a half-closed connection, which is an event.
-            Duration::from_secs(60)
-        } else {
-            left
-        }
+        if left.is_zero() { LOOK_INTERVAL } else { left }
     }
 
     fn check_stall(&mut self) -> io::Result<()> {
-        if self.inflight() == 0 && self.closing_since.is_none() {
-            return Ok(());
-        }
         let now = Instant::now();
-        match self.closing_since {
-            None if now >= self.last_progress + self.terms.stall_timeout => {
-                tracing::warn!(
-                    requests = self.inflight(),
-                    "the NBD server has not answered for {:?}; waiting for it to close the \
-                     connection",
-                    self.terms.stall_timeout
-                );
-                self.terms.is_stalled.store(true, Ordering::Relaxed);
-                self.closing_since = Some(now);
-                if self.channel.unsent_bytes() > 0 {
-                    // It does not even take what was sent. A request cut in two is never
-                    // carried out; those before it may be.
-                    tracing::debug!("a request stays half sent");
+        let is_late = |since: Instant| now >= since + self.terms.stall_timeout;
+        match self.leaving {
+            Leaving::Closed(since) => {
+                if self.terms.is_claimed && is_late(since) {
+                    return Err(io::ErrorKind::TimedOut.into());
                 }
-                self.channel.close_write();
-                Ok(())
             }
-            Some(since) if self.terms.is_claimed && now >= since + self.terms.stall_timeout => {
-                Err(io::ErrorKind::TimedOut.into())
+            Leaving::No | Leaving::UsedUp => {
+                if self.inflight() == 0 || !is_late(self.last_progress) {
+                    return Ok(());
+                }
+                if !self.terms.is_stalled.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        requests = self.inflight(),
+                        "the NBD server owes answers and has been silent for {:?}",
+                        self.terms.stall_timeout
+                    );
+                }
+                if self.terms.is_claimed {
+                    // A request that is cut in two thereby is never carried out.
+                    self.close();
+                }
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     fn frame_requests(&mut self) {
@@ -522,7 +586,7 @@ impl Link<'_> {
 
     /// The end of a session that has nothing under way: the server need not find out by itself.
     fn say_goodbye(&mut self) {
-        if self.closing_since.is_none() && self.channel.unsent_bytes() == 0 {
+        if self.channel.unsent_bytes() == 0 && !matches!(self.leaving, Leaving::Closed(_)) {
             let disc = RequestHeader {
                 flags: 0,
                 command: command::DISC,

@@ -13,10 +13,11 @@
 //! # What is promised
 //! - A request is answered once. When a connection is lost its requests are sent again over the
 //!   next one, before anything that was asked for later by whoever waits for them.
-//! - The server may carry out a write twice, but never after a later write to the same place:
-//!   a session begins when the server has closed the connections of the one before, or when the
-//!   kernel gave them up, or when a server that orders sessions ([`crate::Generation`]) has
-//!   fenced them. Connections of one session end together for this reason.
+//! - The server may carry out a write twice, but not after a later write to the same place: a
+//!   session begins when the connections of the one before are answered in full or gone with
+//!   their server, or when a server that orders sessions ([`crate::Generation`]) has fenced
+//!   them. Of a server that does not, one thing is assumed: when the kernel gives a connection
+//!   up for want of acknowledgements (25 s), the server does not act on it later.
 //! - A write that was answered has reached the server's page cache: it outlives the server's
 //!   process. It outlives the server's host from the next answered flush on, or at once with
 //!   [`Options::every_write_durable`]. Should the host lose answered writes, flushes fail from
@@ -242,7 +243,7 @@ pub fn connect(dialer: Box<dyn Dial>, options: Options) -> Result<Connected, Con
     let mut owner = Owner {
         dialer,
         options,
-        instance: rand::random(),
+        instance: u128::from_ne_bytes(random_bytes()),
         epoch: 0,
     };
     let session = owner.open_session()?;
@@ -306,6 +307,11 @@ impl Connected {
         self.session.export.size_bytes
     }
 
+    /// See [`Client::min_block_bytes`].
+    pub fn min_block_bytes(&self) -> u32 {
+        self.session.export.min_block_bytes
+    }
+
     /// Starts the threads; `name` is theirs.
     ///
     /// # Errors
@@ -346,6 +352,17 @@ impl Connected {
             .map_err(ConnectError::Resources)?;
         Ok(Client { shared })
     }
+}
+
+/// Of the kernel. (The usual crates open a file where libc is linked statically, and this process
+/// may open none.)
+fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    // SAFETY: `bytes` is N bytes to write to.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
+    // Cannot fail for so few bytes, as getrandom(2) says.
+    assert_eq!(got, N as isize, "getrandom: {}", io::Error::last_os_error());
+    bytes
 }
 
 /// The kernel keeps 15 bytes.
@@ -555,7 +572,7 @@ impl Client {
 impl Drop for Client {
     fn drop(&mut self) {
         let situation = self.shared.lock();
-        self.shared.is_closing.store(true, Ordering::Release);
+        self.shared.is_closing.store(true, Ordering::SeqCst);
         self.shared.stop_session.store(true, Ordering::SeqCst);
         self.shared.closing.notify_all();
         drop(situation);
@@ -682,7 +699,8 @@ impl Supervisor {
                 tracing::warn!(disk = self.name, "{reason}; trying again");
             }
             // Many disks of one server do not come back in step.
-            let jitter = rand::random_range(0.75..1.25);
+            let [random] = random_bytes();
+            let jitter = 0.75 + f64::from(random) / 512.0;
             if !shared.pause(pause.mul_f64(jitter)) {
                 shared.fail_for_good(libc::ESHUTDOWN);
                 return None;
@@ -786,6 +804,7 @@ impl Shared {
             inbox: &self.inboxes[index],
             ledger: &self.ledger,
             stop: &self.stop_session,
+            is_closing: &self.is_closing,
             is_stalled: &self.is_stalled,
             flags: link.export.flags,
             structured_replies: link.structured_replies,

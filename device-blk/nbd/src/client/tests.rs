@@ -285,6 +285,10 @@ fn fake(then: impl FnOnce(UnixStream) + Send + 'static) -> UnixStream {
             let option = crate::wire::be32(&header, 8);
             let mut payload = vec![0; crate::wire::be32(&header, 12) as usize];
             server.read_exact(&mut payload).unwrap();
+            if option == crate::wire::option::CLAIM {
+                let claimed = crate::wire::reply::CLAIMED;
+                server.write_all(&reply(option, claimed, &[7; 16])).unwrap();
+            }
             if option == crate::wire::option::GO {
                 let mut export = vec![0, 0];
                 export.extend_from_slice(&MIB.to_be_bytes());
@@ -427,25 +431,56 @@ fn read_with_a_gap_is_an_error() {
 }
 
 #[test]
-fn silent_server_is_left_when_it_has_closed() {
+fn silent_server_is_waited_for() {
+    let (links, dialer) = dialer();
+    let (go_on, may_go_on) = channel();
+    let link = fake(move |mut server| {
+        let request = read_request(&mut server);
+        may_go_on.recv_timeout(DEADLINE).unwrap();
+        server.write_all(&chunk(0, 1, request.cookie, &[])).unwrap();
+        let _ = server.read(&mut [0; 1]);
+    });
+    links.send(link).unwrap();
+    let options = Options {
+        stall_timeout: Duration::from_millis(50),
+        ..options()
+    };
+    let client = Arc::new(connect(dialer, options).unwrap().start("t").unwrap());
+    let caller = Arc::clone(&client);
+    let flush = thread::spawn(move || caller.perform(Command::Flush));
+    await_true("the silence is noticed", || {
+        client.status().state == State::Stalled
+    });
+    go_on.send(()).unwrap();
+    assert_eq!(flush.join().unwrap(), Ok(()));
+    assert_eq!(client.status().state, State::Serving);
+    assert_eq!(client.status().reconnects, 0);
+}
+
+/// Where the server orders sessions.
+#[test]
+fn silent_connection_is_given_up_for_another() {
     let file = image(MIB);
-    let own = Own::start(&file, MIB, None);
+    let fence = Fence::open(tempfile::tempfile().unwrap()).unwrap();
+    let own = Own::start(&file, MIB, Some(fence));
     let (links, dialer) = dialer();
     let (closed, is_closed) = channel();
     let link = fake(move |mut server| {
         read_request(&mut server);
         // The end of the client's half is the sign that it has lost patience.
         assert_eq!(server.read(&mut [0; 1]).unwrap(), 0);
-        closed.send(()).unwrap();
+        closed.send(server).unwrap();
     });
     links.send(link).unwrap();
     let options = Options {
-        stall_timeout: Duration::from_millis(100),
+        generation: Some(Generation(1)),
+        stall_timeout: Duration::from_millis(50),
         ..options()
     };
     let client = connect(dialer, options).unwrap().start("t").unwrap();
     links.send(own.link()).unwrap();
     assert_eq!(client.read_at(0, 512).unwrap(), vec![0; 512]);
+    // Which was kept open all the time.
     is_closed.recv_timeout(DEADLINE).unwrap();
 }
 

@@ -215,6 +215,10 @@ fn attend(socket: OwnedFd, served: &Served, answers: &Arc<Inbox<Answer>>, stop: 
     let agreed = match handshake::shake_hands(socket, served, deadline) {
         Ok(agreed) => agreed,
         Err(handshake::Ended::Aborted) => return,
+        // Somebody looked whether there is a server.
+        Err(handshake::Ended::Io(error)) => {
+            return tracing::debug!("a client has left before its first request: {error}");
+        }
         Err(error) => {
             let cause = std::error::Error::source(&error)
                 .map(|source| format!(": {source}"))
