@@ -88,11 +88,6 @@ pub(crate) fn downgrade(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Lets a reader become the writer again; false when there is another reader.
-pub(crate) fn upgrade(file: &File) -> io::Result<bool> {
-    Ok(try_acquire(file, false)?.is_none())
-}
-
 /// One attempt; `Some` tells who is in the way.
 fn try_acquire(file: &File, read_only: bool) -> io::Result<Option<&'static str>> {
     const OURS: &str = "it holds a lock on the whole image, as device-blk does";

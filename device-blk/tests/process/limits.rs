@@ -79,11 +79,9 @@ fn bytes_a_second_hold_for_large_requests() {
     let mut client = Client::connect(&manager.place.socket("a"));
     let took = time(&mut client, false, 9 * 16 - 64, 8, 64 << 10);
     assert_about(took, 0.5, "5 MiB at 8 MiB/s with 1 MiB at once");
-    assert_about(
-        time(&mut client, false, 3, 1, 1 << 20),
-        0.3,
-        "above the burst",
-    );
+    // What was unused in between may be one burst.
+    let took = time(&mut client, false, 3, 1, 1 << 20);
+    assert_about(took, 0.25, "above the burst");
 }
 
 #[test]
@@ -148,12 +146,12 @@ fn queues_share_a_limit_fairly() {
     let (_daemon, manager) = limited("queues=2,write-iops=200,write-iops-burst=4");
     let socket = manager.place.socket("a");
     let mut client = Client::connect_with(&socket, 2, all_features());
-    // Queue 0 always has 40 requests waiting, queue 1 just two.
+    // Queue 0 always has 40 requests waiting, queue 1 twelve.
     for id in 0..40 {
         client.submit_write(0, 0, 0, 4096, id);
     }
     client.kick(0);
-    for id in 0..2 {
+    for id in 0..12 {
         client.submit_write(1, 0, 0, 4096, id);
     }
     let mut of_busy = 0;
@@ -168,7 +166,7 @@ fn queues_share_a_limit_fairly() {
         client.kick(0);
     }
     assert!(
-        (20..=120).contains(&of_busy),
+        (20..=150).contains(&of_busy),
         "{of_busy} of the busy queue while the other had 60"
     );
 }
