@@ -14,28 +14,27 @@
 //! and not used, never the opposite. Clusters are reserved in batches that grow with the demand,
 //! which makes the write and the flush for it rare.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+mod counts;
+mod metadata;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::entry;
+pub(crate) use counts::read_table;
+pub(crate) use metadata::Metadata;
+
 use crate::epoch::Epochs;
 use crate::error::Error;
-use crate::header::{self, Header, MAX_OFFSET, at, be64, put32, put64};
-use crate::refcount;
-use crate::storage::{Buffer, SECTOR_BYTES, Storage};
+use crate::header::{Header, MAX_OFFSET};
+use crate::storage::Storage;
+use counts::Counts;
 
 /// A batch is between these sizes.
 const MIN_BATCH_BYTES: u64 = 1 << 20;
 const MAX_BATCH_BYTES: u64 = 64 << 20;
-/// Refcount blocks are read and written in pieces of at most this size.
-const MAX_PIECE_BYTES: u64 = 4096;
-/// Cached pieces (1 MiB).
-const MAX_PIECES: usize = 256;
-/// As QEMU: `QCOW_MAX_REFTABLE_SIZE`, in bytes.
-const MAX_TABLE_BYTES: u64 = 8 << 20;
 /// Freed runs of clusters that may wait for a flush by somebody else.
 const MAX_WAITING: usize = 1024;
 /// How often tickets are looked at while they are waited for.
@@ -48,45 +47,6 @@ pub(crate) struct Run {
     pub(crate) count: u64,
     /// They read as zeroes.
     pub(crate) zeroed: bool,
-}
-
-/// Clusters that hold tables, and where the file ends: nothing else is taken for data.
-#[derive(Debug, Default)]
-pub(crate) struct Metadata {
-    clusters: RwLock<HashSet<u64>>,
-    /// Clusters of the file.
-    end: AtomicU64,
-}
-
-impl Metadata {
-    /// Whether a data cluster can be here.
-    pub(crate) fn admits(&self, cluster: u64) -> bool {
-        cluster < self.end.load(Ordering::Acquire) && !self.contains(cluster)
-    }
-
-    fn contains(&self, cluster: u64) -> bool {
-        self.clusters
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains(&cluster)
-    }
-
-    pub(crate) fn add(&self, clusters: impl IntoIterator<Item = u64>) {
-        self.clusters
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .extend(clusters);
-    }
-
-    pub(crate) fn remove(&self, clusters: impl IntoIterator<Item = u64>) {
-        let mut set = self
-            .clusters
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        for cluster in clusters {
-            set.remove(&cluster);
-        }
-    }
 }
 
 /// The allocator of one image that is written.
@@ -118,25 +78,6 @@ struct Draining {
     freed: Vec<Freed>,
 }
 
-#[derive(Debug)]
-struct Counts {
-    /// Offsets of refcount blocks; 0 for none.
-    table: Vec<u64>,
-    table_offset: u64,
-    table_clusters: u64,
-    pieces: HashMap<u64, Buffer>,
-    /// Oldest first.
-    order: VecDeque<u64>,
-    /// No cluster below is free.
-    hint: u64,
-    /// No cluster from here on was ever used.
-    fresh_from: u64,
-    reserved: VecDeque<Run>,
-    batch_clusters: u64,
-    /// No longer used, and waiting for a flush.
-    unsynced: Vec<Run>,
-}
-
 impl Allocator {
     pub(crate) fn open(
         storage: Storage,
@@ -150,9 +91,10 @@ impl Allocator {
             .map_err(Error::io("measure the image"))?;
         let end = file_len.div_ceil(header.cluster_bytes());
         let table = read_table(&storage, header, file_len)?;
+        let tables = metadata::tables_of(header, &table, l1)?;
         let metadata = Arc::new(Metadata::default());
         metadata.end.store(end, Ordering::Release);
-        metadata.add(tables_of(header, &table, l1)?);
+        metadata.add(tables);
         let counts = Counts {
             table,
             table_offset: header.refcount_table_offset,
@@ -420,278 +362,13 @@ impl Allocator {
         )
     }
 
-    /// Makes a refcount block, if there is none for these clusters yet. It takes the first
-    /// cluster that it counts.
-    fn ensure_block(&self, counts: &mut Counts, block: u64) -> io::Result<()> {
-        if block as usize >= counts.table.len() {
-            self.grow_table(counts, block + 1)?;
-        }
-        if counts.table[block as usize] != 0 {
-            return Ok(());
-        }
-        let cluster = block * self.counts_per_block();
-        if self.metadata.contains(cluster) {
-            return Err(broken("a table where nothing is counted"));
-        }
-        self.extend(cluster + 1)?;
-        let mut content = Buffer::new(1 << self.cluster_bits);
-        refcount::set(&mut content, self.order, 0, 1);
-        let offset = cluster << self.cluster_bits;
-        self.storage.write(&content, offset)?;
-        self.storage.sync()?;
-        let first = block / 64 * 64;
-        let mut sector = Buffer::new(SECTOR_BYTES as usize);
-        for (index, bytes) in (first..).zip(sector.chunks_exact_mut(8)) {
-            let entry = match index == block {
-                true => offset,
-                false => counts.table.get(index as usize).copied().unwrap_or(0),
-            };
-            bytes.copy_from_slice(&entry.to_be_bytes());
-        }
-        self.storage
-            .write(&sector, counts.table_offset + first * 8)?;
-        counts.table[block as usize] = offset;
-        counts.fresh_from = counts.fresh_from.max(cluster + 1);
-        self.metadata.add([cluster]);
-        Ok(())
-    }
-
-    /// Moves the refcount table behind all that is counted, with room for twice as much. The
-    /// blocks that count the new table lie in front of it.
-    fn grow_table(&self, counts: &mut Counts, blocks: u64) -> io::Result<()> {
-        let per_block = self.counts_per_block();
-        let old_blocks = counts.table.len() as u64;
-        let cluster_bytes = 1 << self.cluster_bits;
-        let entries_per_cluster = cluster_bytes / 8;
-        let max_clusters = MAX_TABLE_BYTES.div_ceil(cluster_bytes);
-        let mut new_blocks = 1;
-        let table_clusters = loop {
-            let needed = blocks.max(old_blocks * 2) + new_blocks;
-            let clusters = needed.div_ceil(entries_per_cluster).min(max_clusters);
-            let described = (new_blocks + clusters).div_ceil(per_block);
-            if described == new_blocks {
-                break clusters;
-            }
-            new_blocks = described;
-        };
-        if (old_blocks + new_blocks).max(blocks) > table_clusters * entries_per_cluster {
-            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
-        }
-        let first = old_blocks * per_block;
-        let used = new_blocks + table_clusters;
-        self.extend(first + used)?;
-        let mut table = counts.table.clone();
-        for index in 0..new_blocks {
-            let mut content = Buffer::new(cluster_bytes as usize);
-            let here = used.saturating_sub(index * per_block).min(per_block);
-            for count in 0..here as usize {
-                refcount::set(&mut content, self.order, count, 1);
-            }
-            let offset = (first + index) << self.cluster_bits;
-            self.storage.write(&content, offset)?;
-            table.push(offset);
-        }
-        table.resize((table_clusters * entries_per_cluster) as usize, 0);
-        let mut content = Buffer::new(table.len() * 8);
-        for (entry, bytes) in table.iter().zip(content.chunks_exact_mut(8)) {
-            bytes.copy_from_slice(&entry.to_be_bytes());
-        }
-        let table_first = first + new_blocks;
-        let table_offset = table_first << self.cluster_bits;
-        self.storage.write(&content, table_offset)?;
-        self.storage.sync()?;
-        header::rewrite(&self.storage, |sector| {
-            put64(sector, at::REFCOUNT_TABLE_OFFSET, table_offset);
-            put32(sector, at::REFCOUNT_TABLE_CLUSTERS, table_clusters as u32);
-        })?;
-        self.metadata.add(first..first + used);
-        let old = counts.table_offset >> self.cluster_bits;
-        let old_clusters = old..old + counts.table_clusters;
-        self.metadata.remove(old_clusters);
-        counts.unsynced.push(Run {
-            first: old,
-            count: counts.table_clusters,
-            zeroed: false,
-        });
-        counts.table = table;
-        counts.table_offset = table_offset;
-        counts.table_clusters = table_clusters;
-        counts.fresh_from = counts.fresh_from.max(first + used);
-        Ok(())
-    }
-
-    fn counts_per_block(&self) -> u64 {
-        (8 << self.cluster_bits) >> self.order
-    }
-
-    fn piece_bytes(&self) -> u64 {
-        (1 << self.cluster_bits).min(MAX_PIECE_BYTES)
-    }
-
-    fn counts_per_piece(&self) -> u64 {
-        (self.piece_bytes() * 8) >> self.order
-    }
-
-    /// The count of a cluster; 0 where there is no block.
-    fn count(&self, counts: &mut Counts, cluster: u64) -> io::Result<u64> {
-        let piece = cluster / self.counts_per_piece();
-        let index = (cluster % self.counts_per_piece()) as usize;
-        Ok(match self.piece(counts, piece)? {
-            Some((bytes, _)) => refcount::get(bytes, self.order, index),
-            None => 0,
-        })
-    }
-
-    /// The first cluster from this one on, in its piece, whose count is 0.
-    fn first_free_in_piece(&self, counts: &mut Counts, cluster: u64) -> io::Result<Option<u64>> {
-        let per_piece = self.counts_per_piece();
-        let (piece, order) = (cluster / per_piece, self.order);
-        let Some((bytes, _)) = self.piece(counts, piece)? else {
-            return Ok(Some(cluster));
-        };
-        let mut rest = cluster % per_piece..per_piece;
-        let free = rest.find(|&index| refcount::get(bytes, order, index as usize) == 0);
-        Ok(free.map(|index| piece * per_piece + index))
-    }
-
-    /// Changes the counts of clusters side by side, piece by piece. `None` leaves one as it is.
-    fn change(
-        &self,
-        counts: &mut Counts,
-        first: u64,
-        count: u64,
-        change: impl Fn(u64) -> Option<u64>,
-    ) -> io::Result<()> {
-        let per_piece = self.counts_per_piece();
-        let mut cluster = first;
-        while cluster < first + count {
-            let piece = cluster / per_piece;
-            let end = (first + count).min((piece + 1) * per_piece);
-            let order = self.order;
-            let Some((bytes, offset)) = self.piece(counts, piece)? else {
-                return Err(broken("a cluster that is used and not counted"));
-            };
-            let mut new = Buffer::new(bytes.len());
-            new.copy_from_slice(bytes);
-            for index in cluster % per_piece..cluster % per_piece + (end - cluster) {
-                let now = refcount::get(bytes, order, index as usize);
-                if let Some(value) = change(now) {
-                    if value > refcount::max(order) {
-                        return Err(broken("a reference count that is as high as it can be"));
-                    }
-                    refcount::set(&mut new, order, index as usize, value);
-                }
-            }
-            self.storage.write(&new, offset)?;
-            counts.pieces.insert(piece, new);
-            cluster = end;
-        }
-        Ok(())
-    }
-
-    /// A piece of a refcount block, and where it is in the file.
-    fn piece<'a>(
-        &self,
-        counts: &'a mut Counts,
-        piece: u64,
-    ) -> io::Result<Option<(&'a Buffer, u64)>> {
-        let per_block = self.counts_per_block() / self.counts_per_piece();
-        let block = counts.table.get((piece / per_block) as usize).copied();
-        let Some(block) = block.filter(|&block| block != 0) else {
-            return Ok(None);
-        };
-        let offset = block + piece % per_block * self.piece_bytes();
-        if !counts.pieces.contains_key(&piece) {
-            let content = self.storage.read_new(offset, self.piece_bytes() as usize)?;
-            if counts.pieces.len() >= MAX_PIECES
-                && let Some(oldest) = counts.order.pop_front()
-            {
-                counts.pieces.remove(&oldest);
-            }
-            counts.pieces.insert(piece, content);
-            counts.order.push_back(piece);
-        }
-        Ok(Some((&counts.pieces[&piece], offset)))
-    }
-
     fn lock(&self) -> MutexGuard<'_, Counts> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn broken(what: &str) -> io::Error {
-    io::Error::from(Error::corrupt(what))
-}
-
-/// The refcount table, whose entries were checked.
-pub(crate) fn read_table(
-    storage: &Storage,
-    header: &Header,
-    file_len: u64,
-) -> Result<Vec<u64>, Error> {
-    let len_bytes = u64::from(header.refcount_table_clusters) << header.cluster_bits;
-    if len_bytes == 0
-        || header.refcount_table_offset + len_bytes
-            > file_len.next_multiple_of(header.cluster_bytes())
-    {
-        return Err(Error::corrupt("a refcount table that is not in the file"));
-    }
-    let bytes = storage
-        .read_new(header.refcount_table_offset, len_bytes as usize)
-        .map_err(Error::io("read the refcount table"))?;
-    let table: Vec<u64> = bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect();
-    let mut seen = HashSet::new();
-    for &entry in table.iter().filter(|&&entry| entry != 0) {
-        if !entry.is_multiple_of(header.cluster_bytes()) || entry >= MAX_OFFSET {
-            return Err(Error::corrupt(format!("a refcount block at {entry:#x}")));
-        }
-        if !seen.insert(entry) {
-            return Err(Error::corrupt(format!("two refcount blocks at {entry:#x}")));
-        }
-    }
-    Ok(table)
-}
-
-/// Numbers of the clusters that hold the header and the tables of an image.
-///
-/// # Errors
-/// Two tables lie in the same cluster.
-fn tables_of(header: &Header, refcount_table: &[u64], l1: &[u64]) -> Result<HashSet<u64>, Error> {
-    let cluster_bits = header.cluster_bits;
-    let l1_clusters = (u64::from(header.l1_entries) * 8).div_ceil(header.cluster_bytes());
-    let l1_first = header.l1_offset >> cluster_bits;
-    let table_first = header.refcount_table_offset >> cluster_bits;
-    let mut clusters = HashSet::from([0]);
-    let mut add = |cluster| {
-        if clusters.insert(cluster) {
-            return Ok(());
-        }
-        Err(Error::corrupt(format!(
-            "two tables in the cluster at {:#x}",
-            cluster << cluster_bits
-        )))
-    };
-    (l1_first..l1_first + l1_clusters).try_for_each(&mut add)?;
-    (table_first..table_first + u64::from(header.refcount_table_clusters))
-        .try_for_each(&mut add)?;
-    for &block in refcount_table.iter().filter(|&&block| block != 0) {
-        add(block >> cluster_bits)?;
-    }
-    for &l1_entry in l1 {
-        if let Some(table) = entry::l2_table(l1_entry, cluster_bits)? {
-            if l1_entry & entry::COPIED == 0 {
-                return Err(Error::corrupt(
-                    "an L2 table that is shared, without a snapshot",
-                ));
-            }
-            add(table >> cluster_bits)?;
-        }
-    }
-    Ok(clusters)
-}
-
-/// Sorts runs, and joins those that touch and those of one cluster that was freed for each of
-/// several references apart from the others.
+/// Sorts runs and joins those that touch. A cluster that was freed once for each of several
+/// references stays as often in the list.
 fn merge(mut runs: Vec<Run>) -> Vec<Run> {
     runs.sort_by_key(|run| run.first);
     let mut merged: Vec<Run> = Vec::with_capacity(runs.len());

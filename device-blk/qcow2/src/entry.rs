@@ -134,7 +134,7 @@ mod tests {
             };
             let compressed = Compressed {
                 offset: 3 * cluster_bytes + 77,
-                len_bytes: 1024 - 77 % 512,
+                len_bytes: 1024 - 77,
             };
             for mapping in [
                 Mapping::Absent,

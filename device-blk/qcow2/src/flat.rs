@@ -46,7 +46,7 @@ impl Entry {
     pub(crate) fn file(number: usize, offset_bytes: u64, writable: bool) -> Self {
         debug_assert!(number < 256 && offset_bytes / 512 <= SECTOR_MASK);
         let writable = if writable { WRITABLE } else { 0 };
-        Self(FILE | writable | (number as u64) << FILE_SHIFT | offset_bytes / 512)
+        Self(FILE | writable | (number as u64) << FILE_SHIFT | (offset_bytes / 512))
     }
 
     /// Number and offset, if it is in a file.

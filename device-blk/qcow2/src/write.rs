@@ -228,7 +228,7 @@ impl Piece<'_> {
             plain.start = border;
         }
         if keeps_tail && plain.start < range.end {
-            let border = plain.start.max(range.end - 1 >> bits << bits);
+            let border = plain.start.max((range.end - 1) >> bits << bits);
             self.assemble(border..range.end, host_of(border >> bits << bits))?;
             plain.end = border;
         }
