@@ -33,7 +33,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
 /// Crates that must stay out of the process that runs vCPUs, and why.
 const NEVER_IN_VMM_CORE: &[(&str, &str)] = &[
     ("io-uring", "vmm-core does no block I/O"),
-    ("imago", "vmm-core knows no image format"),
+    ("qcow2", "vmm-core knows no image format"),
     ("rtnetlink", "vmm-core knows no tap"),
     ("redb", "vmm-core knows no store"),
     ("device-blk", "devices are other processes"),
