@@ -3,20 +3,24 @@
 //! ```text
 //! control socket ─ api::daemon ─┐
 //!                               ├─ daemon: Disk ─ vhost_user::Server ─ device ─ engine ─ image
-//! --disk ─ cli ─────────────────┘                  (one thread a queue)   │
-//!                                                                      request
+//! --disk ─ cli ─ assembly ──────┤                  (one thread a queue)   │
+//! control socket ─ disks ───────┘                                      request
+//!                 (service Disks: limits, resize, snapshots, jobs)
 //! ```
 //!
 //! | module | what it does |
 //! |---|---|
 //! | [`cli`], [`daemon`], [`confinement`] | starting up and confining the process |
+//! | [`assembly`] | a disk's image, made of what was opened for it |
+//! | [`disk`], [`disks`], [`jobs`] | an attached disk, and what is asked of it while it is served |
+//! | [`limiter`], [`tracking`] | which requests may begin, and what they wrote |
 //! | [`device`] | features, configuration space, queues |
 //! | [`request`] | what drivers ask for, checked; no I/O |
 //! | [`engine`] | doing it with io_uring, one ring for each queue's thread |
 //! | [`image`] | files, their alignment and their locks |
 //! | [`nbd_serve`] | the other way round: an image for other hosts |
 //! | [`remote`] | disks on other hosts, and the process that connects to them |
-//! | [`stats`] | counters |
+//! | [`stats`], [`latency`] | counters and histograms |
 
 mod assembly;
 mod cli;

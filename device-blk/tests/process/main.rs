@@ -9,6 +9,7 @@ mod driver;
 mod encrypted;
 mod io;
 mod jobs;
+mod layers;
 mod limits;
 mod lifecycle;
 mod locks;
