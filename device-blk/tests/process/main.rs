@@ -7,6 +7,7 @@ mod crash;
 mod daemon;
 mod driver;
 mod encrypted;
+mod faults;
 mod io;
 mod jobs;
 mod layers;

@@ -25,7 +25,9 @@ pub enum Effect {
     Hold,
     /// It is carried out and answered so much later; others are not kept waiting.
     Delay(Duration),
-    /// Of a read or write only so many bytes are moved, and success is answered.
+    /// Of a read or write only so many bytes are moved, and success is answered. Linux 6.18
+    /// continues a short direct write through the page cache, and a write that stays short there
+    /// with the wrong bytes: let writes stay short at 4 KiB or more.
     Short(usize),
 }
 

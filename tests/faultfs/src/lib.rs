@@ -24,7 +24,7 @@ use tempfile::TempDir;
 
 pub use fault::{Effect, Fault, FaultId, Op};
 
-use server::{Server, Shared};
+use server::{DirectIo, Server, Shared};
 
 /// How long waits of a test last at most.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -45,6 +45,19 @@ impl FaultFs {
     /// # Errors
     /// The kernel refused: there is no `/dev/fuse`, or the process is not root.
     pub fn mount() -> io::Result<Self> {
+        Self::mount_with(DirectIo::Asynchronous)
+    }
+
+    /// The same, but direct I/O is waited for in the kernel by the thread that began it. FUSE
+    /// reports short direct writes only then; a killed process ends when its requests do.
+    ///
+    /// # Errors
+    /// As [`Self::mount`].
+    pub fn mount_synchronous() -> io::Result<Self> {
+        Self::mount_with(DirectIo::Synchronous)
+    }
+
+    fn mount_with(direct_io: DirectIo) -> io::Result<Self> {
         let mounted_at = tempfile::tempdir()?;
         let underneath = tempfile::tempdir()?;
         unshare(CloneFlags::CLONE_NEWNS)?;
@@ -54,7 +67,7 @@ impl FaultFs {
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("faultfs".to_owned())];
         config.acl = SessionACL::All;
-        let server = Server::new(underneath.path(), Arc::clone(&shared))?;
+        let server = Server::new(underneath.path(), Arc::clone(&shared), direct_io)?;
         let session = fuser::spawn_mount(server, mounted_at.path(), &config)?;
         Ok(Self {
             mounted_at,

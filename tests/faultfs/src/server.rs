@@ -21,6 +21,8 @@ use crate::files::{Files, OpenFile, locked};
 
 /// Attributes are never cached: files change underneath.
 const TTL: Duration = Duration::ZERO;
+/// Requests that the kernel lets a test hold; root may ask for so many.
+const MAX_HELD: u16 = 4096;
 
 /// What is done with a request in the end.
 type Action = Box<dyn FnOnce() + Send>;
@@ -95,11 +97,26 @@ pub(crate) struct Server {
     files: Files,
     shared: Arc<Shared>,
     later: Later,
+    direct_io: DirectIo,
+}
+
+/// Who waits for direct I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DirectIo {
+    /// Nobody in the kernel, as with local file systems: a process that dies leaves it behind.
+    Asynchronous,
+    /// The thread that began it.
+    Synchronous,
 }
 
 impl Server {
-    pub(crate) fn new(underneath: &Path, shared: Arc<Shared>) -> io::Result<Self> {
+    pub(crate) fn new(
+        underneath: &Path,
+        shared: Arc<Shared>,
+        direct_io: DirectIo,
+    ) -> io::Result<Self> {
         Ok(Self {
+            direct_io,
             files: Files::new(underneath),
             shared,
             later: Later::spawn()?,
@@ -141,8 +158,12 @@ impl Server {
 
 impl Filesystem for Server {
     fn init(&mut self, _: &fuser::Request, config: &mut KernelConfig) -> io::Result<()> {
-        // As local file systems do it: a process that dies leaves its direct I/O behind.
-        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        if self.direct_io == DirectIo::Asynchronous {
+            let asynchronous = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+            asynchronous.map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
+        }
+        // Requests that are held must not keep others waiting in the kernel.
+        let _ = config.set_max_background(MAX_HELD);
         Ok(())
     }
 
