@@ -18,8 +18,8 @@ use crate::daemon::{DEADLINE, Daemon, Place, await_true};
 use crate::io::pattern;
 
 const QUEUE_SIZE: u16 = 128;
-const SLOTS: u64 = 32;
-const BLOCK_BYTES: u64 = 32 << 10;
+pub(crate) const SLOTS: u64 = 32;
+pub(crate) const BLOCK_BYTES: u64 = 32 << 10;
 const HEADERS_GPA: u64 = 0x1_0000;
 const STATUS_GPA: u64 = 0x2_0000;
 const DATA_GPA: u64 = 0x10_0000;
@@ -38,18 +38,18 @@ impl Events for Indifferent {
 }
 
 /// A guest that writes blocks, each slot to its own place, and outlives daemons.
-struct Guest {
-    memory: Arc<GuestMemory>,
-    driver: DriverRing,
-    kick: EventFd,
-    link: Link,
+pub(crate) struct Guest {
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) driver: DriverRing,
+    pub(crate) kick: EventFd,
+    pub(crate) link: Link,
     /// Slot of each head in flight.
     slots: Vec<Option<u64>>,
-    pending: usize,
+    pub(crate) pending: usize,
 }
 
 impl Guest {
-    fn boot(place: &Place) -> Self {
+    pub(crate) fn boot(place: &Place) -> Self {
         let memory = Arc::new(GuestMemory::new(4 << 20).unwrap());
         let driver = DriverRing::new(&memory, 0, QUEUE_SIZE, 0);
         let layout = memory.layouts()[0];
@@ -99,7 +99,7 @@ impl Guest {
         }
     }
 
-    fn submit(&mut self, slot: u64, data: &[u8]) {
+    pub(crate) fn submit(&mut self, slot: u64, data: &[u8]) {
         let mut header = [0; 16];
         header[0] = 1;
         header[8..].copy_from_slice(&(slot * BLOCK_BYTES / 512).to_le_bytes());
@@ -117,7 +117,7 @@ impl Guest {
         self.kick.write(1).unwrap();
     }
 
-    fn reap(&mut self) -> usize {
+    pub(crate) fn reap(&mut self) -> usize {
         let mut reaped = 0;
         while let Some((head, _)) = self.driver.pop_used() {
             let slot = self.slots[usize::from(head)].take();
