@@ -2,7 +2,7 @@
 //! checking and describing them.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -164,7 +164,7 @@ fn open_base(
         }
         Format::Qcow2 => layers[2..]
             .iter()
-            .map(|layer| as_backing(layer))
+            .map(as_backing)
             .collect::<Result<Vec<_>, _>>()
             .and_then(|backing| Qcow2Image::open(file, name, backing, options))
             .map(|image| Arc::new(image) as Arc<dyn Image>),
@@ -264,14 +264,13 @@ pub(super) fn check(
 /// What `image` is and what it is based on.
 pub(super) fn describe(image: &dyn Image) -> ImageInfo {
     let file = image.plain_file().or_else(|| image.flush_file());
+    // SAFETY: `image` keeps its file open.
+    let file = file.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
     let mut info = ImageInfo {
         name: image.name().to_owned(),
         format: image.format().to_owned(),
         capacity_bytes: image.capacity_sectors() * SECTOR_BYTES,
-        // SAFETY: `image` keeps its file open.
-        allocated_bytes: file.map_or(0, |fd| {
-            allocated_bytes(unsafe { BorrowedFd::borrow_raw(fd) })
-        }),
+        allocated_bytes: file.map_or(0, allocated_bytes),
         cluster_bytes: 0,
         encrypted: image.cipher().is_some(),
         backing: Vec::new(),
@@ -287,8 +286,7 @@ pub(super) fn describe(image: &dyn Image) -> ImageInfo {
             Format::Raw => None,
             Format::Qcow2 => ::qcow2::Header::read(&layer.file).ok(),
         };
-        // SAFETY: the layer keeps its file open.
-        let file = unsafe { BorrowedFd::borrow_raw(layer.file.as_raw_fd()) };
+        let file = layer.file.as_fd();
         let len_bytes = || layer.file.metadata().map_or(0, |meta| meta.len());
         info.backing.push(ImageInfo {
             name: name.take().unwrap_or_default(),

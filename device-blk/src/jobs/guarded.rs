@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::copy::{Copier, CopyError, Fresh};
-use crate::image::{Access, DirectIo, Image, Place, SectorCipher, Task};
+use crate::image::{Access, DirectIo, Image, Place, Qcow2Image, SectorCipher, Task};
 use crate::tracking::Bitmap;
 
 /// A writer looks this often whether the copy was given up.
@@ -263,6 +263,10 @@ impl Image for Guarded {
 
     fn max_workers(&self) -> usize {
         self.inner.max_workers()
+    }
+
+    fn as_qcow2(&self) -> Option<&Qcow2Image> {
+        self.inner.as_qcow2()
     }
 
     fn resize(&self, capacity_sectors: u64) -> io::Result<()> {

@@ -9,6 +9,7 @@ mod driver;
 mod encrypted;
 mod faults;
 mod io;
+mod job_faults;
 mod jobs;
 mod layers;
 mod limits;
