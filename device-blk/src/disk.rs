@@ -20,6 +20,7 @@ use crate::image::{Image, SECTOR_BYTES};
 use crate::jobs::Jobs;
 use crate::latency::{Distribution, SlowThreshold};
 use crate::limiter::Limiter;
+use crate::remote;
 use crate::request::OpKind;
 use crate::tracking::Tracker;
 
@@ -179,6 +180,7 @@ impl ServedDevice for Disk {
                 slow_requests: stats.slow_requests,
                 latency: Some(stats.latency.summary()),
                 limits: Some(self.limiter.limits()),
+                nbd: image.remote_status().map(remote::describe),
             }),
             net: None,
         }

@@ -12,8 +12,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 
-use api::device::NbdSource;
-use nbd::client::{ConnectError, Connected, HandshakeError, Options};
+use api::device::{NbdSource, NbdStatus};
+use nbd::client::{ConnectError, Connected, HandshakeError, Options, State};
 use nbd::{Address, AddressError, Generation, MAX_PEM_BYTES, TlsClient, TlsError};
 use tonic::Status;
 
@@ -127,6 +127,26 @@ pub(crate) fn open(
         format!("{address}/{}", source.export),
         how.read_only,
     )))
+}
+
+/// For the control socket.
+pub(crate) fn describe(status: nbd::client::Status) -> NbdStatus {
+    let (state, reason) = match status.state {
+        State::Serving => ("serving", String::new()),
+        State::Stalled => (
+            "stalled",
+            "the server owes answers and is silent".to_owned(),
+        ),
+        State::Reconnecting { reason } => ("reconnecting", reason),
+        State::Failed { reason } => ("failed", reason),
+    };
+    NbdStatus {
+        state: state.to_owned(),
+        reason,
+        reconnects: status.reconnects,
+        connections: status.connections as u32,
+        encrypted: status.is_encrypted,
+    }
 }
 
 fn check(connected: &Connected, how: Use<'_>) -> Result<(), RemoteError> {

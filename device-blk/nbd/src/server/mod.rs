@@ -22,6 +22,8 @@ mod fence;
 mod handshake;
 mod pool;
 mod task;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::io;
