@@ -30,6 +30,8 @@ pub fn run(cli: Cli, started: Instant) -> ExitCode {
         .with_writer(io::stderr)
         .with_ansi(ansi)
         .init();
+    // A device of 64 queues needs some hundreds.
+    api::limits::raise_open_files();
     let outcome = match start(&cli, started) {
         Ok(outcome) => outcome,
         Err(why) => Outcome::VmmError(why),

@@ -11,7 +11,8 @@ use api::serve::{self, Services};
 use api::vmm::vmm_server::{Vmm, VmmServer};
 use api::vmm::{
     ConsoleInput, ConsoleOutput, DeviceConnection, DeviceHealth, GetVmmRequest, PauseRequest,
-    PowerButtonRequest, ResetRequest, ResumeRequest, StartRequest, StopRequest, VmmInfo, VmmState,
+    PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StartRequest,
+    StopRequest, VmmInfo, VmmState,
 };
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
@@ -231,6 +232,22 @@ impl Vmm for Controls {
 
     async fn stop(&self, _: Request<StopRequest>) -> Result<Response<VmmInfo>, Status> {
         self.perform(Lifecycle::Stop).await
+    }
+
+    async fn refresh_device_config(
+        &self,
+        request: Request<RefreshDeviceConfigRequest>,
+    ) -> Result<Response<VmmInfo>, Status> {
+        let tag = request.into_inner().tag;
+        if self.devices.refresh_config(&tag) {
+            return Ok(Response::new(self.info()));
+        }
+        Err(api::errors::status(
+            Code::NotFound,
+            "NO_SUCH_DEVICE",
+            format!("no device has the tag {tag:?}: GetVmm lists those there are"),
+            &[],
+        ))
     }
 
     type ConsoleStream = ReceiverStream<Result<ConsoleOutput, Status>>;

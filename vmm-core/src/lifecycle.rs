@@ -27,6 +27,7 @@ use std::sync::{Arc, OnceLock};
 
 use tokio::sync::oneshot;
 use tracing::{info, warn};
+use vhost_user::log_limit::LogLimit;
 
 use crate::error::chain;
 use crate::machine::{Machine, MachineError};
@@ -303,6 +304,8 @@ pub struct Supervisor {
     receiver: Receiver<Message>,
     /// The console's length when the guest was last reset.
     console_at_reset: u64,
+    /// A guest can reset itself any number of times.
+    complaints: LogLimit,
 }
 
 impl Supervisor {
@@ -315,6 +318,7 @@ impl Supervisor {
             status: inbox.status,
             receiver: inbox.receiver,
             console_at_reset: 0,
+            complaints: LogLimit::new(),
         }
     }
 
@@ -377,7 +381,9 @@ impl Supervisor {
         }
         match report.what {
             Event::Reset => {
-                info!("the guest resets");
+                if let Some(withheld) = self.complaints.admit() {
+                    info!(withheld, "the guest resets");
+                }
                 self.perform(Action::Reboot)
             }
             Event::TripleFault => self.after_triple_fault(report.vcpu),
@@ -403,7 +409,12 @@ impl Supervisor {
             );
             return Err(Outcome::VmmError(why));
         }
-        warn!("the guest ran into a triple fault on vCPU {vcpu} and is reset");
+        if let Some(withheld) = self.complaints.admit() {
+            warn!(
+                withheld,
+                "the guest ran into a triple fault on vCPU {vcpu} and is reset"
+            );
+        }
         self.perform(Action::Reboot)
     }
 

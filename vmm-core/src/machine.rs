@@ -199,6 +199,16 @@ impl Devices {
             .collect()
     }
 
+    /// Has the configuration space of the device `tag` read again; whether there is one. One that
+    /// is not connected yet will be read anyway.
+    pub fn refresh_config(&self, tag: &str) -> bool {
+        let slot = self.0.iter().find(|slot| slot.config.tag == tag);
+        if let Some(device) = slot.and_then(|slot| slot.device.get()) {
+            device.refresh_config();
+        }
+        slot.is_some()
+    }
+
     /// Those that are connected; all of them once the machine is complete.
     fn connected(&self) -> impl Iterator<Item = &Arc<VirtioPciDevice>> {
         self.0.iter().filter_map(|slot| slot.device.get())

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vhost_user::eventfd;
+use vhost_user::log_limit::LogLimit;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::kvm::interrupts::{InterruptFabric, MsiMessage, MsiRoute};
@@ -62,6 +63,8 @@ pub struct Msix {
     state: MsixState,
     sources: Vec<Source>,
     fabric: Arc<dyn InterruptFabric>,
+    /// The guest programs vectors at will.
+    complaints: LogLimit,
 }
 
 struct Source {
@@ -93,6 +96,7 @@ impl Msix {
             state: MsixState::reset(count),
             sources,
             fabric,
+            complaints: LogLimit::new(),
         })
     }
 
@@ -235,7 +239,9 @@ impl Msix {
             {
                 Ok(()) => source.message = message,
                 Err(error) => {
-                    tracing::error!(%error, vector, "cannot route an MSI-X vector: the guest will miss interrupts")
+                    if let Some(withheld) = self.complaints.admit() {
+                        tracing::error!(%error, vector, withheld, "cannot route an MSI-X vector: the guest will miss interrupts");
+                    }
                 }
             }
         }

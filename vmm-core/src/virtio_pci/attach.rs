@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use vhost_user::frontend::{
     Connected, Endpoint, Link, LinkError, MemoryTable, Offer, QueueEvents, Timeouts, Wiring,
 };
+use vhost_user::log_limit::LogLimit;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::common_cfg::{CommonCfg, F_VERSION_1};
@@ -21,10 +22,13 @@ use crate::pci::Msix;
 /// Features that the transport lets through if the backend offers them: those of the device type
 /// (bits 0 to 23 and 50 to 63), INDIRECT_DESC, EVENT_IDX and VERSION_1.
 ///
-/// Held back because nothing here does what they ask: packed rings, in-order use (a crash of the
-/// backend breaks the order), platform DMA, SR-IOV, notification data, ring reset, admin queues.
+/// Held back because nothing here does what they ask: in-order use (a crash of the backend breaks
+/// the order), platform DMA, SR-IOV, notification data, ring reset, admin queues.
 const GUEST_FEATURES: u64 =
     0x00ff_ffff | 0x3fff << 50 | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_VERSION_1;
+/// Packed rings, for backends with an in-flight region: nothing else tells after a crash where
+/// such a ring stands.
+const RESUMABLE_FEATURES: u64 = GUEST_FEATURES | 1 << 34;
 const F_RING_INDIRECT_DESC: u64 = 1 << 28;
 const F_RING_EVENT_IDX: u64 = 1 << 29;
 /// VIRTIO_NET_F_CTRL_VQ: one queue more than the pairs.
@@ -153,12 +157,16 @@ impl VirtioPciDevice {
                 call: msix.irqfd(queue + 1).try_clone()?,
             });
         }
+        let guest_features = match connected.offer.tracks_inflight() {
+            true => RESUMABLE_FEATURES,
+            false => GUEST_FEATURES,
+        };
         let pci = VirtioSpace::new(config.device_type, queues.guest, msix.table_len());
         let state = State {
             pristine: pci.space.clone(),
             pci,
             common: CommonCfg::new(
-                connected.offer.features & GUEST_FEATURES,
+                connected.offer.features & guest_features,
                 queues.guest,
                 config.queue_size,
             ),
@@ -166,6 +174,7 @@ impl VirtioPciDevice {
             doorbells: Doorbells::new(kicks, fabric),
             device_cfg: device_cfg(&config, &connected.offer, endpoint.config_len),
             isr: 0,
+            complaints: LogLimit::new(),
         };
         let registers = Arc::new(Registers {
             state: Mutex::new(state),

@@ -11,7 +11,8 @@
 //! nobody touches its rings any more, yet no vCPU is ever held up.
 
 use serde::{Deserialize, Serialize};
-use vhost_user::frontend::{Activation, MemoryTable, QueueState};
+use vhost_user::frontend::{Activation, MemoryTable, QueueState, first_base};
+use vhost_user::ring::RingFormat;
 
 /// Bytes of the structure; `queue_notify_data` and `queue_reset` belong to features that are
 /// not offered.
@@ -193,11 +194,19 @@ impl CommonCfg {
         let queues = (0..backend_queues)
             .zip(&self.queues)
             .filter(|(_, queue)| queue.enabled);
-        let queues = queues.map(|(index, queue)| queue.is_in(memory).then(|| queue.state(index)));
+        let format = self.ring_format();
+        let queues = queues.map(|(index, queue)| {
+            let is_in = queue.is_in(memory, format);
+            is_in.then(|| queue.state(index, format))
+        });
         Some(Activation {
             features: self.driver_features,
             queues: queues.collect::<Option<_>>()?,
         })
+    }
+
+    fn ring_format(&self) -> RingFormat {
+        RingFormat::of(self.driver_features)
     }
 
     fn registers(&self, vectors: Vectors) -> [u8; LEN as usize] {
@@ -269,6 +278,7 @@ impl CommonCfg {
 
     fn write_queue(&mut self, offset: u64, value: u64, len: usize) -> Effect {
         let max_size = self.max_queue_size;
+        let format = self.ring_format();
         let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else {
             return Effect::None;
         };
@@ -278,7 +288,11 @@ impl CommonCfg {
         match (offset, len) {
             (0x18, 2) => {
                 let size = value as u16;
-                if size.is_power_of_two() && size <= max_size {
+                let is_possible = match format {
+                    RingFormat::Split => size.is_power_of_two(),
+                    RingFormat::Packed => size > 0,
+                };
+                if is_possible && size <= max_size {
                     queue.size = size;
                 }
             }
@@ -296,27 +310,31 @@ impl CommonCfg {
 }
 
 impl Queue {
-    /// Alignment and lengths of Virtio 1.2 section 2.7, with room for the event indexes.
-    fn is_in(&self, memory: &MemoryTable) -> bool {
+    /// Alignment and lengths of Virtio 1.2 section 2.7, with room for the event indexes, and 2.8.
+    fn is_in(&self, memory: &MemoryTable, format: RingFormat) -> bool {
         let size = u64::from(self.size);
+        let (driver_area, device_area) = match format {
+            RingFormat::Split => ((6 + 2 * size, 2), (6 + 8 * size, 4)),
+            RingFormat::Packed => ((4, 4), (4, 4)),
+        };
         let areas = [
-            (self.desc_gpa, 16 * size, 16),
-            (self.driver_gpa, 6 + 2 * size, 2),
-            (self.device_gpa, 6 + 8 * size, 4),
+            (self.desc_gpa, (16 * size, 16)),
+            (self.driver_gpa, driver_area),
+            (self.device_gpa, device_area),
         ];
         areas
             .iter()
-            .all(|(gpa, len, align)| gpa.is_multiple_of(*align) && memory.contains(*gpa, *len))
+            .all(|(gpa, (len, align))| gpa.is_multiple_of(*align) && memory.contains(*gpa, *len))
     }
 
-    fn state(&self, index: u16) -> QueueState {
+    fn state(&self, index: u16, format: RingFormat) -> QueueState {
         QueueState {
             index,
             size: self.size,
             desc_gpa: self.desc_gpa,
             driver_gpa: self.driver_gpa,
             device_gpa: self.device_gpa,
-            base: Some(0),
+            base: Some(first_base(format)),
         }
     }
 }

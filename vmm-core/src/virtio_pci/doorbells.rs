@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use vhost_user::eventfd;
+use vhost_user::log_limit::LogLimit;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::layout::{NOTIFY_CFG, NOTIFY_OFF_MULTIPLIER};
@@ -12,6 +13,8 @@ use crate::kvm::interrupts::InterruptFabric;
 pub(super) struct Doorbells {
     fabric: Arc<dyn InterruptFabric>,
     bells: Vec<Bell>,
+    /// The guest moves BARs at will.
+    complaints: LogLimit,
 }
 
 struct Bell {
@@ -32,6 +35,7 @@ impl Doorbells {
         Self {
             fabric,
             bells: bells.collect(),
+            complaints: LogLimit::new(),
         }
     }
 
@@ -59,15 +63,18 @@ impl Doorbells {
             }
             if let Some(old_gpa) = bell.registered_gpa.take()
                 && let Err(error) = self.fabric.remove_doorbell(old_gpa, &bell.kick)
+                && let Some(withheld) = self.complaints.admit()
             {
-                tracing::error!(%error, gpa = old_gpa, "cannot remove a doorbell");
+                tracing::error!(%error, gpa = old_gpa, withheld, "cannot remove a doorbell");
             }
             let Some(gpa) = gpa else { continue };
             match self.fabric.add_doorbell(gpa, &bell.kick) {
                 Ok(()) => bell.registered_gpa = Some(gpa),
                 // Kicks then exit to `ring`: slower, but nothing is lost.
                 Err(error) => {
-                    tracing::error!(%error, gpa, "cannot add a doorbell: the queue will be slow")
+                    if let Some(withheld) = self.complaints.admit() {
+                        tracing::error!(%error, gpa, withheld, "cannot add a doorbell: the queue will be slow");
+                    }
                 }
             }
         }

@@ -98,10 +98,13 @@ impl VirtioPciDevice {
             Effect::Activate => match state.common.activation(self.backend_queues, &self.memory) {
                 Some(activation) => self.link.activate(activation),
                 None => {
-                    tracing::warn!(
-                        tag = self.tag,
-                        "the driver put a ring outside memory: the device needs a reset"
-                    );
+                    if let Some(withheld) = state.complaints.admit() {
+                        tracing::warn!(
+                            tag = self.tag,
+                            withheld,
+                            "the driver put a ring outside memory: the device needs a reset"
+                        );
+                    }
                     state.common.set_needs_reset();
                     state.signal_config_change();
                 }

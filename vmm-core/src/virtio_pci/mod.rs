@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use vhost_user::frontend::{Events, Link, MemoryTable};
+use vhost_user::log_limit::LogLimit;
 
 pub use attach::AttachError;
 pub use config::{ConfigError, DeviceType, VhostUserDeviceConfig};
@@ -100,6 +101,8 @@ struct State {
     /// Device configuration space, as last read from the backend or written by the driver.
     device_cfg: Vec<u8>,
     isr: u8,
+    /// About what a driver can make happen at will.
+    complaints: LogLimit,
 }
 
 impl VirtioPciDevice {
@@ -183,7 +186,12 @@ impl Events for Registers {
         if !state.common.is_live() {
             return;
         }
-        tracing::warn!("the backend reports a broken ring: the device needs a reset by its driver");
+        if let Some(withheld) = state.complaints.admit() {
+            tracing::warn!(
+                withheld,
+                "the backend reports a broken ring: the device needs a reset by its driver"
+            );
+        }
         state.common.set_needs_reset();
         state.signal_config_change();
     }

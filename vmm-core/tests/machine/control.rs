@@ -7,7 +7,7 @@ use crate::tiny_guest::{Code, DEADLINE, Vmm, kvm_is_usable, poll};
 use api::vmm::vmm_client::VmmClient;
 use api::vmm::{
     ConsoleInput, ConsoleOutput, DeviceConnection, GetVmmRequest, PauseRequest, PowerButtonRequest,
-    ResetRequest, ResumeRequest, StartRequest, StopRequest, VmmState,
+    RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StartRequest, StopRequest, VmmState,
 };
 use nix::sys::signal::{Signal, kill};
 use tonic::Streaming;
@@ -53,16 +53,15 @@ fn life_goes_from_created_to_stopped() {
             (info.memory_bytes, info.first_console_byte_ms, info.exits),
             (32 << 20, 0, 0)
         );
-        for name in [
-            "no_new_privs",
-            "seccomp:vmm-core-vcpu",
-            "seccomp:vmm-core-control",
-        ] {
-            assert!(
-                info.sandbox.iter().any(|has| has == name),
-                "{name}: {info:?}"
-            );
-        }
+        wait_for_sandbox(
+            &mut client,
+            &[
+                "no_new_privs",
+                "seccomp:vmm-core-vcpu",
+                "seccomp:vmm-core-control",
+            ],
+        )
+        .await;
         let refused = client.pause(PauseRequest {}).await.unwrap_err();
         assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
         assert!(
@@ -106,6 +105,20 @@ fn life_goes_from_created_to_stopped() {
         ended.exit_file.contains("\"stop-request\"") && !ended.socket_left,
         "{ended:?}"
     );
+}
+
+/// Each thread confines itself as it begins, some after the control socket answers.
+async fn wait_for_sandbox(client: &mut VmmClient<Channel>, names: &[&str]) {
+    loop {
+        let info = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
+        if names
+            .iter()
+            .all(|name| info.sandbox.iter().any(|has| has == name))
+        {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 async fn wait_for_output(client: &mut VmmClient<Channel>, exits: u64) {
@@ -197,6 +210,13 @@ fn machine_that_waits_for_a_backend_answers_and_stops() {
             (disk.tag.as_str(), disk.connection()),
             ("disk0", DeviceConnection::Reconnecting)
         );
+        let refresh = |tag: &str| RefreshDeviceConfigRequest { tag: tag.into() };
+        let info = client.refresh_device_config(refresh("disk0")).await;
+        assert_eq!(info.unwrap().into_inner().devices.len(), 1);
+        let refused = client.refresh_device_config(refresh("disk1")).await;
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::NotFound);
+        assert!(refused.message().contains("disk1"), "{refused}");
         client.stop(StopRequest {}).await.unwrap();
     });
     let ended = vmm.wait();

@@ -19,9 +19,11 @@ use crate::virtio_pci::{AttachError, VhostUserDeviceConfig, VirtioPciDevice};
 const ECAM: u64 = 0xe000_0000;
 const WINDOW: u64 = 0xc000_0000;
 const MEMORY_LEN: u64 = 1 << 20;
-const RINGS_GPA: u64 = 0x1_0000;
-const BUFFERS_GPA: u64 = 0x8_0000;
+pub(super) const RINGS_GPA: u64 = 0x1_0000;
+pub(super) const BUFFERS_GPA: u64 = 0x8_0000;
 const QUEUE_SIZE: u16 = 8;
+/// VIRTIO_F_RING_PACKED.
+pub(super) const F_RING_PACKED: u64 = 1 << 34;
 /// Far more than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -250,8 +252,13 @@ impl<'a> Driver<'a> {
         self.guest.write(self.common + 0x14, 1, u64::from(status));
     }
 
-    /// Resets, and takes what is offered of `wanted`.
+    /// Resets, and takes what is offered of `wanted`, but no packed rings.
     pub(super) fn negotiate(&mut self, wanted: u64) {
+        self.negotiate_any(wanted & !F_RING_PACKED);
+    }
+
+    /// Resets, and takes what is offered of `wanted`.
+    pub(super) fn negotiate_any(&mut self, wanted: u64) {
         self.set_status(0);
         wait_until("the reset is complete", || self.status() == 0);
         self.set_status(0x3);
@@ -285,28 +292,32 @@ impl<'a> Driver<'a> {
             let ring = DriverRing::new(&self.guest.memory, base_gpa, QUEUE_SIZE, self.features);
             let addresses = ring.addresses();
             let to_gpa = |address: u64| address - addresses.desc + base_gpa;
-            self.guest.write(self.common + 0x16, 2, queue);
-            self.guest
-                .write(self.common + 0x18, 2, u64::from(QUEUE_SIZE));
-            self.guest.write(self.common + 0x1a, 2, queue + 1);
             let areas = [
                 to_gpa(addresses.desc),
                 to_gpa(addresses.avail),
                 to_gpa(addresses.used),
             ];
-            for (register, gpa) in [0x20, 0x28, 0x30].into_iter().zip(areas) {
-                self.guest
-                    .write(self.common + register, 4, gpa & 0xffff_ffff);
-                self.guest.write(self.common + register + 4, 4, gpa >> 32);
-            }
-            self.guest.write(self.common + 0x1c, 2, 1);
-            assert_eq!(
-                self.guest.read(self.common + 0x1c, 2),
-                1,
-                "queue {queue} is enabled"
-            );
+            self.enable_queue(queue, QUEUE_SIZE, areas);
             self.rings.push(ring);
         }
+    }
+
+    pub(super) fn enable_queue(&self, queue: u64, size: u16, areas: [u64; 3]) {
+        self.guest.write(self.common + 0x16, 2, queue);
+        self.guest.write(self.common + 0x18, 2, u64::from(size));
+        assert_eq!(self.guest.read(self.common + 0x18, 2), u64::from(size));
+        self.guest.write(self.common + 0x1a, 2, queue + 1);
+        for (register, gpa) in [0x20, 0x28, 0x30].into_iter().zip(areas) {
+            self.guest
+                .write(self.common + register, 4, gpa & 0xffff_ffff);
+            self.guest.write(self.common + register + 4, 4, gpa >> 32);
+        }
+        self.guest.write(self.common + 0x1c, 2, 1);
+        assert_eq!(
+            self.guest.read(self.common + 0x1c, 2),
+            1,
+            "queue {queue} is enabled"
+        );
     }
 
     pub(super) fn program_vector(&self, vector: u64, masked: bool) {
