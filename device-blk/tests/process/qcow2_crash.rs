@@ -14,8 +14,10 @@ use qcow2::{BackingRef, CreateOptions, Repair};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::daemon::{Daemon, Place, await_some};
+use crate::crash::{BLOCK_BYTES, Guest, SLOTS};
+use crate::daemon::{Daemon, Place, await_some, await_true};
 use crate::driver::Client;
+use crate::io::pattern;
 use crate::locks::has_tool;
 
 const SECTOR_BYTES: usize = 512;
@@ -281,4 +283,68 @@ fn killed_daemon_leaves_a_sound_qcow2_image() {
 #[ignore = "minutes"]
 fn thousand_kills_leave_sound_qcow2_images() {
     kill_and_look(1000, 2);
+}
+
+#[test]
+fn requests_of_a_killed_daemon_are_run_again_on_a_qcow2_image() {
+    if !has_tool("qemu-img") {
+        return;
+    }
+    for cluster_size in ["64k", "4k", "512", "2M"] {
+        run_again(cluster_size);
+    }
+}
+
+fn qemu_img(args: &[&str], paths: &[&Path]) {
+    let output = Command::new("qemu-img").args(args).args(paths).output();
+    let output = output.unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "qemu-img {args:?}: {said}");
+}
+
+/// The first round allocates, the second finds its clusters there; the daemon is killed in both.
+fn run_again(cluster_size: &str) {
+    let place = Place::new();
+    place.image("base.img", SLOTS * BLOCK_BYTES / 512);
+    let (image, raw) = (place.path("a.img"), place.path("read.raw"));
+    let options = format!("cluster_size={cluster_size}");
+    let create = ["create", "-q", "-f", "qcow2", "-o", &options];
+    let overlay = [&create[..], &["-b", "base.img", "-F", "raw"]].concat();
+    qemu_img(&overlay, &[&image]);
+    let spec = format!("{},format=qcow2", place.disk("a"));
+    let mut daemon = Daemon::start(&place, &[&spec]);
+    let mut guest = Guest::boot(&place);
+    for round in 0..2 {
+        for slot in 0..SLOTS {
+            let data = pattern(round * SLOTS + slot, BLOCK_BYTES as usize);
+            guest.submit(slot, &data);
+        }
+        let mut completed = 0;
+        await_true("some writes complete", || {
+            completed += guest.reap();
+            completed >= 5 * cluster_size.len()
+        });
+        daemon.end(Signal::SIGKILL);
+        daemon = Daemon::start(&place, &[&spec]);
+        await_true("every write completes", || {
+            guest.reap();
+            guest.pending == 0
+        });
+        // The daemon is idle, and everything it did is in the file.
+        qemu_img(
+            &["convert", "-U", "-f", "qcow2", "-O", "raw"],
+            &[&image, &raw],
+        );
+        let content = std::fs::read(&raw).unwrap();
+        for (slot, found) in (0..SLOTS).zip(content.chunks_exact(BLOCK_BYTES as usize)) {
+            let expected = pattern(round * SLOTS + slot, BLOCK_BYTES as usize);
+            assert!(
+                found == expected,
+                "{cluster_size}, round {round}, slot {slot}"
+            );
+        }
+    }
+    guest.link.pause(Duration::from_secs(10));
+    assert!(daemon.end(Signal::SIGTERM).success(), "{}", daemon.log());
+    check(&image);
 }
