@@ -3,9 +3,11 @@
 
 use std::sync::Arc;
 
+use ::api::controller::disks_server::DisksServer;
 use ::api::controller::events_server::EventsServer;
 use ::api::controller::hosts_server::HostsServer;
 use ::api::controller::operations_server::OperationsServer;
+use ::api::controller::uploads_server::UploadsServer;
 use ::api::controller::vms_server::VmsServer;
 use ::api::controller::volumes_server::VolumesServer;
 use ::api::errors::{invalid_field, status};
@@ -19,9 +21,11 @@ use crate::reconciler::with_source;
 use crate::store::{Listing, Range, SharedStore, StoreError};
 
 mod console;
+mod disks;
 mod events;
 mod hosts;
 mod operations;
+mod uploads;
 mod vms;
 mod volumes;
 
@@ -43,6 +47,8 @@ impl Api {
         Services::new()
             .with(VmsServer::new(self.clone()))
             .with(VolumesServer::new(self.clone()))
+            .with(UploadsServer::new(self.clone()))
+            .with(DisksServer::new(self.clone()))
             .with(HostsServer::new(self.clone()))
             .with(OperationsServer::new(self.clone()))
             .with(EventsServer::new(self))
@@ -148,6 +154,32 @@ fn command_status(error: CommandError) -> Status {
                 .trim_start_matches(field.as_str())
                 .trim_start_matches(": ");
             invalid_field(field.clone(), problem)
+        }
+        CommandError::NoDisk { vm, disk, .. } => {
+            let metadata = [("vm", vm.as_str()), ("disk", disk)];
+            status(Code::NotFound, "NO_DISK", message, &metadata)
+        }
+        CommandError::NotAVolume { vm, disk, .. } => {
+            let metadata = [("vm", vm.as_str()), ("disk", disk)];
+            status(Code::FailedPrecondition, "NOT_A_VOLUME", message, &metadata)
+        }
+        CommandError::Shrink { volume, size_bytes } => {
+            let size_bytes = size_bytes.to_string();
+            let metadata = [("volume", volume.as_str()), ("size_bytes", &size_bytes)];
+            status(Code::InvalidArgument, "SHRINK", message, &metadata)
+        }
+        CommandError::VolumeNotReady { volume, phase } => {
+            let metadata = [("volume", volume.as_str()), ("phase", phase)];
+            status(
+                Code::FailedPrecondition,
+                "VOLUME_NOT_READY",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::NotAMirror { operation } => {
+            let metadata = [("operation", operation.as_str())];
+            status(Code::FailedPrecondition, "NOT_A_MIRROR", message, &metadata)
         }
         CommandError::NotCancellable { operation } => {
             let metadata = [("operation", operation.as_str())];

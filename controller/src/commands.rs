@@ -13,12 +13,14 @@ use crate::plan::{Observed, Stored};
 use crate::reconciler::decode;
 use crate::store::{SharedStore, StoreError, Transaction};
 
+mod disks;
 mod vms;
 mod volumes;
 
+pub use disks::{DiskOnHost, complete_mirror, disk_job, find_disk, update_disk};
 pub(crate) use vms::phase_word;
 pub use vms::{create_vm, delete_vm, start_vm, stop_vm};
-pub use volumes::{create_volume, delete_volume};
+pub use volumes::{check_volume, create_volume, delete_volume, resize_volume};
 
 /// Others may change the same record at the same time; this many in a row do not happen.
 const MAX_ATTEMPTS: usize = 16;
@@ -166,6 +168,10 @@ pub async fn cancel_operation(
             return Ok(operation);
         }
         let metadata = operation.metadata.clone().unwrap_or_default();
+        if is_cancellable_job(metadata.kind()) {
+            disks::cancel_job(store, name).await?;
+            return Ok(operation);
+        }
         let target = Name::parse_vm(&metadata.target).ok();
         let (pb::OperationKind::StartVm, Some(target)) = (metadata.kind(), target) else {
             return Err(CommandError::NotCancellable {
@@ -193,6 +199,17 @@ pub async fn cancel_operation(
     .await
 }
 
+/// Snapshots and growing are over in a moment and cannot be stopped half-way.
+fn is_cancellable_job(kind: pb::OperationKind) -> bool {
+    matches!(
+        kind,
+        pb::OperationKind::MirrorDisk
+            | pb::OperationKind::BackupDisk
+            | pb::OperationKind::CommitDisk
+            | pb::OperationKind::CheckVolume
+    )
+}
+
 /// What users see of a VM: as stored, with what was seen last.
 pub fn visible_vm(record: &VmRecord, observed: &Observed) -> pb::Vm {
     let mut vm = record.vm.clone();
@@ -216,7 +233,8 @@ pub fn visible_vm(record: &VmRecord, observed: &Observed) -> pb::Vm {
 /// What users see of a volume: as stored, with what was seen last.
 pub fn visible_volume(record: &VolumeRecord, observed: &Observed) -> pb::Volume {
     let mut volume = record.volume.clone();
-    volume.etag = model::etag(&volume.uid, 1);
+    volume.generation = volume.generation.max(1);
+    volume.etag = model::etag(&volume.uid, volume.generation);
     let stored = volume.status.take().unwrap_or_default();
     let mut status = match observed.volumes.get(&record.node_id) {
         Some(seen) => model::volume_status(seen, &observed.host_name()),
@@ -285,7 +303,9 @@ pub enum CommandError {
         what: String,
     },
     /// A VM's spec names the volume.
-    #[error("volume {volume} belongs to {vms}; delete what uses it first: vmctl vm delete NAME")]
+    #[error(
+        "volume {volume} belongs to {vms}; delete what uses it first: vmctl vm delete NAME, vmctl volume delete NAME"
+    )]
     VolumeInUse {
         /// Its id.
         volume: String,
@@ -309,6 +329,50 @@ pub enum CommandError {
         field: String,
         /// As given.
         volume: String,
+    },
+    /// The VM has no such disk.
+    #[error("vm {vm} has no disk {disk}; it has {disks}")]
+    NoDisk {
+        /// Its id.
+        vm: String,
+        /// As given.
+        disk: String,
+        /// Those that it has.
+        disks: String,
+    },
+    /// What only volumes can do.
+    #[error(
+        "disk {disk} of vm {vm} is not on a volume, and only volumes have {what}; import its image: vmctl volume import"
+    )]
+    NotAVolume {
+        /// The VM's id.
+        vm: String,
+        /// The disk.
+        disk: String,
+        /// snapshots, mirrors ...
+        what: &'static str,
+    },
+    /// Volumes grow only.
+    #[error("volume {volume} has {size_bytes} bytes; it cannot be made smaller")]
+    Shrink {
+        /// Its id.
+        volume: String,
+        /// As it is.
+        size_bytes: u64,
+    },
+    /// The volume is not complete.
+    #[error("volume {volume} is {phase}; wait until it is ready")]
+    VolumeNotReady {
+        /// Its id.
+        volume: String,
+        /// What it is doing.
+        phase: String,
+    },
+    /// The operation is none that waits for a switch.
+    #[error("{operation} is not a mirror that goes on; vmctl op list shows those")]
+    NotAMirror {
+        /// Its name.
+        operation: String,
     },
     /// Only starts can be taken back.
     #[error("{operation} cannot be cancelled; wait for it, then undo what it did")]

@@ -6,6 +6,7 @@
 //! node-ids/{kind}/{node id}    name of the resource that has this id on hosts
 //! operations/{id}              controller.v1 Operation; ids sort by age
 //! pending/{id}                 nothing: the operation is not done
+//! jobs/{id}                    JobRecord of the operation
 //! requests/{project}/{id}      RequestRecord
 //! events/{id}                  controller.v1 Event; ids sort by age
 //! ```
@@ -19,7 +20,9 @@ use prost_types::Timestamp;
 
 mod convert;
 
-pub use convert::{complete_spec, node_create_volume, node_vm_spec, vm_status, volume_status};
+pub use convert::{
+    complete_spec, disk_status, node_create_volume, node_vm_spec, vm_status, volume_status,
+};
 
 /// A VM as stored.
 #[derive(Clone, PartialEq, Message)]
@@ -44,6 +47,20 @@ pub struct VolumeRecord {
     /// Its id on hosts.
     #[prost(string, tag = "2")]
     pub node_id: String,
+}
+
+/// Work that a host does for an operation.
+#[derive(Clone, PartialEq, Message)]
+pub struct JobRecord {
+    /// What the host is told; the job has the operation's id.
+    #[prost(message, required, tag = "1")]
+    pub start: api::node::StartJobRequest,
+    /// A mirror is to switch over.
+    #[prost(bool, tag = "2")]
+    pub complete: bool,
+    /// It is to end.
+    #[prost(bool, tag = "3")]
+    pub cancel: bool,
 }
 
 /// A request that was given an id.
@@ -93,6 +110,29 @@ pub fn request_key(project: &str, request_id: &str) -> String {
     format!("requests/{project}/{request_id}")
 }
 
+/// Key of an operation's job.
+pub fn job_key(operation: &str) -> String {
+    format!("jobs/{}", job_id(operation))
+}
+
+/// The id of an operation's job: the operation's own.
+pub fn job_id(operation: &str) -> &str {
+    operation.trim_start_matches(prefix::OPERATIONS)
+}
+
+/// The id that an upload has on hosts: its own in the default project; elsewhere a digest of the
+/// project is appended (FNV-1a, 32 bits).
+pub fn upload_node_id(name: &Name) -> String {
+    if name.project == DEFAULT_PROJECT {
+        return name.id.clone();
+    }
+    let digest = name.project.bytes().fold(0x811c_9dc5_u32, |digest, byte| {
+        (digest ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    let id = &name.id[..name.id.len().min(54)];
+    format!("{id}-{digest:08x}")
+}
+
 /// Key that marks an operation as not done.
 pub fn pending_key(operation: &str) -> String {
     format!(
@@ -114,7 +154,11 @@ pub fn node_id(name: &Name, uid: &str) -> String {
 }
 
 /// A new operation on `target`, not done.
-pub fn new_operation(kind: pb::OperationKind, target: &Name, generation: u64) -> pb::Operation {
+pub fn new_operation(
+    kind: pb::OperationKind,
+    target: &impl std::fmt::Display,
+    generation: u64,
+) -> pb::Operation {
     pb::Operation {
         name: format!("{}{}", prefix::OPERATIONS, sortable_id()),
         metadata: Some(pb::OperationMetadata {

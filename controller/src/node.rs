@@ -25,6 +25,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const VOLUME_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
 /// Without news it is looked anyway.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// While something moves on the host that has no watch of its own.
+const MOVING_INTERVAL: Duration = Duration::from_millis(300);
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A host's agent. Cheap to clone.
@@ -85,7 +87,11 @@ impl Node {
             if let Err(status) = self.look().await {
                 return status;
             }
-            match tokio::time::timeout(LOOK_INTERVAL, changes.next()).await {
+            let interval = match self.observed.borrow().is_moving() {
+                true => MOVING_INTERVAL,
+                false => LOOK_INTERVAL,
+            };
+            match tokio::time::timeout(interval, changes.next()).await {
                 Err(_) | Ok(Some(Ok(_))) => {}
                 Ok(Some(Err(status))) => return status,
                 Ok(None) => return Status::unavailable("the agent ended the watch"),
@@ -107,9 +113,19 @@ impl Node {
         let volumes = call("ListVolumes", client.list_volumes(ListVolumesRequest {}))
             .await?
             .volumes;
+        let jobs = match call("ListJobs", client.list_jobs(ListJobsRequest {})).await {
+            Ok(answer) => answer.jobs,
+            // An agent that was not upgraded yet has none.
+            Err(status) if status.code() == Code::Unimplemented => Vec::new(),
+            Err(status) => return Err(status),
+        };
         let seen = Observed {
             host: Some(host),
             vms: vms.into_iter().map(|vm| (vm.id.clone(), vm)).collect(),
+            jobs: jobs
+                .into_iter()
+                .map(|job| (job.job_id.clone(), job))
+                .collect(),
             volumes: volumes
                 .into_iter()
                 .map(|volume| (volume.id.clone(), volume))
@@ -189,6 +205,115 @@ impl Node {
             .await,
         )?;
         self.look().await
+    }
+
+    /// Hands a volume's key over, then looks. It is kept there alone.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn set_volume_key(&self, id: String, key: Vec<u8>) -> Result<(), Status> {
+        let mut client = self.client()?;
+        let request = SetVolumeKeyRequest { id, key };
+        call("SetVolumeKey", client.set_volume_key(request)).await?;
+        self.look().await
+    }
+
+    /// A VM's disks as they are now.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn get_disks(&self, vm_id: String) -> Result<Vec<DiskStatus>, Status> {
+        let mut client = self.client()?;
+        let answer = call("GetDisks", client.get_disks(GetDisksRequest { vm_id })).await?;
+        Ok(answer.disks)
+    }
+
+    /// Begins work, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn start_job(&self, request: StartJobRequest) -> Result<(), Status> {
+        let mut client = self.client()?;
+        call("StartJob", client.start_job(request)).await?;
+        self.look().await
+    }
+
+    /// Has a mirror switch over, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn complete_job(&self, job_id: String) -> Result<(), Status> {
+        let mut client = self.client()?;
+        call(
+            "CompleteJob",
+            client.complete_job(CompleteJobRequest { job_id }),
+        )
+        .await?;
+        self.look().await
+    }
+
+    /// Ends work, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn cancel_job(&self, job_id: String) -> Result<(), Status> {
+        let mut client = self.client()?;
+        found(call("CancelJob", client.cancel_job(CancelJobRequest { job_id })).await)?;
+        self.look().await
+    }
+
+    /// Has the host forget work that is over, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn forget_job(&self, job_id: String) -> Result<(), Status> {
+        let mut client = self.client()?;
+        call("ForgetJob", client.forget_job(ForgetJobRequest { job_id })).await?;
+        self.look().await
+    }
+
+    /// Begins an upload, or asks how far it is.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn create_upload(&self, request: CreateUploadRequest) -> Result<Upload, Status> {
+        let mut client = self.client()?;
+        call("CreateUpload", client.create_upload(request)).await
+    }
+
+    /// Asks how far an upload is.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn get_upload(&self, id: String) -> Result<Upload, Status> {
+        let mut client = self.client()?;
+        call("GetUpload", client.get_upload(GetUploadRequest { id })).await
+    }
+
+    /// Gives an upload up.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn delete_upload(&self, id: String) -> Result<(), Status> {
+        let mut client = self.client()?;
+        call(
+            "DeleteUpload",
+            client.delete_upload(DeleteUploadRequest { id }),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Passes content on.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn write_upload(
+        &self,
+        chunks: impl tokio_stream::Stream<Item = UploadChunk> + Send + 'static,
+    ) -> Result<tonic::Streaming<UploadProgress>, Status> {
+        let mut client = self.client()?;
+        call("WriteUpload", client.write_upload(chunks)).await
     }
 
     /// Opens a VM's console.

@@ -8,7 +8,9 @@
 //! VM, deleting:       host knows it, it runs ----------> ApplyVm (powered off), wait
 //!                     host knows it, it is stopped ----> DeleteVm
 //!                     host does not know it -----------> ForgetVm
+//! operation's job:    host does not know it -----------> StartJob; as wished: Complete-, CancelJob
 //! operation:          its outcome can be seen ---------> FinishOperation
+//! job of no one:      it is over ----------------------> ForgetJob
 //! ```
 
 use std::collections::BTreeMap;
@@ -18,7 +20,8 @@ use api::node;
 use tonic::Code;
 
 use crate::model::{
-    VmRecord, VolumeRecord, node_create_volume, node_vm_spec, vm_status, volume_status,
+    JobRecord, VmRecord, VolumeRecord, job_id, node_create_volume, node_vm_spec, vm_status,
+    volume_status,
 };
 
 /// A record and the revision that wrote it.
@@ -39,6 +42,8 @@ pub struct Desired {
     pub volumes: BTreeMap<String, Stored<VolumeRecord>>,
     /// Operations that are not done.
     pub pending: Vec<pb::Operation>,
+    /// Work of these on hosts, by the operations' names.
+    pub jobs: BTreeMap<String, JobRecord>,
 }
 
 /// Everything that was seen on the host.
@@ -50,6 +55,8 @@ pub struct Observed {
     pub vms: BTreeMap<String, node::VmStatus>,
     /// By node id.
     pub volumes: BTreeMap<String, node::VolumeStatus>,
+    /// By id.
+    pub jobs: BTreeMap<String, node::Job>,
     /// It answered the last time it was asked.
     pub connected: bool,
     /// When it answered last.
@@ -63,6 +70,14 @@ impl Observed {
             .as_ref()
             .map(|host| format!("hosts/{}", host.host_id))
             .unwrap_or_default()
+    }
+}
+
+impl Observed {
+    /// Something goes on there that says nothing by itself.
+    pub fn is_moving(&self) -> bool {
+        self.volumes.values().any(|volume| volume.creating)
+            || self.jobs.values().any(|job| !is_job_over(job))
     }
 }
 
@@ -122,6 +137,34 @@ pub enum Action {
         name: String,
         /// To be stored.
         status: pb::VolumeStatus,
+        /// It lies on another volume.
+        based: bool,
+    },
+    /// Have the host begin an operation's work.
+    StartJob {
+        /// The operation.
+        name: String,
+        /// The work.
+        request: node::StartJobRequest,
+    },
+    /// Have a mirror switch over.
+    CompleteJob {
+        /// The operation.
+        name: String,
+        /// Of the job.
+        job_id: String,
+    },
+    /// Have the host end an operation's work.
+    CancelJob {
+        /// The operation.
+        name: String,
+        /// Of the job.
+        job_id: String,
+    },
+    /// Nobody asks for this job any more.
+    ForgetJob {
+        /// Of the job.
+        job_id: String,
     },
     /// The operation is done.
     FinishOperation {
@@ -129,6 +172,8 @@ pub enum Action {
         name: String,
         /// What went wrong, if anything did.
         error: Option<pb::OperationError>,
+        /// What was found.
+        findings: Vec<String>,
     },
 }
 
@@ -142,18 +187,81 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Vec<Action> {
             plan_vm(name, &stored.record, desired, observed, &mut actions);
         }
         for (name, stored) in &desired.volumes {
-            plan_volume(name, &stored.record, observed, &mut actions);
+            plan_volume(name, &stored.record, desired, observed, &mut actions);
+        }
+        for (operation, job) in &desired.jobs {
+            plan_job(operation, job, observed, &mut actions);
+        }
+        for (job_id, job) in &observed.jobs {
+            // Also one whose operation was cancelled while the host was being told to begin.
+            let wanted = desired
+                .jobs
+                .values()
+                .any(|known| known.start.job_id == *job_id);
+            if wanted {
+                continue;
+            }
+            let job_id = job_id.clone();
+            actions.push(if is_job_over(job) {
+                Action::ForgetJob { job_id }
+            } else {
+                let name = job_id.clone();
+                Action::CancelJob { name, job_id }
+            });
         }
     }
     for operation in &desired.pending {
         if let Some(error) = outcome(operation, desired, observed) {
+            let job = observed.jobs.get(job_id(&operation.name));
             actions.push(Action::FinishOperation {
                 name: operation.name.clone(),
                 error,
+                findings: job.map(|job| job.findings.clone()).unwrap_or_default(),
             });
         }
     }
     actions
+}
+
+fn plan_job(operation: &str, job: &JobRecord, observed: &Observed, actions: &mut Vec<Action>) {
+    let (name, job_id) = (operation.to_owned(), job.start.job_id.clone());
+    match observed.jobs.get(&job_id) {
+        None if !job.cancel => actions.push(Action::StartJob {
+            name,
+            request: job.start.clone(),
+        }),
+        Some(seen) if job.cancel && !is_job_over(seen) => {
+            actions.push(Action::CancelJob { name, job_id });
+        }
+        Some(seen) if job.complete && seen.state() == node::JobState::Ready => {
+            actions.push(Action::CompleteJob { name, job_id });
+        }
+        _ => {}
+    }
+}
+
+fn is_job_over(job: &node::Job) -> bool {
+    matches!(
+        job.state(),
+        node::JobState::Done | node::JobState::Failed | node::JobState::Cancelled
+    )
+}
+
+fn job_outcome(job: &JobRecord, observed: &Observed) -> Option<Option<pb::OperationError>> {
+    let Some(seen) = observed.jobs.get(&job.start.job_id) else {
+        let gone = job.cancel && observed.connected;
+        return gone.then(|| Some(error(Code::Cancelled, "CANCELLED", "cancelled")));
+    };
+    match seen.state() {
+        node::JobState::Done => Some(None),
+        node::JobState::Cancelled => Some(Some(error(Code::Cancelled, "CANCELLED", &seen.error))),
+        node::JobState::Failed => Some(Some(pb::OperationError {
+            code: seen.error_code,
+            message: seen.error.clone(),
+            reason: "JOB_FAILED".to_owned(),
+        })),
+        _ => None,
+    }
 }
 
 fn plan_vm(
@@ -222,7 +330,13 @@ fn is_news(stored: &pb::VmStatus, seen: &pb::VmStatus, record: &VmRecord) -> boo
         || (!refused && stored.error != seen.error)
 }
 
-fn plan_volume(name: &str, record: &VolumeRecord, observed: &Observed, actions: &mut Vec<Action>) {
+fn plan_volume(
+    name: &str,
+    record: &VolumeRecord,
+    desired: &Desired,
+    observed: &Observed,
+    actions: &mut Vec<Action>,
+) {
     let name = name.to_owned();
     let seen = observed.volumes.get(&record.node_id);
     let stored = record.volume.status.clone().unwrap_or_default();
@@ -236,17 +350,30 @@ fn plan_volume(name: &str, record: &VolumeRecord, observed: &Observed, actions: 
         }
         (false, Some(seen)) if !seen.creating => {
             let status = volume_status(seen, &observed.host_name());
-            if (stored.phase, stored.size_bytes, &stored.path, &stored.host)
-                != (status.phase, status.size_bytes, &status.path, &status.host)
+            let spec = record.volume.spec.as_ref();
+            // A mirror made one of its own of a linked clone.
+            let detached = seen.base.is_empty() && spec.is_some_and(|spec| !spec.base.is_empty());
+            if detached
+                || (stored.phase, stored.size_bytes, &stored.path, &stored.host)
+                    != (status.phase, status.size_bytes, &status.path, &status.host)
             {
-                actions.push(Action::RecordVolume { name, status });
+                actions.push(Action::RecordVolume {
+                    name,
+                    status,
+                    based: !seen.base.is_empty(),
+                });
             }
         }
         // Asking again for one that is being made waits for it.
         (false, _) if stored.phase() != pb::VolumePhase::Failed => {
             actions.push(Action::CreateVolume {
                 name,
-                request: node_create_volume(record),
+                request: node_create_volume(record, |volume| {
+                    desired
+                        .volumes
+                        .get(volume)
+                        .map(|stored| stored.record.node_id.clone())
+                }),
             });
         }
         (false, _) => {}
@@ -261,6 +388,9 @@ fn outcome(
 ) -> Option<Option<pb::OperationError>> {
     let metadata = operation.metadata.as_ref()?;
     let target = metadata.target.as_str();
+    if let Some(job) = desired.jobs.get(&operation.name) {
+        return job_outcome(job, observed);
+    }
     match metadata.kind() {
         pb::OperationKind::DeleteVm => (!desired.vms.contains_key(target)).then_some(None),
         pb::OperationKind::DeleteVolume => (!desired.volumes.contains_key(target)).then_some(None),
@@ -268,16 +398,24 @@ fn outcome(
             None => Some(Some(gone(target))),
             Some(stored) => volume_outcome(&stored.record),
         },
+        pb::OperationKind::UpdateDisk => {
+            let vm = target.split("/disks/").next().unwrap_or(target);
+            match desired.vms.get(vm) {
+                None => Some(Some(gone(vm))),
+                Some(stored) => vm_outcome(metadata, &stored.record, observed),
+            }
+        }
         pb::OperationKind::CreateVm | pb::OperationKind::StartVm | pb::OperationKind::StopVm => {
             match desired.vms.get(target) {
                 None => Some(Some(gone(target))),
                 Some(stored) => vm_outcome(metadata, &stored.record, observed),
             }
         }
-        pb::OperationKind::Unspecified => Some(Some(error(
+        // Their jobs are gone, or this controller is older than what stored them.
+        _ => Some(Some(error(
             Code::Internal,
             "UNKNOWN_OPERATION",
-            "of an unknown kind",
+            "its work is not known any more",
         ))),
     }
 }
@@ -307,7 +445,7 @@ fn vm_outcome(
         .filter(|_| observed.connected);
     let settled = seen.filter(|seen| seen.observed_generation >= generation);
     match metadata.kind() {
-        pb::OperationKind::CreateVm => settled.map(|_| None),
+        pb::OperationKind::CreateVm | pb::OperationKind::UpdateDisk => settled.map(|_| None),
         pb::OperationKind::StartVm if record.vm.generation > generation => {
             Some(Some(superseded(metadata)))
         }

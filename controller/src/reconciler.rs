@@ -13,7 +13,7 @@ use prost::Message;
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
 
-use crate::model::{self, VmRecord, VolumeRecord, prefix};
+use crate::model::{self, JobRecord, VmRecord, VolumeRecord, prefix};
 use crate::node::Node;
 use crate::plan::{self, Action, Desired, Observed, Stored, plan};
 use crate::store::{Range, SharedStore, StoreError, Transaction};
@@ -97,7 +97,11 @@ impl Reconciler {
                 Action::ApplyVm { name, .. }
                 | Action::DeleteVm { name, .. }
                 | Action::CreateVolume { name, .. }
-                | Action::DeleteVolume { name, .. } => {
+                | Action::DeleteVolume { name, .. }
+                | Action::StartJob { name, .. }
+                | Action::CompleteJob { name, .. }
+                | Action::CancelJob { name, .. }
+                | Action::ForgetJob { job_id: name } => {
                     let name = name.clone();
                     self.call(name, action);
                 }
@@ -108,8 +112,12 @@ impl Reconciler {
                 } => {
                     record_vm(&self.store, &desired.vms[name], status, *ended).await?;
                 }
-                Action::RecordVolume { name, status } => {
-                    record_volume(&self.store, &desired.volumes[name], status).await?;
+                Action::RecordVolume {
+                    name,
+                    status,
+                    based,
+                } => {
+                    record_volume(&self.store, &desired.volumes[name], status, *based).await?;
                 }
                 Action::ForgetVm { name } if !self.busy.contains(name) => {
                     let Stored { record, revision } = &desired.vms[name];
@@ -134,8 +142,12 @@ impl Reconciler {
                     .await?;
                 }
                 Action::ForgetVm { .. } | Action::ForgetVolume { .. } => {}
-                Action::FinishOperation { name, error } => {
-                    finish(&self.store, name, error.clone()).await?;
+                Action::FinishOperation {
+                    name,
+                    error,
+                    findings,
+                } => {
+                    finish(&self.store, name, error.clone(), findings).await?;
                 }
             }
         }
@@ -158,6 +170,10 @@ impl Reconciler {
                 Action::DeleteVm { node_id, .. } => node.delete_vm(node_id).await,
                 Action::CreateVolume { request, .. } => node.create_volume(request).await,
                 Action::DeleteVolume { node_id, .. } => node.delete_volume(node_id).await,
+                Action::StartJob { request, .. } => node.start_job(request).await,
+                Action::CompleteJob { job_id, .. } => node.complete_job(job_id).await,
+                Action::CancelJob { job_id, .. } => node.cancel_job(job_id).await,
+                Action::ForgetJob { job_id } => node.forget_job(job_id).await,
                 _ => Ok(()),
             };
             (action, result)
@@ -180,7 +196,11 @@ impl Reconciler {
         let (Action::ApplyVm { name, .. }
         | Action::DeleteVm { name, .. }
         | Action::CreateVolume { name, .. }
-        | Action::DeleteVolume { name, .. }) = &action
+        | Action::DeleteVolume { name, .. }
+        | Action::StartJob { name, .. }
+        | Action::CompleteJob { name, .. }
+        | Action::CancelJob { name, .. }
+        | Action::ForgetJob { job_id: name }) = &action
         else {
             return;
         };
@@ -244,7 +264,12 @@ pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
     for item in store.list(Range::all(prefix::PENDING)).await?.items {
         let id = item.key.trim_start_matches(prefix::PENDING);
         if let Some(item) = store.get(&format!("{}{id}", prefix::OPERATIONS)).await? {
-            desired.pending.push(decode(&item.key, &item.value)?);
+            let operation: pb::Operation = decode(&item.key, &item.value)?;
+            if let Some(job) = store.get(&model::job_key(&operation.name)).await? {
+                let record: JobRecord = decode(&job.key, &job.value)?;
+                desired.jobs.insert(operation.name.clone(), record);
+            }
+            desired.pending.push(operation);
         }
     }
     for item in store.list(Range::all(prefix::VMS)).await?.items {
@@ -325,23 +350,35 @@ async fn record_volume(
     store: &SharedStore,
     stored: &Stored<VolumeRecord>,
     status: &pb::VolumeStatus,
+    based: bool,
 ) -> Result<(), StoreError> {
     let mut record = stored.record.clone();
     let name = record.volume.name.clone();
+    let was_ready =
+        record.volume.status.as_ref().map(pb::VolumeStatus::phase) == Some(pb::VolumePhase::Ready);
     record.volume.status = Some(pb::VolumeStatus {
         attached_to: String::new(),
         ..status.clone()
     });
-    let event = model::new_event(
-        &name,
-        "VOLUME_READY",
-        format!("{} bytes", status.size_bytes),
-    );
+    let spec = record.volume.spec.get_or_insert_default();
+    if was_ready {
+        // It was made larger.
+        spec.size_bytes = status.size_bytes;
+    }
+    if !based {
+        spec.base.clear();
+        spec.base_snapshot.clear();
+    }
+    let mut transaction = Transaction::new();
+    if !was_ready {
+        let bytes = format!("{} bytes", status.size_bytes);
+        let event = model::new_event(&name, "VOLUME_READY", bytes);
+        transaction = transaction.put(event.name.clone(), event.encode_to_vec());
+    }
     let key = key_of(&name);
-    let transaction = Transaction::new()
+    let transaction = transaction
         .if_unchanged(key.clone(), stored.revision)
-        .put(key, record.encode_to_vec())
-        .put(event.name.clone(), event.encode_to_vec());
+        .put(key, record.encode_to_vec());
     store.commit(transaction).await.map(drop)
 }
 
@@ -395,16 +432,47 @@ async fn finish(
     store: &SharedStore,
     name: &str,
     error: Option<pb::OperationError>,
+    findings: &[String],
 ) -> Result<(), StoreError> {
     let Some(item) = store.get(name).await? else {
         return Ok(());
     };
-    let operation = ended(decode(name, &item.value)?, error);
-    let transaction = Transaction::new()
+    let mut operation = ended(decode(name, &item.value)?, error);
+    let mut transaction = Transaction::new();
+    let metadata = operation.metadata.get_or_insert_default();
+    metadata.findings = findings.to_vec();
+    if let Some(event) = job_event(&operation) {
+        transaction = transaction.put(event.name.clone(), event.encode_to_vec());
+    }
+    let transaction = transaction
         .if_unchanged(name, item.revision)
         .put(name, operation.encode_to_vec())
-        .delete(model::pending_key(name));
+        .delete(model::pending_key(name))
+        .delete(model::job_key(name));
     store.commit(transaction).await.map(drop)
+}
+
+/// Work on disks and volumes is an event when it ends: VOLUME_RESIZED, DISK_SNAPSHOT_FAILED ...
+fn job_event(operation: &pb::Operation) -> Option<pb::Event> {
+    let metadata = operation.metadata.as_ref()?;
+    let (stem, verb) = match metadata.kind() {
+        pb::OperationKind::ResizeVolume => ("VOLUME_RESIZE", "VOLUME_RESIZED"),
+        pb::OperationKind::CheckVolume => ("VOLUME_CHECK", "VOLUME_CHECKED"),
+        pb::OperationKind::SnapshotDisk => ("DISK_SNAPSHOT", "DISK_SNAPSHOT_MADE"),
+        pb::OperationKind::MirrorDisk => ("DISK_MIRROR", "DISK_MIRRORED"),
+        pb::OperationKind::BackupDisk => ("DISK_BACKUP", "DISK_BACKED_UP"),
+        pb::OperationKind::CommitDisk => ("DISK_COMMIT", "DISK_COMMITTED"),
+        _ => return None,
+    };
+    let mut event = match &operation.error {
+        None => model::new_event(&metadata.target, verb, metadata.findings.join("; ")),
+        Some(error) => {
+            let reason = format!("{stem}_FAILED");
+            model::new_event(&metadata.target, &reason, error.message.clone())
+        }
+    };
+    event.warning = operation.error.is_some();
+    Some(event)
 }
 
 /// A host will never do this: note why, and stop wanting it.
@@ -419,6 +487,7 @@ async fn record_refusal(
         reason: api::errors::reason(status).unwrap_or_else(|| "HOST_REFUSED".to_owned()),
     };
     let (name, generation) = match action {
+        Action::StartJob { name, .. } => return finish(store, name, Some(error), &[]).await,
         Action::ApplyVm { name, spec } => (name, spec.generation),
         Action::CreateVolume { name, .. } => (name, 0),
         // A deletion stays wanted: what stands in its way may go.

@@ -11,6 +11,7 @@ const PROTOS: &[&str] = &[
     "mortise/node/v1/node.proto",
     "mortise/controller/v1/vms.proto",
     "mortise/controller/v1/volumes.proto",
+    "mortise/controller/v1/disks.proto",
     "mortise/controller/v1/hosts.proto",
     "mortise/controller/v1/operations.proto",
     "mortise/controller/v1/events.proto",

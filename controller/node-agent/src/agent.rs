@@ -17,6 +17,8 @@ use tonic::Code;
 use crate::{
     host::{Host, HostError},
     image::Claims,
+    import::Imports,
+    jobs::Jobs,
     process,
     promised::Promised,
     record::{RecordError, Store},
@@ -41,6 +43,8 @@ pub(crate) struct Agent {
     pub(crate) host: Host,
     /// What the VMs share.
     pub(crate) env: Arc<Env>,
+    /// Work on volumes and disks.
+    pub(crate) jobs: Jobs,
     vms: Mutex<BTreeMap<String, Vm>>,
     /// Holds the state directory's lock as long as the agent lives.
     _lock: File,
@@ -55,6 +59,8 @@ pub(crate) struct Dirs {
     pub(crate) run: PathBuf,
     /// Programs.
     pub(crate) bin: PathBuf,
+    /// The converter of foreign images, if there is one.
+    pub(crate) qemu_img: Option<PathBuf>,
 }
 
 /// Why the agent cannot work.
@@ -133,10 +139,16 @@ impl Agent {
         }
         let lock = lock_dir(&dirs.state)?;
         let claims = Claims::default();
+        let uploads = |source| AgentError::Dir {
+            path: dirs.state.join("uploads"),
+            source,
+        };
+        let imports = Imports::open(&dirs.state, dirs.qemu_img.clone()).map_err(uploads)?;
         let (changes, _) = broadcast::channel(CHANGE_BACKLOG);
         let env = Arc::new(Env {
             store: Store::open(&dirs.state)?,
-            volumes: Pool::open(&dirs.state, claims.clone())?,
+            volumes: Pool::open(&dirs.state, &dirs.run, claims.clone(), imports.clone())?,
+            imports,
             claims,
             run_dir,
             promised: Promised::default(),
@@ -154,6 +166,7 @@ impl Agent {
             host: Host::open(&dirs.state)?,
             env,
             vms: Mutex::new(vms),
+            jobs: Jobs::default(),
             _lock: lock,
         })
     }
@@ -229,13 +242,26 @@ impl Agent {
 
     /// The VM whose spec names a volume, running or not.
     pub(crate) async fn holder_of(&self, volume: &str) -> Option<String> {
-        let names = |source: &DiskSource| matches!(source, DiskSource::Volume(id) if id == volume);
-        self.all()
+        self.attachment(volume)
             .await
-            .iter()
-            .map(Vm::spec)
-            .find(|spec| spec.disks.iter().any(|disk| names(&disk.source)))
-            .map(|spec| spec.id.clone())
+            .map(|(vm, _)| vm.spec().id.clone())
+    }
+
+    /// The VM whose spec names a volume, running or not, and the name of the disk. One that may
+    /// write it comes first.
+    pub(crate) async fn attachment(&self, volume: &str) -> Option<(Vm, String)> {
+        let names = |source: &DiskSource| matches!(source, DiskSource::Volume(id) if id == volume);
+        let mut found: Vec<(bool, Vm, String)> = Vec::new();
+        for vm in self.all().await {
+            let spec = vm.spec();
+            for disk in spec.disks.iter().filter(|disk| names(&disk.source)) {
+                found.push((disk.read_only, vm.clone(), disk.name.clone()));
+            }
+        }
+        found
+            .into_iter()
+            .min_by_key(|(read_only, ..)| *read_only)
+            .map(|(_, vm, disk)| (vm, disk))
     }
 }
 
@@ -277,6 +303,7 @@ mod tests {
             state: dir.path().join("state"),
             run: dir.path().join("run"),
             bin: dir.path().to_owned(),
+            qemu_img: None,
         };
         let first = Agent::open(&dirs).unwrap();
         assert!(matches!(Agent::open(&dirs), Err(AgentError::InUse { .. })));

@@ -24,6 +24,9 @@ pub(crate) struct Cli {
     /// Directory of vmm-core, device-blk and device-net [default: that of node-agent].
     #[arg(long, value_name = "DIR")]
     pub(crate) bin_dir: Option<PathBuf>,
+    /// Converts images of other formats at their import [default: beside node-agent, or in PATH].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) qemu_img: Option<PathBuf>,
     /// Serve /metrics for Prometheus over HTTP here: HOST:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics_listen: Option<Address>,

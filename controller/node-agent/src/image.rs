@@ -20,6 +20,8 @@ use std::{
 
 use tonic::Code;
 
+use crate::spec::Format;
+
 /// QEMU's block/file-posix.c: byte 100+n is read-locked by holders of permission n, byte 200+n
 /// by those who do not let others have it. Permission 1 is "write".
 const QEMU_HOLDS_WRITE: i64 = 101;
@@ -38,12 +40,6 @@ pub(crate) enum ImageError {
     Missing {
         /// The image.
         path: PathBuf,
-    },
-    /// No such volume.
-    #[error("volume {id:?} does not exist on this host; vmctl volume list shows which do")]
-    NoVolume {
-        /// The volume.
-        id: String,
     },
     /// It cannot be opened.
     #[error("opening image {path}", path = .path.display())]
@@ -69,7 +65,7 @@ pub(crate) enum ImageError {
         len_bytes: u64,
     },
     /// qcow2 given as a raw image.
-    #[error("image {path} is in the qcow2 format, only raw is supported; convert it: qemu-img convert -O raw {path} IMAGE.raw", path = .path.display())]
+    #[error("image {path} is in the qcow2 format and was given as a raw one; say format=qcow2, or convert it: qemu-img convert -O raw {path} IMAGE.raw", path = .path.display())]
     Qcow2 {
         /// The image.
         path: PathBuf,
@@ -96,7 +92,7 @@ impl ImageError {
     /// What the API answers.
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::Missing { .. } | Self::NoVolume { .. } => Code::NotFound,
+            Self::Missing { .. } => Code::NotFound,
             Self::Open { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 Code::PermissionDenied
             }
@@ -112,7 +108,7 @@ impl ImageError {
 ///
 /// # Errors
 /// When it cannot be opened or cannot be a disk.
-pub(crate) fn open(path: &Path, read_only: bool) -> Result<File, ImageError> {
+pub(crate) fn open(path: &Path, read_only: bool, format: Format) -> Result<File, ImageError> {
     let file = OpenOptions::new()
         .read(true)
         .write(!read_only)
@@ -133,7 +129,8 @@ pub(crate) fn open(path: &Path, read_only: bool) -> Result<File, ImageError> {
         source,
     })?;
     let len_bytes = disk_len(&file, path)?;
-    if len_bytes < SECTOR_BYTES || !len_bytes.is_multiple_of(SECTOR_BYTES) {
+    let is_raw = format == Format::Raw;
+    if is_raw && (len_bytes < SECTOR_BYTES || !len_bytes.is_multiple_of(SECTOR_BYTES)) {
         return Err(ImageError::Size {
             path: path.to_owned(),
             len_bytes,
@@ -258,6 +255,21 @@ pub(crate) struct Claims {
     held: Arc<Mutex<HashMap<ImageId, Vec<Holder>>>>,
 }
 
+impl ImageId {
+    fn of(metadata: &std::fs::Metadata) -> Self {
+        if metadata.file_type().is_block_device() {
+            Self::BlockDevice {
+                number: metadata.rdev(),
+            }
+        } else {
+            Self::File {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            }
+        }
+    }
+}
+
 /// Device and inode of a file, or the number of a block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum ImageId {
@@ -269,6 +281,8 @@ enum ImageId {
 struct Holder {
     name: String,
     read_only: bool,
+    /// The image whose claim this one ends with.
+    follows: Option<ImageId>,
 }
 
 /// The right to use an image until it is dropped.
@@ -295,16 +309,7 @@ impl Claims {
             path: path.to_owned(),
             source,
         })?;
-        let image = if metadata.file_type().is_block_device() {
-            ImageId::BlockDevice {
-                number: metadata.rdev(),
-            }
-        } else {
-            ImageId::File {
-                device: metadata.dev(),
-                inode: metadata.ino(),
-            }
-        };
+        let image = ImageId::of(&metadata);
         let mut held = self.lock();
         let holders = held.entry(image).or_default();
         if let Some(other) = holders.iter().find(|other| !(read_only && other.read_only)) {
@@ -316,12 +321,38 @@ impl Claims {
         holders.push(Holder {
             name: holder.to_owned(),
             read_only,
+            follows: None,
         });
         Ok(Claim {
             claims: self.clone(),
             image,
             holder: holder.to_owned(),
         })
+    }
+
+    /// Whoever writes the image at `before` reads it from now on and writes `after` instead, until
+    /// its claim ends.
+    pub(crate) fn follow(&self, before: &Path, after: &File) {
+        let (Ok(before), Ok(after)) = (std::fs::metadata(before), after.metadata()) else {
+            return;
+        };
+        let (before, after) = (ImageId::of(&before), ImageId::of(&after));
+        let mut held = self.lock();
+        let holders = held.get_mut(&before).map(Vec::as_mut_slice);
+        let writer = holders
+            .unwrap_or_default()
+            .iter_mut()
+            .find(|holder| !holder.read_only);
+        let Some(writer) = writer else {
+            return;
+        };
+        writer.read_only = true;
+        let next = Holder {
+            name: writer.name.clone(),
+            read_only: false,
+            follows: Some(writer.follows.unwrap_or(before)),
+        };
+        held.entry(after).or_default().push(next);
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<ImageId, Vec<Holder>>> {
@@ -332,14 +363,18 @@ impl Claims {
 impl Drop for Claim {
     fn drop(&mut self) {
         let mut held = self.claims.lock();
-        if let Some(holders) = held.get_mut(&self.image) {
-            if let Some(index) = holders.iter().position(|holder| holder.name == self.holder) {
-                holders.swap_remove(index);
-            }
-            if holders.is_empty() {
-                held.remove(&self.image);
-            }
+        if let Some(holders) = held.get_mut(&self.image)
+            && let Some(index) = holders
+                .iter()
+                .position(|holder| holder.name == self.holder && holder.follows.is_none())
+        {
+            holders.swap_remove(index);
         }
+        held.retain(|_, holders| {
+            holders
+                .retain(|holder| holder.follows != Some(self.image) || holder.name != self.holder);
+            !holders.is_empty()
+        });
     }
 }
 
@@ -369,23 +404,26 @@ mod tests {
     #[test]
     fn file_that_is_no_disk_is_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
-        let missing = open(&dir.path().join("none"), false).unwrap_err();
+        let missing = open(&dir.path().join("none"), false, Format::Raw).unwrap_err();
         assert_eq!(missing.code(), Code::NotFound);
         assert!(missing.to_string().contains("none"));
         for len_bytes in [0, 100, 1000] {
             let path = image(dir.path(), len_bytes);
             assert!(
-                matches!(open(&path, false), Err(ImageError::Size { .. })),
+                matches!(
+                    open(&path, false, Format::Raw),
+                    Err(ImageError::Size { .. })
+                ),
                 "{len_bytes}"
             );
         }
         assert!(matches!(
-            open(dir.path(), true),
+            open(dir.path(), true, Format::Raw),
             Err(ImageError::Kind { .. })
         ));
         let path = image(dir.path(), 512);
         std::fs::write(&path, [b"QFI\xfb".as_slice(), &[0; 508]].concat()).unwrap();
-        let file = open(&path, false).unwrap();
+        let file = open(&path, false, Format::Raw).unwrap();
         assert!(matches!(
             refuse_qcow2(&path, &file),
             Err(ImageError::Qcow2 { .. })
@@ -398,7 +436,10 @@ mod tests {
         let path = image(dir.path(), 4096);
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        let (file, linked) = (open(&path, false).unwrap(), open(&link, false).unwrap());
+        let (file, linked) = (
+            open(&path, false, Format::Raw).unwrap(),
+            open(&link, false, Format::Raw).unwrap(),
+        );
         let claims = Claims::default();
         let writer = claims.claim(&path, &file, "VM a", false).unwrap();
         let error = claims.claim(&link, &linked, "VM b", true).unwrap_err();
@@ -410,10 +451,45 @@ mod tests {
     }
 
     #[test]
+    fn writer_that_goes_on_in_another_image_holds_both() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path(), 4096);
+        let file = open(&path, false, Format::Raw).unwrap();
+        let claims = Claims::default();
+        let claim = claims.claim(&path, &file, "VM a", false).unwrap();
+        let overlays: Vec<(PathBuf, File)> = ["one", "two"]
+            .map(|name| dir.path().join(name))
+            .map(|path| (path.clone(), File::create(path).unwrap()))
+            .into();
+        claims.follow(&path, &overlays[0].1);
+        claims.follow(&overlays[0].0, &overlays[1].1);
+        // What was written before is read by anybody now.
+        for (path, file) in [(&path, &file), (&overlays[0].0, &overlays[0].1)] {
+            drop(claims.claim(path, file, "VM b", true).unwrap());
+            assert!(claims.claim(path, file, "VM b", false).is_err());
+        }
+        assert!(
+            claims
+                .claim(&overlays[1].0, &overlays[1].1, "VM b", true)
+                .is_err()
+        );
+        drop(claim);
+        assert!(
+            claims
+                .claim(&overlays[1].0, &overlays[1].1, "VM b", false)
+                .is_ok()
+        );
+        assert!(claims.claim(&path, &file, "VM b", false).is_ok());
+    }
+
+    #[test]
     fn lock_of_another_process_is_seen() {
         let dir = tempfile::tempdir().unwrap();
         let path = image(dir.path(), 4096);
-        let (other, ours) = (open(&path, false).unwrap(), open(&path, false).unwrap());
+        let (other, ours) = (
+            open(&path, false, Format::Raw).unwrap(),
+            open(&path, false, Format::Raw).unwrap(),
+        );
         assert!(conflicting_lock(&ours, false).unwrap().is_none());
         // QEMU as a writer.
         ofd_lock(&other, libc::F_RDLCK, (QEMU_HOLDS_WRITE, 1));

@@ -9,6 +9,8 @@ mod cli;
 mod console;
 mod host;
 mod image;
+mod import;
+mod jobs;
 mod metrics;
 mod process;
 mod promised;
@@ -34,6 +36,9 @@ use crate::{
 };
 
 fn main() -> ExitCode {
+    if let Some(failed) = import::confine::enter_if_asked() {
+        return failed;
+    }
     let cli = Cli::parse();
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -94,6 +99,10 @@ fn directories(cli: &Cli) -> anyhow::Result<Dirs> {
     Ok(Dirs {
         state: absolute(&cli.state_dir)?,
         run: absolute(&cli.run_dir)?,
+        qemu_img: match &cli.qemu_img {
+            Some(program) => Some(absolute(program)?),
+            None => import::find_qemu_img(&bin),
+        },
         bin,
     })
 }

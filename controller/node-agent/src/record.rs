@@ -142,7 +142,7 @@ pub(crate) enum RecordError {
         source: io::Error,
     },
     /// The file does not hold what it should.
-    #[error("{path} is not a record of this version; move it away to forget the VM", path = .path.display())]
+    #[error("{path} is not a record of this version; move it away to forget what it is about", path = .path.display())]
     Format {
         /// Which file.
         path: PathBuf,
@@ -151,7 +151,7 @@ pub(crate) enum RecordError {
         source: serde_json::Error,
     },
     /// Written by another version.
-    #[error("{path} has version {version}, this agent knows {VERSION}", path = .path.display())]
+    #[error("{path} has version {version}, which this agent does not know; run the one that wrote it", path = .path.display())]
     Version {
         /// Which file.
         path: PathBuf,
@@ -186,7 +186,7 @@ impl Store {
         for entry in fs::read_dir(&self.dir).map_err(io_error("reading", &self.dir))? {
             let path = entry.map_err(io_error("reading", &self.dir))?.path();
             match path.extension().and_then(|extension| extension.to_str()) {
-                Some("json") => records.push(load(&path)?),
+                Some("json") => records.push(load_json(&path, VERSION)?),
                 Some("tmp") => {
                     fs::remove_file(&path).map_err(io_error("removing", &path))?;
                 }
@@ -201,7 +201,7 @@ impl Store {
     /// # Errors
     /// When the disk refuses.
     pub(crate) fn save(&self, record: &Record) -> Result<(), RecordError> {
-        write_atomically(&self.path(&record.spec.id), record)
+        save_json(&self.path(&record.spec.id), record)
     }
 
     /// Forgets the VM. One that is not known is no error.
@@ -223,7 +223,11 @@ impl Store {
     }
 }
 
-fn load(path: &Path) -> Result<Record, RecordError> {
+/// Reads a record of this version.
+///
+/// # Errors
+/// When it cannot be read, is of another version, or is none.
+pub(crate) fn load_json<T: DeserializeOwned>(path: &Path, expected: u32) -> Result<T, RecordError> {
     /// Read first, so that another version's record is named as such.
     #[derive(Deserialize)]
     struct Versioned {
@@ -231,7 +235,7 @@ fn load(path: &Path) -> Result<Record, RecordError> {
     }
     let bytes = fs::read(path).map_err(io_error("reading", path))?;
     let versioned: Versioned = parse(path, &bytes)?;
-    if versioned.version != VERSION {
+    if versioned.version != expected {
         return Err(RecordError::Version {
             path: path.to_owned(),
             version: versioned.version,
@@ -247,7 +251,11 @@ fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, RecordErro
     })
 }
 
-fn write_atomically(path: &Path, record: &Record) -> Result<(), RecordError> {
+/// Replaces a record; on return it is durable.
+///
+/// # Errors
+/// When the disk refuses.
+pub(crate) fn save_json<T: Serialize>(path: &Path, record: &T) -> Result<(), RecordError> {
     let temporary = path.with_extension("tmp");
     let bytes = serde_json::to_vec_pretty(record).expect("records have string keys only");
     let mut file = File::create(&temporary).map_err(io_error("creating", &temporary))?;

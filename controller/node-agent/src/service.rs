@@ -1,13 +1,13 @@
 //! The gRPC handlers: they translate, and nothing else.
 
+mod disks;
+mod uploads;
+mod volumes;
+
 use std::sync::Arc;
 
-use api::node::{
-    ApplyVmRequest, ConsoleInput, CreateVolumeRequest, DeleteVmRequest, DeleteVmResponse,
-    DeleteVolumeRequest, DeleteVolumeResponse, GetHostRequest, GetVmRequest, HostStatus,
-    ListVmsRequest, ListVmsResponse, ListVolumesRequest, ListVolumesResponse, ResetVmRequest,
-    VmPhase, VmStatus, VolumeStatus, WatchVmsRequest, node_agent_server::NodeAgent,
-};
+use api::node::node_agent_server::NodeAgent;
+use api::node::*;
 use api::{errors::invalid_field, validate};
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,10 +17,12 @@ use crate::{
     agent::{Agent, CallError},
     console::{self, ConsoleError},
     host,
+    import::ImportError,
+    jobs::JobError,
     spec::Spec,
     usage,
     vm::{Vm, error_chain},
-    volumes::{self, VolumeError},
+    volumes::{Volume, VolumeError},
 };
 
 /// Messages under way to one watcher.
@@ -143,17 +145,9 @@ impl NodeAgent for Service {
     ) -> Result<Response<VolumeStatus>, Status> {
         let request = request.into_inner();
         validate::node_create_volume_request(&request)?;
-        let source = (!request.source_path.is_empty()).then(|| request.source_path.into());
-        let volume = self
-            .agent
-            .env
-            .volumes
-            .create(volumes::Request {
-                id: request.id,
-                size_bytes: request.size_bytes,
-                source,
-                preallocate: request.preallocate,
-            })
+        let pool = &self.agent.env.volumes;
+        let volume = pool
+            .create(volumes::request_from_validated(request))
             .await?;
         Ok(Response::new(self.volume_status(volume).await))
     }
@@ -169,9 +163,7 @@ impl NodeAgent for Service {
         }
         let pool = self.agent.env.volumes.clone();
         // Waits for locks of other processes.
-        tokio::task::spawn_blocking(move || pool.delete(&id))
-            .await
-            .unwrap_or_else(|panic| panic!("deleting a volume: {panic}"))?;
+        blocking(move || pool.delete(&id)).await?;
         Ok(Response::new(DeleteVolumeResponse {}))
     }
 
@@ -179,31 +171,138 @@ impl NodeAgent for Service {
         &self,
         _: Request<ListVolumesRequest>,
     ) -> Result<Response<ListVolumesResponse>, Status> {
+        let pool = self.agent.env.volumes.clone();
+        let listed = blocking(move || pool.list()).await?;
         let mut volumes = Vec::new();
-        for volume in self.agent.env.volumes.list()? {
+        for volume in listed {
             volumes.push(self.volume_status(volume).await);
         }
         Ok(Response::new(ListVolumesResponse { volumes }))
     }
+
+    async fn set_volume_key(
+        &self,
+        request: Request<SetVolumeKeyRequest>,
+    ) -> Result<Response<SetVolumeKeyResponse>, Status> {
+        let request = request.into_inner();
+        validate::node_set_volume_key_request(&request)?;
+        let keys = self.agent.env.volumes.keys();
+        let done = match request.key.is_empty() {
+            true => keys.forget(&request.id),
+            false => keys.set(&request.id, &request.key),
+        };
+        done.map_err(volumes::key_error(&request.id))?;
+        Ok(Response::new(SetVolumeKeyResponse {}))
+    }
+
+    async fn get_disks(
+        &self,
+        request: Request<GetDisksRequest>,
+    ) -> Result<Response<GetDisksResponse>, Status> {
+        let id = request.into_inner().vm_id;
+        validate::node_id(&id)?;
+        let vm = self.agent.find(&id).await?;
+        let disks = disks::describe(&self.agent, &vm).await;
+        Ok(Response::new(GetDisksResponse { disks }))
+    }
+
+    async fn start_job(&self, request: Request<StartJobRequest>) -> Result<Response<Job>, Status> {
+        let request = request.into_inner();
+        validate::start_job_request(&request)?;
+        Ok(Response::new(self.agent.jobs.start(&self.agent, request)?))
+    }
+
+    async fn list_jobs(
+        &self,
+        _: Request<ListJobsRequest>,
+    ) -> Result<Response<ListJobsResponse>, Status> {
+        let jobs = self.agent.jobs.list();
+        Ok(Response::new(ListJobsResponse { jobs }))
+    }
+
+    async fn complete_job(
+        &self,
+        request: Request<CompleteJobRequest>,
+    ) -> Result<Response<Job>, Status> {
+        let id = request.into_inner().job_id;
+        Ok(Response::new(self.agent.jobs.complete(&id)?))
+    }
+
+    async fn cancel_job(
+        &self,
+        request: Request<CancelJobRequest>,
+    ) -> Result<Response<Job>, Status> {
+        let id = request.into_inner().job_id;
+        Ok(Response::new(self.agent.jobs.cancel(&id)?))
+    }
+
+    async fn forget_job(
+        &self,
+        request: Request<ForgetJobRequest>,
+    ) -> Result<Response<ForgetJobResponse>, Status> {
+        self.agent.jobs.forget(&request.into_inner().job_id)?;
+        Ok(Response::new(ForgetJobResponse {}))
+    }
+
+    async fn create_upload(
+        &self,
+        request: Request<CreateUploadRequest>,
+    ) -> Result<Response<Upload>, Status> {
+        let request = request.into_inner();
+        validate::node_create_upload_request(&request)?;
+        let imports = self.agent.env.imports.clone();
+        let files = uploads::files(request.files);
+        let upload = blocking(move || imports.create(&request.id, files)).await?;
+        Ok(Response::new(uploads::answer(upload)))
+    }
+
+    async fn get_upload(
+        &self,
+        request: Request<GetUploadRequest>,
+    ) -> Result<Response<Upload>, Status> {
+        let id = request.into_inner().id;
+        validate::node_id(&id)?;
+        let imports = self.agent.env.imports.clone();
+        let upload = blocking(move || imports.get(&id)).await?;
+        Ok(Response::new(uploads::answer(upload)))
+    }
+
+    async fn delete_upload(
+        &self,
+        request: Request<DeleteUploadRequest>,
+    ) -> Result<Response<DeleteUploadResponse>, Status> {
+        let id = request.into_inner().id;
+        validate::node_id(&id)?;
+        let imports = self.agent.env.imports.clone();
+        blocking(move || imports.delete(&id)).await?;
+        Ok(Response::new(DeleteUploadResponse {}))
+    }
+
+    type WriteUploadStream = ReceiverStream<Result<UploadProgress, Status>>;
+
+    async fn write_upload(
+        &self,
+        request: Request<Streaming<UploadChunk>>,
+    ) -> Result<Response<Self::WriteUploadStream>, Status> {
+        let imports = self.agent.env.imports.clone();
+        uploads::receive(imports, request.into_inner())
+            .await
+            .map(Response::new)
+    }
 }
 
 impl Service {
-    async fn volume_status(&self, volume: volumes::Volume) -> VolumeStatus {
-        VolumeStatus {
-            path: self
-                .agent
-                .env
-                .volumes
-                .path(&volume.id)
-                .display()
-                .to_string(),
-            attached_to: self.agent.holder_of(&volume.id).await.unwrap_or_default(),
-            creating: volume.creating.is_some(),
-            copied_bytes: volume.creating.unwrap_or(0),
-            size_bytes: volume.size_bytes,
-            id: volume.id,
-        }
+    async fn volume_status(&self, volume: Volume) -> VolumeStatus {
+        let attached_to = self.agent.holder_of(&volume.id).await.unwrap_or_default();
+        volumes::status(volume, attached_to)
     }
+}
+
+/// Runs what waits for files beside the runtime's threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|panic| panic!("working on files: {panic}"))
 }
 
 /// First all states, then changes; all states again after falling behind.
@@ -275,6 +374,18 @@ impl From<VolumeError> for Status {
 
 impl From<ConsoleError> for Status {
     fn from(error: ConsoleError) -> Self {
+        Self::new(error.code(), error_chain(&error))
+    }
+}
+
+impl From<JobError> for Status {
+    fn from(error: JobError) -> Self {
+        Self::new(error.code(), error_chain(&error))
+    }
+}
+
+impl From<ImportError> for Status {
+    fn from(error: ImportError) -> Self {
         Self::new(error.code(), error_chain(&error))
     }
 }

@@ -61,6 +61,71 @@ pub(crate) struct Disk {
     pub(crate) num_queues: u32,
     /// At most 20 bytes; empty for the name.
     pub(crate) serial: String,
+    /// Of an image at a path; a volume knows its own.
+    #[serde(default)]
+    pub(crate) format: Format,
+    /// 512 or 4096; 0 for the default.
+    #[serde(default)]
+    pub(crate) block_size: u32,
+    /// CPUs of the queues' threads; empty for any.
+    #[serde(default)]
+    pub(crate) cpus: Vec<u32>,
+    /// Through the page cache even where O_DIRECT works.
+    #[serde(default)]
+    pub(crate) page_cache: bool,
+    /// 0 for the default.
+    #[serde(default)]
+    pub(crate) slow_request_ms: u32,
+    /// What may change while the VM runs.
+    #[serde(default)]
+    pub(crate) tuning: Tuning,
+}
+
+/// What may change of a disk while its VM runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tuning {
+    /// Of reads.
+    pub(crate) read: Rate,
+    /// Of writes.
+    pub(crate) write: Rate,
+    /// How queues wait.
+    pub(crate) polling: Polling,
+}
+
+/// A limit of one direction; 0 for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Rate {
+    /// Requests a second.
+    pub(crate) iops: u64,
+    /// Bytes a second.
+    pub(crate) bytes_per_second: u64,
+    /// Requests at once after a pause.
+    pub(crate) burst_ios: u64,
+    /// Bytes at once after a pause.
+    pub(crate) burst_bytes: u64,
+}
+
+/// Whether queues look for work a while before they sleep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Polling {
+    /// For as long as it pays.
+    #[default]
+    Adaptive,
+    /// They sleep at once.
+    Never,
+    /// They never sleep.
+    Always,
+}
+
+/// How an image's file is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Format {
+    /// Byte for byte.
+    #[default]
+    Raw,
+    /// QEMU's.
+    Qcow2,
 }
 
 /// Where a disk's bytes are.
@@ -70,6 +135,23 @@ pub(crate) enum DiskSource {
     Path(PathBuf),
     /// A volume of this host's pool.
     Volume(String),
+    /// An export of another host.
+    Nbd(Nbd),
+}
+
+/// An export of an NBD server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Nbd {
+    /// HOST:PORT or unix:PATH.
+    pub(crate) address: String,
+    /// Its name there.
+    pub(crate) export: String,
+    /// Presented to the server.
+    pub(crate) generation: u64,
+    /// PEM on this host.
+    pub(crate) tls_file: Option<PathBuf>,
+    /// Name of the server's certificate; empty for the host of the address.
+    pub(crate) tls_hostname: String,
 }
 
 /// A network interface.
@@ -149,6 +231,9 @@ impl Spec {
         other.generation = self.generation;
         other.power = self.power;
         other.shutdown_grace_ms = self.shutdown_grace_ms;
+        for (other, own) in other.disks.iter_mut().zip(&self.disks) {
+            other.tuning = own.tuning;
+        }
         *self == other
     }
 }
@@ -167,15 +252,99 @@ impl Power {
 impl Disk {
     fn from_api(api: &api::node::DiskSpec) -> Self {
         use api::node::disk_spec::Source;
+        let source = match (&api.source, &api.nbd) {
+            (Some(Source::Path(path)), _) => DiskSource::Path(PathBuf::from(path)),
+            (Some(Source::Volume(id)), _) => DiskSource::Volume(id.clone()),
+            (None, Some(nbd)) => DiskSource::Nbd(Nbd {
+                address: nbd.address.clone(),
+                export: nbd.export.clone(),
+                generation: nbd.generation,
+                tls_file: not_empty(&nbd.tls_file).map(PathBuf::from),
+                tls_hostname: nbd.tls_hostname.clone(),
+            }),
+            (None, None) => panic!("a source was validated"),
+        };
+        let limits = api.limits.unwrap_or_default();
         Self {
             name: api.name.clone(),
-            source: match api.source.as_ref().expect("a source was validated") {
-                Source::Path(path) => DiskSource::Path(PathBuf::from(path)),
-                Source::Volume(id) => DiskSource::Volume(id.clone()),
-            },
+            source,
             read_only: api.read_only,
             num_queues: api.num_queues.max(1),
             serial: api.serial.clone(),
+            format: Format::from_validated(&api.format),
+            block_size: api.block_size,
+            cpus: api.cpus.clone(),
+            page_cache: api.page_cache,
+            slow_request_ms: api.slow_request_ms,
+            tuning: Tuning {
+                read: Rate::from_api(limits.read),
+                write: Rate::from_api(limits.write),
+                polling: match api.polling() {
+                    api::node::Polling::Unspecified | api::node::Polling::Adaptive => {
+                        Polling::Adaptive
+                    }
+                    api::node::Polling::Never => Polling::Never,
+                    api::node::Polling::Always => Polling::Always,
+                },
+            },
+        }
+    }
+}
+
+impl Rate {
+    fn from_api(api: Option<api::node::RateLimit>) -> Self {
+        let api = api.unwrap_or_default();
+        Self {
+            iops: api.iops,
+            bytes_per_second: api.bytes_per_second,
+            burst_ios: api.burst_ios,
+            burst_bytes: api.burst_bytes,
+        }
+    }
+
+    fn to_device(self) -> api::device::RateLimit {
+        api::device::RateLimit {
+            iops: self.iops,
+            bytes_per_second: self.bytes_per_second,
+            burst_ios: self.burst_ios,
+            burst_bytes: self.burst_bytes,
+        }
+    }
+}
+
+impl Tuning {
+    /// For the daemon.
+    pub(crate) fn limits(&self) -> api::device::RateLimits {
+        api::device::RateLimits {
+            read: Some(self.read.to_device()),
+            write: Some(self.write.to_device()),
+        }
+    }
+
+    /// For the daemon.
+    pub(crate) fn polling(&self) -> api::device::Polling {
+        match self.polling {
+            Polling::Adaptive => api::device::Polling::Adaptive,
+            Polling::Never => api::device::Polling::Never,
+            Polling::Always => api::device::Polling::Always,
+        }
+    }
+}
+
+impl Format {
+    /// Of a validated request: raw, qcow2, or empty for raw.
+    pub(crate) fn from_validated(name: &str) -> Self {
+        match name {
+            "qcow2" => Self::Qcow2,
+            _ => Self::Raw,
+        }
+    }
+
+    /// As daemons, tools and people call it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
         }
     }
 }
@@ -265,11 +434,21 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn power_and_generation_are_no_change_of_the_machine() {
+    fn disk_of_an_older_record_has_defaults() {
+        let disk: Disk = serde_json::from_str(
+            r#"{"name":"root","source":{"Path":"/a"},"read_only":false,"num_queues":1,"serial":""}"#,
+        )
+        .unwrap();
+        assert_eq!((disk.format, disk.tuning), (Format::Raw, Tuning::default()));
+    }
+
+    #[test]
+    fn power_generation_and_limits_are_no_change_of_the_machine() {
         let spec = Spec::from_validated(&api_spec("web"));
         let mut off = spec.clone();
         off.generation = 2;
         off.power = Power::Off;
+        off.disks[0].tuning.read.iops = 100;
         assert!(spec.same_machine(&off));
         off.vcpus = 2;
         assert!(!spec.same_machine(&off));

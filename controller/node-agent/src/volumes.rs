@@ -1,11 +1,20 @@
-//! The host's pool of volumes: raw files in STATE_DIR/volumes. A volume appears under its name
-//! only when it is complete and durable.
+//! The host's pool of volumes: image files in STATE_DIR/volumes, and a record for each volume that
+//! is more than one raw file. A volume appears under its name only when it is complete and durable.
+//!
+//! A volume consists of layers, each a file. The first is written; below it are what its snapshots
+//! keep and, for a linked clone, the layers of the volume that it is based on.
+
+mod chain;
+mod copy;
+mod error;
+mod keys;
+mod make;
+mod record;
 
 use std::{
-    collections::HashMap,
-    fs::{self, File, OpenOptions},
+    collections::{HashMap, HashSet},
+    fs::{self, File},
     io,
-    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -14,142 +23,123 @@ use std::{
 };
 
 use tokio::sync::watch;
-use tonic::Code;
 
+use self::keys::Keys;
+pub(crate) use self::{
+    chain::{Chain, ChainLayer, MAX_LAYERS},
+    error::{VolumeError, io_error, is_full},
+    make::{create_file, create_new, grow_layer, make_overlay},
+    record::{Base, Layer, Pending, VolumeRecord},
+};
 use crate::{
-    image::{self, Claims, ImageError},
-    record::{self, RecordError},
+    image::{self, Claims},
+    import::ImportRequest,
+    record as records,
+    spec::Format,
 };
 
 const SECTOR_BYTES: u64 = 512;
 /// ext4's largest file with 4 KiB blocks is 16 TiB; leave the file system the last word below that.
 const MAX_VOLUME_BYTES: u64 = 16 << 40;
-/// Copied between two reports of progress.
-const COPY_CHUNK_BYTES: u64 = 16 << 20;
-
-/// Why a volume cannot be made or removed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum VolumeError {
-    /// No number of sectors.
-    #[error(
-        "volume {id:?}: the size must be a multiple of 512 bytes, at least 512 and at most 16 TiB, not {size_bytes}"
-    )]
-    Size {
-        /// The volume.
-        id: String,
-        /// As asked for.
-        size_bytes: u64,
-    },
-    /// The source does not fit.
-    #[error(
-        "volume {id:?}: {size_bytes} bytes are too small for the source of {source_bytes} bytes; ask for at least that, or for 0 to take its size"
-    )]
-    TooSmall {
-        /// The volume.
-        id: String,
-        /// As asked for.
-        size_bytes: u64,
-        /// Of the source.
-        source_bytes: u64,
-    },
-    /// Another one of this name.
-    #[error(
-        "volume {id:?} exists already with {size_bytes} bytes; choose another name or delete it"
-    )]
-    Exists {
-        /// The volume.
-        id: String,
-        /// Its size.
-        size_bytes: u64,
-    },
-    /// A VM has it.
-    #[error("volume {id:?} is attached to VM {vm:?}; delete the VM or detach the volume first")]
-    Attached {
-        /// The volume.
-        id: String,
-        /// The VM.
-        vm: String,
-    },
-    /// The source, or the volume itself, is in use or not usable.
-    #[error("volume {id:?}")]
-    Image {
-        /// The volume.
-        id: String,
-        /// What is wrong.
-        #[source]
-        source: ImageError,
-    },
-    /// The disk is full.
-    #[error("volume {id:?}: no space left in {dir} ({free_mib} MiB are free); delete volumes or ask for less", dir = .dir.display())]
-    NoSpace {
-        /// The volume.
-        id: String,
-        /// The pool.
-        dir: PathBuf,
-        /// What is left.
-        free_mib: u64,
-    },
-    /// A file could not be handled.
-    #[error("volume {id:?}: {action}")]
-    Io {
-        /// The volume.
-        id: String,
-        /// What was done.
-        action: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// The directory could not be synced.
-    #[error(transparent)]
-    Sync(#[from] RecordError),
-    /// The pool cannot be opened.
-    #[error("opening the pool {dir}", dir = .dir.display())]
-    Pool {
-        /// The pool.
-        dir: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl VolumeError {
-    /// What the API answers.
-    pub(crate) fn code(&self) -> Code {
-        match self {
-            Self::Size { .. } | Self::TooSmall { .. } => Code::InvalidArgument,
-            Self::Exists { .. } => Code::AlreadyExists,
-            Self::Attached { .. } => Code::FailedPrecondition,
-            Self::Image { source, .. } => source.code(),
-            Self::NoSpace { .. } => Code::ResourceExhausted,
-            Self::Io { .. } | Self::Sync(_) | Self::Pool { .. } => Code::Internal,
-        }
-    }
-}
 
 /// What is to be made.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Request {
     /// A checked name.
     pub(crate) id: String,
     /// 0 for the source's.
     pub(crate) size_bytes: u64,
-    /// Raw image to copy.
-    pub(crate) source: Option<PathBuf>,
-    /// Reserve all blocks.
-    pub(crate) preallocate: bool,
+    /// Of the image.
+    pub(crate) format: Format,
+    /// What is reserved now.
+    pub(crate) preallocation: Preallocation,
+    /// Of qcow2; 0 for the default.
+    pub(crate) cluster_bytes: u32,
+    /// LUKS.
+    pub(crate) encrypted: bool,
+    /// What is in it.
+    pub(crate) content: Content,
+}
+
+/// What a new volume holds.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum Content {
+    /// Zeroes.
+    #[default]
+    Nothing,
+    /// Those of a raw image.
+    Copy(PathBuf),
+    /// Those of another volume, which stays below.
+    Clone(Base),
+    /// Those of files that were uploaded.
+    Import(ImportRequest),
+}
+
+/// What is reserved when a volume is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// qcow2's tables.
+    Metadata,
+    /// Blocks.
+    Falloc,
+    /// Blocks, by writing zeroes.
+    Full,
 }
 
 /// A volume, complete or on its way.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Volume {
     /// Its name.
     pub(crate) id: String,
-    /// Its size.
+    /// What a guest sees.
     pub(crate) size_bytes: u64,
-    /// Bytes of the source that were copied, while it is being made.
-    pub(crate) creating: Option<u64>,
+    /// While it is being made.
+    pub(crate) creating: Option<Progress>,
+    /// Of the layer that is written.
+    pub(crate) format: Format,
+    /// 0 for formats without.
+    pub(crate) cluster_bytes: u32,
+    /// Volume it is a linked clone of.
+    pub(crate) base: Option<String>,
+    /// Linked clones of it.
+    pub(crate) clones: Vec<String>,
+    /// All that it consists of, the one that is written first.
+    pub(crate) layers: Vec<LayerInfo>,
+    /// How many of these are its own.
+    pub(crate) own_layers: usize,
+    /// LUKS.
+    pub(crate) encrypted: bool,
+    /// The passphrase is here.
+    pub(crate) key_present: bool,
+}
+
+/// One file of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LayerInfo {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// raw or qcow2.
+    pub(crate) format: Format,
+    /// Blocks on the file system.
+    pub(crate) allocated_bytes: u64,
+    /// The snapshot that it keeps.
+    pub(crate) snapshot: Option<String>,
+    /// When it was made; 0 when that is not known.
+    pub(crate) created_at_ms: u64,
+}
+
+/// How far the making of a volume is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// copying, verifying, converting
+    pub(crate) stage: &'static str,
+    /// Bytes of it.
+    pub(crate) done_bytes: u64,
+    /// Of so many; 0 when that is not known.
+    pub(crate) total_bytes: u64,
 }
 
 /// The pool. Cheap to clone.
@@ -157,16 +147,29 @@ pub(crate) struct Volume {
 pub(crate) struct Pool {
     dir: PathBuf,
     claims: Claims,
+    keys: Keys,
+    imports: crate::import::Imports,
     creating: Arc<Mutex<HashMap<String, Arc<Creation>>>>,
+    changing: Arc<Mutex<HashSet<String>>>,
 }
 
 /// A volume on its way.
 #[derive(Debug)]
-struct Creation {
+pub(crate) struct Creation {
     size_bytes: AtomicU64,
-    copied_bytes: AtomicU64,
+    format: Format,
+    done_bytes: AtomicU64,
+    total_bytes: AtomicU64,
+    stage: Mutex<&'static str>,
     /// Closed when it is over, however it ended.
     over: watch::Receiver<()>,
+}
+
+/// The right to change a volume's layers, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Changing {
+    pool: Pool,
+    id: String,
 }
 
 impl Pool {
@@ -174,68 +177,68 @@ impl Pool {
     ///
     /// # Errors
     /// When it cannot be created or read.
-    pub(crate) fn open(state_dir: &Path, claims: Claims) -> Result<Self, VolumeError> {
+    pub(crate) fn open(
+        state_dir: &Path,
+        run_dir: &Path,
+        claims: Claims,
+        imports: crate::import::Imports,
+    ) -> Result<Self, VolumeError> {
         let dir = state_dir.join("volumes");
-        let prepare = || {
-            fs::create_dir_all(&dir)?;
-            for entry in fs::read_dir(&dir)? {
-                let path = entry?.path();
-                if path.extension().is_some_and(|extension| extension == "tmp") {
-                    fs::remove_file(path)?;
-                }
-            }
-            Ok(())
-        };
-        prepare().map_err(|source| VolumeError::Pool {
+        let error = |source| VolumeError::Pool {
             dir: dir.clone(),
             source,
-        })?;
-        Ok(Self {
-            dir,
+        };
+        fs::create_dir_all(&dir).map_err(error)?;
+        let pool = Self {
+            keys: Keys::open(run_dir).map_err(error)?,
+            dir: dir.clone(),
             claims,
+            imports,
             creating: Arc::default(),
-        })
+            changing: Arc::default(),
+        };
+        pool.remove_leftovers()?;
+        Ok(pool)
     }
 
-    /// Where a volume is once it is complete.
-    pub(crate) fn path(&self, id: &str) -> PathBuf {
-        self.dir.join(format!("{id}.raw"))
+    /// Keys of encrypted volumes.
+    pub(crate) fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
+    /// Where a layer's file is.
+    pub(crate) fn file(&self, layer: &Layer) -> PathBuf {
+        // An absolute one stands for itself.
+        self.dir.join(&layer.file)
     }
 
     /// All volumes, by name.
     ///
     /// # Errors
-    /// When the directory cannot be read.
+    /// When the directory or a record cannot be read.
     pub(crate) fn list(&self) -> Result<Vec<Volume>, VolumeError> {
-        let error = |source| VolumeError::Pool {
-            dir: self.dir.clone(),
-            source,
-        };
         let mut volumes: Vec<Volume> = self
             .lock()
             .iter()
-            .map(|(id, creation)| Volume {
-                id: id.clone(),
-                size_bytes: creation.size_bytes.load(Ordering::Relaxed),
-                creating: Some(creation.copied_bytes.load(Ordering::Relaxed)),
-            })
+            .map(|(id, creation)| creation.describe(id))
             .collect();
-        for entry in fs::read_dir(&self.dir).map_err(error)? {
-            let entry = entry.map_err(error)?;
-            let name = entry.file_name();
-            let Some(id) = name.to_str().and_then(|name| name.strip_suffix(".raw")) else {
-                continue;
-            };
+        let records = self.records()?;
+        for record in records.iter().filter(|record| !record.deleting) {
             // One that was just completed is still among those being made.
-            volumes.retain(|volume| volume.id != id);
-            volumes.push(Volume {
-                id: id.to_owned(),
-                size_bytes: entry.metadata().map_err(error)?.len(),
-                creating: None,
-            });
+            volumes.retain(|volume| volume.id != record.id);
+            volumes.push(self.describe(record, &records));
         }
         volumes.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(volumes)
+    }
+
+    /// One volume that is complete.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(crate) fn get(&self, id: &str) -> Result<Volume, VolumeError> {
+        let record = self.record(id)?;
+        Ok(self.describe(&record, &self.records()?))
     }
 
     /// Makes a volume, or waits for the one that is being made under this name.
@@ -250,7 +253,10 @@ impl Pool {
             let (over_sender, over) = watch::channel(());
             let creation = Arc::new(Creation {
                 size_bytes: AtomicU64::new(request.size_bytes),
-                copied_bytes: AtomicU64::new(0),
+                format: request.format,
+                done_bytes: AtomicU64::new(0),
+                total_bytes: AtomicU64::new(0),
+                stage: Mutex::new(""),
                 over,
             });
             let other = {
@@ -268,7 +274,9 @@ impl Pool {
             let pool = self.clone();
             // Goes on when the caller hangs up; the same request finds it again.
             let making = tokio::task::spawn_blocking(move || {
-                let made = pool.make(&request, &creation);
+                let made = pool
+                    .make(&request, &creation)
+                    .map_err(|error| pool.explain_full_disk(error));
                 pool.lock().remove(&request.id);
                 drop(over_sender);
                 made
@@ -282,164 +290,261 @@ impl Pool {
     /// Removes a volume. One that is not there is no error.
     ///
     /// # Errors
-    /// When a VM or a copy uses it.
+    /// When a VM, a copy or a linked clone uses it.
     pub(crate) fn delete(&self, id: &str) -> Result<(), VolumeError> {
-        let path = self.path(id);
-        let file = match File::open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            opened => opened.map_err(io_error(id, "opening it"))?,
+        let mut record = match self.record(id) {
+            Err(VolumeError::Missing { .. }) => {
+                return self
+                    .keys
+                    .forget(id)
+                    .map_err(io_error(id, "removing its key"));
+            }
+            found => found?,
         };
-        let image = |source| VolumeError::Image {
-            id: id.to_owned(),
-            source,
-        };
-        let _claim = self
-            .claims
-            .claim(&path, &file, "a deletion", false)
-            .map_err(image)?;
-        image::probe_locks(&path, &file, false).map_err(image)?;
-        fs::remove_file(&path).map_err(io_error(id, "removing it"))?;
-        record::sync_dir(&self.dir)?;
+        let _changing = self.change(id)?;
+        self.refuse_clones(id)?;
+        let mut claims = Vec::new();
+        for layer in &record.layers {
+            let path = self.file(layer);
+            let image = |source| VolumeError::Image {
+                id: id.to_owned(),
+                source,
+            };
+            let file = match File::open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened.map_err(io_error(id, "opening it"))?,
+            };
+            let claim = self.claims.claim(&path, &file, "a deletion", false);
+            claims.push(claim.map_err(image)?);
+            image::probe_locks(&path, &file, false).map_err(image)?;
+        }
+        if !record.is_plain() {
+            // What is left after a crash must not be taken for a plain volume.
+            record.deleting = true;
+            record.save(&self.dir)?;
+        }
+        self.remove_files(&record)?;
+        self.keys
+            .forget(id)
+            .map_err(io_error(id, "removing its key"))
+    }
+
+    /// What is known of a volume that is complete.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(crate) fn record(&self, id: &str) -> Result<VolumeRecord, VolumeError> {
+        if let Some(record) = VolumeRecord::load(&self.dir, id)? {
+            return Ok(record);
+        }
+        let plain = VolumeRecord::plain(id);
+        if self.file(&plain.layers[0]).exists() {
+            return Ok(plain);
+        }
+        Err(VolumeError::Missing { id: id.to_owned() })
+    }
+
+    /// Replaces what is known of a volume.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub(crate) fn save(&self, record: &VolumeRecord) -> Result<(), VolumeError> {
+        if record.is_plain() {
+            record.forget(&self.dir)?;
+        } else {
+            record.save(&self.dir)?;
+        }
         Ok(())
     }
 
+    /// Takes the right to change a volume's layers.
+    ///
+    /// # Errors
+    /// When somebody has it.
+    pub(crate) fn change(&self, id: &str) -> Result<Changing, VolumeError> {
+        let mut changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if changing.insert(id.to_owned()) {
+            Ok(Changing {
+                pool: self.clone(),
+                id: id.to_owned(),
+            })
+        } else {
+            Err(VolumeError::Busy { id: id.to_owned() })
+        }
+    }
+
+    /// Refuses a volume that linked clones are based on, at any layer.
+    ///
+    /// # Errors
+    /// When there are some.
+    pub(crate) fn refuse_clones(&self, id: &str) -> Result<(), VolumeError> {
+        let clones = clones(&self.records()?, id, |_| true);
+        if clones.is_empty() {
+            return Ok(());
+        }
+        Err(VolumeError::HasClones {
+            id: id.to_owned(),
+            clones: clones.join(", "),
+        })
+    }
+
+    /// Refuses to write a volume that linked clones are based on as it is.
+    ///
+    /// # Errors
+    /// When there are some.
+    pub(crate) fn refuse_frozen(&self, id: &str) -> Result<(), VolumeError> {
+        let clones = clones(&self.records()?, id, |base| base.snapshot.is_none());
+        if clones.is_empty() {
+            return Ok(());
+        }
+        Err(VolumeError::Frozen {
+            id: id.to_owned(),
+            clones: clones.join(", "),
+        })
+    }
+
     fn existing(&self, request: &Request) -> Result<Option<Volume>, VolumeError> {
-        let size_bytes = match fs::metadata(self.path(&request.id)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            found => found.map_err(io_error(&request.id, "looking at it"))?.len(),
+        let volume = match self.get(&request.id) {
+            Err(VolumeError::Missing { .. }) => return Ok(None),
+            found => found?,
         };
-        if request.size_bytes != 0 && request.size_bytes != size_bytes {
+        if request.size_bytes != 0 && request.size_bytes != volume.size_bytes {
             return Err(VolumeError::Exists {
                 id: request.id.clone(),
-                size_bytes,
+                size_bytes: volume.size_bytes,
             });
         }
-        Ok(Some(Volume {
-            id: request.id.clone(),
-            size_bytes,
-            creating: None,
-        }))
+        Ok(Some(volume))
     }
 
-    fn make(&self, request: &Request, creation: &Creation) -> Result<Volume, VolumeError> {
-        let temporary = self.dir.join(format!("{}.tmp", request.id));
-        let made = self
-            .fill(&temporary, request, creation)
-            .and_then(|size_bytes| {
-                fs::rename(&temporary, self.path(&request.id))
-                    .map_err(io_error(&request.id, "naming it"))?;
-                record::sync_dir(&self.dir)?;
-                Ok(Volume {
-                    id: request.id.clone(),
-                    size_bytes,
-                    creating: None,
-                })
-            });
-        if made.is_err() {
-            let _ = fs::remove_file(&temporary);
-        }
-        made.map_err(|error| self.explain_full_disk(error))
-    }
-
-    fn fill(
-        &self,
-        temporary: &Path,
-        request: &Request,
-        creation: &Creation,
-    ) -> Result<u64, VolumeError> {
-        let id = &request.id;
-        let source = request
-            .source
-            .as_deref()
-            .map(|path| self.open_source(id, path))
-            .transpose()?;
-        let source_bytes = source.as_ref().map_or(0, |source| source.len_bytes);
-        let size_bytes = if request.size_bytes == 0 {
-            source_bytes
-        } else {
-            request.size_bytes
-        };
-        if !(SECTOR_BYTES..=MAX_VOLUME_BYTES).contains(&size_bytes)
-            || !size_bytes.is_multiple_of(SECTOR_BYTES)
-        {
-            return Err(VolumeError::Size {
-                id: id.clone(),
-                size_bytes,
-            });
-        }
-        if size_bytes < source_bytes {
-            return Err(VolumeError::TooSmall {
-                id: id.clone(),
-                size_bytes,
-                source_bytes,
-            });
-        }
-        creation.size_bytes.store(size_bytes, Ordering::Relaxed);
-        let volume = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(temporary)
-            .map_err(io_error(id, "creating it"))?;
-        volume
-            .set_len(size_bytes)
-            .map_err(io_error(id, "sizing it"))?;
-        if request.preallocate {
-            nix::fcntl::fallocate(
-                &volume,
-                nix::fcntl::FallocateFlags::empty(),
-                0,
-                size_bytes as i64,
-            )
-            .map_err(|errno| io_error(id, "reserving its blocks")(errno.into()))?;
-        }
-        if let Some(source) = source {
-            copy_data(&source.file, &volume, source_bytes, &creation.copied_bytes)
-                .map_err(io_error(id, "copying the source"))?;
-        }
-        volume.sync_all().map_err(io_error(id, "syncing it"))?;
-        Ok(size_bytes)
-    }
-
-    fn open_source(&self, id: &str, path: &Path) -> Result<Source, VolumeError> {
-        let open = || {
-            let file = image::open(path, true)?;
-            image::refuse_qcow2(path, &file)?;
-            let claim = self
-                .claims
-                .claim(path, &file, "a copy into a volume", true)?;
-            image::probe_locks(path, &file, true)?;
-            Ok((file, claim))
-        };
-        let (mut file, claim) = open().map_err(|source| VolumeError::Image {
-            id: id.to_owned(),
+    fn records(&self) -> Result<Vec<VolumeRecord>, VolumeError> {
+        let error = |source| VolumeError::Pool {
+            dir: self.dir.clone(),
             source,
-        })?;
-        // A block device's metadata has no length.
-        let len_bytes = io::Seek::seek(&mut file, io::SeekFrom::End(0))
-            .map_err(io_error(id, "measuring the source"))?;
-        Ok(Source {
-            file,
-            len_bytes,
-            _claim: claim,
-        })
+        };
+        let mut ids = HashSet::new();
+        for entry in fs::read_dir(&self.dir).map_err(error)? {
+            let name = entry.map_err(error)?.file_name();
+            let name = name.to_str().unwrap_or_default();
+            let id = name.strip_suffix(".raw").or(name.strip_suffix(".json"));
+            // Other layers have a number in their names.
+            if let Some(id) = id.filter(|id| api::names::is_id(id)) {
+                ids.insert(id.to_owned());
+            }
+        }
+        let mut records = Vec::new();
+        for id in ids {
+            match self.record(&id) {
+                // Deleted meanwhile.
+                Err(VolumeError::Missing { .. }) => {}
+                found => records.push(found?),
+            }
+        }
+        Ok(records)
+    }
+
+    fn describe(&self, record: &VolumeRecord, records: &[VolumeRecord]) -> Volume {
+        let layers: Vec<LayerInfo> = chain::layers(record, records)
+            .iter()
+            .map(|layer| self.layer_info(layer))
+            .collect();
+        let top = layers.first();
+        let header = top
+            .filter(|top| top.format == Format::Qcow2)
+            .and_then(|top| qcow2::Header::read(&File::open(&top.path).ok()?).ok());
+        Volume {
+            id: record.id.clone(),
+            size_bytes: self.capacity_bytes(record).unwrap_or(0),
+            creating: None,
+            format: top.map(|top| top.format).unwrap_or_default(),
+            cluster_bytes: header.map_or(0, |header| header.cluster_bytes() as u32),
+            base: record.base.as_ref().map(|base| base.volume.clone()),
+            clones: clones(records, &record.id, |_| true),
+            own_layers: record.layers.len().min(layers.len()),
+            layers,
+            encrypted: record.encrypted,
+            key_present: record.encrypted && self.keys.has(&record.id),
+        }
+    }
+
+    fn layer_info(&self, layer: &Layer) -> LayerInfo {
+        let path = self.file(layer);
+        let metadata = fs::metadata(&path).ok();
+        LayerInfo {
+            allocated_bytes: metadata.map_or(0, |metadata| {
+                std::os::unix::fs::MetadataExt::blocks(&metadata) * SECTOR_BYTES
+            }),
+            path,
+            format: layer.format,
+            snapshot: layer.snapshot.clone(),
+            created_at_ms: layer.created_at_ms,
+        }
+    }
+
+    /// Removes temporary files, volumes whose deletion was begun, and layers that no record names:
+    /// their volumes were never complete.
+    fn remove_leftovers(&self) -> Result<(), VolumeError> {
+        let error = |source| VolumeError::Pool {
+            dir: self.dir.clone(),
+            source,
+        };
+        for record in self.records()?.iter().filter(|record| record.deleting) {
+            self.remove_files(record)?;
+        }
+        let records = self.records()?;
+        let mut known: HashSet<PathBuf> = HashSet::new();
+        for record in &records {
+            known.extend(record.layers.iter().map(|layer| self.file(layer)));
+            if let Some(
+                Pending::Snapshot { layer, .. }
+                | Pending::Copy { layer }
+                | Pending::Switch { layer },
+            ) = &record.pending
+            {
+                known.insert(self.file(layer));
+            }
+        }
+        for entry in fs::read_dir(&self.dir).map_err(error)? {
+            let path = entry.map_err(error)?.path();
+            let extension = path.extension().and_then(|extension| extension.to_str());
+            let is_ours = matches!(extension, Some("tmp" | "raw" | "qcow2" | "luks"));
+            if is_ours && !known.contains(&path) {
+                tracing::info!(path = %path.display(), "removing what was left half-made");
+                fs::remove_file(path).map_err(error)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_files(&self, record: &VolumeRecord) -> Result<(), VolumeError> {
+        for layer in &record.layers {
+            match fs::remove_file(self.file(layer)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(io_error(&record.id, "removing it")(error));
+                }
+                _ => {}
+            }
+        }
+        records::sync_dir(&self.dir)?;
+        record.forget(&self.dir)?;
+        Ok(())
     }
 
     fn explain_full_disk(&self, error: VolumeError) -> VolumeError {
         match error {
-            VolumeError::Io { id, source, .. } if is_full(&source) => {
-                let free_mib = nix::sys::statvfs::statvfs(&self.dir).map_or(0, |stat| {
-                    (stat.blocks_available() * stat.fragment_size()) >> 20
-                });
-                VolumeError::NoSpace {
-                    id,
-                    dir: self.dir.clone(),
-                    free_mib,
-                }
-            }
+            VolumeError::Io { id, source, .. } if is_full(&source) => VolumeError::NoSpace {
+                id,
+                dir: self.dir.clone(),
+                free_mib: self.free_bytes() >> 20,
+            },
             other => other,
         }
+    }
+
+    fn free_bytes(&self) -> u64 {
+        nix::sys::statvfs::statvfs(&self.dir).map_or(0, |stat| {
+            stat.blocks_available() as u64 * stat.fragment_size() as u64
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Creation>>> {
@@ -447,98 +552,59 @@ impl Pool {
     }
 }
 
-/// An image that is copied, and the claim that keeps writers off meanwhile.
-struct Source {
-    file: File,
-    len_bytes: u64,
-    _claim: image::Claim,
-}
+impl Creation {
+    /// What goes on from now.
+    pub(crate) fn begin(&self, stage: &'static str, total_bytes: u64) {
+        *self.stage.lock().unwrap_or_else(PoisonError::into_inner) = stage;
+        self.done_bytes.store(0, Ordering::Relaxed);
+        self.total_bytes.store(total_bytes, Ordering::Relaxed);
+    }
 
-/// Copies what is not a hole, by reference where the file system can.
-fn copy_data(source: &File, target: &File, len_bytes: u64, copied: &AtomicU64) -> io::Result<()> {
-    let mut at = 0;
-    while at < len_bytes {
-        let Some(data) = seek(source, at, libc::SEEK_DATA)? else {
-            break;
-        };
-        let hole = seek(source, data, libc::SEEK_HOLE)?
-            .unwrap_or(len_bytes)
-            .min(len_bytes);
-        at = data;
-        while at < hole {
-            copied.store(at, Ordering::Relaxed);
-            at += copy_chunk(source, target, at, (hole - at).min(COPY_CHUNK_BYTES))?;
+    /// Where to count what is done.
+    pub(crate) fn done_bytes(&self) -> &AtomicU64 {
+        &self.done_bytes
+    }
+
+    fn describe(&self, id: &str) -> Volume {
+        Volume {
+            id: id.to_owned(),
+            size_bytes: self.size_bytes.load(Ordering::Relaxed),
+            format: self.format,
+            creating: Some(Progress {
+                stage: *self.stage.lock().unwrap_or_else(PoisonError::into_inner),
+                done_bytes: self.done_bytes.load(Ordering::Relaxed),
+                total_bytes: self.total_bytes.load(Ordering::Relaxed),
+            }),
+            ..Volume::default()
         }
     }
-    copied.store(len_bytes, Ordering::Relaxed);
-    Ok(())
 }
 
-fn copy_chunk(source: &File, target: &File, at: u64, len_bytes: u64) -> io::Result<u64> {
-    let (mut from, mut to) = (at as i64, at as i64);
-    // SAFETY: copy_file_range reads and writes the two offsets, which live across the call.
-    let copied = unsafe {
-        libc::copy_file_range(
-            source.as_raw_fd(),
-            &mut from,
-            target.as_raw_fd(),
-            &mut to,
-            len_bytes as usize,
-            0,
-        )
-    };
-    match copied {
-        1.. => return Ok(copied as u64),
-        0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-        _ => {}
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        // Block devices, and file systems that copy only within themselves.
-        Some(libc::EINVAL | libc::EXDEV | libc::EOPNOTSUPP | libc::ENOSYS) => {
-            copy_by_hand(source, target, at, len_bytes)
-        }
-        _ => Err(error),
+impl Drop for Changing {
+    fn drop(&mut self) {
+        let mut changing = self
+            .pool
+            .changing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        changing.remove(&self.id);
     }
 }
 
-fn copy_by_hand(source: &File, target: &File, at: u64, len_bytes: u64) -> io::Result<u64> {
-    use std::os::unix::fs::FileExt;
-    let mut buffer = vec![0; len_bytes.min(1 << 20) as usize];
-    let read = source.read_at(&mut buffer, at)?;
-    if read == 0 {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    target.write_all_at(&buffer[..read], at)?;
-    Ok(read as u64)
-}
-
-/// `None` beyond the last data.
-fn seek(file: &File, at: u64, whence: i32) -> io::Result<Option<u64>> {
-    // SAFETY: lseek takes its arguments by value.
-    let found = unsafe { libc::lseek(file.as_raw_fd(), at as i64, whence) };
-    if found >= 0 {
-        return Ok(Some(found as u64));
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::ENXIO) => Ok(None),
-        // A file that cannot tell is all data.
-        Some(libc::EINVAL) => Ok((whence == libc::SEEK_DATA).then_some(at)),
-        _ => Err(error),
-    }
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG)
-    )
-}
-
-fn io_error(id: &str, action: &'static str) -> impl FnOnce(io::Error) -> VolumeError {
-    let id = id.to_owned();
-    move |source| VolumeError::Io { id, action, source }
+/// Ids of the linked clones of a volume whose base is as wanted.
+fn clones(records: &[VolumeRecord], id: &str, wanted: impl Fn(&Base) -> bool) -> Vec<String> {
+    let mut clones: Vec<String> = records
+        .iter()
+        .filter(|record| {
+            record
+                .base
+                .as_ref()
+                .is_some_and(|base| base.volume == id && wanted(base))
+        })
+        .map(|record| record.id.clone())
+        .collect();
+    clones.sort();
+    clones
 }
 
 #[cfg(test)]

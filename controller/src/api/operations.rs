@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use api::controller::operations_server::Operations;
 use api::controller::*;
+use api::names::Name;
+use api::node::JobState;
 use api::validate;
 use tonic::{Request, Response, Status};
 
 use super::{Api, command_status, store_status};
 use crate::commands;
-use crate::model::prefix;
+use crate::model::{self, prefix};
 use crate::reconciler::decode;
 
 const DEFAULT_WAIT_MS: u32 = 30_000;
@@ -45,7 +47,12 @@ impl Operations for Api {
                 .metadata
                 .as_ref()
                 .map(|metadata| metadata.target.as_str());
-            if request.target.is_empty() || target == Some(&request.target) {
+            let wanted = target.is_some_and(|target| {
+                let rest = target.strip_prefix(&request.target);
+                // A VM's disks are the VM's.
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with("/disks/"))
+            });
+            if request.target.is_empty() || wanted {
                 operations.push(self.with_progress(operation));
             }
         }
@@ -99,7 +106,8 @@ impl Api {
         let stored = commands::get_operation(&self.store, name)
             .await
             .map_err(command_status)?;
-        Ok(self.with_progress(stored.record))
+        let operation = self.with_progress(stored.record);
+        Ok(self.with_volume_progress(operation).await)
     }
 
     /// Adds what it waits for.
@@ -111,6 +119,34 @@ impl Api {
             } else {
                 "waiting for the node agent, which does not answer".to_owned()
             };
+            if let Some(job) = observed.jobs.get(model::job_id(&operation.name)) {
+                (metadata.done_bytes, metadata.total_bytes) = (job.done_bytes, job.total_bytes);
+                metadata.ready = job.state() == JobState::Ready;
+                metadata.progress = if metadata.ready {
+                    "keeps up; vmctl disk mirror complete switches over".to_owned()
+                } else {
+                    format!("{} under way", job.kind)
+                };
+            }
+        }
+        operation
+    }
+
+    /// As [`Self::with_progress`], for a volume that is made, whose record has its id on the host.
+    async fn with_volume_progress(&self, mut operation: Operation) -> Operation {
+        let metadata = operation.metadata.get_or_insert_default();
+        if operation.done || metadata.kind() != OperationKind::CreateVolume {
+            return operation;
+        }
+        let Ok(name) = Name::parse_volume(&metadata.target) else {
+            return operation;
+        };
+        if let Ok(stored) = commands::get_volume(&self.store, &name).await
+            && let Some(seen) = self.observed().volumes.get(&stored.record.node_id)
+            && seen.creating
+        {
+            (metadata.done_bytes, metadata.total_bytes) = (seen.copied_bytes, seen.total_bytes);
+            metadata.progress = seen.stage.clone();
         }
         operation
     }

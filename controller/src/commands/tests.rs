@@ -214,7 +214,7 @@ async fn volume_and_vm_hold_on_to_each_other() {
         size_bytes: 512,
         ..Default::default()
     };
-    create_volume(&f.store, &data, &size, &no_id(), false)
+    create_volume(&f.store, &data, "uid-of-data", &size, &no_id(), false)
         .await
         .unwrap();
     create_vm(&f.store, &web(), &spec, &no_id(), false)

@@ -2,21 +2,23 @@
 
 use api::controller as pb;
 use api::names::{Name, VOLUMES};
+use api::node::{self, start_job_request::Work};
 use prost::Message;
 
-use super::{CommandError, RequestKey, get_volume, with_retry};
+use super::{CommandError, RequestKey, disks, get_volume, with_retry};
 use crate::model::{self, VmRecord, VolumeRecord, key, prefix, short};
 use crate::plan::Stored;
 use crate::reconciler::decode;
 use crate::store::{Range, SharedStore, Transaction};
 
-/// Wants a volume.
+/// Wants a volume. `uid` is a new one; with the name it makes the volume's id on hosts.
 ///
 /// # Errors
-/// When the name is taken.
+/// When the name is taken, or the volume that it is to be based on is not there.
 pub async fn create_volume(
     store: &SharedStore,
     name: &Name,
+    uid: &str,
     spec: &pb::VolumeSpec,
     request: &RequestKey,
     validate_only: bool,
@@ -32,6 +34,7 @@ pub async fn create_volume(
                 .await?
                 .ok_or_else(|| CommandError::AlreadyExists { what: short(name) });
         }
+        let transaction = require_base(store, spec).await?;
         let mut operation = model::new_operation(pb::OperationKind::CreateVolume, name, 1);
         if validate_only {
             return Ok(pb::Operation {
@@ -40,12 +43,12 @@ pub async fn create_volume(
                 ..operation
             });
         }
-        let uid = model::new_uid();
-        let node_id = model::node_id(name, &uid);
+        let node_id = model::node_id(name, uid);
         let record = VolumeRecord {
             volume: pb::Volume {
                 name: name.to_string(),
-                uid,
+                uid: uid.to_owned(),
+                generation: 1,
                 create_time: Some(model::now()),
                 spec: Some(spec.clone()),
                 ..Default::default()
@@ -55,7 +58,7 @@ pub async fn create_volume(
         let event = model::new_event(&name.to_string(), "VOLUME_CREATED", "");
         let node_id = model::node_id_key(name, &node_id);
         let transaction = request
-            .begin(Transaction::new(), &mut operation)
+            .begin(transaction, &mut operation)
             .if_absent(key(name))
             .if_absent(node_id.clone())
             .put(key(name), record.encode_to_vec())
@@ -87,14 +90,7 @@ pub async fn delete_volume(
             mut record,
             revision,
         } = get_volume(store, name).await?;
-        let current = model::etag(&record.volume.uid, 1);
-        if !etag.is_empty() && etag != current {
-            return Err(CommandError::EtagMismatch {
-                what: short(name),
-                given: etag.to_owned(),
-                etag: current,
-            });
-        }
+        check_etag(&record, name, etag)?;
         let users = users_of(store, name).await?;
         if !users.is_empty() {
             return Err(CommandError::VolumeInUse {
@@ -114,7 +110,143 @@ pub async fn delete_volume(
     .await
 }
 
-/// `vm web` for each VM of the same project whose spec names the volume.
+/// Adds to a transaction that the volume which another is to be based on is there and stays there.
+async fn require_base(
+    store: &SharedStore,
+    spec: &pb::VolumeSpec,
+) -> Result<Transaction, CommandError> {
+    let Ok(base) = Name::parse_volume(&spec.base) else {
+        return Ok(Transaction::new());
+    };
+    let Some(item) = store.get(&key(&base)).await? else {
+        return Err(CommandError::NoSuchVolume {
+            field: "volume.spec.base".to_owned(),
+            volume: base.id,
+        });
+    };
+    let record: VolumeRecord = decode(&item.key, &item.value)?;
+    if record.volume.deleting {
+        return Err(CommandError::Deleting { what: short(&base) });
+    }
+    Ok(Transaction::new().if_unchanged(key(&base), item.revision))
+}
+
+/// Makes a volume larger.
+///
+/// # Errors
+/// When it does not exist, changed, is not complete, or is larger already.
+pub async fn resize_volume(
+    store: &SharedStore,
+    name: &Name,
+    etag: &str,
+    size_bytes: u64,
+    request: &RequestKey,
+    validate_only: bool,
+) -> Result<pb::Operation, CommandError> {
+    with_retry(|| async {
+        if let Some(earlier) = request.earlier(store).await? {
+            return Ok(earlier);
+        }
+        let Stored {
+            mut record,
+            revision,
+        } = get_volume(store, name).await?;
+        check_etag(&record, name, etag)?;
+        let status = ready_status(&record, name)?;
+        if size_bytes < status.size_bytes {
+            return Err(CommandError::Shrink {
+                volume: name.id.clone(),
+                size_bytes: status.size_bytes,
+            });
+        }
+        record.volume.generation = record.volume.generation.max(1) + 1;
+        let generation = record.volume.generation;
+        let kind = pb::OperationKind::ResizeVolume;
+        let mut operation = model::new_operation(kind, name, generation);
+        if validate_only {
+            return Ok(pb::Operation {
+                name: String::new(),
+                done: true,
+                ..operation
+            });
+        }
+        let work = Work::Resize(node::ResizeVolume {
+            volume: record.node_id.clone(),
+            size_bytes,
+        });
+        let transaction = request
+            .begin(Transaction::new(), &mut operation)
+            .if_unchanged(key(name), revision)
+            .put(key(name), record.encode_to_vec());
+        let transaction = disks::with_job(transaction, &operation, work);
+        store.commit(transaction).await?;
+        Ok(operation)
+    })
+    .await
+}
+
+/// Has a volume's tables looked at.
+///
+/// # Errors
+/// When it does not exist or is not complete.
+pub async fn check_volume(
+    store: &SharedStore,
+    name: &Name,
+    repair_leaks: bool,
+    request: &RequestKey,
+) -> Result<pb::Operation, CommandError> {
+    with_retry(|| async {
+        if let Some(earlier) = request.earlier(store).await? {
+            return Ok(earlier);
+        }
+        let record = get_volume(store, name).await?.record;
+        ready_status(&record, name)?;
+        let kind = pb::OperationKind::CheckVolume;
+        let mut operation = model::new_operation(kind, name, record.volume.generation.max(1));
+        let work = Work::Check(node::CheckVolume {
+            volume: record.node_id,
+            repair_leaks,
+        });
+        let transaction = request.begin(Transaction::new(), &mut operation);
+        store
+            .commit(disks::with_job(transaction, &operation, work))
+            .await?;
+        Ok(operation)
+    })
+    .await
+}
+
+fn ready_status(record: &VolumeRecord, name: &Name) -> Result<pb::VolumeStatus, CommandError> {
+    if record.volume.deleting {
+        return Err(CommandError::Deleting { what: short(name) });
+    }
+    let status = record.volume.status.clone().unwrap_or_default();
+    match status.phase() {
+        pb::VolumePhase::Ready => Ok(status),
+        phase => Err(CommandError::VolumeNotReady {
+            volume: name.id.clone(),
+            phase: phase
+                .as_str_name()
+                .trim_start_matches("VOLUME_PHASE_")
+                .to_lowercase(),
+        }),
+    }
+}
+
+fn check_etag(record: &VolumeRecord, name: &Name, etag: &str) -> Result<(), CommandError> {
+    let current = model::etag(&record.volume.uid, record.volume.generation.max(1));
+    if etag.is_empty() || etag == current {
+        return Ok(());
+    }
+    Err(CommandError::EtagMismatch {
+        what: short(name),
+        given: etag.to_owned(),
+        etag: current,
+    })
+}
+
+/// `vm web` for each VM, and `volume a` for each volume, of the same project whose spec names the
+/// volume.
 async fn users_of(store: &SharedStore, name: &Name) -> Result<Vec<String>, CommandError> {
     debug_assert_eq!(name.collection, VOLUMES);
     let wanted = name.to_string();
@@ -128,6 +260,16 @@ async fn users_of(store: &SharedStore, name: &Name) -> Result<Vec<String>, Comma
         });
         if uses && let Ok(vm) = Name::parse_vm(&record.vm.name) {
             users.push(short(&vm));
+        }
+    }
+    let range = Range::all(format!("{}{}/", prefix::VOLUMES, name.project));
+    for item in store.list(range).await?.items {
+        let record: VolumeRecord = decode(&item.key, &item.value)?;
+        let spec = record.volume.spec.unwrap_or_default();
+        if spec.base == wanted
+            && let Ok(clone) = Name::parse_volume(&record.volume.name)
+        {
+            users.push(short(&clone));
         }
     }
     Ok(users)

@@ -60,6 +60,96 @@ fn node_disk(disk: pb::Disk, volume_node_id: impl Fn(&str) -> Option<String>) ->
         read_only: disk.read_only,
         num_queues: disk.num_queues,
         serial: disk.serial,
+        format: disk.format,
+        limits: disk.limits.as_ref().map(node_limits),
+        block_size: disk.block_size,
+        polling: disk.polling,
+        cpus: disk.cpus,
+        page_cache: disk.page_cache,
+        slow_request_ms: disk.slow_request_ms,
+        nbd: disk.nbd.map(|nbd| node::NbdSource {
+            address: nbd.address,
+            export: nbd.export,
+            generation: nbd.generation,
+            tls_file: nbd.tls_file,
+            tls_hostname: nbd.tls_hostname,
+        }),
+    }
+}
+
+fn node_limits(limits: &pb::RateLimits) -> node::RateLimits {
+    let rate = |limit: &Option<pb::RateLimit>| {
+        limit.as_ref().map(|limit| node::RateLimit {
+            iops: limit.iops,
+            bytes_per_second: limit.bytes_per_second,
+            burst_ios: limit.burst_ios,
+            burst_bytes: limit.burst_bytes,
+        })
+    };
+    node::RateLimits {
+        read: rate(&limits.read),
+        write: rate(&limits.write),
+    }
+}
+
+fn limits(limits: &node::RateLimits) -> pb::RateLimits {
+    let rate = |limit: &Option<node::RateLimit>| {
+        limit.as_ref().map(|limit| pb::RateLimit {
+            iops: limit.iops,
+            bytes_per_second: limit.bytes_per_second,
+            burst_ios: limit.burst_ios,
+            burst_bytes: limit.burst_bytes,
+        })
+    };
+    pb::RateLimits {
+        read: rate(&limits.read),
+        write: rate(&limits.write),
+    }
+}
+
+/// What users are told about a disk that a host reports.
+pub fn disk_status(seen: &node::DiskStatus) -> pb::DiskStatus {
+    pb::DiskStatus {
+        served: seen.served,
+        size_bytes: seen.capacity_bytes,
+        format: seen.format.clone(),
+        encrypted: seen.encrypted,
+        read_only: seen.read_only,
+        direct_io: seen.direct_io,
+        layers: seen.layers.iter().map(layer).collect(),
+        limits: seen.limits.as_ref().map(limits),
+        read_requests: seen.read_requests,
+        read_bytes: seen.read_bytes,
+        write_requests: seen.write_requests,
+        write_bytes: seen.write_bytes,
+        flush_requests: seen.flush_requests,
+        errors: seen.errors,
+        throttled: seen.throttled,
+        slow_requests: seen.slow_requests,
+        latency_p50_us: seen.latency_p50_us,
+        latency_p99_us: seen.latency_p99_us,
+        latency_p999_us: seen.latency_p999_us,
+        latency_max_us: seen.latency_max_us,
+        bitmaps: seen
+            .bitmaps
+            .iter()
+            .map(|bitmap| pb::DiskBitmap {
+                bitmap: bitmap.bitmap.clone(),
+                granularity_bytes: bitmap.granularity_bytes,
+                dirty_bytes: bitmap.dirty_bytes,
+            })
+            .collect(),
+        inflight: seen.inflight,
+    }
+}
+
+fn layer(seen: &node::Layer) -> pb::Layer {
+    pb::Layer {
+        path: seen.path.clone(),
+        format: seen.format.clone(),
+        allocated_bytes: seen.allocated_bytes,
+        snapshot: seen.snapshot.clone(),
+        create_time: seen.create_time,
     }
 }
 
@@ -86,14 +176,34 @@ fn node_vhost_user(device: pb::VhostUserDevice) -> node::VhostUserSpec {
     }
 }
 
-/// What a host is told about a volume.
-pub fn node_create_volume(record: &VolumeRecord) -> node::CreateVolumeRequest {
+/// What a host is told about a volume. `volume_node_id` knows the one that it may be based on.
+pub fn node_create_volume(
+    record: &VolumeRecord,
+    volume_node_id: impl Fn(&str) -> Option<String>,
+) -> node::CreateVolumeRequest {
     let spec = record.volume.spec.clone().unwrap_or_default();
     node::CreateVolumeRequest {
         id: record.node_id.clone(),
         size_bytes: spec.size_bytes,
         source_path: spec.source_path,
         preallocate: spec.preallocate,
+        format: spec.format,
+        preallocation: spec.preallocation,
+        cluster_bytes: spec.cluster_bytes,
+        // One that is gone keeps its own id, so that the host says which one it misses.
+        base: volume_node_id(&spec.base)
+            .or_else(|| Name::parse_volume(&spec.base).ok().map(|name| name.id))
+            .unwrap_or_default(),
+        base_snapshot: spec.base_snapshot,
+        encrypted: spec.encrypted,
+        import: spec.import.map(|import| node::ImportSource {
+            upload: Name::parse_upload(&import.upload)
+                .map(|name| super::upload_node_id(&name))
+                .unwrap_or_default(),
+            format: import.format,
+            file: import.file,
+            sha256: import.sha256,
+        }),
     }
 }
 
@@ -170,6 +280,15 @@ pub fn volume_status(seen: &node::VolumeStatus, host: &str) -> pb::VolumeStatus 
         attached_to: seen.attached_to.clone(),
         copied_bytes: seen.copied_bytes,
         error: None,
+        total_bytes: seen.total_bytes,
+        stage: seen.stage.clone(),
+        format: seen.format.clone(),
+        allocated_bytes: seen.allocated_bytes,
+        clones: seen.clones.clone(),
+        layers: seen.layers.iter().map(layer).collect(),
+        encrypted: seen.encrypted,
+        key_present: seen.key_present,
+        cluster_bytes: seen.cluster_bytes,
     }
 }
 

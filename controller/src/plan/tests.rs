@@ -59,6 +59,7 @@ fn desired(vms: Vec<VmRecord>, volumes: Vec<VolumeRecord>) -> Desired {
                 )
             })
             .collect(),
+        jobs: BTreeMap::new(),
         pending: vec![],
     }
 }
@@ -373,4 +374,120 @@ fn deleted_volume_goes_from_the_host_first() {
         &plan(&wanted, &nothing_seen())[..],
         [Action::ForgetVolume { .. }]
     ));
+}
+
+const OPERATION: &str = "operations/0-1";
+
+/// A snapshot that was asked for, and what the host says of its job.
+fn with_job(cancel: bool, complete: bool, seen: Option<node::JobState>) -> (Desired, Observed) {
+    let mut wanted = desired(vec![], vec![]);
+    wanted.pending = vec![pb::Operation {
+        name: OPERATION.into(),
+        metadata: Some(pb::OperationMetadata {
+            kind: pb::OperationKind::MirrorDisk as i32,
+            target: format!("{VM}/disks/root"),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }];
+    let record = JobRecord {
+        start: node::StartJobRequest {
+            job_id: "0-1".into(),
+            work: None,
+        },
+        complete,
+        cancel,
+    };
+    wanted.jobs.insert(OPERATION.into(), record);
+    let mut observed = Observed {
+        connected: true,
+        ..Default::default()
+    };
+    if let Some(state) = seen {
+        let job = node::Job {
+            job_id: "0-1".into(),
+            state: state as i32,
+            error: "it broke".into(),
+            findings: vec!["found".into()],
+            ..Default::default()
+        };
+        observed.jobs.insert("0-1".into(), job);
+    }
+    (wanted, observed)
+}
+
+fn planned(cancel: bool, complete: bool, seen: Option<node::JobState>) -> Vec<Action> {
+    let (desired, observed) = with_job(cancel, complete, seen);
+    plan(&desired, &observed)
+}
+
+#[test]
+fn job_is_begun_followed_and_finished() {
+    use node::JobState::*;
+    assert!(matches!(
+        planned(false, false, None)[..],
+        [Action::StartJob { .. }]
+    ));
+    assert_eq!(planned(false, false, Some(Running)), []);
+    assert_eq!(
+        planned(false, false, Some(Ready)),
+        [],
+        "it waits to be told"
+    );
+    assert!(matches!(
+        planned(false, true, Some(Ready))[..],
+        [Action::CompleteJob { .. }]
+    ));
+    assert!(matches!(
+        planned(true, false, Some(Running))[..],
+        [Action::CancelJob { .. }]
+    ));
+    let [
+        Action::FinishOperation {
+            error: None,
+            findings,
+            ..
+        },
+    ] = &planned(false, false, Some(Done))[..]
+    else {
+        panic!()
+    };
+    assert_eq!(findings, &["found"]);
+    let [
+        Action::FinishOperation {
+            error: Some(error), ..
+        },
+    ] = &planned(false, false, Some(Failed))[..]
+    else {
+        panic!()
+    };
+    assert_eq!(error.message, "it broke");
+}
+
+#[test]
+fn cancelled_job_that_the_host_does_not_know_ends_without_being_begun() {
+    let [
+        Action::FinishOperation {
+            error: Some(error), ..
+        },
+    ] = &planned(true, false, None)[..]
+    else {
+        panic!()
+    };
+    assert_eq!(error.code, Code::Cancelled as i32);
+}
+
+#[test]
+fn job_of_no_operation_is_ended_and_forgotten() {
+    for (state, over) in [
+        (node::JobState::Running, false),
+        (node::JobState::Done, true),
+    ] {
+        let (_, observed) = with_job(false, false, Some(state));
+        match &plan(&Desired::default(), &observed)[..] {
+            [Action::ForgetJob { .. }] => assert!(over),
+            [Action::CancelJob { .. }] => assert!(!over),
+            other => panic!("{other:?}"),
+        }
+    }
 }

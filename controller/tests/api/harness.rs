@@ -6,9 +6,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use api::controller as pb;
+use api::controller::disks_client::DisksClient;
 use api::controller::events_client::EventsClient;
 use api::controller::hosts_client::HostsClient;
 use api::controller::operations_client::OperationsClient;
+use api::controller::uploads_client::UploadsClient;
 use api::controller::vms_client::VmsClient;
 use api::controller::volumes_client::VolumesClient;
 use nix::sys::signal::{Signal, kill};
@@ -69,6 +71,12 @@ impl Controller {
     }
     pub(crate) fn volumes(&self) -> VolumesClient<Channel> {
         VolumesClient::new(self.channel.clone())
+    }
+    pub(crate) fn disks(&self) -> DisksClient<Channel> {
+        DisksClient::new(self.channel.clone())
+    }
+    pub(crate) fn uploads(&self) -> UploadsClient<Channel> {
+        UploadsClient::new(self.channel.clone())
     }
     pub(crate) fn hosts(&self) -> HostsClient<Channel> {
         HostsClient::new(self.channel.clone())
@@ -159,6 +167,11 @@ impl Site {
             host,
             controller,
         }
+    }
+
+    /// Where the controller keeps what is wanted.
+    pub(crate) fn store_file(&self) -> PathBuf {
+        self.dir.path().join("state/controller.redb")
     }
 
     /// The controller dies without a chance to say goodbye, and another takes its place.

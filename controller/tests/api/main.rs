@@ -1,10 +1,12 @@
 //! The controller's program as its users see it: real processes, real sockets. The host behind it is
 //! simulated where the test is about the controller, and real where it is about both.
 
+mod disks;
 mod events;
 mod harness;
 mod operations;
 mod simulated;
 mod standalone;
+mod uploads;
 mod vms;
 mod volumes;

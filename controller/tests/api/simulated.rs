@@ -24,6 +24,10 @@ pub(crate) struct Host {
 struct State {
     vms: BTreeMap<String, (VmSpec, VmStatus)>,
     volumes: BTreeMap<String, VolumeStatus>,
+    jobs: BTreeMap<String, (StartJobRequest, Job)>,
+    keys: BTreeMap<String, Vec<u8>>,
+    /// What arrived of each file.
+    uploads: BTreeMap<String, (Vec<UploadFile>, Vec<Vec<u8>>)>,
     starts_are_held: bool,
     applied: u64,
     refusal: Option<Status>,
@@ -75,6 +79,31 @@ impl Host {
     /// Ids of all VMs here.
     pub(crate) fn vms(&self) -> Vec<String> {
         self.state.lock().unwrap().vms.keys().cloned().collect()
+    }
+
+    /// The VM's spec as applied last.
+    pub(crate) fn spec(&self, id: &str) -> VmSpec {
+        self.state.lock().unwrap().vms[id].0.clone()
+    }
+
+    /// The key that was handed over for a volume.
+    pub(crate) fn key(&self, volume: &str) -> Option<Vec<u8>> {
+        self.state.lock().unwrap().keys.get(volume).cloned()
+    }
+
+    /// What was asked for under jobs that are not forgotten.
+    pub(crate) fn jobs(&self) -> Vec<StartJobRequest> {
+        let state = self.state.lock().unwrap();
+        state
+            .jobs
+            .values()
+            .map(|(request, _)| request.clone())
+            .collect()
+    }
+
+    /// Changes all jobs.
+    pub(crate) fn set_jobs(&self, change: impl Fn(&mut Job)) {
+        self.change(|state| state.jobs.values_mut().for_each(|(_, job)| change(job)));
     }
 
     /// Times that ApplyVm was called.
@@ -247,6 +276,9 @@ impl NodeAgent for Host {
             id: request.id.clone(),
             size_bytes: request.size_bytes,
             path: format!("/pool/{}", request.id),
+            format: request.format.clone(),
+            base: request.base.clone(),
+            encrypted: request.encrypted,
             ..Default::default()
         };
         self.change(|state| state.volumes.insert(request.id, status.clone()));
@@ -275,5 +307,165 @@ impl NodeAgent for Host {
             .cloned()
             .collect();
         Ok(Response::new(ListVolumesResponse { volumes }))
+    }
+
+    async fn set_volume_key(
+        &self,
+        request: Request<SetVolumeKeyRequest>,
+    ) -> Result<Response<SetVolumeKeyResponse>, Status> {
+        let request = request.into_inner();
+        self.change(|state| state.keys.insert(request.id, request.key));
+        Ok(Response::new(SetVolumeKeyResponse {}))
+    }
+
+    async fn get_disks(
+        &self,
+        request: Request<GetDisksRequest>,
+    ) -> Result<Response<GetDisksResponse>, Status> {
+        let id = request.into_inner().vm_id;
+        let state = self.state.lock().unwrap();
+        let (spec, _) = state
+            .vms
+            .get(&id)
+            .ok_or_else(|| Status::not_found("no such VM"))?;
+        let disks = spec.disks.iter().map(|disk| DiskStatus {
+            name: disk.name.clone(),
+            served: true,
+            limits: disk.limits,
+            throttled: 7,
+            ..Default::default()
+        });
+        Ok(Response::new(GetDisksResponse {
+            disks: disks.collect(),
+        }))
+    }
+
+    async fn start_job(&self, request: Request<StartJobRequest>) -> Result<Response<Job>, Status> {
+        let request = request.into_inner();
+        api::validate::start_job_request(&request)?;
+        let job = Job {
+            job_id: request.job_id.clone(),
+            state: JobState::Running as i32,
+            ..Default::default()
+        };
+        let id = request.job_id.clone();
+        self.change(|state| {
+            state.jobs.entry(id).or_insert((request, job.clone()));
+        });
+        Ok(Response::new(job))
+    }
+
+    async fn list_jobs(
+        &self,
+        _: Request<ListJobsRequest>,
+    ) -> Result<Response<ListJobsResponse>, Status> {
+        let state = self.state.lock().unwrap();
+        let jobs = state.jobs.values().map(|(_, job)| job.clone()).collect();
+        Ok(Response::new(ListJobsResponse { jobs }))
+    }
+
+    async fn complete_job(
+        &self,
+        request: Request<CompleteJobRequest>,
+    ) -> Result<Response<Job>, Status> {
+        self.end_job(&request.into_inner().job_id, JobState::Done)
+    }
+
+    async fn cancel_job(
+        &self,
+        request: Request<CancelJobRequest>,
+    ) -> Result<Response<Job>, Status> {
+        self.end_job(&request.into_inner().job_id, JobState::Cancelled)
+    }
+
+    async fn forget_job(
+        &self,
+        request: Request<ForgetJobRequest>,
+    ) -> Result<Response<ForgetJobResponse>, Status> {
+        let id = request.into_inner().job_id;
+        self.change(|state| state.jobs.remove(&id));
+        Ok(Response::new(ForgetJobResponse {}))
+    }
+
+    async fn create_upload(
+        &self,
+        request: Request<CreateUploadRequest>,
+    ) -> Result<Response<Upload>, Status> {
+        let CreateUploadRequest { id, files } = request.into_inner();
+        self.change(|state| {
+            let none = vec![Vec::new(); files.len()];
+            state.uploads.entry(id.clone()).or_insert((files, none));
+        });
+        self.upload(&id)
+    }
+
+    async fn get_upload(
+        &self,
+        request: Request<GetUploadRequest>,
+    ) -> Result<Response<Upload>, Status> {
+        self.upload(&request.into_inner().id)
+    }
+
+    async fn delete_upload(
+        &self,
+        request: Request<DeleteUploadRequest>,
+    ) -> Result<Response<DeleteUploadResponse>, Status> {
+        let id = request.into_inner().id;
+        self.change(|state| state.uploads.remove(&id));
+        Ok(Response::new(DeleteUploadResponse {}))
+    }
+
+    type WriteUploadStream = Pin<Box<dyn Stream<Item = Result<UploadProgress, Status>> + Send>>;
+
+    async fn write_upload(
+        &self,
+        request: Request<Streaming<UploadChunk>>,
+    ) -> Result<Response<Self::WriteUploadStream>, Status> {
+        let mut id = String::new();
+        let host = self.clone();
+        let answers = request.into_inner().map(move |chunk| {
+            let chunk = chunk?;
+            if !chunk.id.is_empty() {
+                id = chunk.id.clone();
+            }
+            host.change(|state| {
+                let (_, content) = state.uploads.get_mut(&id).expect("it was created");
+                let file = &mut content[chunk.file as usize];
+                if file.len() as u64 != chunk.offset {
+                    return Err(Status::out_of_range("not where the file ends"));
+                }
+                file.extend(&chunk.data);
+                Ok(UploadProgress {
+                    file: chunk.file,
+                    received_bytes: file.len() as u64,
+                })
+            })
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+}
+
+impl Host {
+    fn end_job(&self, id: &str, end: JobState) -> Result<Response<Job>, Status> {
+        self.change(|state| {
+            let found = state.jobs.get_mut(id);
+            let (_, job) = found.ok_or_else(|| Status::not_found("no such job"))?;
+            job.state = end as i32;
+            Ok(Response::new(job.clone()))
+        })
+    }
+
+    fn upload(&self, id: &str) -> Result<Response<Upload>, Status> {
+        let state = self.state.lock().unwrap();
+        let found = state.uploads.get(id);
+        let (files, content) = found.ok_or_else(|| Status::not_found("no such upload"))?;
+        let files = files.iter().zip(content).map(|(file, content)| UploadFile {
+            received_bytes: content.len() as u64,
+            ..file.clone()
+        });
+        Ok(Response::new(Upload {
+            id: id.to_owned(),
+            files: files.collect(),
+        }))
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use api::controller as pb;
 use api::listen::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -67,10 +68,15 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: VmCommand,
     },
-    /// Create and delete volumes: disk images that outlive VMs
+    /// Create, import, clone, grow and delete volumes: disk images that outlive VMs
     Volume {
         #[command(subcommand)]
         command: VolumeCommand,
+    },
+    /// Look at, limit, grow, copy and keep the state of VMs' disks
+    Disk {
+        #[command(subcommand)]
+        command: DiskCommand,
     },
     /// Look at hosts
     Host {
@@ -209,7 +215,10 @@ pub(crate) struct MachineArgs {
     /// Kernel command line
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
-    /// A disk: IMAGE or volume=NAME, then any of readonly, queues=N, serial=TEXT, name=NAME
+    /// A disk: IMAGE, volume=NAME or nbd=ADDRESS/EXPORT[@GENERATION], then any of readonly,
+    /// format=raw|qcow2 (of an IMAGE), queues=N, serial=TEXT, name=NAME, block-size=512|4096,
+    /// polling=adaptive|never|always, cpus=0-3+6, page-cache, slow-ms=N, read-iops=N, read-bps=SIZE,
+    /// write-iops=N, write-bps=SIZE (each also with -burst), tls=FILE, tls-hostname=NAME (of nbd)
     #[arg(long = "disk", value_name = "IMAGE[,OPTION..]")]
     pub(crate) disks: Vec<DiskArg>,
     /// A NIC on a new tap; options: tap=NAME (an existing one), host-cidr=ADDRESS/BITS,
@@ -283,7 +292,9 @@ pub(crate) enum VolumeCommand {
     /// Create a volume and wait until it is complete
     #[command(after_help = "Examples:
   vmctl volume create data --size 10G
+  vmctl volume create data --size 100G --format qcow2 --preallocation metadata
   vmctl volume create root --from /images/debian.raw --size 20G
+  vmctl volume create secret --size 10G --encrypted --key-file passphrase
   vmctl run --kernel vmlinuz --disk volume=root")]
     Create {
         /// Name of the volume: a-z, 0-9 and hyphen
@@ -294,14 +305,107 @@ pub(crate) enum VolumeCommand {
         /// Raw image on the host to copy
         #[arg(long, value_name = "FILE")]
         from: Option<PathBuf>,
-        /// Reserve all space now
-        #[arg(long)]
+        /// Of the image
+        #[arg(long, value_enum, default_value_t = ImageFormat::Raw)]
+        format: ImageFormat,
+        /// What is reserved now: off, metadata (qcow2's tables), falloc (all blocks) or full (all
+        /// blocks, by writing zeroes)
+        #[arg(long, value_enum, default_value_t = Preallocation::Off)]
+        preallocation: Preallocation,
+        /// Reserve all space now, as --preallocation falloc
+        #[arg(long, conflicts_with = "preallocation")]
         preallocate: bool,
+        /// Bytes of a qcow2 cluster, 512 to 2M [default: 64K]
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        cluster_size: Option<u64>,
+        /// Encrypt it (LUKS2); raw only
+        #[arg(long, requires = "key_file")]
+        encrypted: bool,
+        /// File on this machine with the passphrase, used as it is, - for stdin
+        #[arg(long, value_name = "FILE", requires = "encrypted")]
+        key_file: Option<PathBuf>,
         /// The same id again creates nothing twice [default: a random one]
         #[arg(long, value_name = "ID")]
         request_id: Option<String>,
         #[command(flatten)]
         wait: WaitArgs,
+    },
+    /// Create a volume from a disk of another hypervisor
+    #[command(
+        long_about = "Create a volume from a disk of another hypervisor.
+
+The image is on this machine; it is sent to the host with a checksum and converted there. Images of
+several files (a VMDK's descriptor with its extents, a Parallels .hdd folder) are sent with all their
+files. The same command again after an interruption goes on where the last one ended, within a day.",
+        after_help = "Examples:
+  vmctl volume import Windows.vmdk windows                 ESX, Workstation, Fusion
+  vmctl volume import web.vhdx web --to qcow2              Hyper-V
+  vmctl volume import disk.vhd data --format vhd           Hyper-V, XenServer, Azure
+  vmctl volume import Ubuntu.vdi ubuntu                    VirtualBox
+  vmctl volume import 'Windows 11-0.hdd' win11             Parallels
+  vmctl volume import debian.qcow2 debian --size 40G       QEMU, enlarged"
+    )]
+    Import {
+        /// The image, or a Parallels .hdd folder
+        file: PathBuf,
+        /// Name of the new volume: a-z, 0-9 and hyphen
+        name: String,
+        /// Of the image; auto goes by its first bytes
+        #[arg(long, value_enum, default_value_t = ForeignFormat::Auto)]
+        format: ForeignFormat,
+        /// Of the volume
+        #[arg(long, value_enum, default_value_t = ImageFormat::Raw)]
+        to: ImageFormat,
+        /// Make it larger than the image, such as 40G
+        #[arg(long, value_parser = parse_size)]
+        size: Option<u64>,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Create a linked clone: it holds only what differs from its base
+    #[command(after_help = "Examples:
+  vmctl volume clone template web1                     template is read-only while it has clones
+  vmctl volume clone data data-monday --snapshot monday  data stays writable")]
+    Clone {
+        /// The volume to begin with
+        base: String,
+        /// Name of the new volume: a-z, 0-9 and hyphen
+        name: String,
+        /// The base as this snapshot keeps it
+        #[arg(long, value_name = "NAME")]
+        snapshot: Option<String>,
+        /// Make it larger than its base, such as 40G
+        #[arg(long, value_parser = parse_size)]
+        size: Option<u64>,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Make a volume larger; a running guest is told
+    #[command(after_help = "Examples:
+  vmctl volume resize data 20G
+  vmctl volume resize data +5G")]
+    Resize {
+        /// The volume
+        name: String,
+        /// Its new size, or +SIZE more
+        size: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Look for errors in a qcow2 volume's tables
+    Check {
+        /// The volume
+        name: String,
+        /// Give leaked clusters back
+        #[arg(long)]
+        repair_leaks: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Hand over or take back the passphrase of an encrypted volume
+    Key {
+        #[command(subcommand)]
+        command: KeyCommand,
     },
     /// List volumes
     List {
@@ -309,7 +413,8 @@ pub(crate) enum VolumeCommand {
         #[arg(long)]
         all_projects: bool,
     },
-    /// Show everything about a volume
+    /// Show everything about a volume: format, size, layers, snapshots, clones
+    #[command(alias = "info")]
     Show {
         /// The volume
         name: String,
@@ -321,6 +426,281 @@ pub(crate) enum VolumeCommand {
         #[command(flatten)]
         wait: WaitArgs,
     },
+}
+
+/// A volume's format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ImageFormat {
+    /// Byte for byte
+    Raw,
+    /// QEMU's
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// As the API calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// What a volume reserves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Preallocation {
+    /// Nothing
+    Off,
+    /// qcow2's tables
+    Metadata,
+    /// All blocks
+    Falloc,
+    /// All blocks, by writing zeroes
+    Full,
+}
+
+/// Format of an image that is imported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ForeignFormat {
+    /// By its first bytes
+    Auto,
+    /// VMware
+    Vmdk,
+    /// Hyper-V's older, Virtual PC, XenServer
+    #[value(alias = "vpc")]
+    Vhd,
+    /// Hyper-V
+    Vhdx,
+    /// VirtualBox
+    Vdi,
+    /// Parallels
+    #[value(alias = "hdd")]
+    Parallels,
+    /// QEMU
+    Qcow2,
+    /// Byte for byte
+    Raw,
+}
+
+/// `vmctl volume key ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Hand a passphrase to the volume's host, which keeps it in memory until its next boot
+    #[command(after_help = "Examples:
+  vmctl volume key set secret --key-file passphrase
+  pass show secret | tr -d '\\n' | vmctl volume key set secret --key-file -")]
+    Set {
+        /// The volume
+        name: String,
+        /// File on this machine with the passphrase, used as it is, - for stdin
+        #[arg(long, value_name = "FILE")]
+        key_file: PathBuf,
+    },
+    /// Have the host forget it; a VM that runs goes on until its disk's process is restarted
+    Forget {
+        /// The volume
+        name: String,
+    },
+}
+
+/// `vmctl disk ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum DiskCommand {
+    /// List a VM's disks with their load
+    List {
+        /// The VM
+        vm: String,
+    },
+    /// Show everything about a disk
+    Show {
+        /// The VM
+        vm: String,
+        /// Its disk
+        disk: String,
+    },
+    /// Limit a disk, also of a running VM; 0 takes a limit away, what is not given stays
+    #[command(after_help = "Examples:
+  vmctl disk set-limits web root --read-iops 1000 --write-bps 50M
+  vmctl disk set-limits web root --write-bps 50M --write-bps-burst 1G
+  vmctl disk set-limits web root --read-iops 0")]
+    SetLimits(SetLimitsArgs),
+    /// Choose how a disk's queues wait: adaptive, never or always polling
+    SetPolling {
+        /// The VM
+        vm: String,
+        /// Its disk
+        disk: String,
+        /// adaptive, never or always
+        #[arg(value_parser = crate::spec::parse_polling)]
+        polling: pb::Polling,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Make a disk's volume larger; a running guest is told
+    #[command(after_help = "Examples:
+  vmctl disk resize web root 20G
+  vmctl disk resize web root +5G")]
+    Resize {
+        /// The VM
+        vm: String,
+        /// Its disk
+        disk: String,
+        /// Its new size, or +SIZE more
+        size: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Keep what a disk holds now under a name; the guest goes on at once
+    #[command(after_help = "Examples:
+  vmctl disk snapshot web root before-upgrade
+  vmctl volume clone web-root rescue --snapshot before-upgrade   look at it elsewhere
+  vmctl disk commit web root                                     merge it, when it is not needed")]
+    Snapshot {
+        /// The VM
+        vm: String,
+        /// Its disk
+        disk: String,
+        /// Name of the snapshot: a-z, 0-9 and hyphen
+        name: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Merge the newest snapshot with what was written since
+    Commit {
+        /// The VM
+        vm: String,
+        /// Its disk
+        disk: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Copy a running VM's disk to another place or format and go on there
+    #[command(
+        args_conflicts_with_subcommands = true,
+        subcommand_negates_reqs = true,
+        after_help = "Examples:
+  vmctl disk mirror web root --to-format qcow2                  convert under the running guest
+  vmctl disk mirror web root --to /mnt/fast/root.raw --hold     copy, then wait to be told
+  vmctl disk mirror complete OPERATION                          switch over now
+  vmctl disk mirror cancel OPERATION                            stay where it is
+
+It goes on in the background; vmctl op list shows how far it is."
+    )]
+    Mirror(MirrorArgs),
+    /// Copy a running VM's disk, as it is now, to a file on its host
+    #[command(after_help = "Examples:
+  vmctl disk backup web root /backup/root.raw --bitmap daily             all of it, and note what changes
+  vmctl disk backup web root /backup/root.raw --incremental daily        bring that file up to date
+  vmctl disk backup web root /backup/root.qcow2 --format qcow2")]
+    Backup(BackupArgs),
+}
+
+/// `vmctl disk set-limits`
+#[derive(Debug, Args)]
+pub(crate) struct SetLimitsArgs {
+    /// The VM
+    pub(crate) vm: String,
+    /// Its disk
+    pub(crate) disk: String,
+    /// Reads a second
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    pub(crate) read_iops: Option<u64>,
+    /// Bytes read a second, such as 50M
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) read_bps: Option<u64>,
+    /// Writes a second
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    pub(crate) write_iops: Option<u64>,
+    /// Bytes written a second, such as 50M
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) write_bps: Option<u64>,
+    /// Reads at once after a pause
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    pub(crate) read_iops_burst: Option<u64>,
+    /// Bytes read at once after a pause
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) read_bps_burst: Option<u64>,
+    /// Writes at once after a pause
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    pub(crate) write_iops_burst: Option<u64>,
+    /// Bytes written at once after a pause
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) write_bps_burst: Option<u64>,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+}
+
+/// `vmctl disk mirror`
+#[derive(Debug, Args)]
+pub(crate) struct MirrorArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<MirrorCommand>,
+    /// The VM
+    #[arg(required = true)]
+    pub(crate) vm: Option<String>,
+    /// Its disk
+    #[arg(required = true)]
+    pub(crate) disk: Option<String>,
+    /// File on the host to be made [default: in the host's pool]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) to: Option<PathBuf>,
+    /// Format of the copy [default: that of the disk]
+    #[arg(long, value_enum)]
+    pub(crate) to_format: Option<ImageFormat>,
+    /// Do not switch over before `mirror complete`
+    #[arg(long)]
+    pub(crate) hold: bool,
+    /// Copy at most so many bytes a second, such as 100M
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) bps: Option<u64>,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+}
+
+/// `vmctl disk mirror ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum MirrorCommand {
+    /// Switch a mirror that keeps up over to its copy
+    Complete {
+        /// The mirror's operation
+        operation: String,
+    },
+    /// End a mirror; the disk stays where it is
+    Cancel {
+        /// The mirror's operation
+        operation: String,
+    },
+    /// How far a mirror is
+    Status {
+        /// The mirror's operation
+        operation: String,
+    },
+}
+
+/// `vmctl disk backup`
+#[derive(Debug, Args)]
+pub(crate) struct BackupArgs {
+    /// The VM
+    pub(crate) vm: String,
+    /// Its disk
+    pub(crate) disk: String,
+    /// File on the host; it is made, or with --incremental a raw one is brought up to date
+    pub(crate) file: PathBuf,
+    /// Of the file
+    #[arg(long, value_enum, default_value_t = ImageFormat::Raw)]
+    pub(crate) format: ImageFormat,
+    /// Only what was written since this bitmap began; it begins anew
+    #[arg(long, value_name = "BITMAP")]
+    pub(crate) incremental: Option<String>,
+    /// Begin to note under this name what is written from now on
+    #[arg(long, value_name = "BITMAP", conflicts_with = "incremental")]
+    pub(crate) bitmap: Option<String>,
+    /// Copy at most so many bytes a second, such as 100M
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) bps: Option<u64>,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
 }
 
 /// `vmctl host ...`
@@ -335,7 +715,7 @@ pub(crate) enum HostCommand {
 pub(crate) enum OpCommand {
     /// List operations, newest first
     List {
-        /// Only those on this VM
+        /// Only those on this VM and its disks
         #[arg(long, value_name = "NAME")]
         vm: Option<String>,
         /// At most so many
@@ -350,7 +730,7 @@ pub(crate) enum OpCommand {
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<u64>,
     },
-    /// Take an operation back: a start that is not done yet becomes a stop
+    /// Take an operation back: a start that is not done yet becomes a stop, a copy of a disk ends
     Cancel {
         /// The operation
         name: String,

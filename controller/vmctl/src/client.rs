@@ -70,12 +70,27 @@ pub(crate) async fn wait(
     what: &str,
     timeout: Option<Duration>,
 ) -> anyhow::Result<pb::Operation> {
+    wait_until(global, channel, operation, what, timeout, |_| false).await
+}
+
+/// As [`wait`], and also back as soon as `enough` says so.
+///
+/// # Errors
+/// As [`wait`].
+pub(crate) async fn wait_until(
+    global: &Global,
+    channel: &Channel,
+    operation: pb::Operation,
+    what: &str,
+    timeout: Option<Duration>,
+    enough: impl Fn(&pb::Operation) -> bool,
+) -> anyhow::Result<pb::Operation> {
     let mut client = OperationsClient::new(channel.clone());
     let mut progress = Progress::new(global.quiet, what);
     let begun = Instant::now();
     let mut answered = Instant::now();
     let mut operation = operation;
-    while !operation.done {
+    while !operation.done && !enough(&operation) {
         if timeout.is_some_and(|timeout| begun.elapsed() >= timeout) {
             let name = operation.name;
             return Err(anyhow!(
@@ -97,8 +112,11 @@ pub(crate) async fn wait(
             }
             Err(status) => return Err(failed(status)),
         }
-        let metadata = operation.metadata.as_ref();
-        progress.show(metadata.map_or("", |metadata| metadata.progress.as_str()));
+        let metadata = operation.metadata.clone().unwrap_or_default();
+        match metadata.total_bytes {
+            0 => progress.show(&metadata.progress),
+            total => progress.show_bytes(&metadata.progress, metadata.done_bytes, total),
+        }
     }
     drop(progress);
     match &operation.error {
@@ -169,7 +187,29 @@ impl Progress {
             self.detail = detail.to_owned();
         }
     }
+
+    /// Shows how far something is, as a bar where that can be seen.
+    pub(crate) fn show_bytes(&mut self, stage: &str, done: u64, total: u64) {
+        let share = crate::output::share(done, total);
+        if self.terminal {
+            let filled = (u128::from(done) * BAR_CELLS as u128).checked_div(u128::from(total));
+            let filled = filled.unwrap_or(0).min(BAR_CELLS as u128) as usize;
+            let bar = "#".repeat(filled) + &"-".repeat(BAR_CELLS - filled);
+            self.show(&format!("{stage} [{bar}] {share}"));
+        } else {
+            // A line for each tenth, not for each answer.
+            let tenth = (u128::from(done) * 10).checked_div(u128::from(total));
+            let percent = tenth.unwrap_or(0) * 10;
+            self.show(&format!(
+                "{stage} {percent} % of {}",
+                crate::output::size(total)
+            ));
+        }
+    }
 }
+
+/// Of a progress bar.
+const BAR_CELLS: usize = 24;
 
 impl Drop for Progress {
     fn drop(&mut self) {

@@ -1,7 +1,9 @@
 //! One module for each noun, and `run`.
 
+pub(crate) mod disk;
 pub(crate) mod events;
 pub(crate) mod host;
+pub(crate) mod import;
 pub(crate) mod op;
 pub(crate) mod run;
 pub(crate) mod vm;

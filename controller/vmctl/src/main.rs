@@ -57,6 +57,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Vm { command } => commands::vm::run(&global, command).await,
         Command::Volume { command } => commands::volume::run(&global, command).await,
+        Command::Disk { command } => commands::disk::run(&global, command).await,
         Command::Host { command } => commands::host::run(&global, command).await,
         Command::Op { command } => commands::op::run(&global, command).await,
         Command::Events(args) => commands::events::run(&global, args).await,

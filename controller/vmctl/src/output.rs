@@ -44,7 +44,7 @@ fn line(row: &[String], widths: &[usize], colours: bool) -> String {
 /// Words that say how something is; others stay as they are.
 fn paint(word: &str) -> String {
     let code = match word {
-        "running" | "ready" | "done" | "connected" => 32,
+        "running" | "ready" | "done" | "connected" | "served" => 32,
         "starting" | "stopping" | "pending" | "creating" | "paused" => 33,
         "failed" | "unreachable" => 31,
         _ => return word.to_owned(),
@@ -97,6 +97,14 @@ pub(crate) fn size(bytes: u64) -> String {
         format!("{scaled:.0} {}", units[unit])
     } else {
         format!("{scaled:.1} {}", units[unit])
+    }
+}
+
+/// `43 % of 10 GiB`
+pub(crate) fn share(done: u64, total: u64) -> String {
+    match (u128::from(done) * 100).checked_div(u128::from(total)) {
+        Some(percent) => format!("{percent} % of {}", size(total)),
+        None => size(done),
     }
 }
 

@@ -16,6 +16,8 @@ use crate::Achieved;
 pub enum Access {
     /// Read files, list directories.
     Read,
+    /// Read files, list directories, run programs.
+    ReadExecute,
     /// Everything but running programs.
     ReadWrite,
 }
@@ -71,6 +73,7 @@ fn rule(path: &Path, access: Access) -> Result<PathBeneath<PathFd>, FilesystemEr
     })?;
     let mut rights: BitFlags<AccessFs> = match access {
         Access::Read => AccessFs::ReadFile | AccessFs::ReadDir,
+        Access::ReadExecute => AccessFs::ReadFile | AccessFs::ReadDir | AccessFs::Execute,
         Access::ReadWrite => AccessFs::from_all(WANTED_ABI) & !BitFlags::from(AccessFs::Execute),
     };
     if !path.is_dir() {

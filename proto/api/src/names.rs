@@ -203,6 +203,7 @@ fn pattern(collection: &str) -> &'static str {
     match collection {
         VMS => "projects/{project}/vms/{vm}",
         VOLUMES => "projects/{project}/volumes/{volume}",
+        UPLOADS => "projects/{project}/uploads/{upload}",
         "hosts" => "hosts/{host}",
         "operations" => "operations/{operation}",
         _ => "{collection}/{id}",
@@ -246,6 +247,16 @@ mod tests {
         let name = Name::parse_vm("projects/default/vms/web").unwrap();
         assert_eq!(name, Name::vm("default", "web"));
         assert_eq!(name.to_string(), "projects/default/vms/web");
+    }
+
+    #[test]
+    fn disks_belong_to_vms() {
+        let (vm, disk) = Name::parse_disk("projects/p/vms/web/disks/root").unwrap();
+        assert_eq!((vm, disk.as_str()), (Name::vm("p", "web"), "root"));
+        for bad in ["projects/p/vms/web", "projects/p/vms/web/disks/", "disks/a"] {
+            let error = Name::parse_disk(bad).unwrap_err().to_string();
+            assert!(error.contains("/disks/{disk}"), "{error}");
+        }
     }
 
     #[test]

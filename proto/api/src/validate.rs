@@ -7,6 +7,8 @@
 mod disk;
 mod fields;
 mod machine;
+mod vm_disks;
+mod volumes;
 
 use tonic::Status;
 
@@ -17,6 +19,8 @@ pub use disk::{
 };
 use fields::*;
 use machine::{Machine, NicFields, VhostUserFields};
+pub use vm_disks::*;
+pub use volumes::*;
 
 use crate::errors::Violations;
 use crate::{controller, device, names, node};
@@ -145,9 +149,9 @@ pub fn apply_vm_request(request: &node::ApplyVmRequest) -> Result<(), Status> {
             Some(node::disk_spec::Source::Volume(volume)) => {
                 id(machine.found, &format!("{at}.volume"), volume);
             }
-            None => machine.found.add(at.clone(), "give path or volume"),
+            None => {}
         }
-        machine.disk(&at, disk.num_queues, &disk.serial);
+        machine.disk(&at, &node_disk(disk));
     }
     for (index, nic) in spec.nics.iter().enumerate() {
         let at = machine.device("nics", index, &nic.name);
@@ -177,17 +181,6 @@ pub fn apply_vm_request(request: &node::ApplyVmRequest) -> Result<(), Status> {
         );
     }
     machine.finish();
-    found.into_result()
-}
-
-/// Checks the volume that a host is asked to make.
-///
-/// # Errors
-/// As [`attach_request`].
-pub fn node_create_volume_request(request: &node::CreateVolumeRequest) -> Result<(), Status> {
-    let mut found = Violations::new();
-    id(&mut found, "id", &request.id);
-    volume_content(&mut found, "", request.size_bytes, &request.source_path);
     found.into_result()
 }
 
@@ -231,9 +224,9 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
                     machine.found.add(format!("{at}.volume"), error.to_string());
                 }
             }
-            None => machine.found.add(at.clone(), "give path or volume"),
+            None => {}
         }
-        machine.disk(&at, disk.num_queues, &disk.serial);
+        machine.disk(&at, &controller_disk(disk));
     }
     for (index, nic) in spec.nics.iter().enumerate() {
         let at = machine.device("nics", index, &nic.name);
@@ -263,33 +256,6 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
         );
     }
     machine.finish();
-    found.into_result()
-}
-
-/// Checks a volume that is to be created.
-///
-/// # Errors
-/// As [`attach_request`].
-pub fn create_volume_request(request: &controller::CreateVolumeRequest) -> Result<(), Status> {
-    let mut found = Violations::new();
-    parent_project(&mut found, &request.parent);
-    id(&mut found, "volume_id", &request.volume_id);
-    request_id(&mut found, &request.request_id);
-    match request
-        .volume
-        .as_ref()
-        .and_then(|volume| volume.spec.as_ref())
-    {
-        Some(spec) => {
-            volume_content(
-                &mut found,
-                "volume.spec.",
-                spec.size_bytes,
-                &spec.source_path,
-            );
-        }
-        None => found.add("volume.spec", "is missing"),
-    }
     found.into_result()
 }
 

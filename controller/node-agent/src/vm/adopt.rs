@@ -4,13 +4,13 @@
 use super::{
     Actor, Env, Next,
     daemon::{self, Plan},
-    error_chain,
+    disk, error_chain,
     machine::{Daemon, Machine},
     remove_dir,
     stop::{self, StopHow, sweep},
 };
 use crate::{
-    image::{self, Claim},
+    image::Claim,
     process::{Exit, Identity, Process},
     record::{Assets, DaemonRecord, State},
     spec::{Power, Spec},
@@ -158,20 +158,8 @@ async fn adopt_daemon(plan: Plan, record: Option<&DaemonRecord>) -> Daemon {
 
 /// The images are in use already: a claim that cannot be had is worth a warning, not an end.
 fn claim_images(env: &Env, spec: &Spec) -> Vec<Claim> {
-    let claim = |disk: &crate::spec::Disk| {
-        let path = daemon::image_path(&disk.source, &env.volumes);
-        let file = image::open(&path, true)?;
-        env.claims
-            .claim(&path, &file, &format!("VM {}", spec.id), disk.read_only)
-    };
     spec.disks
         .iter()
-        .filter_map(|disk| {
-            claim(disk)
-                .inspect_err(|error| {
-                    tracing::warn!(vm = spec.id, "adopting disk {}: {error}", disk.name)
-                })
-                .ok()
-        })
+        .flat_map(|disk| disk::claim_adopted(disk, &env.volumes, &env.claims, &spec.id))
         .collect()
 }

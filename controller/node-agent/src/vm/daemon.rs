@@ -7,7 +7,6 @@
 use std::{
     collections::BTreeMap,
     ffi::OsString,
-    fs::File,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixListener,
@@ -20,19 +19,22 @@ use std::{
 use api::{
     connect,
     device::{
-        AttachRequest, BlkConfig, FdRef, GetDaemonRequest, GetMetricsRequest, ListDevicesRequest,
-        NetConfig, attach_request, device_daemon_client::DeviceDaemonClient,
+        AttachRequest, FdRef, GetDaemonRequest, GetMetricsRequest, ListDevicesRequest, NetConfig,
+        attach_request, device_daemon_client::DeviceDaemonClient,
     },
     fds, listen,
 };
 use tonic::{Code, transport::Channel};
 
-use super::ending;
+use super::{
+    disk::{self, DiskError},
+    disks::Disks,
+    ending,
+};
 use crate::{
-    image::{self, ImageError},
     process::{Guard, Process, ProcessError},
     record::DaemonKind,
-    spec::{DiskSource, Spec},
+    spec::{Disk, Spec},
     tap::{self, TapError},
     volumes::Pool,
 };
@@ -58,6 +60,7 @@ pub(super) struct Plan {
     pub(super) kind: DaemonKind,
     program: PathBuf,
     dir: PathBuf,
+    volumes: Pool,
     pub(super) devices: Vec<DevicePlan>,
 }
 
@@ -70,12 +73,7 @@ pub(super) struct DevicePlan {
 
 #[derive(Clone, Debug, PartialEq)]
 enum Backing {
-    Image {
-        path: PathBuf,
-        read_only: bool,
-        num_queues: u32,
-        serial: String,
-    },
+    Disk(Box<Disk>),
     Tap {
         name: String,
         queue_pairs: u32,
@@ -131,14 +129,8 @@ pub(crate) enum DaemonError {
         message: String,
     },
     /// The image cannot be used.
-    #[error("disk {disk}")]
-    Image {
-        /// Name of the disk.
-        disk: String,
-        /// Why not.
-        #[source]
-        source: ImageError,
-    },
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The tap cannot be used.
     #[error("NIC {nic}")]
     Tap {
@@ -179,7 +171,7 @@ impl DaemonError {
             Self::Silent { .. } => Code::DeadlineExceeded,
             Self::Connect { .. } => Code::Unavailable,
             Self::Call { code, .. } => *code,
-            Self::Image { source, .. } => source.code(),
+            Self::Disk(error) => error.code(),
             Self::Tap { source, .. } => source.code(),
         }
     }
@@ -188,14 +180,6 @@ impl DaemonError {
 /// Where a device of ours listens.
 pub(super) fn socket(dir: &Path, device: &str) -> PathBuf {
     dir.join(format!("{device}.vu"))
-}
-
-/// Path of a disk's image.
-pub(super) fn image_path(source: &DiskSource, volumes: &Pool) -> PathBuf {
-    match source {
-        DiskSource::Path(path) => path.clone(),
-        DiskSource::Volume(id) => volumes.path(id),
-    }
 }
 
 /// The tap of a spec's NIC: the one it names, or the one made for it.
@@ -210,12 +194,7 @@ pub(super) fn tap_name(spec: &Spec, index: usize) -> String {
 pub(super) fn plans(spec: &Spec, bin_dir: &Path, dir: &Path, volumes: &Pool) -> Vec<Plan> {
     let disks = spec.disks.iter().map(|disk| DevicePlan {
         name: disk.name.clone(),
-        backing: Backing::Image {
-            path: image_path(&disk.source, volumes),
-            read_only: disk.read_only,
-            num_queues: disk.num_queues,
-            serial: disk.serial.clone(),
-        },
+        backing: Backing::Disk(Box::new(disk.clone())),
     });
     let nics = spec.nics.iter().enumerate().map(|(index, nic)| DevicePlan {
         name: nic.name.clone(),
@@ -239,12 +218,40 @@ pub(super) fn plans(spec: &Spec, bin_dir: &Path, dir: &Path, volumes: &Pool) -> 
         kind,
         program: bin_dir.join(kind.program()),
         dir: dir.to_owned(),
+        volumes: volumes.clone(),
         devices,
     })
     .collect()
 }
 
 impl Plan {
+    /// Takes over what may change of a running VM's disks; whether anything did.
+    pub(super) fn tune(&mut self, spec: &Spec) -> bool {
+        let mut changed = false;
+        for device in &mut self.devices {
+            let Backing::Disk(disk) = &mut device.backing else {
+                continue;
+            };
+            let wanted = spec.disks.iter().find(|wanted| wanted.name == disk.name);
+            if let Some(wanted) = wanted.filter(|wanted| wanted.tuning != disk.tuning) {
+                disk.tuning = wanted.tuning;
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    /// Tells the daemon the limits and the polling of all its disks.
+    pub(super) async fn push_tuning(&self) -> Result<(), DaemonError> {
+        let disks = Disks::of(&self.dir);
+        for device in &self.devices {
+            if let Backing::Disk(disk) = &device.backing {
+                disks.tune(&device.name, &disk.tuning).await?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn log(&self) -> PathBuf {
         self.dir.join(format!("{}.log", self.kind.stem()))
     }
@@ -358,6 +365,7 @@ impl Plan {
         listener: Arc<UnixListener>,
     ) -> Result<AttachRequest, DaemonError> {
         let (program, fd_socket) = (self.kind.program(), self.fd_socket());
+        let volumes = self.volumes.clone();
         let name = device.name.clone();
         let sending = tokio::task::spawn_blocking(move || {
             let send = |fd: BorrowedFd<'_>| {
@@ -371,21 +379,9 @@ impl Plan {
                     })
             };
             let backing = match &device.backing {
-                Backing::Image {
-                    path,
-                    read_only,
-                    num_queues,
-                    serial,
-                } => {
-                    let image = open_image(&device.name, path, *read_only)?;
-                    attach_request::Device::Blk(BlkConfig {
-                        image_fd: Some(send(image.as_fd())?),
-                        read_only: *read_only,
-                        serial: serial.clone(),
-                        num_queues: *num_queues,
-                        image_name: path.display().to_string(),
-                        ..BlkConfig::default()
-                    })
+                Backing::Disk(disk) => {
+                    let config = disk::open(disk, &volumes)?.into_config(disk, send)?;
+                    attach_request::Device::Blk(config)
                 }
                 Backing::Tap {
                     name,
@@ -468,13 +464,6 @@ pub(super) async fn metrics(dir: &Path, kind: DaemonKind) -> Option<String> {
     tokio::time::timeout(METRICS_DEADLINE, asking).await.ok()?
 }
 
-fn open_image(disk: &str, path: &Path, read_only: bool) -> Result<File, DaemonError> {
-    image::open(path, read_only).map_err(|source| DaemonError::Image {
-        disk: disk.to_owned(),
-        source,
-    })
-}
-
 fn open_tap(nic: &str, name: &str, queue_pairs: u32) -> Result<Vec<OwnedFd>, DaemonError> {
     tap::open(name, queue_pairs).map_err(|source| DaemonError::Tap {
         nic: nic.to_owned(),
@@ -482,7 +471,7 @@ fn open_tap(nic: &str, name: &str, queue_pairs: u32) -> Result<Vec<OwnedFd>, Dae
     })
 }
 
-fn with_deadline<T>(message: T, deadline: Duration) -> tonic::Request<T> {
+pub(super) fn with_deadline<T>(message: T, deadline: Duration) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.set_timeout(deadline);
     request

@@ -24,6 +24,7 @@ use crate::{
     image::Claim,
     process::{self, Exit, Process},
     record::{Assets, DaemonKind, DaemonRecord},
+    spec::Spec,
 };
 
 /// A daemon that served this long is started again at once; one that dies on its first request
@@ -68,6 +69,8 @@ pub(super) struct Daemon {
     last_error: String,
     up_since: Instant,
     pause: Duration,
+    /// Limits were changed and the daemon was not told yet.
+    untold: bool,
 }
 
 pub(super) type Restarted = (DaemonKind, Result<Up, DaemonError>);
@@ -83,6 +86,7 @@ impl Daemon {
             last_error: String::new(),
             up_since: Instant::now(),
             pause: Duration::ZERO,
+            untold: false,
         }
     }
 
@@ -95,6 +99,8 @@ impl Daemon {
         sandbox: Vec<String>,
     ) -> Self {
         Self {
+            // The last agent may have ended between keeping a limit and telling it.
+            untold: plan.kind == DaemonKind::Blk && process.is_some(),
             plan,
             process,
             restarts,
@@ -197,6 +203,8 @@ impl Machine {
                 daemon.listeners = up.listeners;
                 daemon.sandbox = up.sandbox;
                 daemon.restarts += 1;
+                // They may have been changed while it was on its way.
+                daemon.untold = daemon.plan.kind == DaemonKind::Blk;
                 daemon.up_since = Instant::now();
                 true
             }
@@ -221,6 +229,33 @@ impl Machine {
         });
     }
 
+    /// Takes over what may change of the disks while the VM runs, and tells the daemon.
+    pub(super) async fn tune(&mut self, spec: &Spec) {
+        for daemon in &mut self.daemons {
+            daemon.untold |= daemon.plan.tune(spec);
+        }
+        self.tell_tuning().await;
+    }
+
+    /// Tells daemons what they were not told yet; what fails is tried again with the next look.
+    async fn tell_tuning(&mut self) {
+        for daemon in &mut self.daemons {
+            if !daemon.untold || daemon.process.is_none() {
+                continue;
+            }
+            let told = tokio::time::timeout(HEALTH_DEADLINE, daemon.plan.push_tuning()).await;
+            match told {
+                Ok(Ok(())) => daemon.untold = false,
+                Ok(Err(error)) => {
+                    tracing::warn!(dir = %self.dir.display(), "setting limits: {}", error_chain(&error));
+                }
+                Err(_) => {
+                    tracing::warn!(dir = %self.dir.display(), "device-blk does not answer; its limits are set later");
+                }
+            }
+        }
+    }
+
     /// Reads the machine's health and bounds the logs.
     pub(super) async fn refresh(&mut self) {
         for log in self
@@ -233,6 +268,7 @@ impl Machine {
                 tracing::warn!("bounding {}: {error}", log.display());
             }
         }
+        self.tell_tuning().await;
         if let Ok(Ok(info)) = tokio::time::timeout(HEALTH_DEADLINE, vmm::info(&self.dir)).await {
             self.health = Health::from_info(info);
         }

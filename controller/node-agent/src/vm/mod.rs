@@ -18,6 +18,8 @@
 mod adopt;
 mod command;
 mod daemon;
+pub(crate) mod disk;
+pub(crate) mod disks;
 mod machine;
 mod start;
 mod status;
@@ -34,7 +36,7 @@ use api::node::VmStatus;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tonic::Code;
 
-pub(crate) use self::command::Refusal;
+pub(crate) use self::{command::Refusal, daemon::DaemonError, vmm::refresh_device};
 use self::{
     command::{Answer, Command, reply},
     machine::Machine,
@@ -43,6 +45,7 @@ use self::{
 };
 use crate::{
     image::Claims,
+    import::Imports,
     process,
     promised::Promised,
     record::{Assets, DaemonKind, Failure, Record, RecordError, State, Store},
@@ -72,6 +75,8 @@ pub(crate) struct Env {
     pub(crate) bin_dir: PathBuf,
     /// Pool of volumes.
     pub(crate) volumes: volumes::Pool,
+    /// Files that are brought here to be made into volumes.
+    pub(crate) imports: Imports,
     /// This boot.
     pub(crate) boot_id: String,
     /// Every VM's changes of status.
@@ -379,6 +384,9 @@ impl Actor {
                     None => return Next::Gone,
                     Some(Command::Apply(spec, answer)) => {
                         let accepted = self.accept_unchanged_machine(*spec);
+                        if accepted.is_ok() {
+                            machine.tune(&self.record.spec).await;
+                        }
                         self.publish(Some(&machine));
                         reply(answer, accepted);
                         match self.record.spec.power {
@@ -558,7 +566,7 @@ fn remove_dir(dir: &Path) -> std::io::Result<()> {
     }
 }
 
-fn now_ms() -> u64 {
+pub(crate) fn now_ms() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_millis() as u64)

@@ -15,6 +15,7 @@ use tonic::Code;
 use super::{
     Env,
     daemon::{self, DaemonError},
+    disk::{self, DiskError},
     machine::{Daemon, Machine},
     now_ms, remove_dir,
     stop::{self, sweep},
@@ -22,10 +23,10 @@ use super::{
 };
 use crate::{
     host::{self, HostError},
-    image::{self, Claim, ImageError},
+    image::Claim,
     process::Process,
     record::{Assets, DaemonKind},
-    spec::{Disk, DiskSource, Spec},
+    spec::Spec,
     tap::{self, TapError},
 };
 
@@ -88,15 +89,9 @@ pub(crate) enum StartError {
         #[source]
         source: io::Error,
     },
-    /// An image cannot be used.
-    #[error("disk {disk}")]
-    Image {
-        /// Name of the disk.
-        disk: String,
-        /// Why not.
-        #[source]
-        source: ImageError,
-    },
+    /// A disk's images cannot be used.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// A tap cannot be made.
     #[error("NIC {nic}")]
     Tap {
@@ -128,7 +123,7 @@ impl StartError {
             Self::Program { .. } | Self::ForeignSocket { .. } => Code::FailedPrecondition,
             Self::SocketPath { .. } => Code::InvalidArgument,
             Self::Dir { .. } => Code::Internal,
-            Self::Image { source, .. } => source.code(),
+            Self::Disk(error) => error.code(),
             Self::Tap { source, .. } => source.code(),
             Self::Daemon(error) => error.code(),
             Self::Vmm(error) => error.code(),
@@ -312,46 +307,21 @@ fn check_socket_paths(spec: &Spec, dir: &Path) -> Result<(), StartError> {
     }
 }
 
-/// Claims each image, and checks that nobody else on the host has it.
+/// Claims each disk's images, and checks that nobody else on the host has them.
 async fn claim_images(env: &Env, spec: &Spec, claims: &mut Vec<Claim>) -> Result<(), StartError> {
     for disk in &spec.disks {
-        let path = disk_path(env, disk)?;
-        let table = env.claims.clone();
-        let (disk, holder) = (disk.clone(), format!("VM {}", spec.id));
+        let (table, volumes) = (env.claims.clone(), env.volumes.clone());
+        let (disk, vm) = (disk.clone(), spec.id.clone());
         // Probing waits for other processes' locks.
-        let claiming = tokio::task::spawn_blocking(move || {
-            let claim = || {
-                let file = image::open(&path, disk.read_only)?;
-                if matches!(disk.source, DiskSource::Path(_)) {
-                    image::refuse_qcow2(&path, &file)?;
-                }
-                let claim = table.claim(&path, &file, &holder, disk.read_only)?;
-                image::probe_locks(&path, &file, disk.read_only)?;
-                Ok(claim)
-            };
-            claim().map_err(|source| StartError::Image {
-                disk: disk.name.clone(),
-                source,
-            })
-        });
-        claims.push(
+        let claiming =
+            tokio::task::spawn_blocking(move || disk::claim(&disk, &volumes, &table, &vm));
+        claims.extend(
             claiming
                 .await
                 .unwrap_or_else(|panic| panic!("claiming an image: {panic}"))?,
         );
     }
     Ok(())
-}
-
-fn disk_path(env: &Env, disk: &Disk) -> Result<PathBuf, StartError> {
-    let path = daemon::image_path(&disk.source, &env.volumes);
-    match &disk.source {
-        DiskSource::Volume(id) if !path.exists() => Err(StartError::Image {
-            disk: disk.name.clone(),
-            source: ImageError::NoVolume { id: id.clone() },
-        }),
-        _ => Ok(path),
-    }
 }
 
 fn make_dir(dir: &Path, made: &mut bool) -> Result<(), StartError> {

@@ -10,8 +10,8 @@ use std::{
 use api::{
     connect,
     vmm::{
-        GetVmmRequest, PowerButtonRequest, ResetRequest, StopRequest, VmmInfo, VmmState,
-        vmm_client::VmmClient,
+        GetVmmRequest, PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, StopRequest,
+        VmmInfo, VmmState, vmm_client::VmmClient,
     },
 };
 use serde::Deserialize;
@@ -224,6 +224,19 @@ pub(super) async fn stop(dir: &Path) -> Result<(), VmmError> {
         .await
         .map(drop)
         .map_err(refused("Stop"))
+}
+
+/// Has the machine read a device's configuration space again, and the guest told if it changed.
+pub(crate) async fn refresh_device(dir: &Path, tag: &str) -> Result<(), VmmError> {
+    let mut client = client(dir, CALL_DEADLINE).await?;
+    let request = with_deadline(RefreshDeviceConfigRequest {
+        tag: tag.to_owned(),
+    });
+    client
+        .refresh_device_config(request)
+        .await
+        .map(drop)
+        .map_err(refused("RefreshDeviceConfig"))
 }
 
 async fn get(client: &mut VmmClient<Channel>) -> Result<VmmInfo, VmmError> {

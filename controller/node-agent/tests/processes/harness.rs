@@ -283,6 +283,21 @@ pub(crate) async fn gone(pid: i32) {
     }
 }
 
+/// Asks again until there is an answer.
+pub(crate) async fn poll<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    mut question: impl FnMut() -> F,
+) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = question().await {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "{what} did not come");
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+}
+
 pub(crate) fn is_alive(pid: i32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|stat| !stat[stat.rfind(')').unwrap()..].starts_with(") Z"))

@@ -9,3 +9,4 @@ mod guest;
 mod harness;
 mod lifecycle;
 mod resources;
+mod storage;

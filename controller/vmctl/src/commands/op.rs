@@ -68,6 +68,11 @@ async fn list(global: &Global, vm: Option<&str>, limit: u32) -> anyhow::Result<(
             let metadata = operation.metadata.clone().unwrap_or_default();
             let note = match &operation.error {
                 Some(error) => error.message.clone(),
+                None if metadata.done_bytes > 0 && !operation.done => {
+                    let (done, total) = (metadata.done_bytes, metadata.total_bytes);
+                    format!("{}: {}", metadata.progress, output::share(done, total))
+                }
+                None if operation.done => metadata.findings.join("; "),
                 None => metadata.progress.clone(),
             };
             vec![
@@ -89,10 +94,18 @@ async fn list(global: &Global, vm: Option<&str>, limit: u32) -> anyhow::Result<(
 
 fn state(operation: &pb::Operation) -> &'static str {
     match (operation.done, &operation.error) {
+        (false, _) if is_ready(operation) => "ready",
         (false, _) => "pending",
         (true, None) => "done",
         (true, Some(_)) => "failed",
     }
+}
+
+fn is_ready(operation: &pb::Operation) -> bool {
+    operation
+        .metadata
+        .as_ref()
+        .is_some_and(|metadata| metadata.ready)
 }
 
 async fn wait(global: &Global, name: &str, timeout: Option<u64>) -> anyhow::Result<()> {
@@ -108,15 +121,24 @@ async fn wait(global: &Global, name: &str, timeout: Option<u64>) -> anyhow::Resu
     print(global, &operation)
 }
 
-fn print(global: &Global, operation: &pb::Operation) -> anyhow::Result<()> {
+pub(super) fn print(global: &Global, operation: &pb::Operation) -> anyhow::Result<()> {
     match global.output {
         Format::Json => json::print(&json::value("Operation", operation)?),
-        Format::Table => println!("{} is {}", operation.name, state(operation)),
+        Format::Table => {
+            println!("{} is {}", operation.name, state(operation));
+            for finding in operation
+                .metadata
+                .iter()
+                .flat_map(|metadata| &metadata.findings)
+            {
+                println!("{finding}");
+            }
+        }
     }
     Ok(())
 }
 
-fn full(name: &str) -> String {
+pub(super) fn full(name: &str) -> String {
     if name.contains('/') {
         name.to_owned()
     } else {

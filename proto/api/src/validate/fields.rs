@@ -140,20 +140,3 @@ pub(super) fn is_cidr(text: &str) -> bool {
         prefix.parse::<u8>().is_ok_and(|prefix| prefix <= max)
     })
 }
-
-pub(super) fn volume_content(found: &mut Violations, at: &str, size_bytes: u64, source_path: &str) {
-    let field = format!("{at}size_bytes");
-    found.require(size_bytes.is_multiple_of(SECTOR_BYTES), &field, || {
-        format!("must be a multiple of {SECTOR_BYTES}, not {size_bytes}")
-    });
-    found.require(size_bytes <= MAX_VOLUME_BYTES, &field, || {
-        "must be at most 1 PiB".into()
-    });
-    if source_path.is_empty() {
-        found.require(size_bytes > 0, &field, || {
-            "is missing; only a source can tell it".into()
-        });
-    } else {
-        absolute(found, &format!("{at}source_path"), source_path);
-    }
-}

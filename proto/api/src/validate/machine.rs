@@ -1,5 +1,6 @@
 //! What the controller's and the node agent's descriptions of a machine have in common.
 
+use super::vm_disks::{DiskFields, disk_fields};
 use super::*;
 
 /// What both kinds of request say of a third-party device.
@@ -94,14 +95,8 @@ impl<'a> Machine<'a> {
         at
     }
 
-    pub(super) fn disk(&mut self, at: &str, num_queues: u32, text: &str) {
-        at_most(
-            self.found,
-            &format!("{at}.num_queues"),
-            num_queues,
-            MAX_QUEUES,
-        );
-        serial(self.found, &format!("{at}.serial"), text);
+    pub(super) fn disk(&mut self, at: &str, disk: &DiskFields<'_>) {
+        disk_fields(self.found, at, disk);
     }
 
     pub(super) fn nic(&mut self, at: &str, nic: &NicFields<'_>) {

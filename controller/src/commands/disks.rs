@@ -1,0 +1,226 @@
+//! Commands on the disks of VMs, and on the work that hosts do for them.
+
+use api::controller as pb;
+use api::names::Name;
+use api::node::{StartJobRequest, start_job_request::Work};
+use prost::Message;
+
+use super::{CommandError, RequestKey, get_operation, get_vm, get_volume, with_retry};
+use crate::model::{self, JobRecord, VmRecord, key, short};
+use crate::plan::Stored;
+use crate::reconciler::decode;
+use crate::store::{SharedStore, Transaction};
+
+/// A disk and the ids that hosts know it by.
+pub struct DiskOnHost {
+    /// Of the VM.
+    pub vm_id: String,
+    /// Of the volume; empty for a disk that is on none.
+    pub volume_id: String,
+}
+
+/// Adds an operation's work to a transaction.
+pub(super) fn with_job(
+    transaction: Transaction,
+    operation: &pb::Operation,
+    work: Work,
+) -> Transaction {
+    let record = JobRecord {
+        start: StartJobRequest {
+            job_id: model::job_id(&operation.name).to_owned(),
+            work: Some(work),
+        },
+        complete: false,
+        cancel: false,
+    };
+    transaction.put(model::job_key(&operation.name), record.encode_to_vec())
+}
+
+/// Wants work done on a disk. `work` says which, for the disk's ids; `what` names it for people
+/// where only volumes can have it done.
+///
+/// # Errors
+/// When there is no such disk, or it is on no volume and has to be.
+pub async fn disk_job(
+    store: &SharedStore,
+    (vm, disk): &(Name, String),
+    kind: pb::OperationKind,
+    what: Option<&'static str>,
+    request: &RequestKey,
+    work: impl Fn(DiskOnHost) -> Work,
+) -> Result<pb::Operation, CommandError> {
+    with_retry(|| async {
+        if let Some(earlier) = request.earlier(store).await? {
+            return Ok(earlier);
+        }
+        let record = get_vm(store, vm).await?.record;
+        let spec = &record.vm.spec.clone().unwrap_or_default();
+        let found = find_disk(spec, vm, disk)?;
+        let volume_id = match (&found.source, what) {
+            (Some(pb::disk::Source::Volume(volume)), _) => {
+                let name = Name::parse_volume(volume).map_err(|_| CommandError::NotFound {
+                    what: volume.clone(),
+                })?;
+                get_volume(store, &name).await?.record.node_id
+            }
+            (_, Some(what)) => {
+                return Err(CommandError::NotAVolume {
+                    vm: vm.id.clone(),
+                    disk: disk.clone(),
+                    what,
+                });
+            }
+            (_, None) => String::new(),
+        };
+        let target = format!("{vm}/disks/{disk}");
+        let mut operation = model::new_operation(kind, &target, record.vm.generation);
+        let transaction = request.begin(Transaction::new(), &mut operation);
+        let work = work(DiskOnHost {
+            vm_id: record.node_id,
+            volume_id,
+        });
+        store
+            .commit(with_job(transaction, &operation, work))
+            .await?;
+        Ok(operation)
+    })
+    .await
+}
+
+/// Changes a disk's limits and polling, as far as `mask` says.
+///
+/// # Errors
+/// When there is no such disk, or the VM changed.
+pub async fn update_disk(
+    store: &SharedStore,
+    (vm, disk): &(Name, String),
+    etag: &str,
+    request: &RequestKey,
+    validate_only: bool,
+    change: impl Fn(&mut pb::Disk) -> Result<(), CommandError>,
+) -> Result<pb::Operation, CommandError> {
+    with_retry(|| async {
+        if let Some(earlier) = request.earlier(store).await? {
+            return Ok(earlier);
+        }
+        let Stored {
+            mut record,
+            revision,
+        } = get_vm(store, vm).await?;
+        let current = model::etag(&record.vm.uid, record.vm.generation);
+        if !etag.is_empty() && etag != current {
+            return Err(CommandError::EtagMismatch {
+                what: short(vm),
+                given: etag.to_owned(),
+                etag: current,
+            });
+        }
+        if record.vm.deleting {
+            return Err(CommandError::Deleting { what: short(vm) });
+        }
+        change_spec(&mut record, vm, disk, &change)?;
+        let target = format!("{vm}/disks/{disk}");
+        let kind = pb::OperationKind::UpdateDisk;
+        let mut operation = model::new_operation(kind, &target, record.vm.generation);
+        if validate_only {
+            return Ok(pb::Operation {
+                name: String::new(),
+                done: true,
+                ..operation
+            });
+        }
+        let transaction = request
+            .begin(Transaction::new(), &mut operation)
+            .if_unchanged(key(vm), revision)
+            .put(key(vm), record.encode_to_vec());
+        store.commit(transaction).await?;
+        Ok(operation)
+    })
+    .await
+}
+
+fn change_spec(
+    record: &mut VmRecord,
+    vm: &Name,
+    disk: &str,
+    change: impl Fn(&mut pb::Disk) -> Result<(), CommandError>,
+) -> Result<(), CommandError> {
+    let spec = record.vm.spec.get_or_insert_default();
+    find_disk(spec, vm, disk)?;
+    for found in spec.disks.iter_mut().filter(|found| found.name == disk) {
+        change(found)?;
+    }
+    record.vm.generation += 1;
+    Ok(())
+}
+
+/// Has a mirror switch over once it is ready.
+///
+/// # Errors
+/// When the operation is no mirror, or is over.
+pub async fn complete_mirror(
+    store: &SharedStore,
+    name: &str,
+) -> Result<pb::Operation, CommandError> {
+    let operation = get_operation(store, name).await?.record;
+    let kind = operation.metadata.clone().unwrap_or_default().kind();
+    if kind != pb::OperationKind::MirrorDisk || (operation.done && operation.error.is_some()) {
+        return Err(CommandError::NotAMirror {
+            operation: name.to_owned(),
+        });
+    }
+    if !operation.done {
+        change_job(store, name, |job| job.complete = true).await?;
+    }
+    Ok(operation)
+}
+
+/// Has an operation's work end.
+pub(super) async fn cancel_job(store: &SharedStore, name: &str) -> Result<(), CommandError> {
+    change_job(store, name, |job| job.cancel = true).await
+}
+
+async fn change_job(
+    store: &SharedStore,
+    name: &str,
+    change: impl Fn(&mut JobRecord),
+) -> Result<(), CommandError> {
+    with_retry(|| async {
+        let key = model::job_key(name);
+        // Gone with the operation's end.
+        let Some(item) = store.get(&key).await? else {
+            return Ok(());
+        };
+        let mut record: JobRecord = decode(&item.key, &item.value)?;
+        change(&mut record);
+        let transaction = Transaction::new()
+            .if_unchanged(key.clone(), item.revision)
+            .put(key, record.encode_to_vec());
+        store.commit(transaction).await?;
+        Ok(())
+    })
+    .await
+}
+
+/// A VM's disk by its name.
+///
+/// # Errors
+/// When it has none of that name.
+pub fn find_disk<'a>(
+    spec: &'a pb::VmSpec,
+    vm: &Name,
+    disk: &str,
+) -> Result<&'a pb::Disk, CommandError> {
+    let found = spec.disks.iter().find(|found| found.name == disk);
+    found.ok_or_else(|| {
+        let names: Vec<&str> = spec.disks.iter().map(|disk| disk.name.as_str()).collect();
+        CommandError::NoDisk {
+            vm: vm.id.clone(),
+            disk: disk.to_owned(),
+            disks: match names.is_empty() {
+                true => "none".to_owned(),
+                false => names.join(", "),
+            },
+        }
+    })
+}
