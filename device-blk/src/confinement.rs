@@ -1,10 +1,11 @@
 //! What this process may still do once it serves guests.
 //!
 //! The process gives up the file system, the network and all capabilities before its first
-//! thread starts; from then on images and sockets reach it only as descriptors. A queue's
-//! thread gives up more, once its io_uring stands: it talks to no socket and sets up no further
-//! ring, and its ring is restricted to disk operations (see [`crate::engine::uring`]). A thread
-//! that works on an image for the queues reads and writes what is open.
+//! thread starts; from then on images and sockets reach it only as descriptors. Setting up
+//! io_urings is left to one thread ([`crate::engine::ring_maker`]). A queue's thread gives up
+//! more, once its ring is enabled: it talks to no socket, and its ring is restricted to disk
+//! operations (see [`crate::engine::uring`]). A thread that works on an image for the queues reads
+//! and writes what is open.
 
 use sandbox::seccomp::{Arg, Profile, SeccompError, Syscalls, sets};
 use sandbox::{Achieved, Confinement, ConfinementError};
@@ -15,6 +16,27 @@ use sandbox::{Achieved, Confinement, ConfinementError};
 /// A step failed that every supported kernel can take.
 pub(crate) fn enter() -> Result<Achieved, ConfinementError> {
     Confinement::new(Profile::new("device-blk", process_syscalls())).enter()
+}
+
+/// Confines the calling thread, and those it starts, to what serving takes: what [`enter`] left,
+/// without setting up rings.
+///
+/// # Errors
+/// The kernel refused the filter.
+pub(crate) fn forbid_new_rings() -> Result<(), SeccompError> {
+    Profile::new("device-blk-serving", serving_syscalls())
+        .apply_to_this_thread()
+        .map(drop)
+}
+
+/// Confines the calling thread to setting up rings.
+///
+/// # Errors
+/// The kernel refused the filter.
+pub(crate) fn confine_ring_maker() -> Result<(), SeccompError> {
+    Profile::new("device-blk-rings", sets::base().with(sets::io_uring()))
+        .apply_to_this_thread()
+        .map(drop)
 }
 
 /// Confines the calling thread to what a queue needs.
@@ -38,14 +60,20 @@ pub(crate) fn confine_worker_thread() -> Result<(), SeccompError> {
         .map(drop)
 }
 
+/// Serving, and setting up rings for it.
+fn process_syscalls() -> Syscalls {
+    serving_syscalls().with(sets::io_uring())
+}
+
 /// The control socket's runtime, descriptor inbox, vhost-user sessions, opening of passed
 /// images, and starting of queue threads.
-fn process_syscalls() -> Syscalls {
+fn serving_syscalls() -> Syscalls {
     sets::base()
         .with(sets::tokio())
         .with(sets::shared_memory())
         .with(sets::file_io())
-        .with(sets::io_uring())
+        // A queue's thread enables its ring.
+        .allow(&[libc::SYS_io_uring_register, libc::SYS_io_uring_enter])
         // Whether a file is in memory; images are passed while guests are served.
         .allow(&[libc::SYS_fstatfs])
         // A mark on the image that a disk was switched over to.

@@ -24,6 +24,7 @@ use crate::cli::{Args, DiskArg, Source};
 use crate::confinement;
 use crate::disk::Disk;
 use crate::disks::DiskService;
+use crate::engine::ring_maker;
 use crate::engine::uring::Uring;
 use crate::image::{Image, chain, raw};
 use crate::remote;
@@ -60,6 +61,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let achieved = confinement::enter()?;
     // Guests are served before the control socket is: a SIGTERM must drain them, not kill.
     api::serve::hold_termination();
+    ring_maker::start()?;
+    confinement::forbid_new_rings()?;
     for missing in achieved.missing_names() {
         tracing::warn!("the sandbox lacks {missing}");
     }
@@ -122,9 +125,12 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
         files.image = Some(file);
         config.image_name = name;
     }
-    if let (Some(Source::Path(path)), Some(file), None, "qcow2") =
-        (&disk.image, &files.image, &disk.backing, config.format.as_str())
-    {
+    if let (Some(Source::Path(path)), Some(file), None, "qcow2") = (
+        &disk.image,
+        &files.image,
+        &disk.backing,
+        config.format.as_str(),
+    ) {
         for image in chain::follow(file, path)? {
             files.backing.push(image.file);
             config.backing.push(BackingImage {

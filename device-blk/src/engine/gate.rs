@@ -77,8 +77,8 @@ impl Gate {
         self.parked.notify_all();
     }
 
-    /// Changes when the gate is closed and when it is opened. A queue that finds it changed and
-    /// open reads anew what it serves.
+    /// Changes when the gate is closed, when it is opened and when queues are woken. A queue that
+    /// finds it changed and open reads anew what it serves.
     #[inline]
     pub(super) fn turns(&self) -> u64 {
         self.turns.load(Ordering::Acquire)
@@ -100,7 +100,10 @@ impl Gate {
         self.parked.notify_all();
     }
 
+    /// Makes all queues look anew at what they serve and how.
     pub(super) fn wake_all(&self) {
+        // Closed and opened, as it were: whoever looks for work without sleeping sees it too.
+        self.turns.fetch_add(2, Ordering::AcqRel);
         for queue in &self.members().queues {
             queue.waker.ring();
         }

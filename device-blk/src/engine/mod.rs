@@ -24,9 +24,13 @@ pub(crate) mod bounce;
 pub(crate) mod buffer;
 mod complaints;
 pub(crate) mod gate;
+mod gather;
 mod job;
 mod ranges;
+pub(crate) mod ring_maker;
 mod sync;
+mod teardown;
+mod throttle;
 mod transfer;
 pub(crate) mod uring;
 mod workers;
@@ -35,7 +39,7 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vhost_user::backend::{Polling, QueueHandler, Wake};
 use vhost_user::ring::{DescChain, Ring, RingError};
@@ -62,8 +66,6 @@ pub(crate) const MAX_QUEUE_SIZE: u16 = 1024;
 const MAX_ROUNDS: u32 = 64;
 /// Requests that are answered as soon as they are taken, before the driver hears of them.
 const ANSWERS_UNPUBLISHED: u32 = 8;
-/// How long a queue that ends waits for the kernel to let go of guest memory.
-const TEARDOWN_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Positions in [`BlkQueue::event_fds`].
 const EVENT_ALARM: usize = 1;
@@ -205,15 +207,21 @@ impl BlkQueue {
         }
         let limited = self.backend.options.admission.is_limited();
         let mut progress = self.held() > 0 && self.admit_held(ring, limited);
-        let mut is_clock_read = false;
-        for _ in 0..MAX_QUEUE_SIZE {
+        let mut taken = 0;
+        while taken < MAX_QUEUE_SIZE {
             if self.in_flight() + self.held() >= usize::from(MAX_QUEUE_SIZE) {
                 break;
             }
-            let Some(chain) = ring.pop()? else { break };
-            if !std::mem::replace(&mut is_clock_read, true) {
+            let Some(chain) = ring.pop()? else {
+                if taken > 0 && self.gathers() && gather::await_more(ring)? {
+                    continue;
+                }
+                break;
+            };
+            if taken == 0 {
                 self.now_ns = monotonic_ns();
             }
+            taken += 1;
             self.stats.start();
             if let Some(mut job) = self.parse(ring, chain) {
                 job.accepted_ns = self.now_ns;
@@ -223,12 +231,18 @@ impl BlkQueue {
                     self.held[access as usize].push_back(job);
                 }
             }
-            progress = true;
         }
+        progress |= taken > 0;
         if self.held() > 0 {
             self.set_alarm();
         }
         Ok(progress)
+    }
+
+    /// Whether requests that follow soon are worth waiting for: the storage has enough to do
+    /// meanwhile, and takes several at once for little more than one.
+    fn gathers(&self) -> bool {
+        self.uring.unanswered() >= gather::MIN_UNANSWERED
     }
 
     /// False while the gate is closed. Afterwards, what is served is read anew.
@@ -248,53 +262,6 @@ impl BlkQueue {
         self.zero_range_works = true;
         self.nowait = Nowait::default();
         true
-    }
-
-    /// Whether the request may begin now: the rate limit allows it, and none is held before it.
-    fn admit(&mut self, job: &Job) -> bool {
-        let Some((access, len_bytes)) = job.cost() else {
-            return true;
-        };
-        self.held[access as usize].is_empty() && self.is_in_limit(access, len_bytes)
-    }
-
-    fn is_in_limit(&mut self, access: Access, len_bytes: u64) -> bool {
-        let admission = &self.backend.options.admission;
-        admission
-            .admit(self.stats.queue(), access, len_bytes, self.now_ns)
-            .inspect_err(|&again_ns| self.held_until_ns[access as usize] = again_ns)
-            .is_ok()
-    }
-
-    /// Begins what was held and may go on now; true when there was something.
-    #[cold]
-    fn admit_held(&mut self, ring: &mut Ring, limited: bool) -> bool {
-        let mut progress = false;
-        self.now_ns = monotonic_ns();
-        for access in [Access::Read, Access::Write] {
-            while let Some(job) = self.held[access as usize].front() {
-                let len_bytes = job.cost().map_or(0, |(_, len_bytes)| len_bytes);
-                if limited && !self.is_in_limit(access, len_bytes) {
-                    break;
-                }
-                let job = self.held[access as usize].pop_front().expect("the front");
-                self.begin(ring, job);
-                progress = true;
-            }
-        }
-        progress
-    }
-
-    /// Makes the thread come back when the next held request may begin.
-    #[cold]
-    fn set_alarm(&mut self) {
-        let held = self.held.iter().zip(self.held_until_ns);
-        let next = held
-            .filter(|(jobs, _)| !jobs.is_empty())
-            .map(|(_, at_ns)| at_ns);
-        if let Some(at_ns) = next.min() {
-            self.alarm.set(at_ns);
-        }
     }
 
     /// Answers a request, or makes it a job.
@@ -604,61 +571,6 @@ impl QueueHandler for BlkQueue {
             if self.results.is_empty() {
                 self.uring.wait(deadline);
             }
-        }
-    }
-}
-
-impl Drop for BlkQueue {
-    /// Requests that `drain` left behind will be submitted again by the next session. They
-    /// must have ended before: a late write would overwrite a newer one, and a late read would
-    /// land in memory that belongs to something else by then.
-    fn drop(&mut self) {
-        self.stats.forget((self.in_flight() + self.held()) as u64);
-        self.end_operations();
-        self.backend.gate.leave(self.gate_id);
-    }
-}
-
-impl BlkQueue {
-    fn running(&self) -> usize {
-        self.uring.unanswered() + self.with_workers
-    }
-
-    fn end_operations(&mut self) {
-        if self.running() == 0 {
-            return;
-        }
-        let deadline = Instant::now() + TEARDOWN_PATIENCE;
-        self.uring.cancel_all();
-        loop {
-            while self.uring.next_completion().is_some() {}
-            while self.results.take().is_some() {
-                self.with_workers -= 1;
-            }
-            if self.running() == 0 {
-                return self.note_unanswered();
-            }
-            if Instant::now() >= deadline {
-                break;
-            }
-            self.uring.wait(deadline);
-        }
-        tracing::error!(
-            image = self.served.image.name(),
-            "{} requests still run; this disk stays stopped until the daemon is restarted",
-            self.running()
-        );
-        self.backend.has_ghosts.store(true, Ordering::Release);
-        self.note_unanswered();
-        // Their memory must outlive them, whenever they end.
-        std::mem::forget(std::mem::take(&mut self.slots));
-    }
-
-    /// What requests have changed that are not answered here.
-    fn note_unanswered(&self) {
-        let observer = &self.backend.options.observer;
-        for job in self.slots.iter().filter_map(|slot| slot.job.as_ref()) {
-            job.each_change(|offset_bytes, len_bytes| observer.mark(offset_bytes, len_bytes));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The io_uring of one queue's thread.
+//! The io_uring of one queue's thread, which [`ring_maker`] sets up.
 //!
 //! The ring starts disabled, is restricted to the operations that a disk needs
 //! (`IORING_REGISTER_RESTRICTIONS`), and is enabled then: system call filters do not see what
@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 use vhost_user::eventfd::EventFd;
+
+use super::ring_maker;
 
 /// Operations the ring executes; anything else fails with EACCES.
 const ALLOWED_OPS: [u8; 7] = [
@@ -49,6 +51,9 @@ pub(crate) enum UringError {
     /// The ring could not be limited to disk operations.
     #[error("io_uring cannot be restricted to disk operations")]
     Restrict(#[source] io::Error),
+    /// The thread that sets rings up did not.
+    #[error("the thread that sets up io_urings does not answer; restart the daemon")]
+    Maker(#[source] io::Error),
     /// No eventfd for its completions.
     #[error("io_uring cannot signal completions")]
     Eventfd(#[source] io::Error),
@@ -66,12 +71,11 @@ pub(crate) struct Uring {
 impl Uring {
     /// A ring for `entries` requests at one time.
     pub(crate) fn new(entries: u16) -> Result<Self, UringError> {
-        let ring = set_up(u32::from(entries)).map_err(UringError::Unavailable)?;
         let completed = Arc::new(EventFd::new().map_err(UringError::Eventfd)?);
+        let ring = ring_maker::make(entries, &completed)?;
         ring.submitter()
-            .register_eventfd(completed.as_fd().as_raw_fd())
-            .map_err(UringError::Eventfd)?;
-        restrict(&ring).map_err(UringError::Restrict)?;
+            .register_enable_rings()
+            .map_err(UringError::Restrict)?;
         Ok(Self {
             ring,
             completed,
@@ -214,6 +218,16 @@ impl Uring {
     }
 }
 
+/// A restricted ring that has yet to be enabled.
+pub(super) fn prepare(entries: u16, completed: &EventFd) -> Result<IoUring, UringError> {
+    let ring = set_up(u32::from(entries)).map_err(UringError::Unavailable)?;
+    ring.submitter()
+        .register_eventfd(completed.as_fd().as_raw_fd())
+        .map_err(UringError::Eventfd)?;
+    restrict(&ring).map_err(UringError::Restrict)?;
+    Ok(ring)
+}
+
 /// The cheapest set-up that this kernel knows.
 fn set_up(entries: u32) -> io::Result<IoUring> {
     // Linux 6.1: completions are posted when the thread asks for them, in one go.
@@ -236,8 +250,7 @@ fn set_up(entries: u32) -> io::Result<IoUring> {
 fn restrict(ring: &IoUring) -> io::Result<()> {
     let mut restrictions = Vec::from(ALLOWED_OPS.map(Restriction::sqe_op));
     restrictions.push(Restriction::sqe_flags_allowed(0));
-    ring.submitter().register_restrictions(&mut restrictions)?;
-    ring.submitter().register_enable_rings()
+    ring.submitter().register_restrictions(&mut restrictions)
 }
 
 #[cfg(test)]
