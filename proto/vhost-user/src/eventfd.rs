@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 
 /// The writing end of an eventfd whose reader is not trusted: ringing it never blocks.
 #[derive(Debug)]
@@ -19,13 +20,22 @@ pub struct Doorbell {
 
 impl Doorbell {
     /// Takes a descriptor as received.
-    pub fn new(fd: OwnedFd) -> Doorbell {
-        // SAFETY: F_GETFL only reads the descriptor's state.
-        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-        Doorbell {
-            file: File::from(fd),
-            may_block: flags < 0 || flags & libc::O_NONBLOCK == 0,
+    ///
+    /// # Errors
+    /// `InvalidInput` for a pipe, a socket or a device: a peer that makes it blocking and full can
+    /// hold a writer up for good, while an eventfd's counter can be emptied from here.
+    pub fn new(fd: OwnedFd) -> io::Result<Doorbell> {
+        let file = File::from(fd);
+        let kind = file.metadata()?.mode() & libc::S_IFMT;
+        if [libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFCHR].contains(&kind) {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
+        // SAFETY: F_GETFL only reads the descriptor's state.
+        let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+        Ok(Doorbell {
+            file,
+            may_block: flags < 0 || flags & libc::O_NONBLOCK == 0,
+        })
     }
 
     /// Adds one. A full counter means that the peer has a signal waiting already.
@@ -213,6 +223,18 @@ mod tests {
         assert!(event.take().unwrap());
         assert!(!event.take().unwrap());
         assert!(!is_signalled(&event));
+    }
+
+    #[test]
+    fn what_could_hold_a_writer_up_for_good_is_no_doorbell() {
+        let (_reader, pipe) = io::pipe().unwrap();
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let device = File::options().write(true).open("/dev/null").unwrap();
+        for fd in [OwnedFd::from(pipe), socket.into(), device.into()] {
+            let error = Doorbell::new(fd).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        }
+        Doorbell::new(EventFd::new().unwrap().into_fd()).unwrap();
     }
 
     #[test]

@@ -420,7 +420,9 @@ impl Session {
         file: Option<File>,
     ) -> std::result::Result<(), Refusal> {
         let (_, vring) = self.vring(u32::from(index))?;
-        vring.call = file.map(OwnedFd::from);
+        let call = file.map(OwnedFd::from);
+        doorbell(&call)?;
+        vring.call = call;
         if let Some(worker) = &vring.worker {
             worker.set_call(doorbell(&vring.call)?);
         }
@@ -433,7 +435,9 @@ impl Session {
         file: Option<File>,
     ) -> std::result::Result<(), Refusal> {
         let (_, vring) = self.vring(u32::from(index))?;
-        vring.err = file.map(OwnedFd::from);
+        let err = file.map(OwnedFd::from);
+        doorbell(&err)?;
+        vring.err = err;
         if let Some(worker) = &vring.worker {
             worker.set_err(doorbell(&vring.err)?);
         }
@@ -535,16 +539,24 @@ impl Session {
         let workers: Vec<_> = self
             .vrings
             .iter_mut()
-            .filter_map(|vring| vring.worker.take())
-            .collect();
-        let stops: Vec<_> = workers
-            .iter()
-            .map(|worker| worker.begin_stop(deadline))
+            .filter_map(|vring| {
+                let worker = vring.worker.take()?;
+                let stop = worker.begin_stop(deadline);
+                let doorbells = [vring.call.as_ref(), vring.err.as_ref()];
+                Some((worker, stop, doorbells))
+            })
             .collect();
         let mut result = Ok(());
-        for (worker, stop) in workers.into_iter().zip(stops) {
-            result = result.and(stop.wait().map(|_| ()));
-            worker.join();
+        for (worker, stop, doorbells) in workers {
+            let stopped = stop.wait();
+            match stopped {
+                Err(WorkerError::Silent { .. }) => {
+                    let doorbells: Vec<_> = doorbells.into_iter().flatten().collect();
+                    worker.release_and_join(&doorbells);
+                }
+                _ => worker.join(),
+            }
+            result = result.and(stopped.map(|_| ()));
         }
         result
     }
@@ -571,6 +583,6 @@ fn layout_of(description: &VhostUserMemoryRegion) -> RegionLayout {
 
 fn doorbell(fd: &Option<OwnedFd>) -> io::Result<Option<Doorbell>> {
     fd.as_ref()
-        .map(|fd| fd.try_clone().map(Doorbell::new))
+        .map(|fd| fd.try_clone().and_then(Doorbell::new))
         .transpose()
 }

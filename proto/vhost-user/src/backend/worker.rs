@@ -15,7 +15,7 @@
 //! ```
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,13 +24,16 @@ use std::time::{Duration, Instant};
 
 use super::poller::{Look, Poller};
 use super::{Device, Polling, QueueHandler, Wake};
-use crate::eventfd::{Doorbell, EventFd};
+use crate::eventfd::{self, Doorbell, EventFd};
 use crate::log_limit::LogLimit;
 use crate::memory::MemoryTable;
 use crate::ring::{Intake, Ring, RingError, RingState};
 
 /// How long a worker may take to answer a command beyond the work that the command asks for.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Between two looks whether a worker that is held up is released.
+const RELEASE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Rounds of processing without a look at commands and events, while the driver keeps adding.
 const BUSY_ROUNDS: u32 = 16;
@@ -200,6 +203,24 @@ impl Worker {
         {
             tracing::error!(queue = self.index, "queue worker panicked");
         }
+    }
+
+    /// As [`Worker::join`], for one that did not answer: a frontend that made `doorbells` blocking
+    /// and full at the very instant between look and write holds it up, until they are emptied.
+    /// What else may keep it is the device's own work, which must be over before the next frontend
+    /// is served: it writes to this one's memory and files.
+    pub(super) fn release_and_join(self, doorbells: &[&OwnedFd]) {
+        while self
+            .thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
+        {
+            for doorbell in doorbells {
+                let _ = eventfd::take(*doorbell);
+            }
+            thread::sleep(RELEASE_INTERVAL);
+        }
+        self.join();
     }
 
     fn ask<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> Result<T, WorkerError> {

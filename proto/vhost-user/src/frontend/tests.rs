@@ -1,6 +1,7 @@
 //! The frontend against scripted peers: what it sends, and what it makes of what they answer.
 
 mod config_change;
+mod many_queues;
 mod packed;
 mod rust_vmm;
 

@@ -55,7 +55,7 @@ impl Fixture {
             memory: self.memory.table().unwrap(),
             next_avail: self.driver.used_idx(),
             inflight: None,
-            call: Some(Doorbell::new(self.call.try_clone().unwrap().into_fd())),
+            call: Doorbell::new(self.call.try_clone().unwrap().into_fd()).ok(),
         }
     }
 

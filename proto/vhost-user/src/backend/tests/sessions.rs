@@ -45,6 +45,11 @@ fn offered_features_are_what_the_specification_needs() {
         1 << 5 | 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32 | PACKED
     );
     honest.set_up();
+    // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS;
+    // libblkio insists on the second, fourth and last.
+    let protocol_features = honest.frontend.get_protocol_features().unwrap();
+    let expected = [0, 3, 5, 9, 12, 13, 15].map(|bit| 1 << bit);
+    assert_eq!(protocol_features.bits(), expected.iter().sum::<u64>());
     assert_eq!(
         honest.frontend.get_queue_num().unwrap(),
         u64::from(NUM_QUEUES)

@@ -42,7 +42,7 @@ impl Packed {
             memory: self.memory.table().unwrap(),
             next_avail: self.driver.raw_next_used(),
             inflight: None,
-            call: Some(Doorbell::new(self.call.try_clone().unwrap().into_fd())),
+            call: Doorbell::new(self.call.try_clone().unwrap().into_fd()).ok(),
         }
     }
 
