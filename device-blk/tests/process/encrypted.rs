@@ -2,14 +2,19 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use api::device::attach_request::{Device as DeviceConfig, Listener};
+use api::device::{AttachRequest, BlkConfig, Device, FdRef};
 use luks::{FormatOptions, Limits, NewKdf, Volume};
+use tonic::{Code, Status};
 
+use crate::control::Manager;
 use crate::daemon::{Daemon, Place, await_true};
 use crate::driver::Client;
 use crate::io::pattern;
@@ -60,9 +65,15 @@ fn decrypted(image: &Path, offset_bytes: u64, len: usize) -> Vec<u8> {
 }
 
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {
-    haystack
-        .windows(needle.len())
-        .any(|window| window == needle)
+    let mut rest = haystack;
+    while let Some(at) = rest.iter().position(|&byte| byte == needle[0]) {
+        rest = &rest[at..];
+        if rest.starts_with(needle) {
+            return true;
+        }
+        rest = &rest[1..];
+    }
+    false
 }
 
 #[test]
@@ -304,6 +315,67 @@ fn passphrase_is_nowhere_once_the_disk_is_unlocked() {
         let entry = entry.unwrap();
         assert_ne!(entry.file_name(), "60", "the key's descriptor is closed");
     }
+}
+
+/// Asks the confined daemon to attach `a.img` with a key that is passed in a memfd.
+fn attach(manager: &mut Manager, key: &[u8], round: u32) -> Result<Device, Status> {
+    let socket = manager.place.socket("a");
+    let _ = std::fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket).unwrap();
+    let key_file = memfd(key);
+    let token = |what: &str| FdRef {
+        token: format!("{what}-{round}"),
+    };
+    manager.send(&token("socket").token, listener.as_fd());
+    manager.send_image(&token("image").token, "a.img");
+    manager.send(&token("key").token, key_file.as_fd());
+    manager.attach(AttachRequest {
+        id: "a".into(),
+        listener: Some(Listener::SocketFd(token("socket"))),
+        device: Some(DeviceConfig::Blk(BlkConfig {
+            image_fd: Some(token("image")),
+            key_fd: Some(token("key")),
+            ..BlkConfig::default()
+        })),
+    })
+}
+
+fn memfd(content: &[u8]) -> File {
+    // SAFETY: the name is a NUL-terminated literal.
+    let fd = unsafe { libc::memfd_create(c"key".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "memfd");
+    // SAFETY: just returned by the kernel and owned by nobody else.
+    let mut file = unsafe { File::from_raw_fd(fd) };
+    file.write_all(content).unwrap();
+    file
+}
+
+#[test]
+fn confined_daemon_unlocks_what_it_is_passed() {
+    let place = Place::new();
+    let image = encrypted(&place, 512);
+    // As hard as new volumes are made.
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    luks::format(&file, PASSPHRASE, &FormatOptions::default()).unwrap();
+    let fds = place.fds().display().to_string();
+    let mut daemon = Daemon::start_with(&place, &[], &["--fd-socket", &fds]);
+    let mut manager = Manager::of(place);
+
+    let wrong = attach(&mut manager, b"wrong", 0).unwrap_err();
+    assert_eq!(wrong.code(), Code::PermissionDenied, "{wrong}");
+    assert!(wrong.message().contains("no key slot opens"), "{wrong}");
+    assert_eq!(manager.list().len(), 0, "nothing half-made is left");
+
+    let device = attach(&mut manager, PASSPHRASE, 1).unwrap();
+    let stats = device.blk.unwrap();
+    assert!(stats.encrypted, "{stats:?}");
+    assert_eq!(stats.capacity_bytes, DISK_BYTES);
+    let mut client = Client::connect(&manager.place.socket("a"));
+    assert_eq!(client.write(0, &pattern(1, 4096)), 0);
+    assert_eq!(client.flush(), 0);
+    assert!(decrypted(&image, 0, 4096) == pattern(1, 4096));
+    assert_eq!(mappings_with(daemon.pid(), PASSPHRASE), []);
+    daemon.assert_alive();
 }
 
 #[test]

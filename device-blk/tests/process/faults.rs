@@ -393,12 +393,12 @@ fn disk_that_hangs_keeps_no_other_disk_and_no_other_queue_waiting() {
 
 #[test]
 fn slow_requests_are_counted_and_logged() {
-    let Some(mut rig) = Rig::with(Kind::Raw, ",slow-ms=20") else {
+    let Some(mut rig) = Rig::with(Kind::Raw, ",slow-ms=500") else {
         return;
     };
     assert_eq!(rig.client.read_at(0, 0, 0, 4096), 0);
     assert_eq!(rig.stats().slow_requests, 0);
-    let delay = Duration::from_millis(60);
+    let delay = Duration::from_millis(600);
     rig.fs
         .inject(Fault::new(Op::Read, Effect::Delay(delay)).within(4096..8192));
     let began = Instant::now();
@@ -406,7 +406,7 @@ fn slow_requests_are_counted_and_logged() {
     assert!(began.elapsed() >= delay);
     let stats = rig.stats();
     assert_eq!(stats.slow_requests, 1, "{stats:?}");
-    assert!(stats.latency.unwrap().max_us >= 60_000.0);
+    assert!(stats.latency.unwrap().max_us >= 600_000.0);
     let log = rig.daemon.log();
     assert!(log.contains("slow request"), "{log}");
 }
