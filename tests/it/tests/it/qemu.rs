@@ -40,11 +40,16 @@ impl Qemu {
     }
 
     /// A disk served at `socket`; the first is vda.
-    pub(crate) fn disk(mut self, socket: &Path) -> Self {
+    pub(crate) fn disk(self, socket: &Path) -> Self {
+        self.disk_with(socket, "num-queues=1")
+    }
+
+    /// The same, with properties of the device.
+    pub(crate) fn disk_with(mut self, socket: &Path, properties: &str) -> Self {
         let chardev = self.chardev(socket);
         self.command.args([
             "-device",
-            &format!("vhost-user-blk-pci,chardev={chardev},num-queues=1"),
+            &format!("vhost-user-blk-pci,chardev={chardev},{properties}"),
         ]);
         self
     }

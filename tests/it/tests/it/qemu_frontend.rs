@@ -108,7 +108,7 @@ fn run() {
     };
     let mut qemu = Qemu::new(&plan)
         .disk(&root_socket)
-        .disk(&data_socket)
+        .disk_with(&data_socket, "num-queues=1,packed=on")
         .nic(&nic_socket)
         .start(dir);
     let reports = guest_run::finish(&mut qemu);
