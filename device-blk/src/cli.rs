@@ -20,15 +20,16 @@ A disk, as KEY=VALUE parts and flags joined by commas. May be repeated.
 
   id=ID                 name of the disk: a-z, 0-9 and '-'
   path=IMAGE, fd=N      the image, or a descriptor that was opened for us
-  nbd=ADDR/EXPORT[@G]   an export of an NBD server instead; ADDR is HOST:PORT or unix:PATH, G the
-                        generation that is presented
+  nbd=ADDR/EXPORT[@G]   an export of an NBD server instead; ADDR is HOST:PORT or
+                        unix:PATH, G the generation that is presented
   nbd-tls-file=PEM, nbd-tls-fd=N, nbd-tls-hostname=NAME
-                        TLS for it: CA certificates, then optionally our certificate and key
+                        TLS for it: CA certificates, then optionally our own
+                        certificate and its key
   socket=PATH, socket-fd=N
                         where VMMs connect
   format=raw|qcow2      never guessed [default: raw]
-  backing=PATH[:FORMAT] what a qcow2 image is based on, nearest first, repeated; without it the
-                        names in the images are followed
+  backing=PATH[:FORMAT] what a qcow2 image is based on, nearest first, repeated;
+                        without it the names in the images are followed
   key-file=PATH, key-fd=N
                         the image is encrypted with LUKS, and this is its passphrase
   readonly              refuse writes

@@ -105,6 +105,12 @@ impl Disk {
         open: impl FnOnce() -> Result<OpenTarget, Status>,
     ) -> Result<Arc<Control>, Status> {
         self.refuse_encrypted("mirrored")?;
+        if self.device.image().is_read_only() {
+            return Err(Status::failed_precondition(
+                "the disk is read-only, and its copy would not be; copy the image file and attach \
+                 that",
+            ));
+        }
         self.jobs.start(&request.job_id, "mirror", || {
             let (target, fresh) = open()?;
             let mirror = Mirror {

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use luks::{Limits, LuksError, Passphrase, Volume};
+use luks::{Limits, Passphrase, Volume};
 
 use super::task::OwnIovec;
 use super::{
@@ -241,7 +241,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::time::Duration;
 
-    use luks::{FormatOptions, NewKdf};
+    use luks::{FormatOptions, LuksError, NewKdf};
 
     use super::*;
     use crate::image::OpenOptions;

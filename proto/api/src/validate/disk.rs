@@ -7,8 +7,8 @@ pub const MAX_BACKING_IMAGES: usize = 64;
 /// Coarsest unit in which writes are noted.
 pub const MAX_BITMAP_GRANULARITY: u32 = 64 << 20;
 
-/// CPUs that Linux numbers on x86-64 (CONFIG_NR_CPUS_RANGE_END).
-const MAX_CPUS: u32 = 8192;
+/// Bits of `cpu_set_t`.
+const MAX_CPUS: u32 = 1024;
 /// Bytes of an NBD export's name (NBD protocol, "string").
 const MAX_EXPORT_BYTES: usize = 4096;
 const FORMATS: [&str; 2] = ["raw", "qcow2"];
