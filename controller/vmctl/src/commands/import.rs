@@ -122,7 +122,30 @@ pub(super) async fn run(global: &Global, import: Import) -> anyhow::Result<()> {
     let operation = answer.map_err(client::failed)?.into_inner();
     let doing = format!("importing volume {}", import.name);
     let done = format!("volume {} is ready", import.name);
-    conclude(global, &channel, operation, import.wait, &doing, &done).await
+    let concluded = conclude(global, &channel, operation, import.wait, &doing, &done).await;
+    if concluded.is_err() {
+        forget_failed(&channel, &volume).await;
+    }
+    concluded
+}
+
+/// What could not be imported leaves no volume behind. Its files stay on the host for a day, for the
+/// case that what was in the way can be removed there.
+async fn forget_failed(channel: &Channel, volume: &Name) {
+    let mut client = VolumesClient::new(channel.clone());
+    let name = volume.to_string();
+    let found = client
+        .get_volume(pb::GetVolumeRequest { name: name.clone() })
+        .await;
+    let status = found.map(|found| found.into_inner().status.unwrap_or_default());
+    if status.is_ok_and(|status| status.phase() == pb::VolumePhase::Failed) {
+        let request = pb::DeleteVolumeRequest {
+            name,
+            ..Default::default()
+        };
+        // Should this fail, `volume list` shows it with the reason.
+        let _ = client.delete_volume(request).await;
+    }
 }
 
 /// Before gigabytes are sent for nothing.
