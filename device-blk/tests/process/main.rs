@@ -1,6 +1,7 @@
 //! The real `device-blk` process, driven by third parties: the `virtio-driver` crate as a
 //! vhost-user frontend, QEMU's tools, and gRPC clients.
 
+mod blocks;
 mod broken_chains;
 mod control;
 mod crash;
