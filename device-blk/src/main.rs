@@ -47,7 +47,10 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let mut words = std::env::args_os().skip(1).peekable();
-    let result = if words.next_if(|word| word == nbd_serve::SUBCOMMAND).is_some() {
+    let result = if words
+        .next_if(|word| word == nbd_serve::SUBCOMMAND)
+        .is_some()
+    {
         start_log();
         nbd_serve::run(words)
     } else {

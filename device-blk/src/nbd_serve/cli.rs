@@ -143,11 +143,18 @@ impl From<RawArgs> for ServeArgs {
 impl ServeArgs {
     /// Descriptors that the command line names.
     pub(super) fn inherited_fds(&self) -> Vec<RawFd> {
-        let sources = [Some(&self.image), self.tls.as_ref(), self.generations.as_ref()];
-        let named = sources.into_iter().flatten().filter_map(|source| match source {
-            Source::Fd(fd) => Some(*fd),
-            Source::Path(_) => None,
-        });
+        let sources = [
+            Some(&self.image),
+            self.tls.as_ref(),
+            self.generations.as_ref(),
+        ];
+        let named = sources
+            .into_iter()
+            .flatten()
+            .filter_map(|source| match source {
+                Source::Fd(fd) => Some(*fd),
+                Source::Path(_) => None,
+            });
         named.chain(self.listen_fd).collect()
     }
 }
@@ -196,7 +203,15 @@ mod tests {
             (&["--image=a", "--export=a"], "--listen"),
             (&["--image=a", "--export=a@1", "--listen=unix:/s"], "'@'"),
             (&["--image=a", "--export=", "--listen=unix:/s"], "1 to 255"),
-            (&["--image=a", "--export=a", "--listen=unix:/s", "--format=vmdk"], "qcow2"),
+            (
+                &[
+                    "--image=a",
+                    "--export=a",
+                    "--listen=unix:/s",
+                    "--format=vmdk",
+                ],
+                "qcow2",
+            ),
         ] {
             let error = read(args).unwrap_err();
             assert!(error.contains(named), "{args:?}: {error}");

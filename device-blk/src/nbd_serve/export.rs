@@ -23,9 +23,7 @@ pub(super) fn plain_file(image: &dyn Image) -> io::Result<Option<File>> {
     };
     // SAFETY: the image keeps its file open for its life, which is longer than this call.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    borrowed
-        .try_clone_to_owned()
-        .map(|fd| Some(File::from(fd)))
+    borrowed.try_clone_to_owned().map(|fd| Some(File::from(fd)))
 }
 
 /// Any image, sector by sector. It must go through the page cache: buffers here have no alignment.

@@ -72,7 +72,7 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     };
     let server = Arc::new(Server::new(export, options)?);
     let accepting = Arc::clone(&server);
-    std::thread::Builder::new()
+    let acceptor = std::thread::Builder::new()
         .name("nbd-accept".into())
         .spawn(move || {
             if let Err(error) = accepting.run(listener) {
@@ -99,6 +99,10 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     if !server.stop(DRAIN_TIMEOUT) {
         bail!("clients did not take their answers within {DRAIN_TIMEOUT:?}");
     }
+    // A panic has been printed.
+    let _ = acceptor.join();
+    // The image is closed in order: formats give back what they had reserved.
+    drop(server);
     tracing::info!("drained and stopped");
     Ok(())
 }

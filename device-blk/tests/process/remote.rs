@@ -1,14 +1,20 @@
 //! Disks on other hosts: QEMU's server and ours behind the daemon, killed, stopped and taken over.
 
 use std::fs::File;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use api::device::attach_request::{Device as Config, Listener};
+use api::device::{AttachRequest, BlkConfig, FdRef, NbdSource};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::control::Manager;
 use crate::daemon::{Daemon, Place, await_true, numbered_sector, read_image};
 use crate::driver::Client;
 use crate::io::pattern;
@@ -245,8 +251,90 @@ fn stale_owner_is_refused_at_connect_and_at_every_write() {
     let mut late = Daemon::spawn(&place, &[&remote_disk(&place, "@3")], &[], |_| ());
     assert!(!late.ended().success());
     let log = late.log();
-    assert!(log.contains("generation 3 is stale, 4 has been here"), "{log}");
+    assert!(
+        log.contains("generation 3 is stale, 4 has been here"),
+        "{log}"
+    );
     assert_eq!(new.write(1024, &[4; 512]), 0);
+}
+
+/// By name, over TCP, with certificates on both ends; all of it from inside the sandboxes.
+#[test]
+fn disk_of_another_host_comes_by_tls() {
+    let place = Place::new();
+    let image = place.image("a.img", 16 << 10);
+    let pem = Certificates::new();
+    std::fs::write(place.path("server.pem"), pem.bundle("localhost")).unwrap();
+    std::fs::write(place.path("client.pem"), pem.bundle("client")).unwrap();
+    std::fs::write(
+        place.path("stranger.pem"),
+        Certificates::new().bundle("client"),
+    )
+    .unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let fd = listener.as_raw_fd();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_device-blk"));
+    command
+        .args(["nbd-serve", "--export", "a", "--tls-file"])
+        .arg(place.path("server.pem"))
+        .arg("--image")
+        .arg(&image)
+        .arg(format!("--listen-fd={fd}"));
+    // SAFETY: fcntl is async-signal-safe, and the descriptor is open in the child as well.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(fd, libc::F_SETFD, 0) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        })
+    };
+    let _server = Server {
+        child: command.spawn().unwrap(),
+        socket: PathBuf::new(),
+    };
+    let disk = |pem: &str, hostname: &str| {
+        format!(
+            "id=a,nbd=localhost:{port}/a,nbd-tls-file={},nbd-tls-hostname={hostname},socket={}",
+            place.path(pem).display(),
+            place.socket("a").display()
+        )
+    };
+    for (spec, named) in [
+        (
+            disk("stranger.pem", "localhost"),
+            "invalid peer certificate",
+        ),
+        (disk("client.pem", "elsewhere"), "not valid for name"),
+    ] {
+        let mut refused = Daemon::spawn(&place, &[&spec], &[], |_| ());
+        assert!(!refused.ended().success());
+        assert!(refused.log().contains(named), "{}", refused.log());
+    }
+    let _daemon = Daemon::start(
+        &place,
+        &[&format!("{},queues=2", disk("client.pem", "localhost"))],
+    );
+    write_read_verify(&place, &image);
+}
+
+/// A CA with what it issues.
+struct Certificates(rcgen::CertifiedIssuer<'static, rcgen::KeyPair>);
+
+impl Certificates {
+    fn new() -> Self {
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().unwrap();
+        Self(rcgen::CertifiedIssuer::self_signed(params, key).unwrap())
+    }
+
+    /// The CA's certificate, and one with its key for `name`.
+    fn bundle(&self, name: &str) -> String {
+        let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let own = params.signed_by(&key, &self.0).unwrap();
+        format!("{}{}{}", self.0.pem(), own.pem(), key.serialize_pem())
+    }
 }
 
 #[test]
@@ -261,7 +349,7 @@ fn image_that_is_served_is_locked() {
 }
 
 #[test]
-fn servers_that_were_not_allowed_are_not_connected_to() {
+fn connector_is_confined_and_ends_with_its_daemon() {
     let place = Place::new();
     place.image("a.img", 4096);
     let _server = Server::own(&place, "a", &[]);
@@ -276,6 +364,53 @@ fn servers_that_were_not_allowed_are_not_connected_to() {
     await_true("the connector ends", || {
         !Path::new(&format!("/proc/{connector}")).exists()
     });
+}
+
+/// What the command line did not name is not connected to, whoever asks.
+#[test]
+fn attached_disk_needs_an_address_that_is_allowed() {
+    let place = Place::new();
+    place.image("a.img", 4096);
+    let server = Server::own(&place, "a", &[]);
+    let allowed = format!("unix:{}", place.path("a.nbd").display());
+    let fds = place.fds();
+    let more = ["--fd-socket", fds.to_str().unwrap(), "--remote", &allowed];
+    let mut daemon = Daemon::start_with(&place, &[], &more);
+    let socket_path = |id: &str| place.socket(id);
+    let attach = |id: &str, address: String| AttachRequest {
+        id: id.into(),
+        listener: Some(Listener::SocketFd(FdRef {
+            token: format!("{id}-socket"),
+        })),
+        device: Some(Config::Blk(BlkConfig {
+            nbd: Some(NbdSource {
+                address,
+                export: "a".into(),
+                ..NbdSource::default()
+            }),
+            num_queues: 1,
+            ..BlkConfig::default()
+        })),
+    };
+    let sockets = ["a", "b"].map(|id| (id, socket_path(id)));
+    let mut manager = Manager::of(place);
+    for (id, path) in &sockets {
+        let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
+        manager.send(&format!("{id}-socket"), listener.as_fd());
+    }
+    let refused = manager
+        .attach(attach("b", "127.0.0.1:1".into()))
+        .unwrap_err();
+    assert!(refused.message().contains("--remote"), "{refused}");
+    manager.attach(attach("a", allowed)).unwrap();
+    let nbd = |manager: &mut Manager| manager.get("a").blk.unwrap().nbd.unwrap();
+    assert_eq!(nbd(&mut manager).state, "serving");
+    drop(server);
+    await_true("the loss is told", || {
+        nbd(&mut manager).state == "reconnecting"
+    });
+    assert!(!nbd(&mut manager).reason.is_empty());
+    daemon.assert_alive();
 }
 
 #[test]
@@ -316,8 +451,14 @@ fn qcow2_image_is_served_to_qemu() {
     assert!(!said.contains("ailed"), "{said}");
     let copy = place.path("copy.img");
     let copy = copy.to_str().unwrap();
-    run("qemu-img", &["convert", "-f", "raw", "-O", "raw", &url, copy]);
+    run(
+        "qemu-img",
+        &["convert", "-f", "raw", "-O", "raw", &url, copy],
+    );
     assert_eq!(server.end(Signal::SIGTERM), Some(0));
-    run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", image, copy]);
+    run(
+        "qemu-img",
+        &["compare", "-f", "qcow2", "-F", "raw", image, copy],
+    );
     run("qemu-img", &["check", "-f", "qcow2", image]);
 }

@@ -156,7 +156,8 @@ impl Server {
     }
 
     /// Takes no further requests, completes what is under way and says goodbye to everybody;
-    /// false if that took longer than `patience`.
+    /// false if that took longer than `patience`. The disk is let go with the server, once
+    /// [`Self::run`] has returned.
     pub fn stop(&self, patience: Duration) -> bool {
         self.connections.is_stopping.store(true, Ordering::SeqCst);
         // Stays readable, for every thread in `run`.
@@ -202,7 +203,8 @@ impl Server {
                     connections: &connections,
                     number,
                 };
-                attend(socket, &served, &answers, &connections.is_stopping);
+                // Gives its share of the disk back before it has left.
+                attend(socket, served, &answers, &connections.is_stopping);
             });
         if let Err(error) = started {
             tracing::warn!("no thread for a client: {error}");
@@ -212,9 +214,9 @@ impl Server {
 }
 
 /// One client, from hello to goodbye.
-fn attend(socket: OwnedFd, served: &Served, answers: &Arc<Inbox<Answer>>, stop: &AtomicBool) {
+fn attend(socket: OwnedFd, served: Arc<Served>, answers: &Arc<Inbox<Answer>>, stop: &AtomicBool) {
     let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
-    let agreed = match handshake::shake_hands(socket, served, deadline) {
+    let agreed = match handshake::shake_hands(socket, &served, deadline) {
         Ok(agreed) => agreed,
         Err(handshake::Ended::Aborted) => return,
         // Somebody looked whether there is a server.
@@ -233,7 +235,7 @@ fn attend(socket: OwnedFd, served: &Served, answers: &Arc<Inbox<Answer>>, stop: 
         fenced = agreed.lease.is_some(),
         "a client is connected"
     );
-    match connection::serve(agreed, served, answers, stop) {
+    match connection::serve(agreed, &served, answers, stop) {
         Ok(()) => tracing::info!("a client has left"),
         Err(error) => tracing::warn!("a client was lost: {error}"),
     }
