@@ -39,6 +39,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         remote::start_connector(allowed).context("cannot start the connector")?;
     }
     api::limits::raise_open_files();
+    api::limits::raise_locked_memory();
     // A host without io_uring is told about here, not by a guest's disk that never answers.
     drop(Uring::new(1)?);
     let control = listen::unix(&args.control_socket)?;
