@@ -16,7 +16,9 @@ use crate::load::{Load, Offsets, Outcome};
 use crate::meter::{Meter, Pid};
 
 /// A request that takes longer means that the daemon hangs.
-const STALL: Duration = Duration::from_secs(30);
+const STALL: Duration = Duration::from_secs(10);
+/// What a daemon that missed a notification gets after another one.
+const SECOND_CHANCE: Duration = Duration::from_secs(1);
 /// Header, data, status: the driver uses no indirect descriptors.
 const DESCRIPTORS_PER_REQUEST: usize = 3;
 /// What daemons are most used to.
@@ -58,6 +60,29 @@ pub enum Error {
     /// Neither success nor failure.
     #[error("no request completed within {} s", STALL.as_secs())]
     Stalled,
+    /// The same on one disk of many.
+    #[error(
+        "{count} requests at {socket} did not complete within {} s, nor when the daemon was \
+         notified once more",
+        STALL.as_secs()
+    )]
+    Stuck {
+        /// Where its daemon listens.
+        socket: String,
+        /// Requests that waited.
+        count: usize,
+    },
+    /// The daemon slept over requests.
+    #[error(
+        "{count} requests at {socket} completed only when the daemon was notified once more: it \
+         missed a notification"
+    )]
+    MissedNotification {
+        /// Where it listens.
+        socket: String,
+        /// Requests that waited.
+        count: usize,
+    },
     /// The driver or this system refused.
     #[error("cannot go on")]
     System(#[from] io::Error),
@@ -102,6 +127,7 @@ struct Driver {
 }
 
 struct Disk {
+    socket: PathBuf,
     queue: VirtioBlkQueue<'static, usize>,
     notifier: Box<dyn QueueNotifier>,
     offsets: Offsets,
@@ -205,15 +231,17 @@ impl Driver {
     fn drain(&mut self) -> Result<(), Error> {
         let deadline = Instant::now() + STALL;
         for disk in &mut self.disks {
-            while disk.inflight > 0 {
-                if disk.reap()?.is_some() {
-                    continue;
-                }
-                if Instant::now() > deadline {
-                    return Err(Error::Stalled);
-                }
-                std::thread::yield_now();
+            if disk.drain_until(deadline)? {
+                continue;
             }
+            let count = disk.inflight;
+            let socket = disk.socket.display().to_string();
+            disk.notifier.notify()?;
+            return Err(if disk.drain_until(Instant::now() + SECOND_CHANCE)? {
+                Error::MissedNotification { socket, count }
+            } else {
+                Error::Stuck { socket, count }
+            });
         }
         Ok(())
     }
@@ -255,6 +283,7 @@ impl Disk {
             return Err(Error::TooSmall(socket.display().to_string()));
         }
         Ok(Self {
+            socket: socket.to_owned(),
             queue,
             notifier: transport.get_submission_notifier(0),
             offsets: Offsets::new(load, capacity_bytes, index as u64 + 1),
@@ -287,6 +316,20 @@ impl Disk {
             self.kick()?;
         }
         Ok(count)
+    }
+
+    /// Whether all that was in flight has completed.
+    fn drain_until(&mut self, deadline: Instant) -> Result<bool, Error> {
+        while self.inflight > 0 {
+            if self.reap()?.is_some() {
+                continue;
+            }
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            std::thread::yield_now();
+        }
+        Ok(true)
     }
 
     fn submit(&mut self, slot: usize) -> Result<(), Error> {
