@@ -34,7 +34,7 @@ use super::{
 use crate::{
     process::{Guard, Process, ProcessError},
     record::DaemonKind,
-    spec::{Disk, Spec},
+    spec::{Disk, DiskSource, Spec},
     tap::{self, TapError},
     volumes::Pool,
 };
@@ -265,12 +265,21 @@ impl Plan {
     }
 
     fn args(&self) -> Vec<OsString> {
-        vec![
+        let mut args = vec![
             "--control-socket".into(),
             self.control_socket().into(),
             "--fd-socket".into(),
             self.fd_socket().into(),
-        ]
+        ];
+        // The only servers that this VM's daemon may be connected to.
+        for device in &self.devices {
+            if let Backing::Disk(disk) = &device.backing
+                && let DiskSource::Nbd(nbd) = &disk.source
+            {
+                args.extend(["--remote".into(), nbd.address.clone().into()]);
+            }
+        }
+        args
     }
 
     /// Starts the daemon and hands it its devices. Sockets that `listeners` lacks are bound.
