@@ -120,6 +120,7 @@ pub(crate) fn assemble(
         ("qcow2", None) => {
             let backing = backing(config, files.backing)?;
             let image = Qcow2Image::open(file, name.to_owned(), backing, options)?;
+            image.chain().map_streams_ahead();
             Ok(Arc::new(image))
         }
         _ => Err(AssemblyError::Unsupported {

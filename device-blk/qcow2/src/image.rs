@@ -1,7 +1,7 @@
 //! A chain of images as one disk: opening, looking up, reading.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -104,6 +104,10 @@ pub(crate) struct Live {
     pub(crate) publisher: Publisher,
     pub(crate) ranges: Ranges,
     pub(crate) resizing: Mutex<()>,
+    /// Whether streams of writes are mapped in advance.
+    pub(crate) maps_ahead: AtomicBool,
+    /// How far the clusters of a stream of writes are mapped, roughly.
+    pub(crate) stream_end: AtomicU64,
 }
 
 impl Image {
@@ -470,6 +474,15 @@ impl Image {
         }
     }
 
+    /// Maps clusters that follow a stream of writes in advance, so that queues find them in place.
+    /// They read zeroes as before, but are the image's own from then on. Not for an image that is
+    /// to be put over another one later, as an increment is: it would hide what is below.
+    pub fn map_streams_ahead(&self) {
+        if let Some(live) = &self.live {
+            live.maps_ahead.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Whether writes that were completed may never reach the storage: no flush succeeds any
     /// more.
     pub fn has_lost_writes(&self) -> bool {
@@ -539,6 +552,8 @@ impl Live {
             publisher: Publisher::default(),
             ranges: Ranges::default(),
             resizing: Mutex::default(),
+            maps_ahead: AtomicBool::default(),
+            stream_end: AtomicU64::default(),
         })
     }
 }

@@ -2,13 +2,15 @@
 //!
 //! A write takes its clusters' range, works out what each cluster is now, and goes through runs
 //! of clusters that are treated alike: those that are written in place, and those that get a new
-//! host cluster. For the latter the order is: take clusters (counted already), write the data
+//! host cluster. Clusters that read zeroes are mapped in advance for a stream of writes. For the
+//! others the order is: take clusters (counted already), write the data
 //! and what surrounds it, then publish the new map. A write that is killed in between leaves
 //! clusters that are counted and not used. One that is run a second time finds the clusters in
 //! place.
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use crate::alloc::{Run, runs_of};
 use crate::data::Source;
@@ -17,6 +19,8 @@ use crate::image::{Image, Live};
 use crate::publish::Changes;
 use crate::storage::{Buffer, SECTOR_BYTES};
 
+/// How much of a stream is mapped at once.
+const AHEAD_BYTES: u64 = 4 << 20;
 /// Clusters worked on at a time, which bounds what is reserved for one request.
 const MAX_CLUSTERS: u64 = 256;
 
@@ -35,7 +39,10 @@ impl Image {
         while offset < end {
             let first = offset >> bits;
             let to = end.min((first + MAX_CLUSTERS) << bits);
-            let _taken = live.ranges.take(first..((to - 1) >> bits) + 1);
+            let clusters = first..((to - 1) >> bits) + 1;
+            let ahead = self.stream_of(live, offset..to, &clusters);
+            let _taken = live.ranges.take(first..ahead.end.max(clusters.end));
+            self.map_ahead(live, ahead)?;
             let piece = Piece {
                 image: self,
                 live,
@@ -44,6 +51,51 @@ impl Image {
             };
             piece.write(offset..to)?;
             offset = to;
+        }
+        Ok(())
+    }
+
+    /// The clusters to map for a write that continues what was written last; none for others.
+    fn stream_of(&self, live: &Live, range: Range<u64>, clusters: &Range<u64>) -> Range<u64> {
+        let bits = live.map.geometry().cluster_bits;
+        let last = live.stream_end.swap(range.end, Ordering::Relaxed);
+        let maps_ahead = live.maps_ahead.load(Ordering::Relaxed);
+        if !maps_ahead || last.abs_diff(range.start) > AHEAD_BYTES {
+            return clusters.start..clusters.start;
+        }
+        let ahead = (AHEAD_BYTES >> bits).clamp(1, MAX_CLUSTERS);
+        let whole_clusters = self.capacity_bytes() >> bits;
+        let end = whole_clusters.min(clusters.start + ahead);
+        live.stream_end.store(end << bits, Ordering::Relaxed);
+        clusters.start..end.max(clusters.start)
+    }
+
+    /// Gives clusters that read zeroes a host cluster that does, too: the write itself and those
+    /// that follow find them in place, and the map is written once for all.
+    fn map_ahead(&self, live: &Live, clusters: Range<u64>) -> io::Result<()> {
+        let bits = live.map.geometry().cluster_bits;
+        let mut empty = clusters.start..clusters.start;
+        for cluster in clusters {
+            // What is wrong with a cluster is told to whoever writes it.
+            let is_empty = matches!(
+                self.mapping(live, cluster),
+                Ok(Mapping::Absent | Mapping::Zero { host: None })
+            );
+            match (is_empty, empty.is_empty()) {
+                (true, true) => empty = cluster..cluster + 1,
+                (true, false) => empty.end += 1,
+                (false, true) => {}
+                (false, false) => break,
+            }
+        }
+        while !empty.is_empty() && self.reads_zeroes(empty.start << bits..empty.end << bits)? {
+            let run = live.allocator.take(empty.end - empty.start)?;
+            if !run.zeroed {
+                live.allocator.put_back(run);
+                break;
+            }
+            self.publish(live, entries(empty.start, run, bits), false)?;
+            empty.start += run.count;
         }
         Ok(())
     }
@@ -82,6 +134,19 @@ impl Image {
         }
         Ok(true)
     }
+}
+
+/// Maps guest clusters from `first` on to those of `run`.
+fn entries(first: u64, run: Run, bits: u32) -> Changes {
+    (0..run.count)
+        .map(|index| {
+            let host = Host {
+                offset: (run.first + index) << bits,
+                copied: true,
+            };
+            (first + index, Mapping::Data(host).encode(bits))
+        })
+        .collect()
 }
 
 /// Part of a request.
@@ -198,15 +263,7 @@ impl Piece<'_> {
 
     fn publish(&self, first: u64, run: Run, needs_sync: bool) -> io::Result<()> {
         let bits = self.live.map.geometry().cluster_bits;
-        let changes: Changes = (0..run.count)
-            .map(|index| {
-                let host = Host {
-                    offset: (run.first + index) << bits,
-                    copied: true,
-                };
-                (first + index, Mapping::Data(host).encode(bits))
-            })
-            .collect();
+        let changes = entries(first, run, bits);
         self.image.publish(self.live, changes, needs_sync)
     }
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2::{CreateOptions, Format, Header, Image, Preallocation, create};
+use qcow2::{Access, CreateOptions, Format, Header, Image, Place, Preallocation, create};
 
 use crate::qemu;
 use crate::workload::{Modelled, direct_layer, layer, open};
@@ -251,4 +251,42 @@ fn threads_share_an_image() {
     }
     qemu::assert_clean(&path);
     let _reader = layer(&path, Format::Qcow2, false);
+}
+
+#[test]
+fn stream_of_writes_finds_its_clusters_mapped() {
+    if qemu::is_missing() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for cluster_bytes in [4096, 65536, 2 << 20] {
+        let path = dir.path().join(format!("{cluster_bytes}.qcow2"));
+        let options = CreateOptions {
+            capacity_bytes: 16 << 20,
+            cluster_bytes,
+            ..CreateOptions::default()
+        };
+        create_at(&path, &options);
+        let image = open(&path);
+        image.map_streams_ahead();
+        let data = [5; 32 << 10];
+        let mut in_place = 0;
+        for part in 0..256_u64 {
+            let offset = part * data.len() as u64;
+            if let Place::File { ticket, .. } = image.locate(Access::Write, offset, 512) {
+                in_place += 1;
+                image.release(ticket.unwrap());
+            }
+            image.write(offset, &&data[..]).unwrap();
+        }
+        assert!(in_place > 200, "{cluster_bytes}: {in_place} of 256");
+        // What was mapped and not written reads zeroes.
+        let rest = crate::workload::read(&image, 8 << 20, 8 << 20);
+        assert!(rest.iter().all(|&byte| byte == 0));
+        image.settle().unwrap();
+        qemu::assert_clean(&path);
+        let all = qemu::read_all(&path, dir.path());
+        assert!(all[..8 << 20].iter().all(|&byte| byte == 5));
+        assert!(all[8 << 20..].iter().all(|&byte| byte == 0));
+    }
 }
