@@ -53,7 +53,10 @@ fn a_short_bench_writes_rows_for_a_program() {
     let beside = "beside-qemu-storage-daemon";
     let expected = ["tmpfs/randread-4k/qd1", "tmpfs/randread-4k/qd128"]
         .into_iter()
-        .flat_map(|case| [case.to_owned(), format!("{case}/{beside}")])
+        .flat_map(|case| {
+            let busy = format!("{case}/busy-driver");
+            [case.to_owned(), format!("{case}/{beside}"), busy]
+        })
         .chain(["tmpfs/randread-4k/qd32/daemon-cpu/polling-adaptive".to_owned()])
         .collect::<Vec<_>>();
     assert_eq!(cases, expected.iter().map(String::as_str).collect());
