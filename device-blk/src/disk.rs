@@ -229,6 +229,13 @@ impl ServedDevice for Disk {
         };
         server
             .stop(DRAIN_TIMEOUT)
-            .map_err(|error| Status::deadline_exceeded(error.to_string()))
+            .map_err(|error| Status::deadline_exceeded(error.to_string()))?;
+        // Now: the process may end before whoever holds the image last has let go of it.
+        if let Some(qcow2) = self.device.image().as_qcow2()
+            && let Err(error) = qcow2.chain().settle()
+        {
+            tracing::warn!(%error, "clusters that were reserved are leaked");
+        }
+        Ok(())
     }
 }
