@@ -356,7 +356,7 @@ impl Context {
         mut on_switch: impl FnMut() -> Result<(), JobError>,
     ) -> Result<api::device::Job, JobError> {
         use api::device::JobState as DeviceState;
-        let id = &self.entry.request.job_id;
+        let id = &self.daemon_job();
         let mut wish = self.entry.wish.subscribe();
         let mut completing = false;
         loop {
@@ -405,6 +405,11 @@ impl Context {
             }
             let _ = tokio::time::timeout(POLL_INTERVAL, wish.changed()).await;
         }
+    }
+
+    /// The job's id at the daemon, where ids begin with a letter.
+    fn daemon_job(&self) -> String {
+        format!("job-{}", self.entry.request.job_id)
     }
 
     /// Runs blocking work on files.

@@ -542,9 +542,8 @@ impl Pool {
     }
 
     fn free_bytes(&self) -> u64 {
-        nix::sys::statvfs::statvfs(&self.dir).map_or(0, |stat| {
-            stat.blocks_available() as u64 * stat.fragment_size() as u64
-        })
+        nix::sys::statvfs::statvfs(&self.dir)
+            .map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Creation>>> {

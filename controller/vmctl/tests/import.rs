@@ -41,7 +41,7 @@ impl Home {
         BufReader::new(controller.stdout.take().unwrap())
             .read_line(&mut line)
             .unwrap();
-        let address = line.trim().strip_prefix("listening on ").expect(&line);
+        let address = line.trim().strip_prefix("listening on ").unwrap();
         let home = Self {
             endpoint: format!("http://{address}"),
             controller,
@@ -86,7 +86,8 @@ impl Home {
     /// Where the volume's bytes are.
     fn image(&self, volume: &str) -> PathBuf {
         let output = self.vmctl(&["volume", "show", volume, "-o", "json"]);
-        let shown: Value = serde_json::from_slice(&output.stdout).expect(&stderr(&output));
+        let shown: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|_| panic!("{}", stderr(&output)));
         shown["status"]["path"].as_str().unwrap().into()
     }
 

@@ -109,7 +109,7 @@ impl Imports {
             .iter()
             .fold(0, |sum: u64, file| sum.saturating_add(file.size_bytes));
         let free = nix::sys::statvfs::statvfs(&self.dir).map_or(u64::MAX, |stat| {
-            stat.blocks_available() as u64 * stat.fragment_size() as u64
+            stat.blocks_available() * stat.fragment_size()
         });
         if needed > free {
             return Err(ImportError::NoSpace {

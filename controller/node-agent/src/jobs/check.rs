@@ -27,7 +27,7 @@ impl Context {
             Some(served) => {
                 let request = StartCheckRequest {
                     id: served.disk.clone(),
-                    job_id: self.entry.request.job_id.clone(),
+                    job_id: self.daemon_job(),
                     repair_leaks: repair_leaks && !served.read_only,
                 };
                 served.disks.start_check(request).await?;

@@ -45,7 +45,7 @@ impl Context {
                 })?;
             let request = StartCommitRequest {
                 id: served.disk.clone(),
-                job_id: self.entry.request.job_id.clone(),
+                job_id: self.daemon_job(),
                 base_fd: Some(served.disks.send(file, &served.disk).await?),
             };
             served.disks.start_commit(request).await?;

@@ -86,7 +86,7 @@ impl Context {
         let pool = &self.agent.env.volumes;
         let request = StartMirrorRequest {
             id: served.disk.clone(),
-            job_id: self.entry.request.job_id.clone(),
+            job_id: self.daemon_job(),
             target: Some(
                 self.target(served, layer.format, &pool.file(layer), file)
                     .await?,
@@ -139,7 +139,7 @@ impl Context {
         let copied = async {
             let request = StartBackupRequest {
                 id: served.disk.clone(),
-                job_id: self.entry.request.job_id.clone(),
+                job_id: self.daemon_job(),
                 target: Some(self.target(&served, format, &path, file).await?),
                 bitmap: work.bitmap.clone(),
                 new_bitmap: work.new_bitmap.clone(),

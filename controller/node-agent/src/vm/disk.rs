@@ -37,7 +37,7 @@ pub(crate) enum DiskError {
         disk: String,
         /// Why not.
         #[source]
-        source: VolumeError,
+        source: Box<VolumeError>,
     },
     /// A secret cannot be read.
     #[error("disk {disk}: cannot open {what} {path}; correct the path or its permissions", path = .path.display())]
@@ -87,7 +87,7 @@ pub(super) enum Opened {
 pub(super) fn open(disk: &Disk, volumes: &Pool) -> Result<Opened, DiskError> {
     let volume = |source| DiskError::Volume {
         disk: disk.name.clone(),
-        source,
+        source: Box::new(source),
     };
     let (chain, key) = match &disk.source {
         DiskSource::Nbd(source) => {
@@ -212,7 +212,7 @@ pub(super) fn claim(
             };
             check().map_err(|source| DiskError::Volume {
                 disk: disk.name.clone(),
-                source,
+                source: Box::new(source),
             })?
         }
     };
@@ -228,7 +228,7 @@ pub(super) fn claim_adopted(disk: &Disk, volumes: &Pool, claims: &Claims, vm: &s
             .chain(id, false)
             .map_err(|source| DiskError::Volume {
                 disk: disk.name.clone(),
-                source,
+                source: Box::new(source),
             }),
     };
     chain

@@ -6,7 +6,7 @@ use std::{
     fs::{self, File},
     io::{self, Seek as _, SeekFrom},
     os::unix::fs::FileExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use super::{Layer, Pending, Pool, VolumeError, VolumeRecord, io_error};
@@ -108,7 +108,7 @@ impl Pool {
                 let below = record.layers.get(1).map(|layer| self.file(layer));
                 let happened = below
                     .as_ref()
-                    .map_or(Ok(false), switched)
+                    .map_or(Ok(false), |path| switched(path))
                     .map_err(io_error(&id, "looking at an interrupted merge"))?;
                 tracing::warn!(volume = id, happened, "a merge of layers was interrupted");
                 if happened {
@@ -234,7 +234,7 @@ pub(super) fn layers(record: &VolumeRecord, records: &[VolumeRecord]) -> Vec<Lay
 
 /// Whether a qcow2 file maps anything: its L1 table (of 64-bit offsets, big-endian) has an entry.
 /// A file that is not complete has none.
-fn has_data(path: &PathBuf) -> io::Result<bool> {
+fn has_data(path: &Path) -> io::Result<bool> {
     const L1_ENTRIES_AT: usize = 36;
     const L1_OFFSET_AT: usize = 40;
     /// QEMU's limit, too.
@@ -260,7 +260,7 @@ fn has_data(path: &PathBuf) -> io::Result<bool> {
 }
 
 /// Whether the daemon marked the target of a mirror as the one that it writes.
-fn switched(path: &PathBuf) -> io::Result<bool> {
+fn switched(path: &Path) -> io::Result<bool> {
     let name = c_path(path)?;
     // SAFETY: both strings end with NUL; with no buffer only the attribute's size is asked for.
     let size = unsafe {
@@ -281,13 +281,13 @@ fn switched(path: &PathBuf) -> io::Result<bool> {
     }
 }
 
-fn c_path(path: &std::path::Path) -> io::Result<CString> {
+fn c_path(path: &Path) -> io::Result<CString> {
     use std::os::unix::ffi::OsStrExt as _;
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
 /// Removes a file; one that is not there is no error.
-pub(super) fn remove(path: &PathBuf) -> io::Result<()> {
+pub(super) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::OpenOptionsExt,
-    path::{Path, PathBuf},
+    path::Path,
     sync::atomic::Ordering,
 };
 
@@ -509,7 +509,7 @@ fn checked_size(id: &str, asked_bytes: u64, source_bytes: u64) -> Result<u64, Vo
 }
 
 /// A file beside the pool's own, made for a mirror or a backup: it must not be there.
-pub(crate) fn create_new(id: &str, path: &PathBuf) -> Result<File, VolumeError> {
+pub(crate) fn create_new(id: &str, path: &Path) -> Result<File, VolumeError> {
     OpenOptions::new()
         .read(true)
         .write(true)

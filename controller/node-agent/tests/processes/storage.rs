@@ -88,6 +88,8 @@ async fn disk_status(agent: &mut Agent) -> DiskStatus {
 }
 
 async fn job(agent: &mut Agent, id: &str, work: Work) -> Job {
+    // As the controller's: they begin with a digit.
+    let id = &format!("0-{id}");
     let request = StartJobRequest {
         job_id: id.into(),
         work: Some(work),

@@ -333,12 +333,13 @@ pub fn start_job_request(request: &node::StartJobRequest) -> Result<(), Status> 
     use node::start_job_request::Work;
     let mut found = Violations::new();
     let job = &request.job_id;
-    let fits = (1..=64).contains(&job.len())
+    // What is put in front of it at the daemon has room.
+    let fits = (1..=names::MAX_ID_BYTES - 4).contains(&job.len())
         && job
             .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
     found.require(fits, "job_id", || {
-        format!("{job:?} must be 1 to 64 letters, digits and hyphens")
+        format!("{job:?} must be 1 to 59 of a-z, 0-9 and hyphen")
     });
     match &request.work {
         Some(Work::Resize(work)) => {
