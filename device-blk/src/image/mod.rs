@@ -39,10 +39,10 @@ use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
 
+pub(crate) use self::qcow2::Qcow2Image;
 pub(crate) use direct::DirectIo;
 pub(crate) use error::ImageError;
 pub(crate) use place::{Access, Place, Ticket, TicketIssuer};
-pub(crate) use self::qcow2::Qcow2Image;
 pub(crate) use raw::{OpenOptions, RawImage};
 pub(crate) use task::{Buffers, Executor, PendingTask, Task};
 

@@ -114,9 +114,9 @@ impl Disk {
         let life = random.random_range(Duration::ZERO..MAX_LIFE);
         let start = Instant::now();
         while start.elapsed() < life {
-            for id in 0..IN_FLIGHT {
-                if requests[id].is_none() {
-                    requests[id] = self.submit(&mut client, id, random);
+            for (id, request) in requests.iter_mut().enumerate() {
+                if request.is_none() {
+                    *request = self.submit(&mut client, id, random);
                 }
             }
             client.kick(0);
