@@ -91,7 +91,21 @@ impl Node {
                 true => MOVING_INTERVAL,
                 false => LOOK_INTERVAL,
             };
-            match tokio::time::timeout(interval, changes.next()).await {
+            // Work that was begun meanwhile is looked at as often as all that moves.
+            let news = async {
+                let mut waited = Duration::ZERO;
+                loop {
+                    let pause = MOVING_INTERVAL.min(interval);
+                    match tokio::time::timeout(pause, changes.next()).await {
+                        Ok(change) => return Some(change),
+                        Err(_) => waited += pause,
+                    }
+                    if waited >= interval || self.observed.borrow().is_moving() {
+                        return None;
+                    }
+                }
+            };
+            match news.await.ok_or(()) {
                 Err(_) | Ok(Some(Ok(_))) => {}
                 Ok(Some(Err(status))) => return status,
                 Ok(None) => return Status::unavailable("the agent ended the watch"),

@@ -109,7 +109,10 @@ impl VolumeRecord {
 
     /// A plain raw volume, which has no record.
     pub(crate) fn plain(id: &str) -> Self {
-        Self::new(id, Layer::new(format!("{id}.raw").into(), Format::Raw))
+        let mut layer = Layer::new(format!("{id}.raw").into(), Format::Raw);
+        // No record says when.
+        layer.created_at_ms = 0;
+        Self::new(id, layer)
     }
 
     /// Whether it needs no file.

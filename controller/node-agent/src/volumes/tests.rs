@@ -59,6 +59,7 @@ async fn volume_is_created_once_and_sparse() {
     let made = pool.create(request("data", 64 << 20)).await.unwrap();
     assert_eq!(pool.create(request("data", 64 << 20)).await.unwrap(), made);
     assert_eq!(pool.list().unwrap(), [made]);
+    assert_eq!(pool.get("data").unwrap().layers[0].created_at_ms, 0);
     assert!(allocated_bytes(&top(&pool, "data")) < 1 << 20);
     let error = pool.create(request("data", 1 << 20)).await.unwrap_err();
     assert_eq!(error.code(), Code::AlreadyExists);
