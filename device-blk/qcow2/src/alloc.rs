@@ -208,8 +208,9 @@ impl Allocator {
 
     /// Whether freed clusters are still waited for.
     pub(crate) fn has_users(&self) -> bool {
-        let freed = self.freed.lock().unwrap_or_else(PoisonError::into_inner);
+        // In the order in which `reclaim` locks them.
         let draining = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
+        let freed = self.freed.lock().unwrap_or_else(PoisonError::into_inner);
         !freed.is_empty() || draining.is_some()
     }
 

@@ -87,10 +87,12 @@ impl Image {
             header::rewrite(&live.storage, |sector| {
                 put64(sector, at::L1_OFFSET, offset);
                 put32(sector, at::L1_SIZE, entries as u32);
-            })?;
-            live.storage.sync().map_err(Error::io("flush the header"))
+            })
         };
         let old = live.map.move_l1(entries, offset, write)?;
+        // Only now: the header names the new table, and if this fails, entries must go there all
+        // the same. The old one stays counted then.
+        live.storage.sync().map_err(Error::io("flush the header"))?;
         let old_first = old.offset >> self.header().cluster_bits;
         let old_clusters = (old.len as u64 * 8).div_ceil(cluster_bytes);
         live.metadata.remove(old_first..old_first + old_clusters);
