@@ -120,6 +120,8 @@ pub(crate) struct BlkQueue {
     /// The last reading of the clock.
     now_ns: u64,
     unpublished: u32,
+    /// The last round of work was not the end of it.
+    is_unfinished: bool,
 }
 
 /// A place for a job; its index is the `user_data` of the job's operations.
@@ -173,11 +175,13 @@ impl BlkQueue {
             complaints: Complaints::default(),
             now_ns: monotonic_ns(),
             unpublished: 0,
+            is_unfinished: false,
         })
     }
 
     /// Submits, completes and takes requests until nothing moves.
     fn work(&mut self, ring: &mut Ring) -> Result<(), RingError> {
+        self.is_unfinished = false;
         for _ in 0..MAX_ROUNDS {
             self.uring.submit();
             let reaped = self.reap(ring);
@@ -186,6 +190,8 @@ impl BlkQueue {
                 return Ok(());
             }
         }
+        // Requests that the ring has seen may be left, of which it does not tell again.
+        self.is_unfinished = true;
         self.uring.submit();
         Ok(())
     }
@@ -417,13 +423,18 @@ impl BlkQueue {
         }
     }
 
-    /// Lets the first waiting job have the bounce buffer that may be free now.
+    /// Lets waiting jobs have the bounce buffers that may be free now. One that went on without
+    /// (what it reads was discarded meanwhile) leaves its buffer to the next.
     fn resume_waiting(&mut self, ring: &mut Ring) {
         let before = self.waiting.len();
-        if let Some(index) = self.waiting.pop_front() {
+        for _ in 0..before {
+            let left = self.waiting.len();
+            let Some(index) = self.waiting.pop_front() else {
+                return;
+            };
             self.advance(ring, index);
-            if self.waiting.len() == before {
-                self.waiting.rotate_right(1);
+            if self.waiting.len() == left {
+                return self.waiting.rotate_right(1);
             }
         }
     }
@@ -543,13 +554,16 @@ impl QueueHandler for BlkQueue {
 
     fn has_events(&mut self) -> bool {
         self.uring.has_news()
+            || self.is_unfinished
             || self.backend.gate.turns() != self.turns
             || (self.with_workers > 0 && !self.results.is_empty())
             || (self.held() > 0 && self.alarm.is_due())
     }
 
     fn prepare_sleep(&mut self) -> bool {
-        self.uring.unmute() || (self.with_workers > 0 && !self.results.is_empty())
+        self.uring.unmute()
+            || self.is_unfinished
+            || (self.with_workers > 0 && !self.results.is_empty())
     }
 
     fn drain(&mut self, ring: &mut Ring, deadline: Instant) -> usize {

@@ -102,15 +102,15 @@ impl Uring {
         }
     }
 
-    /// Signals completions from now on. True when some arrived in the meantime: then look
-    /// again before going to sleep.
+    /// Signals completions from now on. True when some arrived in the meantime, or the kernel did
+    /// not take all that was pushed: then look again before going to sleep.
     pub(crate) fn unmute(&mut self) -> bool {
         self.is_muted = false;
         self.ring.completion().enable_eventfd();
         // The kernel posts a completion and then looks at the flag; we clear the flag and then
         // look for completions. Without the fence both could miss the other.
         fence(Ordering::SeqCst);
-        self.has_news()
+        self.has_news() || !self.ring.submission().is_empty()
     }
 
     /// Whether there are completions, or will be after a [`Self::submit`].
@@ -152,8 +152,7 @@ impl Uring {
             match self.ring.submit() {
                 Ok(_) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
-                // Short of memory. What is pushed stays; a completion or the next kick
-                // brings us back here.
+                // Short of memory. What is pushed stays, and keeps the thread from sleeping.
                 Err(error) => {
                     if Instant::now() >= give_up {
                         tracing::error!(%error, "io_uring takes no requests; trying again later");
