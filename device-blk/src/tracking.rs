@@ -100,8 +100,16 @@ impl Bitmap {
             .sum()
     }
 
-    /// Puts in what `other`, of the same disk and granularity, has.
+    /// Puts in what `other`, of the same disk, has.
     pub(crate) fn add_all(&self, other: &Bitmap) {
+        if self.shift != other.shift {
+            let mut from = 0;
+            while let Some(index) = other.next(from) {
+                self.mark(index << other.shift, 1 << other.shift);
+                from = index + 1;
+            }
+            return;
+        }
         for (word, other) in self.words.iter().zip(&other.words) {
             word.fetch_or(other.load(Ordering::Acquire), Ordering::AcqRel);
         }
@@ -312,6 +320,11 @@ mod tests {
         let same = Bitmap::new(1 << 20, 4096);
         same.add_coarser(&fine);
         assert_eq!(blocks(&same), blocks(&fine));
+        let back = Bitmap::new(1 << 20, 4096);
+        back.add_all(&coarse);
+        let of_block = |block: u64| block * 16..(block + 1) * 16;
+        let whole: Vec<u64> = [0, 1, 12].into_iter().flat_map(of_block).collect();
+        assert_eq!(blocks(&back), whole);
     }
 
     #[test]

@@ -75,9 +75,13 @@ impl Backup {
                 let Some(name) = name else { continue };
                 let granularity = granularity.unwrap_or(crate::tracking::DEFAULT_GRANULARITY);
                 let bitmap = Arc::new(Bitmap::new(capacity_bytes, granularity));
-                self.tracker
-                    .add(name, bitmap)
-                    .map_err(|error| error.to_string())?;
+                if let Err(error) = self.tracker.add(name, bitmap) {
+                    // What the emptied one had would be missing from every later backup.
+                    if let (Some(name), Some(taken)) = (&self.bitmap, taken) {
+                        let _ = self.tracker.add(name, taken);
+                    }
+                    return Err(error.to_string());
+                }
             }
             let saver = Arc::new(Saver::new(
                 Arc::clone(image),
