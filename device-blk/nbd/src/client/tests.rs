@@ -1,11 +1,14 @@
 //! The client against servers that are ours, silent, slow or hostile.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use super::*;
+use crate::Generation;
 use crate::server::{self, Fence, FileExport, Server};
 
 const DEADLINE: Duration = Duration::from_secs(20);
