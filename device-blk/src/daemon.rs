@@ -58,6 +58,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         .iter()
         .map(|disk| open(disk, args.lock_wait).with_context(|| format!("disk {}", disk.id)))
         .collect::<anyhow::Result<Vec<_>>>()?;
+    // Last, for servers do not wait long: opening may wait for locks.
+    for disk in &args.disks {
+        if let Some(source) = &disk.config.nbd {
+            remote::connect_ahead(source, &disk.id).with_context(|| format!("disk {}", disk.id))?;
+        }
+    }
 
     let achieved = confinement::enter()?;
     // Guests are served before the control socket is: a SIGTERM must drain them, not kill.
@@ -113,7 +119,8 @@ struct Opened {
     /// All but the image.
     parts: Parts,
     /// Opened, checked and locked here already: a failure must be able to remove sockets. None
-    /// when it is on another host: what talks to that is confined, and starts threads.
+    /// when it is on another host: what talks to that is confined, and starts threads; here it is
+    /// only connected to.
     image: Option<Arc<dyn Image>>,
     socket_file: Option<SocketFile>,
 }

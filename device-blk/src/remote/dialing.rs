@@ -3,7 +3,8 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nbd::Address;
 use nbd::client::Dial;
@@ -13,12 +14,25 @@ use nix::sys::socket::{
 };
 use nix::unistd::{ForkResult, fork};
 
-use super::connector::{self, Allowed, MAX_MESSAGE_BYTES};
+use super::connector::{self, Allowed, CONNECT_TIMEOUT, MAX_MESSAGE_BYTES};
+
+/// How long a connection made ahead may wait for its use: servers close those that say nothing.
+const AHEAD_LIFETIME: Duration = Duration::from_secs(5);
 
 /// Our end of the way to the connector.
 #[derive(Debug)]
 pub(super) struct Connector {
     requests: OwnedFd,
+    /// At most one for each disk of the command line.
+    ahead: Mutex<Vec<Ahead>>,
+}
+
+/// A connection that nobody has used yet.
+#[derive(Debug)]
+struct Ahead {
+    address: String,
+    connection: OwnedFd,
+    made_at: Instant,
 }
 
 impl Connector {
@@ -32,7 +46,10 @@ impl Connector {
         )?;
         // SAFETY: the process has a single thread, so the child may do what its parent could.
         match unsafe { fork() }? {
-            ForkResult::Parent { .. } => Ok(Self { requests: ours }),
+            ForkResult::Parent { .. } => Ok(Self {
+                requests: ours,
+                ahead: Mutex::default(),
+            }),
             ForkResult::Child => {
                 drop(ours);
                 let status = match connector::run(&its, allowed) {
@@ -45,6 +62,29 @@ impl Connector {
                 std::process::exit(status)
             }
         }
+    }
+
+    /// Connects now, for the first who asks for `address`.
+    pub(super) fn connect_ahead(&self, address: &Address) -> io::Result<()> {
+        let address = address.to_string();
+        let connection = self.connect(&address, Instant::now() + CONNECT_TIMEOUT)?;
+        self.ahead().push(Ahead {
+            address,
+            connection,
+            made_at: Instant::now(),
+        });
+        Ok(())
+    }
+
+    fn take_ahead(&self, address: &str) -> Option<OwnedFd> {
+        let mut ahead = self.ahead();
+        ahead.retain(|one| one.made_at.elapsed() < AHEAD_LIFETIME);
+        let index = ahead.iter().position(|one| one.address == address)?;
+        Some(ahead.remove(index).connection)
+    }
+
+    fn ahead(&self) -> MutexGuard<'_, Vec<Ahead>> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn connect(&self, address: &str, deadline: Instant) -> io::Result<OwnedFd> {
@@ -103,6 +143,9 @@ impl Dialer {
 
 impl Dial for Dialer {
     fn dial(&mut self, deadline: Instant) -> io::Result<OwnedFd> {
-        self.connector.connect(&self.address, deadline)
+        match self.connector.take_ahead(&self.address) {
+            Some(connection) => Ok(connection),
+            None => self.connector.connect(&self.address, deadline),
+        }
     }
 }

@@ -36,6 +36,23 @@ pub(crate) fn start_connector(allowed: Allowed) -> io::Result<()> {
     Ok(())
 }
 
+/// Connects to the server of `source` for the [`open`] that follows: that there is no server is
+/// told before the process is confined, when it can still remove its sockets. Nothing is read
+/// from the connection yet.
+///
+/// # Errors
+/// No connection to be had.
+pub(crate) fn connect_ahead(source: &NbdSource, name: &str) -> Result<(), RemoteError> {
+    let address: Address = source.address.parse().map_err(RemoteError::Address)?;
+    let connector = CONNECTOR.get().ok_or(RemoteError::NoConnector)?;
+    connector
+        .connect_ahead(&address)
+        .map_err(|source| RemoteError::Connect {
+            name: name.to_owned(),
+            source: ConnectError::Dial(source),
+        })
+}
+
 /// How a remote disk is used, besides where it is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Use<'a> {

@@ -139,6 +139,24 @@ fn disk_of_our_server_is_read_and_written() {
     assert_eq!(server.end(Signal::SIGTERM), Some(0));
 }
 
+#[test]
+fn server_that_is_not_there_leaves_no_sockets_behind() {
+    let place = Place::new();
+    let mut daemon = Daemon::spawn(&place, &[&remote_disk(&place, "")], &[], |_| ());
+    assert!(!daemon.ended().success());
+    let log = daemon.log();
+    let address = format!("unix:{}", place.path("a.nbd").display());
+    assert!(
+        log.contains("cannot connect") && log.contains(&address),
+        "{log}"
+    );
+    assert!(!place.control().exists(), "the control socket stays: {log}");
+    assert!(
+        !place.socket("a").exists(),
+        "the vhost-user socket stays: {log}"
+    );
+}
+
 /// Eight blocks at a time are written and, when all are answered, looked for in the image;
 /// meanwhile the server is killed or stands still.
 fn verified_under(place: &Place, disturb: &mut dyn FnMut(u64)) {
