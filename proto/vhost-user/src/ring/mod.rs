@@ -309,8 +309,12 @@ impl Ring {
     /// [`RingError::AvailIdxJump`].
     #[inline]
     pub fn has_new(&mut self) -> Result<bool, RingError> {
-        let has_new = either!(&mut self.queue, queue => queue.has_new()?);
-        Ok(has_new && self.intake == Intake::Open)
+        // A ring that takes nothing new does not look: a broken index must not keep what is in
+        // flight from being completed.
+        if self.intake != Intake::Open {
+            return Ok(false);
+        }
+        either!(&mut self.queue, queue => queue.has_new())
     }
 
     /// Asks the driver not to kick, for as long as the device polls the ring.
