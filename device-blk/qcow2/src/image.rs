@@ -390,6 +390,7 @@ impl Image {
     pub(crate) fn fill_page(&self, page: u64) -> io::Result<()> {
         for _ in 0..MAX_FILLS {
             let mut walker = Walker::new(&self.layers);
+            let capacity_bytes = self.capacity_bytes();
             let entries = self.work_out(page, &mut walker)?;
             match &self.live {
                 None => {
@@ -399,10 +400,15 @@ impl Image {
                 }
                 Some(live) => {
                     let seen = &walker.seen_on_top;
-                    if live
-                        .map
-                        .if_current(seen, || self.flat.install(page, &entries))
-                    {
+                    let mut is_current = true;
+                    let install = || {
+                        // What was looked at ended at the old end if the disk grew meanwhile.
+                        is_current = self.capacity_bytes() == capacity_bytes;
+                        if is_current {
+                            self.flat.install(page, &entries);
+                        }
+                    };
+                    if live.map.if_current(seen, install) && is_current {
                         return Ok(());
                     }
                 }
