@@ -211,7 +211,8 @@ impl Allocator {
         // In the order in which `reclaim` locks them.
         let draining = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
         let freed = self.freed.lock().unwrap_or_else(PoisonError::into_inner);
-        !freed.is_empty() || draining.is_some()
+        // What was let go just now has yet to be counted down: nobody else may do that.
+        !freed.is_empty() || draining.is_some() || !self.lock().unsynced.is_empty()
     }
 
     /// Corrects counts that were found to be too high.

@@ -84,6 +84,50 @@ fn image_in_use_is_checked_and_goes_on() {
 }
 
 #[test]
+fn image_is_checked_while_it_is_written_and_discarded() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("busy.qcow2");
+    let empty = File::create_new(&path).unwrap();
+    drop(empty);
+    let options = qcow2::CreateOptions {
+        capacity_bytes: 16 << 20,
+        cluster_bytes: 4096,
+        ..qcow2::CreateOptions::default()
+    };
+    qcow2::create(&file(&path), &options).unwrap();
+    let image = std::sync::Arc::new(open(&path));
+    let (done, is_done) = std::sync::mpsc::channel();
+    for first in [0, 8 << 20] {
+        let (image, done) = (std::sync::Arc::clone(&image), done.clone());
+        std::thread::spawn(move || {
+            for round in 0..100_u8 {
+                image.write(first, &&vec![round; 64 << 10][..]).unwrap();
+                image.discard(first, 64 << 10).unwrap();
+            }
+            done.send(()).unwrap();
+        });
+    }
+    let checked = std::sync::Arc::clone(&image);
+    std::thread::spawn(move || {
+        for _ in 0..50 {
+            match checked.check(Repair::Leaks) {
+                Ok(report) => assert_eq!(report.corruptions, 0, "{report:?}"),
+                Err(error) => assert!(matches!(error, qcow2::Error::Invalid(_)), "{error}"),
+            }
+        }
+        done.send(()).unwrap();
+    });
+    for _ in 0..3 {
+        is_done
+            .recv_timeout(std::time::Duration::from_secs(60))
+            .expect("nobody waits for another for ever");
+    }
+    image.settle().unwrap();
+    let report = check(&file(&path), Repair::Nothing).unwrap();
+    assert_eq!((report.corruptions, report.leaked_clusters), (0, 0));
+}
+
+#[test]
 fn corruptions_are_told_and_not_repaired() {
     if qemu::is_missing() {
         return;
