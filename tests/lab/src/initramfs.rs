@@ -186,8 +186,7 @@ pub(crate) fn nested_host(
     job: &Job,
 ) -> Result<()> {
     let mut cpio = create(path)?;
-    let lab = std::env::current_exe().context("cannot find the lab's own binary")?;
-    cpio.copy("init", &workspace::stripped(&lab)?)?;
+    cpio.copy("init", &workspace::own_stripped()?)?;
     cpio.copy("bin/busybox", &artifacts.busybox)?;
     cpio.symlink("bin/sh", "busybox")?;
     for dir in [
@@ -265,12 +264,11 @@ fn newer(made: &Path, sources: &[&Path]) -> bool {
             .and_then(|metadata| metadata.modified())
             .ok()
     };
-    let lab = std::env::current_exe().unwrap_or_default();
     let Some(time) = modified(made) else {
         return false;
     };
     sources
         .iter()
-        .chain([&lab.as_path()])
+        .chain([&Path::new(workspace::OWN_BINARY)])
         .all(|source| modified(source).is_some_and(|t| t < time))
 }

@@ -127,6 +127,19 @@ pub(crate) fn is_package(name: &str) -> bool {
         .is_ok_and(|id| id.starts_with(&package))
 }
 
+/// This process's program. Cargo may have put another file in its place since it began, as building
+/// all tests does; this link leads to the one that runs.
+pub(crate) const OWN_BINARY: &str = "/proc/self/exe";
+
+/// A copy of [`OWN_BINARY`] without debug information.
+pub(crate) fn own_stripped() -> Result<PathBuf> {
+    let copy = lab_subdir("own")?.join("lab");
+    let partial = copy.with_extension(format!("partial-{}", std::process::id()));
+    fs::copy(OWN_BINARY, &partial).context("cannot read the lab's own binary")?;
+    fs::rename(&partial, &copy)?;
+    stripped(&copy)
+}
+
 /// A copy without debug information, which is most of a debug build; cached until the original
 /// changes. Without `strip` on the system, the file itself.
 pub(crate) fn stripped(file: &Path) -> Result<PathBuf> {
