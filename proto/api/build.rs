@@ -7,6 +7,8 @@ use prost::Message;
 const PROTOS: &[&str] = &[
     "mortise/vmm/v1/vmm.proto",
     "mortise/device/v1/device.proto",
+    "mortise/device/v1/policy.proto",
+    "mortise/device/v1/nics.proto",
     "mortise/device/v1/disks.proto",
     "mortise/node/v1/node.proto",
     "mortise/controller/v1/vms.proto",
