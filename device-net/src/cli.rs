@@ -13,7 +13,8 @@ use api::names;
 use clap::Parser;
 use vhost_user::backend;
 
-use crate::nic::{MAX_QUEUE_PAIRS, MacAddress, Tap};
+use crate::kernel::Tap;
+use crate::nic::{MAX_QUEUE_PAIRS, MacAddress};
 
 /// Serves virtio-net devices over vhost-user, each backed by a tap.
 #[derive(Debug, Parser)]
@@ -122,6 +123,7 @@ impl Nic {
                     mac: self.mac.clone(),
                     mtu: self.mtu,
                     tap_name,
+                    ..NetConfig::default()
                 })),
             },
             listener,

@@ -5,6 +5,7 @@
 
 mod cli;
 mod confinement;
+mod kernel;
 mod nic;
 
 use std::process::ExitCode;

@@ -1,34 +1,35 @@
 //! One NIC: from the parts of an attach request to a served virtio-net device.
 //!
 //! - [`device`]: features, configuration space, which queue does what
+//! - [`backend`]: the other end, which brings what serves the receive and transmit rings;
+//!   [`ctrl`] serves the control ring
 //! - [`header`]: the virtio-net header and the offloads that both sides agreed on
-//! - [`tap`]: the kernel's end; [`steering`]: which of its queues take part
-//! - [`rx`], [`tx`], [`ctrl`]: what serves each kind of ring
-//! - [`stats`]: counters, of frames and bytes
+//! - [`state`]: what driver and manager set; [`stats`]: counters, of frames and bytes
 
+pub(crate) mod backend;
 mod ctrl;
 mod device;
-mod header;
+pub(crate) mod header;
 mod mac;
-mod rx;
-mod stats;
-mod steering;
-mod tap;
-mod tx;
+pub(crate) mod state;
+pub(crate) mod stats;
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use api::daemon::{Parts, ServedDevice};
-use api::device::Device;
 use api::device::attach_request::Device as DeviceConfig;
+use api::device::{Device, NetConfig};
 use tonic::Status;
-use vhost_user::backend::{self, Server};
+use vhost_user::backend::{Server, Status as ServerStatus};
 
 pub(crate) use device::MAX_QUEUE_PAIRS;
 use device::NicDevice;
 pub(crate) use mac::MacAddress;
-pub(crate) use tap::Tap;
+
+use self::backend::Backend;
+use crate::kernel::TapBackend;
 
 /// Nothing is ever in flight in a NIC beyond one system call; this bounds a stuck one.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -56,11 +57,8 @@ pub(crate) fn attach(parts: Parts) -> Result<Arc<dyn ServedDevice>, Status> {
                 .map_err(|_| Status::invalid_argument("net.mtu: must be below 65536"))?,
         ),
     };
-    let tap = Tap::from_fds(parts.fds)
-        .map_err(|error| Status::invalid_argument(format!("net.tap_fds: {error}")))?;
-    let device = Arc::new(
-        NicDevice::new(tap, mac, mtu).map_err(|error| Status::internal(error.to_string()))?,
-    );
+    let backend = connect(config, parts.fds)?;
+    let device = Arc::new(NicDevice::new(backend, mac, mtu));
     let server = Server::spawn(&parts.request.id, parts.listener, device.clone())
         .map_err(|error| Status::resource_exhausted(format!("cannot serve the device: {error}")))?;
     tracing::info!(id = parts.request.id, tap = config.tap_name, %mac, "NIC attached");
@@ -68,6 +66,16 @@ pub(crate) fn attach(parts: Parts) -> Result<Arc<dyn ServedDevice>, Status> {
         server: Mutex::new(Some(server)),
         device,
     }))
+}
+
+/// What the request names as the NIC's other end.
+fn connect(config: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<dyn Backend>, Status> {
+    if config.switch_port.is_some() || !config.packet_fds.is_empty() {
+        return Err(Status::unimplemented("net: only tap_fds is served"));
+    }
+    let tap = TapBackend::new(fds)
+        .map_err(|error| Status::invalid_argument(format!("net.tap_fds: {error}")))?;
+    Ok(Arc::new(tap))
 }
 
 struct ServedNic {
@@ -81,7 +89,7 @@ impl ServedDevice for ServedNic {
         let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
         let status = server
             .as_ref()
-            .map_or_else(backend::Status::default, Server::status);
+            .map_or_else(ServerStatus::default, Server::status);
         Device {
             r#type: "net".to_owned(),
             connected: status.connected,
@@ -101,7 +109,9 @@ impl ServedDevice for ServedNic {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        match server.map(|server| server.stop(STOP_TIMEOUT)) {
+        let stopped = server.map(|server| server.stop(STOP_TIMEOUT));
+        self.device.backend().detach();
+        match stopped {
             None | Some(Ok(())) => Ok(()),
             Some(Err(error)) => Err(Status::deadline_exceeded(error.to_string())),
         }

@@ -11,31 +11,36 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_MQ, VIRTIO_NET_OK,
 };
 
-use super::device::Shared;
+use super::backend::Backend;
 use super::header::has;
 use super::mac::MacAddress;
+use super::state::NicState;
 
 /// Class, command and the longest argument that is looked at.
 const MAX_COMMAND_LEN_BYTES: usize = 2 + 6;
 
 /// The control ring.
 pub(super) struct CtrlQueue {
-    shared: Arc<Shared>,
+    nic: Arc<NicState>,
+    backend: Arc<dyn Backend>,
     features: u64,
 }
 
 impl CtrlQueue {
-    pub(super) fn new(shared: Arc<Shared>, features: u64) -> Self {
-        Self { shared, features }
+    pub(super) fn new(nic: Arc<NicState>, backend: Arc<dyn Backend>, features: u64) -> Self {
+        Self {
+            nic,
+            backend,
+            features,
+        }
     }
 
     fn carry_out(&self, command: Command) {
-        let Shared { tap, steering, .. } = &*self.shared;
         match command {
             // A tap delivers what the host sends to it; filtering is the host's business.
             Command::ReceiveFilter => {}
-            Command::SetMac(mac) => self.shared.set_mac(mac),
-            Command::SetPairs(pairs) => steering.set_active_pairs(tap, pairs),
+            Command::SetMac(mac) => self.nic.set_mac(mac),
+            Command::SetPairs(pairs) => self.backend.set_active_pairs(pairs),
         }
     }
 }
@@ -47,7 +52,7 @@ impl QueueHandler for CtrlQueue {
             let Some(chain) = ring.pop()? else { break };
             let mut bytes = [0; MAX_COMMAND_LEN_BYTES];
             let len = chain.read_at(0, &mut bytes);
-            let command = Command::parse(&bytes[..len], self.features, self.shared.num_pairs());
+            let command = Command::parse(&bytes[..len], self.features, self.backend.num_pairs());
             let ack = if command.is_some() {
                 VIRTIO_NET_OK
             } else {

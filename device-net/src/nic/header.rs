@@ -16,14 +16,14 @@ use virtio_bindings::virtio_net::{
 };
 
 /// `struct virtio_net_hdr_v1`.
-pub(super) const MAX_HEADER_LEN_BYTES: usize = 12;
+pub(crate) const MAX_HEADER_LEN_BYTES: usize = 12;
 /// Without `num_buffers`, for drivers from before Virtio 1.0.
 const LEGACY_HEADER_LEN_BYTES: usize = 10;
 /// Where `num_buffers` lies.
 const NUM_BUFFERS_OFFSET: usize = 10;
 
 /// The largest frame of a segmentation offload: 64 KiB of IP packet, Ethernet header, two VLAN tags.
-pub(super) const MAX_FRAME_LEN_BYTES: usize = 65535 + 14 + 8;
+pub(crate) const MAX_FRAME_LEN_BYTES: usize = 65535 + 14 + 8;
 
 const FLAG_NEEDS_CSUM: u8 = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
 const FLAG_DATA_VALID: u8 = VIRTIO_NET_HDR_F_DATA_VALID as u8;
@@ -34,12 +34,17 @@ const GSO_UDP_L4: u8 = VIRTIO_NET_HDR_GSO_UDP_L4 as u8;
 const GSO_ECN: u8 = VIRTIO_NET_HDR_GSO_ECN as u8;
 
 /// Whether the feature bit `bit` is in `features`.
-pub(super) fn has(features: u64, bit: u32) -> bool {
+pub(crate) fn has(features: u64, bit: u32) -> bool {
     features & 1 << bit != 0
 }
 
+/// These feature bits.
+pub(crate) fn mask(bits: &[u32]) -> u64 {
+    bits.iter().fold(0, |mask, bit| mask | 1 << bit)
+}
+
 /// Length of the header under these features.
-pub(super) fn header_len_bytes(features: u64) -> usize {
+pub(crate) fn header_len_bytes(features: u64) -> usize {
     if has(features, VIRTIO_F_VERSION_1) || has(features, VIRTIO_NET_F_MRG_RXBUF) {
         MAX_HEADER_LEN_BYTES
     } else {
@@ -49,7 +54,7 @@ pub(super) fn header_len_bytes(features: u64) -> usize {
 
 /// What one side leaves for the other to finish.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Offloads {
+pub(crate) struct Offloads {
     csum: bool,
     tso4: bool,
     tso6: bool,
@@ -60,7 +65,7 @@ pub(super) struct Offloads {
 
 impl Offloads {
     /// What the driver may leave to the device.
-    pub(super) fn to_device(features: u64) -> Self {
+    pub(crate) fn to_device(features: u64) -> Self {
         Self {
             csum: has(features, VIRTIO_NET_F_CSUM),
             tso4: has(features, VIRTIO_NET_F_HOST_TSO4),
@@ -72,7 +77,7 @@ impl Offloads {
     }
 
     /// What the device may leave to the driver.
-    pub(super) fn to_driver(features: u64) -> Self {
+    pub(crate) fn to_driver(features: u64) -> Self {
         Self {
             csum: has(features, VIRTIO_NET_F_GUEST_CSUM),
             tso4: has(features, VIRTIO_NET_F_GUEST_TSO4),
@@ -85,7 +90,7 @@ impl Offloads {
 
     /// As `TUNSETOFFLOAD` takes them. The kernel wants both kinds of USO or none, and no
     /// segmentation without checksums.
-    pub(super) fn tun_flags(self) -> u32 {
+    pub(crate) fn tun_flags(self) -> u32 {
         if !self.csum {
             return 0;
         }
@@ -106,7 +111,7 @@ impl Offloads {
 
 /// A header that is consistent with its frame and with what was agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header([u8; MAX_HEADER_LEN_BYTES]);
+pub(crate) struct Header([u8; MAX_HEADER_LEN_BYTES]);
 
 impl Header {
     /// Checks `bytes`, the header of a frame of `frame_len_bytes`; fields that mean nothing in
@@ -114,7 +119,7 @@ impl Header {
     ///
     /// # Errors
     /// The frame must be dropped.
-    pub(super) fn checked(
+    pub(crate) fn checked(
         bytes: &[u8; MAX_HEADER_LEN_BYTES],
         frame_len_bytes: usize,
         offloads: Offloads,
@@ -163,20 +168,20 @@ impl Header {
     }
 
     /// The header of a frame that is spread over `num_buffers` chains.
-    pub(super) fn with_num_buffers(mut self, num_buffers: u16) -> Self {
+    pub(crate) fn with_num_buffers(mut self, num_buffers: u16) -> Self {
         self.0[NUM_BUFFERS_OFFSET..].copy_from_slice(&num_buffers.to_le_bytes());
         self
     }
 
     /// All twelve bytes; legacy drivers get the first ten.
-    pub(super) fn as_bytes(&self) -> &[u8; MAX_HEADER_LEN_BYTES] {
+    pub(crate) fn as_bytes(&self) -> &[u8; MAX_HEADER_LEN_BYTES] {
         &self.0
     }
 }
 
 /// Why a frame is dropped because of its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum HeaderError {
+pub(crate) enum HeaderError {
     #[error("asks for an offload that was not negotiated")]
     NotNegotiated,
     #[error("the checksum lies outside the frame")]

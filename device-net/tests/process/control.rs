@@ -80,6 +80,7 @@ fn request(id: &str, tap_tokens: &[&str]) -> AttachRequest {
             mac: "52:54:00:12:34:56".to_owned(),
             mtu: 1400,
             tap_name: "tap0".to_owned(),
+            ..NetConfig::default()
         })),
     }
 }

@@ -32,7 +32,7 @@ use crate::device::device_daemon_server::{DeviceDaemon, DeviceDaemonServer};
 use crate::device::{
     AttachRequest, BlkConfig, DaemonInfo, DetachRequest, DetachResponse, Device, FdRef,
     GetDaemonRequest, GetDeviceRequest, GetMetricsRequest, ListDevicesRequest, ListDevicesResponse,
-    MetricsResponse,
+    MetricsResponse, NetConfig,
 };
 use crate::fds::Inbox;
 use crate::listen::Listener;
@@ -84,7 +84,7 @@ pub struct Parts {
     /// The vhost-user socket, listening.
     pub listener: UnixListener,
     /// What the request names by tokens, in this order: a disk's image, its backing images, its
-    /// key, its TLS credentials; a NIC's taps.
+    /// key, its TLS credentials; a NIC's taps or packet sockets.
     pub fds: Vec<OwnedFd>,
 }
 
@@ -260,14 +260,7 @@ impl DeviceTable {
         };
         let fds = match &request.device {
             Some(DeviceConfig::Blk(blk)) => self.collect_blk(blk)?,
-            Some(DeviceConfig::Net(net)) => net
-                .tap_fds
-                .iter()
-                .map(|reference| self.take(reference, "net.tap_fds"))
-                .collect::<Result<Vec<_>, _>>()?
-                .into_iter()
-                .flatten()
-                .collect(),
+            Some(DeviceConfig::Net(net)) => self.collect_net(net)?,
             None => Vec::new(),
         };
         Ok(Parts {
@@ -293,6 +286,17 @@ impl DeviceTable {
             ])
             .filter_map(|(reference, field)| Some(self.take_one(reference?, &field)))
             .collect()
+    }
+
+    /// The taps or the packet sockets.
+    fn collect_net(&self, net: &NetConfig) -> Result<Vec<OwnedFd>, Status> {
+        let taps = net.tap_fds.iter().map(|fd| (fd, "net.tap_fds"));
+        let sockets = net.packet_fds.iter().map(|fd| (fd, "net.packet_fds"));
+        let fds = taps
+            .chain(sockets)
+            .map(|(reference, field)| self.take(reference, field))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(fds.into_iter().flatten().collect())
     }
 
     fn take_one(&self, reference: &FdRef, field: &str) -> Result<OwnedFd, Status> {

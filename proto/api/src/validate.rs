@@ -4,14 +4,21 @@
 //! A function collects all violations; see [`crate::errors::Violations`]. Whether a file exists or
 //! a name is taken is not decided here.
 
+mod cloud_init;
 mod disk;
 mod fields;
 mod machine;
+mod net;
+mod user_network;
 mod vm_disks;
 mod volumes;
 
 use tonic::Status;
 
+pub use cloud_init::{
+    MAX_META_DATA_BYTES, MAX_NETWORK_CONFIG_BYTES, MAX_SSH_KEYS, MAX_USER_DATA_BYTES, SEED_DISK,
+    has_top_level_key,
+};
 pub use disk::{
     MAX_BACKING_IMAGES, MAX_BITMAP_GRANULARITY, bitmap_request, create_bitmap_request,
     disk_request, job_request, resize_request, set_limits_request, set_polling_request,
@@ -77,17 +84,7 @@ pub fn attach_request(request: &device::AttachRequest) -> Result<(), Status> {
             disk::blk_config(&mut found, "blk", blk);
         }
         Some(device::attach_request::Device::Net(net)) => {
-            let pairs = net.tap_fds.len();
-            found.require((1..=MAX_QUEUE_PAIRS as usize).contains(&pairs), "net.tap_fds", || {
-                format!(
-                    "has {pairs} descriptors; give one for each queue pair, {MAX_QUEUE_PAIRS} at most"
-                )
-            });
-            for (index, fd) in net.tap_fds.iter().enumerate() {
-                token(&mut found, &format!("net.tap_fds[{index}]"), Some(fd));
-            }
-            mac(&mut found, "net.mac", &net.mac);
-            mtu(&mut found, "net.mtu", net.mtu);
+            net::net_config(&mut found, "net", net);
         }
         None => found.add("device", "give blk or net"),
     }
@@ -166,6 +163,9 @@ pub fn apply_vm_request(request: &node::ApplyVmRequest) -> Result<(), Status> {
                 mtu: nic.mtu,
             },
         );
+        if let Some(user) = &nic.user {
+            user_network::node(&mut machine, &at, nic, user);
+        }
     }
     for (index, dev) in spec.vhost_user.iter().enumerate() {
         let at = machine.device("vhost_user", index, &dev.name);
@@ -179,6 +179,9 @@ pub fn apply_vm_request(request: &node::ApplyVmRequest) -> Result<(), Status> {
                 config: &dev.config,
             },
         );
+    }
+    if let Some(seed) = &spec.cloud_init {
+        cloud_init::node(&mut machine, seed);
     }
     machine.finish();
     found.into_result()
@@ -241,6 +244,9 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
                 mtu: nic.mtu,
             },
         );
+        if let Some(user) = &nic.user {
+            user_network::controller(&mut machine, &at, nic, user);
+        }
     }
     for (index, dev) in spec.vhost_user.iter().enumerate() {
         let at = machine.device("vhost_user", index, &dev.name);
@@ -254,6 +260,9 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
                 config: &dev.config,
             },
         );
+    }
+    if let Some(seed) = &spec.cloud_init {
+        cloud_init::controller(&mut machine, seed);
     }
     machine.finish();
     found.into_result()

@@ -406,6 +406,7 @@ impl Plan {
                         mac: mac.clone(),
                         mtu: *mtu,
                         tap_name: name.clone(),
+                        ..NetConfig::default()
                     })
                 }
             };

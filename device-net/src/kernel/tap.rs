@@ -7,8 +7,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::device::MAX_QUEUE_PAIRS;
-use super::header::{MAX_HEADER_LEN_BYTES, Offloads};
+use crate::nic::MAX_QUEUE_PAIRS;
+use crate::nic::header::{MAX_HEADER_LEN_BYTES, Offloads};
 
 /// What a tap must be opened with; with several queues also `IFF_MULTI_QUEUE`.
 const TAP_FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -306,6 +306,8 @@ pub(crate) enum TapError {
     SeveralTaps,
     #[error("the kernel refuses to set up the tap")]
     Ioctl(#[source] io::Error),
+    #[error("no descriptors left to tell the tap's queues of changes")]
+    Event(#[source] io::Error),
 }
 
 impl TapError {

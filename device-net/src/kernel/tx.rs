@@ -8,11 +8,12 @@ use vhost_user::backend::{QueueHandler, Wake};
 use vhost_user::eventfd::EventFd;
 use vhost_user::ring::{DescChain, Ring, RingError};
 
-use super::device::Shared;
-use super::header::{
+use super::Shared;
+use crate::nic::header::{
     Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads, header_len_bytes,
 };
-use super::stats::Direction;
+use crate::nic::state::NicState;
+use crate::nic::stats::Direction;
 
 /// Frames sent before the ring's thread looks at commands again: a full ring of usual size.
 const BATCH: usize = 256;
@@ -23,6 +24,7 @@ const MAX_IOVECS: usize = 1024;
 /// One transmit ring.
 pub(super) struct TxQueue {
     shared: Arc<Shared>,
+    nic: Arc<NicState>,
     pair: u16,
     header_len_bytes: usize,
     offloads: Offloads,
@@ -33,9 +35,15 @@ pub(super) struct TxQueue {
 }
 
 impl TxQueue {
-    pub(super) fn new(shared: Arc<Shared>, pair: u16, features: u64) -> io::Result<Self> {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        nic: Arc<NicState>,
+        pair: u16,
+        features: u64,
+    ) -> io::Result<Self> {
         Ok(Self {
             shared,
+            nic,
             pair,
             header_len_bytes: header_len_bytes(features),
             offloads: Offloads::to_device(features),
@@ -85,7 +93,7 @@ impl TxQueue {
     }
 
     fn counters(&self) -> &Direction {
-        &self.shared.stats[usize::from(self.pair)].tx.0
+        &self.nic.stats[usize::from(self.pair)].tx.0
     }
 }
 

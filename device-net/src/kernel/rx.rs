@@ -24,11 +24,12 @@ use vhost_user::backend::{QueueHandler, Wake};
 use vhost_user::ring::{DescChain, Ring, RingError};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
-use super::device::Shared;
-use super::header::{
+use super::Shared;
+use crate::nic::header::{
     Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads, has, header_len_bytes,
 };
-use super::stats::Direction;
+use crate::nic::state::NicState;
+use crate::nic::stats::Direction;
 
 /// Frames delivered before the ring's thread looks at commands again; the tap wakes it anew.
 const BATCH: usize = 64;
@@ -49,6 +50,7 @@ const EVENT_STEERING: usize = 1;
 /// One receive ring.
 pub(super) struct RxQueue {
     shared: Arc<Shared>,
+    nic: Arc<NicState>,
     pair: u16,
     header_len_bytes: usize,
     offloads: Offloads,
@@ -79,9 +81,10 @@ struct Received {
 }
 
 impl RxQueue {
-    pub(super) fn new(shared: Arc<Shared>, pair: u16, features: u64) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, nic: Arc<NicState>, pair: u16, features: u64) -> Self {
         Self {
             shared,
+            nic,
             pair,
             header_len_bytes: header_len_bytes(features),
             offloads: Offloads::to_driver(features),
@@ -282,7 +285,7 @@ impl RxQueue {
     }
 
     fn counters(&self) -> &Direction {
-        &self.shared.stats[usize::from(self.pair)].rx.0
+        &self.nic.stats[usize::from(self.pair)].rx.0
     }
 }
 
