@@ -1,6 +1,7 @@
 //! Resource names: `projects/{project}/vms/{vm}` and its `…/disks/{disk}`,
-//! `projects/{project}/volumes/{volume}`, `projects/{project}/uploads/{upload}`, `hosts/{host}`,
-//! `operations/{operation}`.
+//! `projects/{project}/volumes/{volume}`, `projects/{project}/uploads/{upload}`,
+//! `projects/{project}/networks/{network}`, `projects/{project}/securityGroups/{group}`,
+//! `hosts/{host}`, `operations/{operation}`.
 
 use std::fmt;
 
@@ -30,7 +31,7 @@ pub const ID_RULE: &str =
 pub struct Name {
     /// Whose it is.
     pub project: String,
-    /// vms or volumes.
+    /// vms, volumes ...
     pub collection: &'static str,
     /// Unique in the project's collection.
     pub id: String,
@@ -42,6 +43,10 @@ pub const VMS: &str = "vms";
 pub const VOLUMES: &str = "volumes";
 /// Collection of uploads.
 pub const UPLOADS: &str = "uploads";
+/// Collection of networks.
+pub const NETWORKS: &str = "networks";
+/// Collection of security groups.
+pub const SECURITY_GROUPS: &str = "securityGroups";
 
 impl Name {
     /// A VM's name.
@@ -69,6 +74,40 @@ impl Name {
             collection: UPLOADS,
             id: id.to_owned(),
         }
+    }
+
+    /// A network's name.
+    pub fn network(project: &str, id: &str) -> Self {
+        Self {
+            project: project.to_owned(),
+            collection: NETWORKS,
+            id: id.to_owned(),
+        }
+    }
+
+    /// A security group's name.
+    pub fn security_group(project: &str, id: &str) -> Self {
+        Self {
+            project: project.to_owned(),
+            collection: SECURITY_GROUPS,
+            id: id.to_owned(),
+        }
+    }
+
+    /// Parses a network's name.
+    ///
+    /// # Errors
+    /// When `name` is not `projects/{project}/networks/{network}`.
+    pub fn parse_network(name: &str) -> Result<Self, NameError> {
+        Self::parse(name, NETWORKS)
+    }
+
+    /// Parses a security group's name.
+    ///
+    /// # Errors
+    /// When `name` is not `projects/{project}/securityGroups/{group}`.
+    pub fn parse_security_group(name: &str) -> Result<Self, NameError> {
+        Self::parse(name, SECURITY_GROUPS)
     }
 
     /// Parses an upload's name.
@@ -204,6 +243,8 @@ fn pattern(collection: &str) -> &'static str {
         VMS => "projects/{project}/vms/{vm}",
         VOLUMES => "projects/{project}/volumes/{volume}",
         UPLOADS => "projects/{project}/uploads/{upload}",
+        NETWORKS => "projects/{project}/networks/{network}",
+        SECURITY_GROUPS => "projects/{project}/securityGroups/{group}",
         "hosts" => "hosts/{host}",
         "operations" => "operations/{operation}",
         _ => "{collection}/{id}",
