@@ -6,6 +6,7 @@
 use api::controller as pb;
 use api::names::Name;
 use prost::Message;
+use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
 use crate::model::{self, RequestRecord, VmRecord, VolumeRecord, key, short};
@@ -35,13 +36,15 @@ pub struct RequestKey {
 impl RequestKey {
     /// Of `request`, a message of `method` on something in `project`. An empty `id` means none.
     pub fn new(project: &str, id: &str, method: &str, request: &impl Message) -> Self {
-        let mut fingerprint = method.as_bytes().to_vec();
-        fingerprint.push(0);
-        fingerprint.extend(request.encode_to_vec());
+        // A digest: requests may hold what is not to be kept, such as a seed's passwords.
+        let digest = Sha256::new()
+            .chain_update(method)
+            .chain_update([0])
+            .chain_update(request.encode_to_vec());
         Self {
             project: project.to_owned(),
             id: id.to_owned(),
-            fingerprint,
+            fingerprint: digest.finalize().to_vec(),
         }
     }
 

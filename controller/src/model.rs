@@ -9,6 +9,7 @@
 //! jobs/{id}                    JobRecord of the operation
 //! requests/{project}/{id}      RequestRecord
 //! events/{id}                  controller.v1 Event; ids sort by age
+//! seeds/{project}/{vm}         node.v1 CloudInit of the VM, if it has one
 //! ```
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -19,10 +20,12 @@ use prost::Message;
 use prost_types::Timestamp;
 
 mod convert;
+mod seed;
 
 pub use convert::{
     complete_spec, disk_status, node_create_volume, node_vm_spec, vm_status, volume_status,
 };
+pub use seed::{seed_key, take_seed};
 
 /// A VM as stored.
 #[derive(Clone, PartialEq, Message)]

@@ -163,10 +163,14 @@ impl Reconciler {
             return;
         }
         self.busy.insert(name);
-        let node = self.node.clone();
+        let (node, store) = (self.node.clone(), self.store.clone());
         self.calls.spawn(async move {
             let result = match action.clone() {
-                Action::ApplyVm { spec, .. } => node.apply_vm(spec).await,
+                Action::ApplyVm { name, spec } => match with_seed(&store, &name, spec).await {
+                    Ok(spec) => node.apply_vm(spec).await,
+                    // The next attempt may read it.
+                    Err(error) => Err(Status::unavailable(with_source(&error))),
+                },
                 Action::DeleteVm { node_id, .. } => node.delete_vm(node_id).await,
                 Action::CreateVolume { request, .. } => node.create_volume(request).await,
                 Action::DeleteVolume { node_id, .. } => node.delete_volume(node_id).await,
@@ -239,6 +243,21 @@ impl Reconciler {
         due.min()
             .map(|until| until - now + Duration::from_millis(1))
     }
+}
+
+/// Adds the content of the VM's seed, which is not in its record.
+async fn with_seed(
+    store: &SharedStore,
+    name: &str,
+    mut spec: api::node::VmSpec,
+) -> Result<api::node::VmSpec, StoreError> {
+    if spec.cloud_init.is_some()
+        && let Ok(vm) = api::names::Name::parse_vm(name)
+        && let Some(item) = store.get(&model::seed_key(&vm)).await?
+    {
+        spec.cloud_init = Some(decode(&item.key, &item.value)?);
+    }
+    Ok(spec)
 }
 
 /// Asking again will not help.
@@ -404,6 +423,9 @@ async fn forget(
         .delete(model::key(&parsed))
         .delete(model::node_id_key(&parsed, node_id))
         .put(event.name.clone(), event.encode_to_vec());
+    if parsed.collection == api::names::VMS {
+        transaction = transaction.delete(model::seed_key(&parsed));
+    }
     for operation in pending {
         let metadata = operation.metadata.clone().unwrap_or_default();
         if metadata.target != name {

@@ -48,6 +48,7 @@ impl Api {
             kvm: host.kvm.clone(),
             problem: host.problem.clone(),
             vms_running: host.vms_running,
+            underlay_address: host.underlay_address.clone(),
             connected: observed.connected,
             last_seen: observed.last_seen,
         }]

@@ -43,13 +43,15 @@ pub async fn create_vm(
         }
         let uid = model::new_uid();
         let node_id = model::node_id(name, &uid);
+        let mut spec = spec.clone();
+        let seed = model::take_seed(&mut spec, name, &uid);
         let record = VmRecord {
             vm: pb::Vm {
                 name: name.to_string(),
                 uid,
                 generation: 1,
                 create_time: Some(model::now()),
-                spec: Some(model::complete_spec(spec.clone())),
+                spec: Some(model::complete_spec(spec)),
                 desired_power: pb::DesiredPower::Off as i32,
                 ..Default::default()
             },
@@ -58,6 +60,10 @@ pub async fn create_vm(
         };
         let event = model::new_event(&name.to_string(), "VM_CREATED", "");
         let node_id = model::node_id_key(name, &node_id);
+        let transaction = match seed {
+            Some(seed) => transaction.put(model::seed_key(name), seed.encode_to_vec()),
+            None => transaction,
+        };
         let transaction = request
             .begin(transaction, &mut operation)
             .if_absent(key(name))

@@ -32,6 +32,8 @@ pub fn node_vm_spec(
         nics: spec.nics.into_iter().map(node_nic).collect(),
         vhost_user: spec.vhost_user.into_iter().map(node_vhost_user).collect(),
         shutdown_grace_ms: spec.shutdown_grace_ms,
+        // Its content is added on the way to the host.
+        cloud_init: spec.cloud_init.map(|_| node::CloudInit::default()),
     }
 }
 
@@ -162,6 +164,23 @@ fn node_nic(nic: pb::Nic) -> node::NicSpec {
         host_cidr: nic.host_cidr,
         bridge: nic.bridge,
         mtu: nic.mtu,
+        user: nic.user.map(|user| node::UserNetwork {
+            port_forwards: nic.port_forwards.into_iter().map(port_forward).collect(),
+            host_loopback: user.host_loopback,
+        }),
+        ..Default::default()
+    }
+}
+
+fn port_forward(forward: pb::PortForward) -> node::PortForward {
+    node::PortForward {
+        protocol: forward.protocol,
+        host_address: forward.host_address,
+        host_port: forward.host_port,
+        guest_port: match forward.guest_port {
+            0 => forward.host_port,
+            port => port,
+        },
     }
 }
 

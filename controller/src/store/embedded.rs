@@ -1,6 +1,8 @@
 //! The store of a single controller: one redb file. Beside the data it keeps the newest
 //! [`LOG_LEN`] changes, so that watchers resume where they were.
 
+use std::fs::{OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -46,6 +48,16 @@ impl EmbeddedStore {
     }
 
     fn open_with_log(path: &Path, log_len: u64) -> Result<Self, StoreError> {
+        // It holds seeds' passwords.
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .and_then(|file| file.set_permissions(Permissions::from_mode(0o600)))
+            .map_err(backend)?;
         let database = Database::create(path).map_err(backend)?;
         let transaction = database.begin_write().map_err(backend)?;
         transaction.open_table(DATA).map_err(backend)?;
