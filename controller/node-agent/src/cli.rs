@@ -27,6 +27,9 @@ pub(crate) struct Cli {
     /// Converts images of other formats at their import [default: beside node-agent, or in PATH].
     #[arg(long, value_name = "FILE")]
     pub(crate) qemu_img: Option<PathBuf>,
+    /// This host's address that other hosts send to what overlay networks carry.
+    #[arg(long, value_name = "IP")]
+    pub(crate) underlay_address: Option<std::net::IpAddr>,
     /// Serve /metrics for Prometheus over HTTP here: HOST:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics_listen: Option<Address>,

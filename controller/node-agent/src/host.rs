@@ -25,6 +25,8 @@ pub(crate) struct Host {
     pub(crate) hostname: String,
     /// CPUs this process may use.
     pub(crate) cpus: u32,
+    /// Where other hosts send what overlays carry; empty if nobody said.
+    pub(crate) underlay_address: String,
 }
 
 /// Why VMs, or one VM, cannot run here.
@@ -104,6 +106,7 @@ impl Host {
             id: kept_id(&state_dir.join("host-id"))?,
             hostname,
             cpus,
+            underlay_address: String::new(),
         })
     }
 }

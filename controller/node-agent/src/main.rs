@@ -6,6 +6,7 @@
 
 mod agent;
 mod cli;
+mod cloud_init;
 mod console;
 mod host;
 mod image;
@@ -69,7 +70,12 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         .as_ref()
         .map(Listener::bind)
         .transpose()?;
-    let agent = Arc::new(Agent::open(&dirs)?);
+    let mut agent = Agent::open(&dirs)?;
+    agent.host.underlay_address = cli
+        .underlay_address
+        .map(|address| address.to_string())
+        .unwrap_or_default();
+    let agent = Arc::new(agent);
     if let Some(listener) = metrics_listener {
         let (agent, runtime) = (agent.clone(), Handle::current());
         let render =

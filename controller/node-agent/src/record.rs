@@ -2,8 +2,9 @@
 //! atomically and synced, so that the next agent finds either the old or the new state.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -258,7 +259,14 @@ fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, RecordErro
 pub(crate) fn save_json<T: Serialize>(path: &Path, record: &T) -> Result<(), RecordError> {
     let temporary = path.with_extension("tmp");
     let bytes = serde_json::to_vec_pretty(record).expect("records have string keys only");
-    let mut file = File::create(&temporary).map_err(io_error("creating", &temporary))?;
+    // Specs hold the passwords of seeds for cloud-init.
+    let _ = fs::remove_file(&temporary);
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temporary)
+        .map_err(io_error("creating", &temporary))?;
     file.write_all(&bytes)
         .and_then(|()| file.sync_all())
         .map_err(io_error("writing", &temporary))?;

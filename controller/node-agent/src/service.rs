@@ -64,6 +64,7 @@ impl NodeAgent for Service {
                 .map(|error| error_chain(&error))
                 .unwrap_or_default(),
             vms_running: running as u32,
+            underlay_address: host.underlay_address.clone(),
         }))
     }
 

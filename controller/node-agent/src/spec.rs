@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cloud_init::CloudInit;
+
 /// How long a guest may take to answer the power button when the spec names no time.
 pub(crate) const DEFAULT_SHUTDOWN_GRACE_MS: u32 = 30_000;
 /// A VM as desired.
@@ -35,6 +37,9 @@ pub(crate) struct Spec {
     pub(crate) vhost_user: Vec<VhostUser>,
     /// Time for the guest to answer the power button.
     pub(crate) shutdown_grace_ms: u32,
+    /// On a disk of its own.
+    #[serde(default)]
+    pub(crate) cloud_init: Option<CloudInit>,
 }
 
 /// Whether a VM should run.
@@ -222,6 +227,7 @@ impl Spec {
                 0 => DEFAULT_SHUTDOWN_GRACE_MS,
                 given => given,
             },
+            cloud_init: api.cloud_init.as_ref().map(CloudInit::from_api),
         }
     }
 

@@ -32,6 +32,7 @@ use super::{
     ending,
 };
 use crate::{
+    cloud_init,
     process::{Guard, Process, ProcessError},
     record::DaemonKind,
     spec::{Disk, DiskSource, Spec},
@@ -192,9 +193,11 @@ pub(super) fn tap_name(spec: &Spec, index: usize) -> String {
 
 /// The daemons that a spec's machine needs.
 pub(super) fn plans(spec: &Spec, bin_dir: &Path, dir: &Path, volumes: &Pool) -> Vec<Plan> {
-    let disks = spec.disks.iter().map(|disk| DevicePlan {
+    let seed = spec.cloud_init.as_ref().map(|_| cloud_init::disk(dir));
+    let disks = spec.disks.iter().cloned().chain(seed);
+    let disks = disks.map(|disk| DevicePlan {
         name: disk.name.clone(),
-        backing: Backing::Disk(Box::new(disk.clone())),
+        backing: Backing::Disk(Box::new(disk)),
     });
     let nics = spec.nics.iter().enumerate().map(|(index, nic)| DevicePlan {
         name: nic.name.clone(),

@@ -10,6 +10,7 @@ use std::{
     time::Instant,
 };
 
+use api::validate::SEED_DISK;
 use tonic::Code;
 
 use super::{
@@ -22,6 +23,7 @@ use super::{
     vmm::{self, VmmError},
 };
 use crate::{
+    cloud_init,
     host::{self, HostError},
     image::Claim,
     process::Process,
@@ -80,7 +82,7 @@ pub(crate) enum StartError {
         /// The longest one.
         path: PathBuf,
     },
-    /// The VM's directory cannot be made.
+    /// The VM's directory or its seed cannot be made.
     #[error("making {path}", path = .path.display())]
     Dir {
         /// The directory.
@@ -218,6 +220,7 @@ pub(super) async fn bring_up(
     check_host(env, spec, &dir, plans.iter().map(|plan| plan.kind))?;
     claim_images(env, spec, &mut rising.claims).await?;
     make_dir(&dir, &mut rising.dir_made)?;
+    make_seed(spec, &dir)?;
     for index in 0..spec.nics.len() {
         make_tap(spec, index, rising).await?;
     }
@@ -294,8 +297,9 @@ fn check_socket_paths(spec: &Spec, dir: &Path) -> Result<(), StartError> {
     let devices = spec
         .disks
         .iter()
-        .map(|disk| &disk.name)
-        .chain(spec.nics.iter().map(|nic| &nic.name));
+        .map(|disk| disk.name.as_str())
+        .chain(spec.nics.iter().map(|nic| nic.name.as_str()))
+        .chain(spec.cloud_init.as_ref().map(|_| SEED_DISK));
     let paths = devices
         .map(|name| daemon::socket(dir, name))
         .chain(std::iter::once(dir.join("blk.sock")));
@@ -334,6 +338,16 @@ fn make_dir(dir: &Path, made: &mut bool) -> Result<(), StartError> {
     DirBuilder::new().mode(0o700).create(dir).map_err(error)?;
     *made = true;
     Ok(())
+}
+
+fn make_seed(spec: &Spec, dir: &Path) -> Result<(), StartError> {
+    let Some(seed) = &spec.cloud_init else {
+        return Ok(());
+    };
+    seed.write(dir).map_err(|source| StartError::Dir {
+        path: cloud_init::path(dir),
+        source,
+    })
 }
 
 async fn make_tap(spec: &Spec, index: usize, rising: &mut Rising) -> Result<(), StartError> {

@@ -9,6 +9,7 @@ use std::{
 
 use api::{
     connect,
+    validate::SEED_DISK,
     vmm::{
         GetVmmRequest, PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, StopRequest,
         VmmInfo, VmmState, vmm_client::VmmClient,
@@ -134,6 +135,11 @@ pub(super) fn args(spec: &Spec, dir: &Path) -> Vec<OsString> {
             text.push(format!(",config=hex:{}", hex(&other.config)));
         }
         option("--device", text);
+    }
+    // Last, so that it moves no other device to another slot.
+    if spec.cloud_init.is_some() {
+        let socket = daemon::socket(dir, SEED_DISK);
+        option("--device", device(SEED_DISK, "blk", &socket, 0, 0));
     }
     args
 }
