@@ -9,6 +9,7 @@ mod disk;
 mod fields;
 mod machine;
 mod net;
+mod networks;
 mod user_network;
 mod vm_disks;
 mod volumes;
@@ -26,6 +27,7 @@ pub use disk::{
 };
 use fields::*;
 use machine::{Machine, NicFields, VhostUserFields};
+pub use networks::*;
 pub use vm_disks::*;
 pub use volumes::*;
 
@@ -163,6 +165,7 @@ pub fn apply_vm_request(request: &node::ApplyVmRequest) -> Result<(), Status> {
                 mtu: nic.mtu,
             },
         );
+        networks::node_nic_network(machine.found, &at, nic);
         if let Some(user) = &nic.user {
             user_network::node(&mut machine, &at, nic, user);
         }
@@ -244,6 +247,7 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
                 mtu: nic.mtu,
             },
         );
+        networks::nic_network(machine.found, &at, nic);
         if let Some(user) = &nic.user {
             user_network::controller(&mut machine, &at, nic, user);
         }

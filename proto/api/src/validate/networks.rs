@@ -1,0 +1,693 @@
+//! Networks, NICs in them, and security groups, in requests of the controller and of the node agent.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use super::*;
+use crate::{controller as pb, node};
+
+/// Security groups of one NIC.
+pub const MAX_NIC_GROUPS: usize = 16;
+/// Rules of one security group.
+pub const MAX_GROUP_RULES: usize = 256;
+/// Port forwards of one NIC.
+pub const MAX_PORT_FORWARDS: usize = 64;
+/// Other hosts of an overlay, and NICs on one of them.
+const MAX_PEERS: usize = 1024;
+const MAX_PEER_MACS: usize = 4096;
+/// More than resolvers ask.
+const MAX_DNS_SERVERS: usize = 8;
+const MAX_VNI: u32 = (1 << 24) - 1;
+/// RFC 8200 section 5.
+const MIN_IPV6_MTU: u32 = 1280;
+/// What SLAAC makes addresses in (RFC 4862 with RFC 2464).
+const SLAAC_PREFIX_LEN: u8 = 64;
+/// RFC 1035 section 2.3.4, without the final dot.
+const MAX_DOMAIN_BYTES: usize = 253;
+
+/// What a NIC in a network says, in the controller's words.
+pub(super) fn nic_network(found: &mut Violations, at: &str, nic: &pb::Nic) {
+    if nic.network.is_empty() {
+        let network_only = [
+            (!nic.ipv4_address.is_empty(), "ipv4_address"),
+            (!nic.ipv6_address.is_empty(), "ipv6_address"),
+            (nic.allow_spoofing, "allow_spoofing"),
+            (!nic.security_groups.is_empty(), "security_groups"),
+        ];
+        for (given, field) in network_only {
+            found.require(!given, &format!("{at}.{field}"), || {
+                "is for a NIC in a network; name one".into()
+            });
+        }
+    } else {
+        if let Err(error) = names::Name::parse_network(&nic.network) {
+            found.add(format!("{at}.network"), error.to_string());
+        }
+        let other = !nic.tap.is_empty() || !nic.host_cidr.is_empty() || !nic.bridge.is_empty();
+        found.require(!other, at, || {
+            "a NIC in a network has no tap, host_cidr or bridge of its own; leave these out or the network".into()
+        });
+    }
+    address(
+        found,
+        &format!("{at}.ipv4_address"),
+        &nic.ipv4_address,
+        |address| address.is_ipv4(),
+    );
+    address(
+        found,
+        &format!("{at}.ipv6_address"),
+        &nic.ipv6_address,
+        |address| address.is_ipv6(),
+    );
+    port_forwards(found, at, &nic.port_forwards);
+    let groups = nic.security_groups.len();
+    found.require(
+        groups <= MAX_NIC_GROUPS,
+        &format!("{at}.security_groups"),
+        || format!("has {groups} groups, {MAX_NIC_GROUPS} at most"),
+    );
+    let mut seen = HashSet::new();
+    for (index, group) in nic.security_groups.iter().enumerate() {
+        let field = format!("{at}.security_groups[{index}]");
+        match names::Name::parse_security_group(group) {
+            Err(error) => found.add(field, error.to_string()),
+            Ok(_) => found.require(seen.insert(group), &field, || "is named twice".into()),
+        }
+    }
+}
+
+/// As [`nic_network`], in the node agent's words.
+pub(super) fn node_nic_network(found: &mut Violations, at: &str, nic: &node::NicSpec) {
+    if nic.network.is_empty() {
+        return;
+    }
+    id(found, &format!("{at}.network"), &nic.network);
+    let other = !nic.tap.is_empty() || !nic.host_cidr.is_empty() || !nic.bridge.is_empty();
+    found.require(!other, at, || {
+        "a NIC in a network has no tap, host_cidr or bridge of its own".into()
+    });
+}
+
+fn port_forwards(found: &mut Violations, at: &str, forwards: &[pb::PortForward]) {
+    let count = forwards.len();
+    found.require(
+        count <= MAX_PORT_FORWARDS,
+        &format!("{at}.port_forwards"),
+        || format!("has {count} port forwards, {MAX_PORT_FORWARDS} at most"),
+    );
+    let mut seen = HashSet::new();
+    for (index, forward) in forwards.iter().enumerate() {
+        let at = format!("{at}.port_forwards[{index}]");
+        let known = matches!(forward.protocol.as_str(), "tcp" | "udp");
+        found.require(known, &format!("{at}.protocol"), || {
+            format!("{:?} must be tcp or udp", forward.protocol)
+        });
+        port(found, &format!("{at}.host_port"), forward.host_port);
+        if forward.guest_port != 0 {
+            port(found, &format!("{at}.guest_port"), forward.guest_port);
+        }
+        address(
+            found,
+            &format!("{at}.host_address"),
+            &forward.host_address,
+            |_| true,
+        );
+        let key = (&forward.protocol, &forward.host_address, forward.host_port);
+        found.require(seen.insert(key), &at, || "is there twice".into());
+    }
+}
+
+fn port(found: &mut Violations, field: &str, value: u32) {
+    let fits = u16::try_from(value).is_ok_and(|port| NonZeroU16::new(port).is_some());
+    found.require(fits, field, || format!("must be 1 to 65535, not {value}"));
+}
+
+/// Empty is fine.
+fn address(found: &mut Violations, field: &str, text: &str, fits: impl Fn(IpAddr) -> bool) {
+    let good = text.is_empty() || text.parse::<IpAddr>().is_ok_and(fits);
+    found.require(good, field, || {
+        format!("{text:?} is no IP address of the right family")
+    });
+}
+
+/// Checks a network that is to be created.
+///
+/// # Errors
+/// As [`attach_request`].
+pub fn create_network_request(request: &pb::CreateNetworkRequest) -> Result<(), Status> {
+    let mut found = Violations::new();
+    parent_project(&mut found, &request.parent);
+    id(&mut found, "network_id", &request.network_id);
+    request_id(&mut found, &request.request_id);
+    match request
+        .network
+        .as_ref()
+        .and_then(|network| network.spec.as_ref())
+    {
+        Some(spec) => network_spec(&mut found, "network.spec", spec),
+        None => found.add("network.spec", "is missing"),
+    }
+    found.into_result()
+}
+
+/// The fields of a network that may change.
+pub const NETWORK_MASK: [&str; 5] = [
+    "spec.dhcp",
+    "spec.dns",
+    "spec.dns_servers",
+    "spec.mtu",
+    "spec.overlay.peers",
+];
+
+/// Checks a change of a network, and parses its name.
+///
+/// # Errors
+/// As [`attach_request`].
+pub fn update_network_request(request: &pb::UpdateNetworkRequest) -> Result<names::Name, Status> {
+    let mut found = Violations::new();
+    request_id(&mut found, &request.request_id);
+    let network = request.network.clone().unwrap_or_default();
+    let paths = request.update_mask.clone().unwrap_or_default().paths;
+    found.require(!paths.is_empty(), "update_mask", || {
+        format!("is missing; give any of {}", NETWORK_MASK.join(", "))
+    });
+    for path in &paths {
+        found.require(NETWORK_MASK.contains(&path.as_str()), "update_mask", || {
+            format!(
+                "{path:?} cannot be changed; {} can",
+                NETWORK_MASK.join(", ")
+            )
+        });
+    }
+    found.require(network.spec.is_some(), "network.spec", || {
+        "is missing".into()
+    });
+    match names::Name::parse_network(&network.name) {
+        Ok(name) => found.into_result().map(|()| name),
+        Err(error) => {
+            found.add("network.name", error.to_string());
+            Err(found.into_result().expect_err("there is a violation"))
+        }
+    }
+}
+
+/// Checks the fields that requests about a network share, and parses its name.
+///
+/// # Errors
+/// As [`attach_request`].
+pub fn network_request(name: &str, request: &str) -> Result<names::Name, Status> {
+    let mut found = Violations::new();
+    request_id(&mut found, request);
+    resource(found, names::Name::parse_network(name))
+}
+
+/// Checks a security group's name.
+///
+/// # Errors
+/// As [`attach_request`].
+pub fn security_group_request(name: &str) -> Result<names::Name, Status> {
+    resource(Violations::new(), names::Name::parse_security_group(name))
+}
+
+/// Checks a whole network, also one that was changed; fields are named relative to `at`.
+pub fn network_spec(found: &mut Violations, at: &str, spec: &pb::NetworkSpec) {
+    use pb::NetworkKind::{Bridged, HostOnly, Isolated, Nat};
+    let field = |name: &str| format!("{at}.{name}");
+    let kind = match pb::NetworkKind::try_from(spec.kind) {
+        Ok(pb::NetworkKind::Unspecified) | Err(_) => {
+            found.add(
+                field("kind"),
+                "must be NETWORK_KIND_NAT, _BRIDGED, _HOST_ONLY or _ISOLATED",
+            );
+            return;
+        }
+        Ok(kind) => kind,
+    };
+    let has_host = matches!(kind, Nat | HostOnly);
+    ipv4_fields(found, at, spec);
+    if !spec.ipv6_prefix.is_empty() {
+        let fits = spec
+            .ipv6_prefix
+            .parse::<Ipv6Net>()
+            .is_ok_and(|net| net.prefix_len() == SLAAC_PREFIX_LEN && net == net.trunc());
+        found.require(fits, &field("ipv6_prefix"), || {
+            format!(
+                "{:?} must be a prefix of 64 bits such as fd00:20::/64",
+                spec.ipv6_prefix
+            )
+        });
+    }
+    found.require(
+        spec.ipv4_gateway.is_empty() || has_host,
+        &field("ipv4_gateway"),
+        || "is the host's address, and of NAT and host-only networks".into(),
+    );
+    for (name, given) in [("dhcp", spec.dhcp), ("dns", spec.dns)] {
+        found.require(given != Some(true) || has_host, &field(name), || {
+            "is served at the host's address, which NAT and host-only networks have alone; give addresses by cloud-init or leave it out".into()
+        });
+    }
+    let servers = spec.dns_servers.len();
+    found.require(servers <= MAX_DNS_SERVERS, &field("dns_servers"), || {
+        format!("has {servers} servers, {MAX_DNS_SERVERS} at most")
+    });
+    for (index, server) in spec.dns_servers.iter().enumerate() {
+        let field = field(&format!("dns_servers[{index}]"));
+        found.require(server.parse::<IpAddr>().is_ok(), &field, || {
+            format!("{server:?} is no IP address")
+        });
+    }
+    domain(found, &field("dns_domain"), &spec.dns_domain);
+    mtu(found, &field("mtu"), spec.mtu);
+    let small = spec.mtu != 0 && spec.mtu < MIN_IPV6_MTU && !spec.ipv6_prefix.is_empty();
+    found.require(!small, &field("mtu"), || {
+        format!("must be {MIN_IPV6_MTU} at least with an ipv6_prefix")
+    });
+    interface(found, &field("bridge"), &spec.bridge);
+    found.require(
+        spec.bridge.is_empty() == (kind != Bridged),
+        &field("bridge"),
+        || match kind {
+            Bridged => "is missing; name a bridge of the host (ip link add br0 type bridge)".into(),
+            _ => "is for bridged networks; others get a bridge of their own".into(),
+        },
+    );
+    interface(found, &field("uplink"), &spec.uplink);
+    found.require(
+        spec.uplink.is_empty() || kind == Nat,
+        &field("uplink"),
+        || "is for NAT networks".into(),
+    );
+    if pb::Datapath::try_from(spec.datapath).is_err() {
+        found.add(field("datapath"), "is of an unknown kind");
+    }
+    found.require(
+        spec.datapath() != pb::Datapath::Switch || (kind == Isolated && spec.overlay.is_none()),
+        &field("datapath"),
+        || "DATAPATH_SWITCH is for isolated networks without an overlay".into(),
+    );
+    if let Some(overlay) = &spec.overlay {
+        found.require(kind != Bridged, &field("overlay"), || {
+            "is for networks with a bridge of their own".into()
+        });
+        let peers = overlay
+            .peers
+            .iter()
+            .map(|peer| (peer.underlay_address.as_str(), peer.macs.as_slice()));
+        overlay_fields(
+            found,
+            &field("overlay"),
+            overlay.vni,
+            &overlay.underlay_address,
+            overlay.port,
+            peers.collect(),
+        );
+    }
+}
+
+fn ipv4_fields(found: &mut Violations, at: &str, spec: &pb::NetworkSpec) {
+    let field = |name: &str| format!("{at}.{name}");
+    let text = &spec.ipv4_cidr;
+    let subnet = text.parse::<Ipv4Net>().ok().filter(|net| {
+        *net == net.trunc() && (8..=30).contains(&net.prefix_len()) && !net.addr().is_multicast()
+    });
+    found.require(
+        text.is_empty() || subnet.is_some(),
+        &field("ipv4_cidr"),
+        || {
+            format!(
+                "{text:?} must be a subnet from /8 to /30 such as 10.20.0.0/24, its last bits 0"
+            )
+        },
+    );
+    let inside = [
+        ("ipv4_gateway", &spec.ipv4_gateway),
+        ("ipv4_pool_first", &spec.ipv4_pool_first),
+        ("ipv4_pool_last", &spec.ipv4_pool_last),
+    ];
+    for (name, text) in inside {
+        if text.is_empty() {
+            continue;
+        }
+        let Ok(address) = text.parse::<std::net::Ipv4Addr>() else {
+            found.add(field(name), format!("{text:?} is no IPv4 address"));
+            continue;
+        };
+        let fits = subnet.is_some_and(|net| {
+            net.contains(&address) && address != net.network() && address != net.broadcast()
+        });
+        found.require(fits, &field(name), || match spec.ipv4_cidr.as_str() {
+            "" => "needs ipv4_cidr, which it is in".into(),
+            cidr => format!("{text} is no address of a host in {cidr}"),
+        });
+    }
+    let first = spec.ipv4_pool_first.parse::<std::net::Ipv4Addr>();
+    let last = spec.ipv4_pool_last.parse::<std::net::Ipv4Addr>();
+    if let (Ok(first), Ok(last)) = (first, last) {
+        found.require(first <= last, &field("ipv4_pool_last"), || {
+            "is before ipv4_pool_first".into()
+        });
+    }
+}
+
+fn domain(found: &mut Violations, field: &str, name: &str) {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    };
+    let fits = name.is_empty() || (name.len() <= MAX_DOMAIN_BYTES && name.split('.').all(label));
+    found.require(fits, field, || {
+        format!(
+            "{name:?} is no domain; write labels of letters, digits and hyphens with dots between"
+        )
+    });
+}
+
+fn overlay_fields(
+    found: &mut Violations,
+    at: &str,
+    vni: u32,
+    underlay_address: &str,
+    port: u32,
+    peers: Vec<(&str, &[String])>,
+) {
+    found.require((1..=MAX_VNI).contains(&vni), &format!("{at}.vni"), || {
+        format!("must be 1 to {MAX_VNI}, not {vni}")
+    });
+    let own = format!("{at}.underlay_address");
+    address(found, &own, underlay_address, |_| true);
+    found.require(port <= u32::from(u16::MAX), &format!("{at}.port"), || {
+        format!("must be 1 to 65535, or 0 for 4789, not {port}")
+    });
+    let count = peers.len();
+    found.require(count <= MAX_PEERS, &format!("{at}.peers"), || {
+        format!("has {count} peers, {MAX_PEERS} at most")
+    });
+    for (index, (address, macs)) in peers.into_iter().enumerate() {
+        let at = format!("{at}.peers[{index}]");
+        found.require(
+            address.parse::<IpAddr>().is_ok(),
+            &format!("{at}.underlay_address"),
+            || format!("{address:?} is no IP address"),
+        );
+        let count = macs.len();
+        found.require(count <= MAX_PEER_MACS, &format!("{at}.macs"), || {
+            format!("has {count} addresses, {MAX_PEER_MACS} at most")
+        });
+        for (index, text) in macs.iter().enumerate() {
+            let field = format!("{at}.macs[{index}]");
+            found.require(!text.is_empty(), &field, || "is empty".into());
+            mac(found, &field, text);
+        }
+    }
+}
+
+/// Checks a security group that is to be created.
+///
+/// # Errors
+/// As [`attach_request`].
+pub fn create_security_group_request(
+    request: &pb::CreateSecurityGroupRequest,
+) -> Result<(), Status> {
+    let mut found = Violations::new();
+    parent_project(&mut found, &request.parent);
+    id(&mut found, "security_group_id", &request.security_group_id);
+    match &request.security_group {
+        Some(group) => security_group(&mut found, group),
+        None => found.add("security_group", "is missing"),
+    }
+    found.into_result()
+}
+
+/// Checks the new rules of a security group, and parses its name.
+///
+/// # Errors
+/// As [`attach_request`].
+pub fn update_security_group_request(
+    request: &pb::UpdateSecurityGroupRequest,
+) -> Result<names::Name, Status> {
+    let mut found = Violations::new();
+    let group = request.security_group.clone().unwrap_or_default();
+    security_group(&mut found, &group);
+    match names::Name::parse_security_group(&group.name) {
+        Ok(name) => found.into_result().map(|()| name),
+        Err(error) => {
+            found.add("security_group.name", error.to_string());
+            Err(found.into_result().expect_err("there is a violation"))
+        }
+    }
+}
+
+fn security_group(found: &mut Violations, group: &pb::SecurityGroup) {
+    let count = group.rules.len();
+    found.require(count <= MAX_GROUP_RULES, "security_group.rules", || {
+        format!("has {count} rules, {MAX_GROUP_RULES} at most")
+    });
+    let text = &group.description;
+    no_control_characters(found, "security_group.description", text);
+    found.require(text.len() <= 1024, "security_group.description", || {
+        "is longer than 1024 bytes".into()
+    });
+    for (index, rule) in group.rules.iter().enumerate() {
+        let at = format!("security_group.rules[{index}]");
+        security_rule(found, &at, rule);
+    }
+}
+
+fn security_rule(found: &mut Violations, at: &str, rule: &pb::SecurityRule) {
+    let field = |name: &str| format!("{at}.{name}");
+    let known = matches!(
+        pb::TrafficDirection::try_from(rule.direction),
+        Ok(pb::TrafficDirection::Ingress | pb::TrafficDirection::Egress)
+    );
+    found.require(known, &field("direction"), || {
+        "must be TRAFFIC_DIRECTION_INGRESS or TRAFFIC_DIRECTION_EGRESS".into()
+    });
+    found.require(
+        matches!(rule.ip_version, 0 | 4 | 6),
+        &field("ip_version"),
+        || format!("must be 4, 6 or 0 for both, not {}", rule.ip_version),
+    );
+    let protocol = protocol_number(&rule.protocol);
+    found.require(protocol.is_some(), &field("protocol"), || {
+        format!(
+            "{:?} must be tcp, udp, icmp, sctp or a number to 255; empty for any",
+            rule.protocol
+        )
+    });
+    let has_ports = rule.first_port != 0 || rule.last_port != 0;
+    found.require(
+        !has_ports || matches!(protocol, Some(6 | 17 | 132)),
+        &field("first_port"),
+        || "is for tcp, udp and sctp".into(),
+    );
+    found.require(
+        rule.first_port <= 65535 && rule.last_port <= 65535,
+        &field("first_port"),
+        || "ports are 1 to 65535".into(),
+    );
+    found.require(
+        rule.last_port == 0 || rule.first_port <= rule.last_port,
+        &field("last_port"),
+        || "is before first_port".into(),
+    );
+    let has_type = rule.icmp_type.is_some() || rule.icmp_code.is_some();
+    found.require(
+        !has_type || matches!(protocol, Some(1 | 58)),
+        &field("icmp_type"),
+        || "is for icmp".into(),
+    );
+    for (name, value) in [("icmp_type", rule.icmp_type), ("icmp_code", rule.icmp_code)] {
+        at_most(found, &field(name), value.unwrap_or(0), 255);
+    }
+    found.require(
+        rule.icmp_code.is_none() || rule.icmp_type.is_some(),
+        &field("icmp_code"),
+        || "needs icmp_type".into(),
+    );
+    let both = !rule.cidr.is_empty() && !rule.security_group.is_empty();
+    found.require(!both, at, || "give cidr or security_group, not both".into());
+    if !rule.cidr.is_empty() {
+        let parsed = prefix(&rule.cidr);
+        found.require(parsed.is_some(), &field("cidr"), || {
+            format!(
+                "{:?} must be a prefix such as 10.0.0.0/8 or 2001:db8::/32",
+                rule.cidr
+            )
+        });
+        let matches = parsed.is_none_or(|net| match rule.ip_version {
+            4 => matches!(net, IpNet::V4(_)),
+            6 => matches!(net, IpNet::V6(_)),
+            _ => true,
+        });
+        found.require(matches, &field("cidr"), || "is not of ip_version".into());
+    }
+    if !rule.security_group.is_empty()
+        && let Err(error) = names::Name::parse_security_group(&rule.security_group)
+    {
+        found.add(field("security_group"), error.to_string());
+    }
+}
+
+/// An address or a prefix.
+fn prefix(text: &str) -> Option<IpNet> {
+    text.parse::<IpNet>()
+        .ok()
+        .or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+}
+
+/// The number of an IP protocol that is named as in a [`pb::SecurityRule`]; 0 for any.
+pub fn protocol_number(name: &str) -> Option<u32> {
+    match name {
+        "" => Some(0),
+        "tcp" => Some(6),
+        "udp" => Some(17),
+        "icmp" => Some(1),
+        "icmpv6" => Some(58),
+        "sctp" => Some(132),
+        number => number.parse().ok().filter(|number| *number <= 255),
+    }
+}
+
+/// Checks the network that a host is asked to make.
+///
+/// # Errors
+/// As [`attach_request`]; paths begin with `spec.`
+pub fn apply_network_request(request: &node::ApplyNetworkRequest) -> Result<(), Status> {
+    let mut found = Violations::new();
+    let Some(spec) = &request.spec else {
+        found.add("spec", "is missing");
+        return found.into_result();
+    };
+    id(&mut found, "spec.id", &spec.id);
+    no_control_characters(&mut found, "spec.revision", &spec.revision);
+    let kind = node::NetworkKind::try_from(spec.kind).unwrap_or_default();
+    found.require(kind != node::NetworkKind::Unspecified, "spec.kind", || {
+        "is missing or unknown".into()
+    });
+    let gateways = [
+        ("spec.ipv4_gateway", &spec.ipv4_gateway, true),
+        ("spec.ipv6_gateway", &spec.ipv6_gateway, false),
+    ];
+    for (field, text, is_ipv4) in gateways {
+        let fits = text.is_empty()
+            || text
+                .parse::<IpNet>()
+                .is_ok_and(|net| matches!(net, IpNet::V4(_)) == is_ipv4);
+        found.require(fits, field, || {
+            format!("{text:?} must be an address and a prefix length")
+        });
+    }
+    let has_host = matches!(kind, node::NetworkKind::Nat | node::NetworkKind::HostOnly);
+    let has_address = !spec.ipv4_gateway.is_empty() || !spec.ipv6_gateway.is_empty();
+    found.require(has_host == has_address, "spec.ipv4_gateway", || {
+        "NAT and host-only networks have a gateway, others none".into()
+    });
+    found.require(has_host || !(spec.dhcp || spec.dns), "spec.dhcp", || {
+        "needs a gateway".into()
+    });
+    for (index, server) in spec.dns_servers.iter().enumerate() {
+        let field = format!("spec.dns_servers[{index}]");
+        found.require(server.parse::<IpAddr>().is_ok(), &field, || {
+            format!("{server:?} is no IP address")
+        });
+    }
+    domain(&mut found, "spec.dns_domain", &spec.dns_domain);
+    mtu(&mut found, "spec.mtu", spec.mtu);
+    interface(&mut found, "spec.bridge", &spec.bridge);
+    interface(&mut found, "spec.uplink", &spec.uplink);
+    found.require(
+        spec.bridge.is_empty() == (kind != node::NetworkKind::Bridged),
+        "spec.bridge",
+        || "is of bridged networks, which need it".into(),
+    );
+    if let Some(overlay) = &spec.overlay {
+        let peers = overlay
+            .peers
+            .iter()
+            .map(|peer| (peer.underlay_address.as_str(), peer.macs.as_slice()));
+        overlay_fields(
+            &mut found,
+            "spec.overlay",
+            overlay.vni,
+            &overlay.underlay_address,
+            overlay.port,
+            peers.collect(),
+        );
+    }
+    for (index, endpoint) in spec.endpoints.iter().enumerate() {
+        node_endpoint(&mut found, &format!("spec.endpoints[{index}]"), endpoint);
+    }
+    for (index, group) in spec.groups.iter().enumerate() {
+        for address in &group.addresses {
+            found.require(
+                prefix(address).is_some(),
+                &format!("spec.groups[{index}].addresses"),
+                || format!("{address:?} is no address"),
+            );
+        }
+    }
+    found.into_result()
+}
+
+fn node_endpoint(found: &mut Violations, at: &str, endpoint: &node::Endpoint) {
+    let field = |name: &str| format!("{at}.{name}");
+    id(found, &field("vm_id"), &endpoint.vm_id);
+    id(found, &field("nic"), &endpoint.nic);
+    found.require(!endpoint.mac.is_empty(), &field("mac"), || {
+        "is missing".into()
+    });
+    mac(found, &field("mac"), &endpoint.mac);
+    address(
+        found,
+        &field("ipv4_address"),
+        &endpoint.ipv4_address,
+        |address| address.is_ipv4(),
+    );
+    address(
+        found,
+        &field("ipv6_address"),
+        &endpoint.ipv6_address,
+        |address| address.is_ipv6(),
+    );
+    if !endpoint.hostname.is_empty() {
+        id(found, &field("hostname"), &endpoint.hostname);
+    }
+    for (index, forward) in endpoint.port_forwards.iter().enumerate() {
+        let at = field(&format!("port_forwards[{index}]"));
+        let known = matches!(forward.protocol.as_str(), "tcp" | "udp");
+        found.require(known, &format!("{at}.protocol"), || {
+            "must be tcp or udp".into()
+        });
+        port(found, &format!("{at}.host_port"), forward.host_port);
+        port(found, &format!("{at}.guest_port"), forward.guest_port);
+        address(
+            found,
+            &format!("{at}.host_address"),
+            &forward.host_address,
+            |_| true,
+        );
+    }
+    for (index, rule) in endpoint.rules.iter().enumerate() {
+        let at = field(&format!("rules[{index}]"));
+        found.require(
+            rule.cidr.is_empty() || prefix(&rule.cidr).is_some(),
+            &format!("{at}.cidr"),
+            || format!("{:?} is no prefix", rule.cidr),
+        );
+        at_most(found, &format!("{at}.protocol"), rule.protocol, 255);
+        at_most(found, &format!("{at}.first_port"), rule.first_port, 65535);
+        at_most(found, &format!("{at}.last_port"), rule.last_port, 65535);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,141 @@
+//! What networks and security groups are refused for, and where.
+
+use super::*;
+
+fn nat() -> pb::NetworkSpec {
+    pb::NetworkSpec {
+        kind: pb::NetworkKind::Nat as i32,
+        ipv4_cidr: "10.20.0.0/24".into(),
+        ipv6_prefix: "fd00:20::/64".into(),
+        ..Default::default()
+    }
+}
+
+fn refusal(spec: pb::NetworkSpec) -> String {
+    let request = pb::CreateNetworkRequest {
+        parent: "projects/default".into(),
+        network_id: "front".into(),
+        network: Some(pb::Network {
+            spec: Some(spec),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    match create_network_request(&request) {
+        Ok(()) => String::new(),
+        Err(status) => crate::errors::explain(&status),
+    }
+}
+
+#[test]
+fn sound_networks_pass() {
+    assert_eq!(refusal(nat()), "");
+    for kind in [pb::NetworkKind::HostOnly, pb::NetworkKind::Isolated] {
+        let kind = kind as i32;
+        let spec = pb::NetworkSpec { kind, ..nat() };
+        assert_eq!(refusal(spec), "");
+    }
+    let bridged = pb::NetworkSpec {
+        kind: pb::NetworkKind::Bridged as i32,
+        bridge: "br0".into(),
+        ..Default::default()
+    };
+    assert_eq!(refusal(bridged), "");
+}
+
+#[test]
+fn each_mistake_is_named_with_its_field() {
+    type Change = fn(&mut pb::NetworkSpec);
+    let mistakes: [(&str, Change); 12] = [
+        ("spec.kind", |spec| spec.kind = 0),
+        ("spec.ipv4_cidr", |spec| {
+            spec.ipv4_cidr = "10.20.0.1/24".into()
+        }),
+        ("spec.ipv4_cidr", |spec| {
+            spec.ipv4_cidr = "10.20.0.0/31".into()
+        }),
+        ("spec.ipv4_gateway", |spec| {
+            spec.ipv4_gateway = "10.21.0.1".into()
+        }),
+        ("spec.ipv4_pool_last", |spec| {
+            spec.ipv4_pool_first = "10.20.0.9".into();
+            spec.ipv4_pool_last = "10.20.0.8".into();
+        }),
+        ("spec.ipv6_prefix", |spec| {
+            spec.ipv6_prefix = "fd00::/56".into()
+        }),
+        ("spec.mtu", |spec| spec.mtu = 1000),
+        ("spec.bridge", |spec| spec.bridge = "br0".into()),
+        ("spec.dns_servers[0]", |spec| {
+            spec.dns_servers = vec!["one".into()]
+        }),
+        ("spec.dns_domain", |spec| spec.dns_domain = "-a.b".into()),
+        ("spec.overlay.vni", |spec| {
+            spec.overlay = Some(pb::Overlay::default())
+        }),
+        ("spec.datapath", |spec| {
+            spec.datapath = pb::Datapath::Switch as i32
+        }),
+    ];
+    for (field, change) in mistakes {
+        let mut spec = nat();
+        change(&mut spec);
+        let text = refusal(spec);
+        assert!(
+            text.starts_with(&format!("network.{field}: ")),
+            "{field}: {text}"
+        );
+    }
+}
+
+#[test]
+fn dhcp_needs_a_network_that_the_host_is_in() {
+    let spec = pb::NetworkSpec {
+        kind: pb::NetworkKind::Isolated as i32,
+        dhcp: Some(true),
+        ..nat()
+    };
+    assert!(refusal(spec).starts_with("network.spec.dhcp: "));
+}
+
+#[test]
+fn rules_are_checked_one_by_one() {
+    let rule = pb::SecurityRule {
+        direction: pb::TrafficDirection::Ingress as i32,
+        protocol: "tcp".into(),
+        first_port: 22,
+        cidr: "10.0.0.0/8".into(),
+        ..Default::default()
+    };
+    let refusal = |rule: pb::SecurityRule| {
+        let request = pb::CreateSecurityGroupRequest {
+            parent: "projects/default".into(),
+            security_group_id: "ssh".into(),
+            security_group: Some(pb::SecurityGroup {
+                rules: vec![rule],
+                ..Default::default()
+            }),
+        };
+        match create_security_group_request(&request) {
+            Ok(()) => String::new(),
+            Err(status) => crate::errors::explain(&status),
+        }
+    };
+    assert_eq!(refusal(rule.clone()), "");
+    type Change = fn(&mut pb::SecurityRule);
+    let mistakes: [(&str, Change); 6] = [
+        ("direction", |rule| rule.direction = 0),
+        ("protocol", |rule| rule.protocol = "gre2".into()),
+        ("first_port", |rule| rule.protocol = "icmp".into()),
+        ("last_port", |rule| rule.last_port = 21),
+        ("cidr", |rule| rule.ip_version = 6),
+        ("icmp_type", |rule| rule.icmp_type = Some(8)),
+    ];
+    for (field, change) in mistakes {
+        let mut rule = rule.clone();
+        change(&mut rule);
+        let text = refusal(rule);
+        let start = format!("security_group.rules[0].{field}: ");
+        assert!(text.starts_with(&start), "{field}: {text}");
+    }
+}
