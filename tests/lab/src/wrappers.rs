@@ -34,7 +34,12 @@ pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, OsSt
         ),
     ];
     // Called by name: the scripts' folder leads the PATH.
-    for program in artifacts.qemu_utils.iter().chain(&artifacts.cryptsetup) {
+    let called_by_name = artifacts
+        .qemu_utils
+        .iter()
+        .chain(&artifacts.cryptsetup)
+        .chain(&artifacts.network_tools);
+    for program in called_by_name {
         script(&program.name(), &program.command())?;
     }
     if let Some(virtiofsd) = &artifacts.virtiofsd {

@@ -20,7 +20,7 @@ use crate::{tool, workspace};
 use apt::{Apt, Package};
 
 /// Raised when a lab needs more than an older lab's stamp promises.
-const STAMP_VERSION: u32 = 3;
+const STAMP_VERSION: u32 = 4;
 
 /// Where everything is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,6 +39,8 @@ pub(crate) struct Artifacts {
     pub(crate) cryptsetup: Vec<Program>,
     /// fio, mke2fs and e2fsck, for a guest's root disk.
     pub(crate) guest_tools: Vec<Program>,
+    /// What hosts make networks with: nft, dnsmasq and ip.
+    pub(crate) network_tools: Vec<Program>,
 }
 
 /// A Debian cloud kernel; nested hosts and guests run the same one.
@@ -128,7 +130,8 @@ impl Artifacts {
             .qemu_utils
             .iter()
             .chain(&artifacts.cryptsetup)
-            .chain(&artifacts.guest_tools);
+            .chain(&artifacts.guest_tools)
+            .chain(&artifacts.network_tools);
         let files = [
             &kernel.bzimage,
             &kernel.vmlinux,
@@ -174,6 +177,9 @@ impl Fetcher {
         let cryptsetup = self.programs("cryptsetup-bin", &["cryptsetup"])?;
         let mut guest_tools = self.programs("fio", &["fio"])?;
         guest_tools.extend(self.programs("e2fsprogs", &["mke2fs", "e2fsck"])?);
+        let mut network_tools = self.programs("nftables", &["nft"])?;
+        network_tools.extend(self.programs("dnsmasq-base", &["dnsmasq"])?);
+        network_tools.extend(self.programs("iproute2", &["ip"])?);
         Ok(Artifacts {
             stamp_version: STAMP_VERSION,
             kernel,
@@ -185,6 +191,7 @@ impl Fetcher {
             qemu_utils,
             cryptsetup,
             guest_tools,
+            network_tools,
         })
     }
 
