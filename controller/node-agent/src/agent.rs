@@ -61,6 +61,8 @@ pub(crate) struct Dirs {
     pub(crate) bin: PathBuf,
     /// The converter of foreign images, if there is one.
     pub(crate) qemu_img: Option<PathBuf>,
+    /// What makes user networks, if it was named.
+    pub(crate) passt: Option<PathBuf>,
 }
 
 /// Why the agent cannot work.
@@ -153,6 +155,7 @@ impl Agent {
             run_dir,
             promised: Promised::default(),
             bin_dir: dirs.bin.clone(),
+            passt: dirs.passt.clone(),
             boot_id: process::boot_id(),
             changes,
         });
@@ -304,6 +307,7 @@ mod tests {
             run: dir.path().join("run"),
             bin: dir.path().to_owned(),
             qemu_img: None,
+            passt: None,
         };
         let first = Agent::open(&dirs).unwrap();
         assert!(matches!(Agent::open(&dirs), Err(AgentError::InUse { .. })));

@@ -30,6 +30,9 @@ pub(crate) struct Cli {
     /// This host's address that other hosts send to what overlay networks carry.
     #[arg(long, value_name = "IP")]
     pub(crate) underlay_address: Option<std::net::IpAddr>,
+    /// Makes user networks [default: beside node-agent, or in PATH].
+    #[arg(long, value_name = "FILE", env = "MORTISE_PASST")]
+    pub(crate) passt: Option<PathBuf>,
     /// Serve /metrics for Prometheus over HTTP here: HOST:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics_listen: Option<Address>,

@@ -105,6 +105,7 @@ fn directories(cli: &Cli) -> anyhow::Result<Dirs> {
     Ok(Dirs {
         state: absolute(&cli.state_dir)?,
         run: absolute(&cli.run_dir)?,
+        passt: cli.passt.as_ref().map(absolute).transpose()?,
         qemu_img: match &cli.qemu_img {
             Some(program) => Some(absolute(program)?),
             None => import::find_qemu_img(&bin),

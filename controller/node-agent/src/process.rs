@@ -329,7 +329,8 @@ fn parse_start_ticks(stat: &str) -> Option<u64> {
     }
 }
 
-/// Pids of all processes whose command line names a control socket in `dir`.
+/// Pids of all processes whose command line names a control socket in `dir`, or any other socket there that
+/// they are to serve.
 pub(crate) fn pids_serving(dir: &Path) -> Vec<i32> {
     let mut wanted = dir.as_os_str().as_encoded_bytes().to_vec();
     wanted.push(b'/');
@@ -344,8 +345,9 @@ pub(crate) fn pids_serving(dir: &Path) -> Vec<i32> {
                 return false;
             };
             let args: Vec<&[u8]> = cmdline.split(|&byte| byte == 0).collect();
-            args.windows(2)
-                .any(|pair| pair[0] == b"--control-socket" && pair[1].starts_with(&wanted))
+            args.windows(2).any(|pair| {
+                matches!(pair[0], b"--control-socket" | b"--socket") && pair[1].starts_with(&wanted)
+            })
         })
         .collect()
 }

@@ -2,6 +2,7 @@
 //! atomically and synced, so that the next agent finds either the old or the new state.
 
 use std::{
+    borrow::Cow,
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
@@ -75,13 +76,15 @@ pub(crate) struct DaemonRecord {
     pub(crate) restarts: u64,
 }
 
-/// The kinds of device daemons a VM has one of.
+/// The device daemons of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum DaemonKind {
     /// `device-blk`
     Blk,
     /// `device-net`
     Net,
+    /// passt, for the NIC of this number.
+    Passt(u8),
 }
 
 impl DaemonKind {
@@ -90,14 +93,16 @@ impl DaemonKind {
         match self {
             Self::Blk => "device-blk",
             Self::Net => "device-net",
+            Self::Passt(_) => "passt",
         }
     }
 
     /// Stem of its sockets' and its log's names.
-    pub(crate) fn stem(self) -> &'static str {
+    pub(crate) fn stem(self) -> Cow<'static, str> {
         match self {
-            Self::Blk => "blk",
-            Self::Net => "net",
+            Self::Blk => "blk".into(),
+            Self::Net => "net".into(),
+            Self::Passt(nic) => format!("passt{nic}").into(),
         }
     }
 }

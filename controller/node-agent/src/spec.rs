@@ -2,7 +2,7 @@
 //! `VmSpec`. It is made from requests that `api::validate` let through only, so everything behind
 //! it may rely on names being safe as file names and on counts being in range.
 
-use std::path::PathBuf;
+use std::{net::IpAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -176,6 +176,31 @@ pub(crate) struct Nic {
     pub(crate) bridge: Option<String>,
     /// 0 for the default.
     pub(crate) mtu: u32,
+    /// Instead of a tap.
+    #[serde(default)]
+    pub(crate) user: Option<UserNetwork>,
+}
+
+/// A network without privileges.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct UserNetwork {
+    /// What reaches the guest.
+    pub(crate) port_forwards: Vec<PortForward>,
+    /// Where the guest finds the host's loopback.
+    pub(crate) host_loopback: Option<IpAddr>,
+}
+
+/// A port of the host that is the guest's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PortForward {
+    /// Else TCP.
+    pub(crate) udp: bool,
+    /// `None` for all.
+    pub(crate) host_address: Option<IpAddr>,
+    /// Not 0.
+    pub(crate) host_port: u16,
+    /// Not 0.
+    pub(crate) guest_port: u16,
 }
 
 /// An address with its prefix length.
@@ -366,6 +391,26 @@ impl Nic {
                 .map(|text| parse_cidr(text).expect("an address was validated")),
             bridge: not_empty(&api.bridge).map(str::to_owned),
             mtu: api.mtu,
+            user: api.user.as_ref().map(UserNetwork::from_api),
+        }
+    }
+}
+
+impl UserNetwork {
+    fn from_api(api: &api::node::UserNetwork) -> Self {
+        let address = |text: &str| {
+            not_empty(text).map(|text| text.parse().expect("addresses were validated"))
+        };
+        let port = |number: u32| u16::try_from(number).expect("ports were validated");
+        let forward = |forward: &api::node::PortForward| PortForward {
+            udp: forward.protocol == "udp",
+            host_address: address(&forward.host_address),
+            host_port: port(forward.host_port),
+            guest_port: port(forward.guest_port),
+        };
+        Self {
+            port_forwards: api.port_forwards.iter().map(forward).collect(),
+            host_loopback: address(&api.host_loopback),
         }
     }
 }

@@ -6,7 +6,7 @@ use super::{
     daemon::{self, Plan},
     disk, error_chain,
     machine::{Daemon, Machine},
-    remove_dir,
+    passt, remove_dir,
     stop::{self, StopHow, sweep},
 };
 use crate::{
@@ -93,7 +93,10 @@ async fn adopt_machine(actor: &Actor, assets: &Assets) -> Result<Box<Machine>, S
         .collect();
     sweep(&dir, &known).await;
     let mut daemons = Vec::new();
-    for plan in daemon::plans(spec, &env.bin_dir, &dir, &env.volumes) {
+    let passt = passt::find(env.passt.as_deref(), &env.bin_dir, spec).await;
+    // One that is gone is looked for by its name until it is back.
+    let passt = passt.unwrap_or_else(|_| passt::PROGRAM.into());
+    for plan in daemon::plans(spec, &env.bin_dir, &passt, &dir, &env.volumes) {
         let record = assets
             .daemons
             .iter()
@@ -138,7 +141,7 @@ async fn adopt_daemon(plan: Plan, record: Option<&DaemonRecord>) -> Daemon {
     let Some(process) = process else {
         return Daemon::adopted(plan, None, restarts, Vec::new());
     };
-    match plan.check().await {
+    match plan.check(process.pid()).await {
         Ok(Some(sandbox)) => Daemon::adopted(plan, Some(process), restarts, sandbox),
         incomplete => {
             let problem = match incomplete {

@@ -29,13 +29,13 @@ use tonic::{Code, transport::Channel};
 use super::{
     disk::{self, DiskError},
     disks::Disks,
-    ending,
+    ending, passt,
 };
 use crate::{
     cloud_init,
     process::{Guard, Process, ProcessError},
     record::DaemonKind,
-    spec::{Disk, DiskSource, Spec},
+    spec::{Disk, DiskSource, Nic, Spec, UserNetwork},
     tap::{self, TapError},
     volumes::Pool,
 };
@@ -79,6 +79,10 @@ enum Backing {
         name: String,
         queue_pairs: u32,
         mac: String,
+        mtu: u32,
+    },
+    User {
+        network: UserNetwork,
         mtu: u32,
     },
 }
@@ -191,35 +195,62 @@ pub(super) fn tap_name(spec: &Spec, index: usize) -> String {
         .unwrap_or_else(|| tap::name(&spec.id, index))
 }
 
-/// The daemons that a spec's machine needs.
-pub(super) fn plans(spec: &Spec, bin_dir: &Path, dir: &Path, volumes: &Pool) -> Vec<Plan> {
+/// The address of a spec's NIC: the one it names, or one that follows from its name.
+pub(super) fn mac(spec: &Spec, nic: &Nic) -> String {
+    match nic.mac.as_str() {
+        "" => tap::derived_mac(&spec.id, &nic.name),
+        mac => mac.to_owned(),
+    }
+}
+
+/// The daemons that a spec's machine needs; `passt` is the program of user networks.
+pub(super) fn plans(
+    spec: &Spec,
+    bin_dir: &Path,
+    passt: &Path,
+    dir: &Path,
+    volumes: &Pool,
+) -> Vec<Plan> {
     let seed = spec.cloud_init.as_ref().map(|_| cloud_init::disk(dir));
     let disks = spec.disks.iter().cloned().chain(seed);
     let disks = disks.map(|disk| DevicePlan {
         name: disk.name.clone(),
         backing: Backing::Disk(Box::new(disk)),
     });
-    let nics = spec.nics.iter().enumerate().map(|(index, nic)| DevicePlan {
+    let nics = spec.nics.iter().enumerate();
+    let taps = nics.clone().filter(|(_, nic)| nic.user.is_none());
+    let taps = taps.map(|(index, nic)| DevicePlan {
         name: nic.name.clone(),
         backing: Backing::Tap {
             name: tap_name(spec, index),
             queue_pairs: nic.queue_pairs,
-            mac: match nic.mac.as_str() {
-                "" => tap::derived_mac(&spec.id, &nic.name),
-                mac => mac.to_owned(),
-            },
+            mac: mac(spec, nic),
             mtu: nic.mtu,
         },
     });
+    let users = nics.filter_map(|(index, nic)| {
+        let device = DevicePlan {
+            name: nic.name.clone(),
+            backing: Backing::User {
+                network: nic.user.clone()?,
+                mtu: nic.mtu,
+            },
+        };
+        Some((DaemonKind::Passt(index as u8), vec![device]))
+    });
     [
         (DaemonKind::Blk, disks.collect::<Vec<_>>()),
-        (DaemonKind::Net, nics.collect()),
+        (DaemonKind::Net, taps.collect()),
     ]
     .into_iter()
+    .chain(users)
     .filter(|(_, devices)| !devices.is_empty())
     .map(|(kind, devices)| Plan {
         kind,
-        program: bin_dir.join(kind.program()),
+        program: match kind {
+            DaemonKind::Passt(_) => passt.to_owned(),
+            _ => bin_dir.join(kind.program()),
+        },
         dir: dir.to_owned(),
         volumes: volumes.clone(),
         devices,
@@ -287,6 +318,17 @@ impl Plan {
 
     /// Starts the daemon and hands it its devices. Sockets that `listeners` lacks are bound.
     pub(super) async fn bring_up(&self, listeners: Listeners) -> Result<Up, DaemonError> {
+        if let [
+            DevicePlan {
+                name,
+                backing: Backing::User { network, mtu },
+            },
+        ] = self.devices.as_slice()
+        {
+            let socket = socket(&self.dir, name);
+            let args = passt::args(&socket, network, *mtu);
+            return passt::bring_up(&self.program, &args, &socket, &self.log()).await;
+        }
         let listeners = self.bind_missing(listeners)?;
         let process = Process::spawn(&self.program, &self.args(), &self.log())?;
         let exited = process.exited();
@@ -314,7 +356,10 @@ impl Plan {
     }
 
     /// Whether an adopted daemon serves all devices, and what its sandbox is.
-    pub(super) async fn check(&self) -> Result<Option<Vec<String>>, DaemonError> {
+    pub(super) async fn check(&self, pid: i32) -> Result<Option<Vec<String>>, DaemonError> {
+        if let DaemonKind::Passt(_) = self.kind {
+            return Ok(passt::sandbox(pid));
+        }
         let mut client = self.client(CALL_DEADLINE).await?;
         let listed = client
             .list_devices(with_deadline(ListDevicesRequest {}, CALL_DEADLINE))
@@ -395,6 +440,7 @@ impl Plan {
                     let config = disk::open(disk, &volumes)?.into_config(disk, send)?;
                     attach_request::Device::Blk(config)
                 }
+                Backing::User { .. } => unreachable!("passt is handed nothing"),
                 Backing::Tap {
                     name,
                     queue_pairs,

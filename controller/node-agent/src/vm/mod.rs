@@ -21,6 +21,7 @@ mod daemon;
 pub(crate) mod disk;
 pub(crate) mod disks;
 mod machine;
+mod passt;
 mod start;
 mod status;
 mod stop;
@@ -73,6 +74,8 @@ pub(crate) struct Env {
     pub(crate) promised: Promised,
     /// Where `vmm-core` and the daemons are.
     pub(crate) bin_dir: PathBuf,
+    /// What makes user networks, if it was named.
+    pub(crate) passt: Option<PathBuf>,
     /// Pool of volumes.
     pub(crate) volumes: volumes::Pool,
     /// Files that are brought here to be made into volumes.

@@ -18,7 +18,9 @@ use super::{
     daemon::{self, DaemonError},
     disk::{self, DiskError},
     machine::{Daemon, Machine},
-    now_ms, remove_dir,
+    now_ms,
+    passt::{self, PasstError},
+    remove_dir,
     stop::{self, sweep},
     vmm::{self, VmmError},
 };
@@ -103,6 +105,9 @@ pub(crate) enum StartError {
         #[source]
         source: TapError,
     },
+    /// There are no user networks here.
+    #[error(transparent)]
+    Passt(#[from] PasstError),
     /// A device daemon does not serve.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
@@ -127,6 +132,7 @@ impl StartError {
             Self::Dir { .. } => Code::Internal,
             Self::Disk(error) => error.code(),
             Self::Tap { source, .. } => source.code(),
+            Self::Passt(_) => Code::FailedPrecondition,
             Self::Daemon(error) => error.code(),
             Self::Vmm(error) => error.code(),
         }
@@ -150,7 +156,7 @@ pub(super) struct Rising {
 impl Rising {
     pub(super) fn new(env: &Env, spec: &Spec) -> Self {
         let planned_taps = (0..spec.nics.len())
-            .filter(|&index| spec.nics[index].tap.is_none())
+            .filter(|&index| spec.nics[index].tap.is_none() && spec.nics[index].user.is_none())
             .map(|index| tap::name(&spec.id, index))
             .filter(|name| !tap::exists(name))
             .collect();
@@ -216,7 +222,8 @@ pub(super) async fn bring_up(
     rising: &mut Rising,
 ) -> Result<(), StartError> {
     let dir = env.vm_dir(&spec.id);
-    let plans = daemon::plans(spec, &env.bin_dir, &dir, &env.volumes);
+    let passt = passt::find(env.passt.as_deref(), &env.bin_dir, spec).await?;
+    let plans = daemon::plans(spec, &env.bin_dir, &passt, &dir, &env.volumes);
     check_host(env, spec, &dir, plans.iter().map(|plan| plan.kind))?;
     claim_images(env, spec, &mut rising.claims).await?;
     make_dir(&dir, &mut rising.dir_made)?;
@@ -249,7 +256,8 @@ fn check_host(
         check_boot_file("initramfs", initramfs)?;
     }
     check_socket_paths(spec, dir)?;
-    for program in std::iter::once("vmm-core").chain(daemons.map(DaemonKind::program)) {
+    let ours = daemons.filter(|kind| !matches!(kind, DaemonKind::Passt(_)));
+    for program in std::iter::once("vmm-core").chain(ours.map(DaemonKind::program)) {
         let path = env.bin_dir.join(program);
         if !path.is_file() {
             return Err(StartError::Program { path });
@@ -352,6 +360,9 @@ fn make_seed(spec: &Spec, dir: &Path) -> Result<(), StartError> {
 
 async fn make_tap(spec: &Spec, index: usize, rising: &mut Rising) -> Result<(), StartError> {
     let nic = &spec.nics[index];
+    if nic.user.is_some() {
+        return Ok(());
+    }
     let error = |source| StartError::Tap {
         nic: nic.name.clone(),
         source,

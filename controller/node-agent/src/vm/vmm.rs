@@ -18,7 +18,7 @@ use api::{
 use serde::Deserialize;
 use tonic::{Code, transport::Channel};
 
-use super::{daemon, error_chain, vmm_socket};
+use super::{daemon, error_chain, passt, vmm_socket};
 use crate::{
     process::{Exit, Guard, Process, ProcessError},
     spec::Spec,
@@ -123,9 +123,17 @@ pub(super) fn args(spec: &Spec, dir: &Path) -> Vec<OsString> {
         );
     }
     for nic in &spec.nics {
+        let socket = daemon::socket(dir, &nic.name);
         option(
             "--device",
-            device(&nic.name, "net", &daemon::socket(dir, &nic.name), 0, 0),
+            match nic.user {
+                None => device(&nic.name, "net", &socket, 0, 0),
+                Some(_) => {
+                    let mut text = device(&nic.name, "net", &socket, 2, 0);
+                    text.push(passt::device_options(&daemon::mac(spec, nic), nic.mtu));
+                    text
+                }
+            },
         );
     }
     for other in &spec.vhost_user {

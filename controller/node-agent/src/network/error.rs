@@ -1,0 +1,212 @@
+//! Why a network is not there.
+
+use std::{io, path::PathBuf};
+
+use tonic::Code;
+
+use crate::{process::ProcessError, record::RecordError};
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NetworkError {
+    /// No such network.
+    #[error("network {id:?} does not exist on this host")]
+    NotFound {
+        /// As asked for.
+        id: String,
+    },
+    /// A VM wants to be in a network that is not there.
+    #[error("network {id} is not ready: {problem}")]
+    NotReady {
+        /// The network.
+        id: String,
+        /// Why not.
+        problem: String,
+    },
+    /// The network does not know the NIC.
+    #[error("network {id} does not know NIC {nic} of VM {vm}; apply the network again")]
+    UnknownNic {
+        /// The network.
+        id: String,
+        /// The VM.
+        vm: String,
+        /// The NIC.
+        nic: String,
+    },
+    /// NICs are in it.
+    #[error("network {id} is in use by {}; stop their VMs first", taps.join(", "))]
+    InUse {
+        /// The network.
+        id: String,
+        /// Interfaces in its bridge.
+        taps: Vec<String>,
+    },
+    /// Not allowed.
+    #[error("network {id}: {action}: not permitted; run node-agent as root or with CAP_NET_ADMIN")]
+    NotPermitted {
+        /// The network.
+        id: String,
+        /// What was done.
+        action: &'static str,
+    },
+    /// A program is not installed.
+    #[error(
+        "network {id}: program {program} is not there; install it (Debian: apt-get install {package}) or put it beside node-agent"
+    )]
+    NoProgram {
+        /// The network.
+        id: String,
+        /// What it is called.
+        program: &'static str,
+        /// Where Debian has it.
+        package: &'static str,
+    },
+    /// No such bridge.
+    #[error("spec.bridge: bridge {bridge} does not exist; create it: ip link add {bridge} type bridge")]
+    NoBridge {
+        /// As asked for.
+        bridge: String,
+    },
+    /// It is something else.
+    #[error("spec.bridge: interface {bridge} is no bridge; name one, or put it into one: ip link set {bridge} master BRIDGE")]
+    NotABridge {
+        /// As asked for.
+        bridge: String,
+    },
+    /// No such interface.
+    #[error("spec.uplink: interface {uplink} does not exist; ip link shows those that do")]
+    NoUplink {
+        /// As asked for.
+        uplink: String,
+    },
+    /// It should not exist.
+    #[error("interface {name} exists already but was not made for network {id}; remove it: ip link del {name}")]
+    Exists {
+        /// The network.
+        id: String,
+        /// The interface.
+        name: String,
+    },
+    /// Another interface has the subnet.
+    #[error(
+        "spec.ipv4_gateway: {subnet} overlaps {other} of interface {interface}; choose another subnet"
+    )]
+    Overlap {
+        /// As asked for.
+        subnet: String,
+        /// What is there.
+        other: String,
+        /// Who has it.
+        interface: String,
+    },
+    /// Nobody said where others send to.
+    #[error(
+        "spec.overlay.underlay_address: is missing; name this host's address there, or start node-agent with --underlay-address"
+    )]
+    NoUnderlay,
+    /// The kernel refused.
+    #[error("network {id}: {action}")]
+    Netlink {
+        /// The network.
+        id: String,
+        /// What was done.
+        action: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: Box<rtnetlink::Error>,
+    },
+    /// A file could not be read or written.
+    #[error("network {id}: {action} {path}", path = .path.display())]
+    Io {
+        /// The network.
+        id: String,
+        /// What was done.
+        action: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// nft refused.
+    #[error("network {id}: nft: {message}")]
+    Firewall {
+        /// The network.
+        id: String,
+        /// What it said.
+        message: String,
+    },
+    /// dnsmasq could not be started.
+    #[error("network {id}")]
+    Spawn {
+        /// The network.
+        id: String,
+        /// Why not.
+        #[source]
+        source: ProcessError,
+    },
+    /// dnsmasq does not serve.
+    #[error("network {id}: {message}")]
+    Server {
+        /// The network.
+        id: String,
+        /// Its last words.
+        message: String,
+    },
+    /// What is to be done has no place in this version.
+    #[error("spec.datapath: {0}")]
+    Datapath(&'static str),
+    /// It cannot be kept.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+impl NetworkError {
+    /// What the API answers.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::NotFound { .. } | Self::NoBridge { .. } | Self::NoUplink { .. } => Code::NotFound,
+            Self::NotPermitted { .. } => Code::PermissionDenied,
+            Self::Exists { .. } => Code::AlreadyExists,
+            Self::NotABridge { .. } | Self::NoUnderlay => Code::InvalidArgument,
+            Self::Record(_) => Code::Internal,
+            Self::Datapath(_) => Code::Unimplemented,
+            _ => Code::FailedPrecondition,
+        }
+    }
+
+    /// Of a netlink call; a lack of permission is told as such.
+    pub(super) fn netlink(
+        id: &str,
+        action: &'static str,
+    ) -> impl FnOnce(rtnetlink::Error) -> Self + use<> {
+        let id = id.to_owned();
+        move |source| match &source {
+            rtnetlink::Error::NetlinkError(message)
+                if matches!(-message.raw_code(), libc::EPERM | libc::EACCES) =>
+            {
+                Self::NotPermitted { id, action }
+            }
+            _ => Self::Netlink {
+                id,
+                action,
+                source: Box::new(source),
+            },
+        }
+    }
+
+    /// Of a file.
+    pub(super) fn io(
+        id: &str,
+        action: &'static str,
+        path: &std::path::Path,
+    ) -> impl FnOnce(io::Error) -> Self + use<> {
+        let (id, path) = (id.to_owned(), path.to_owned());
+        move |source| Self::Io {
+            id,
+            action,
+            path,
+            source,
+        }
+    }
+}
