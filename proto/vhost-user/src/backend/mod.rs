@@ -5,19 +5,26 @@
 
 mod channel;
 mod connection;
+mod group;
+mod lone;
 mod poller;
 mod server;
+mod serving;
 mod session;
+mod shared;
 mod socket;
 mod worker;
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::ring::{Ring, RingError};
+pub use group::{Seat, WorkerGroup};
 pub use poller::Polling;
 pub use server::{Server, Status, StopError};
+pub use shared::{SharedRing, SharedRingGuard};
 pub use socket::{BindError, bind, listener_from_fd};
 
 #[cfg(test)]
@@ -55,6 +62,23 @@ pub trait Device: Send + Sync + 'static {
     /// # Errors
     /// A failure is logged and leaves the ring stopped.
     fn start_queue(&self, index: u16, features: u64) -> io::Result<Box<dyn QueueHandler>>;
+    /// Where the device's rings are served; None for a thread for each of them.
+    fn group(&self) -> Option<Seat> {
+        None
+    }
+    /// Whether rings of other devices put something into ring `index`. Then it is started by
+    /// [`Device::start_shared_queue`].
+    fn shares_ring(&self, index: u16, features: u64) -> bool {
+        let _ = (index, features);
+        false
+    }
+    /// As [`Device::start_queue`], for a ring that is shared.
+    ///
+    /// # Errors
+    /// As there.
+    fn start_shared_queue(&self, ring: &Arc<SharedRing>) -> io::Result<Box<dyn QueueHandler>> {
+        self.start_queue(ring.index(), ring.features())
+    }
     /// The frontend reset the device or a session ended: forget driver-set state.
     fn reset(&self) {}
 }
@@ -68,7 +92,8 @@ pub enum Wake {
     Event(usize),
 }
 
-/// What serves one ring; owned by the ring's thread, so nothing in it is locked.
+/// What serves one ring; owned by the thread that serves it, so nothing in it is locked. On a
+/// thread of a [`WorkerGroup`], whatever takes long holds up other devices.
 pub trait QueueHandler {
     /// Descriptors other than the kick that make `process` run when readable
     /// (an io_uring's eventfd, a tap). At most 8; asked again after each `process`
@@ -80,6 +105,11 @@ pub trait QueueHandler {
     /// level-triggered descriptor (a tap) while its ring has no buffers.
     fn wants_event(&self, index: usize) -> bool {
         let _ = index;
+        true
+    }
+    /// Whether the driver is to kick, and the worker to look, when buffers are added; asked when
+    /// the ring starts. Not for a ring that others put something into.
+    fn takes_kicks(&self) -> bool {
         true
     }
     /// Makes all the progress possible without blocking: pops chains, submits, completes. The

@@ -219,6 +219,18 @@ pub struct SegmentRange<'a> {
     left: usize,
 }
 
+impl<'a> SegmentRange<'a> {
+    /// The bytes of `segments` from `offset` on, at most `len` of them.
+    #[inline]
+    pub(super) fn new(segments: &'a [Segment], offset: usize, len: usize) -> SegmentRange<'a> {
+        SegmentRange {
+            segments,
+            skip: offset,
+            left: len,
+        }
+    }
+}
+
 impl Iterator for SegmentRange<'_> {
     type Item = Segment;
 

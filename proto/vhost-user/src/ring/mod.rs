@@ -14,6 +14,7 @@
 //! A request that makes no sense is yielded as a chain with a [`ChainFault`]; only what makes the
 //! ring itself meaningless is a [`RingError`].
 
+mod batch;
 mod chain;
 mod error;
 mod fault;
@@ -30,6 +31,7 @@ use crate::eventfd::Doorbell;
 use crate::inflight::QueueInflight;
 use crate::log_limit::LogLimit;
 use crate::memory::MemoryTable;
+pub use batch::{Batch, BatchChain};
 pub use chain::{DescChain, MemoryPin, Segment, SegmentRange};
 use chain::{PinnedMemory, SegmentVec};
 pub use error::RingError;
@@ -263,16 +265,97 @@ impl Ring {
         self.completed_total += 1;
     }
 
+    /// Takes up to `max` requests at once, as [`Ring::pop`] would one after the other, and returns
+    /// how many. Takes nothing while `batch` holds chains from before a change of the memory table.
+    ///
+    /// # Errors
+    /// [`RingError`] when the driver broke the ring; what was taken before is in the batch.
+    #[inline]
+    pub fn pop_batch(&mut self, batch: &mut Batch, max: usize) -> Result<usize, RingError> {
+        let max = max.min(usize::from(self.size()));
+        if !batch.admits(&self.memory, max) {
+            return Ok(0);
+        }
+        let mut taken = 0;
+        while taken < max {
+            if self.intake == Intake::Open
+                && self.resubmit.is_empty()
+                && let Queue::Split(queue) = &mut self.queue
+            {
+                let table = &self.memory.table;
+                let singles =
+                    queue.take_singles(table, &mut self.region_hint, batch, max - taken)?;
+                taken += singles;
+                if singles > 0 && taken < max {
+                    continue;
+                }
+                if taken == max || !queue.has_next()? {
+                    break;
+                }
+            }
+            let Some(mut chain) = self.pop()? else { break };
+            batch.push(&chain);
+            self.keep_storage(&mut chain);
+            taken += 1;
+        }
+        if batch.is_empty() {
+            batch.clear();
+        }
+        Ok(taken)
+    }
+
+    /// As [`Ring::complete`], of the oldest chain in `batch`.
+    ///
+    /// # Panics
+    /// When the batch is empty, or was not taken from this ring.
+    #[inline]
+    pub fn complete_next(&mut self, batch: &mut Batch, written_bytes: u32) {
+        let taken = batch.chains[batch.next];
+        let written_bytes = written_bytes.min(taken.written_limit_bytes);
+        either!(&mut self.queue, queue => queue.complete(taken.head, written_bytes));
+        self.completed_total += 1;
+        batch.next += 1;
+        if batch.is_empty() {
+            batch.clear();
+        }
+    }
+
+    /// Completes all chains in `batch` with nothing written.
+    #[inline]
+    pub fn complete_all(&mut self, batch: &mut Batch) {
+        either!(&mut self.queue, queue => {
+            for taken in &batch.chains[batch.next..] {
+                queue.complete(taken.head, 0);
+            }
+        });
+        self.completed_total += batch.len() as u64;
+        batch.clear();
+    }
+
+    /// As [`Ring::unpop`], of all chains that `batch` holds.
+    pub fn unpop_all(&mut self, batch: &mut Batch) {
+        while batch.chains.len() > batch.next
+            && let Some(taken) = batch.chains.pop()
+        {
+            self.put_back(taken.head);
+        }
+        batch.clear();
+    }
+
     /// Puts back a chain that nothing was done with; of several, the one popped last comes first.
     /// It is popped again before all others.
     pub fn unpop(&mut self, mut chain: DescChain) {
+        self.put_back(chain.head);
+        self.keep_storage(&mut chain);
+    }
+
+    fn put_back(&mut self, head: u16) {
         let may_rewind = self.resubmit.is_empty();
-        let is_drivers = either!(&mut self.queue, queue => queue.put_back(chain.head, may_rewind));
+        let is_drivers = either!(&mut self.queue, queue => queue.put_back(head, may_rewind));
         if !is_drivers {
             // Left by a predecessor: its place in the region and in the order stays.
-            self.resubmit.push_front(chain.head);
+            self.resubmit.push_front(head);
         }
-        self.keep_storage(&mut chain);
     }
 
     /// Makes completed chains visible to the driver, without signalling it.

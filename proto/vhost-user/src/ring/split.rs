@@ -17,11 +17,18 @@ use virtio_bindings::virtio_ring::{
     VRING_USED_F_NO_NOTIFY,
 };
 
+use super::batch::{Batch, prefetch_read, prefetch_write};
 use super::walk::Walk;
 use super::{RingAddresses, RingError};
 use crate::inflight::SplitInflight;
 use crate::memory::MemoryTable;
 use areas::SplitAreas;
+
+/// Entries that are looked at together: enough to hide what one look takes, few enough that what
+/// was asked for early is still in the cache when it is used.
+const RUN: usize = 64;
+
+const CACHE_LINE_BYTES: usize = 64;
 
 /// A split ring, without what it has in common with a packed one. Its chains are known by the
 /// index of their first descriptor.
@@ -145,6 +152,60 @@ impl SplitRing {
         }
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(head)
+    }
+
+    /// Takes up to `max` of the next chains, as long as each is a single buffer inside one memory
+    /// region: what a packet usually is. Returns how many; whatever comes then is for
+    /// [`SplitRing::take_next`].
+    ///
+    /// Other CPUs wrote all that is read here, so each look goes over a whole run of entries
+    /// before the next one depends on it.
+    #[inline]
+    pub(super) fn take_singles(
+        &mut self,
+        table: &MemoryTable,
+        region_hint: &mut usize,
+        batch: &mut Batch,
+        max: usize,
+    ) -> Result<usize, RingError> {
+        if !self.has_next()? {
+            return Ok(0);
+        }
+        let ahead = usize::from(self.seen_avail.wrapping_sub(self.next_avail));
+        let count = ahead.min(max).min(RUN);
+        let mut heads = [0; RUN];
+        for (offset, head) in (0..).zip(&mut heads[..count]) {
+            *head = self.areas.avail_entry(self.next_avail.wrapping_add(offset));
+            self.areas.prefetch_desc(*head);
+        }
+        let mut taken = 0;
+        for &head in &heads[..count] {
+            // What is wrong is told by `take_next`.
+            let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+            if head >= self.areas.size() || self.outstanding[word] & bit != 0 {
+                break;
+            }
+            let Some((segment, is_writable)) = self.areas.single(head, table, region_hint) else {
+                break;
+            };
+            let address = segment.as_ptr().cast_const();
+            if is_writable {
+                prefetch_write(address);
+                prefetch_write(address.wrapping_add(CACHE_LINE_BYTES));
+            } else {
+                prefetch_read(address);
+                prefetch_read(address.wrapping_add(CACHE_LINE_BYTES));
+            }
+            self.outstanding[word] |= bit;
+            if let Some(inflight) = &mut self.inflight {
+                inflight.begin(head);
+            }
+            batch.push_single(head, segment, is_writable);
+            taken += 1;
+        }
+        self.outstanding_count += taken;
+        self.next_avail = self.next_avail.wrapping_add(taken);
+        Ok(usize::from(taken))
     }
 
     /// Takes a chain that a dead predecessor left. Its entry is marked in flight already, with the

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 use crate::memory::MemoryTable;
+use crate::ring::batch::prefetch_read;
+use crate::ring::chain::Segment;
 use crate::ring::walk::{Buffer, DESC_BYTES, Desc, Walk};
 use crate::ring::{ChainFault, MAX_RING_SIZE, RingAddresses, RingError};
 
@@ -109,6 +111,35 @@ impl SplitAreas {
         assert!(index < self.size);
         // SAFETY: in bounds by the check above; aligned and mapped since `resolve`.
         unsafe { self.desc.add(usize::from(index)).read_volatile() }
+    }
+
+    /// Asks for the cache line of a descriptor; an index that is none asks for nothing of use.
+    #[inline]
+    pub(super) fn prefetch_desc(&self, index: u16) {
+        prefetch_read(self.desc.as_ptr().wrapping_add(usize::from(index)).cast());
+    }
+
+    /// The only buffer of the chain at `head`, and whether it is writable. None for any other kind
+    /// of chain, sound or not. `head` must be below the size.
+    #[inline]
+    pub(super) fn single(
+        &self,
+        head: u16,
+        table: &MemoryTable,
+        region_hint: &mut usize,
+    ) -> Option<(Segment, bool)> {
+        let desc = self.desc(head);
+        if desc.has(VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT) {
+            return None;
+        }
+        let Buffer {
+            gpa,
+            len_bytes,
+            is_writable,
+        } = desc.buffer();
+        let (host, following_bytes) = table.translate(gpa, region_hint)?;
+        let fits = len_bytes > 0 && u64::from(len_bytes) <= following_bytes;
+        fits.then(|| (Segment::new(host, len_bytes as usize), is_writable))
     }
 
     /// Follows the chain at `head`, which must be below the size.
