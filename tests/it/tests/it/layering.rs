@@ -21,12 +21,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("qcow2", &[]),
     ("bench", &[]),
     ("faultfs", &[]),
-    ("device-net", &["api", "sandbox", "vhost-user"]),
+    ("device-net", &["api", "filter", "sandbox", "vhost-user"]),
+    ("filter", &[]),
     ("controller", &["api"]),
     ("node-agent", &["api", "luks", "qcow2", "sandbox"]),
     ("vmctl", &["api"]),
     ("guest", &[]),
-    ("lab", &["guest"]),
+    ("lab", &["bench", "guest"]),
     ("it", &[]),
 ];
 
