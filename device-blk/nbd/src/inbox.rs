@@ -50,6 +50,14 @@ impl<T> Inbox<T> {
         self.lock().drain(..).collect()
     }
 
+    /// Takes out what `is_wanted`; the rest stays in its order.
+    pub(crate) fn take_where(&self, is_wanted: impl Fn(&T) -> bool) -> Vec<T> {
+        let mut items = self.lock();
+        let (taken, left): (VecDeque<T>, VecDeque<T>) = items.drain(..).partition(is_wanted);
+        *items = left;
+        taken.into()
+    }
+
     /// Makes the thread look around if it sleeps.
     pub(crate) fn wake(&self) {
         if self.is_asleep.swap(false, Ordering::SeqCst) {

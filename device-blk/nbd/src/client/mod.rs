@@ -55,6 +55,7 @@ mod tests;
 use std::fmt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use handshake::is_export_name;
 use request::Awaited;
@@ -126,7 +127,9 @@ impl Connected {
     }
 }
 
-/// A remote disk. Dropping it ends the session; what is under way then answers ESHUTDOWN.
+/// A remote disk. Dropping it ends the session; what is under way then answers ESHUTDOWN. What holds
+/// a request that waits may hold the client, so whoever is through with it says
+/// [`Client::abandon`].
 pub struct Client {
     shared: Arc<Shared>,
 }
@@ -155,6 +158,25 @@ impl Client {
         if shared.is_failed.load(Ordering::SeqCst) {
             shared.fail_waiting(libc::EIO);
         }
+    }
+
+    /// Ends the session whoever else holds the client: requests that have not ended answer
+    /// ESHUTDOWN, those that come EIO. Nothing is sent any more when this returns, also to a
+    /// server that comes back: an outage would otherwise keep the client for as long as it lasts,
+    /// and carry out writes of a disk that is somebody else's by then.
+    pub fn abandon(&self) {
+        /// A session's threads end as soon as they look.
+        const PATIENCE: Duration = Duration::from_secs(5);
+        self.shared.close();
+        self.shared.fail_for_good(libc::ESHUTDOWN);
+        self.shared.await_disconnected(PATIENCE);
+    }
+
+    /// Answers requests that [are abandoned](Request::is_abandoned) with ECANCELED, unless a
+    /// server has them: what it may still do is waited for. What a lost connection had is not
+    /// carried out later than that.
+    pub fn release_abandoned(&self) {
+        self.shared.release_abandoned();
     }
 
     /// Reads, waiting.
@@ -298,13 +320,6 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        let situation = self.shared.lock();
-        self.shared.is_closing.store(true, Ordering::SeqCst);
-        self.shared.stop_session.store(true, Ordering::SeqCst);
-        self.shared.closing.notify_all();
-        drop(situation);
-        for inbox in &self.shared.inboxes {
-            inbox.wake();
-        }
+        self.shared.close();
     }
 }

@@ -91,10 +91,17 @@ pub trait Request: Send {
     /// has failed unless [`Self::complete`] says otherwise.
     fn store(&mut self, at_bytes: usize, from: &[u8]);
 
+    /// Nobody waits for it any more, which stays so: it need not be sent, or sent again. See
+    /// [`super::Client::release_abandoned`].
+    fn is_abandoned(&self) -> bool {
+        false
+    }
+
     /// The last call.
     ///
     /// # Errors
-    /// The number that the server gave, or EIO.
+    /// The number that the server gave, or EIO; ESHUTDOWN after [`super::Client::abandon`] and
+    /// ECANCELED for what is abandoned.
     fn complete(self: Box<Self>, result: Result<(), i32>);
 }
 

@@ -32,7 +32,7 @@ pub(super) struct Shared {
     pub(super) is_stalled: AtomicBool,
     pub(super) reconnects: AtomicU64,
     situation: Mutex<Situation>,
-    /// Ends pauses, with `situation`.
+    /// Ends pauses, and tells of the last session's end, with `situation`.
     pub(super) closing: Condvar,
 }
 
@@ -100,6 +100,44 @@ impl Shared {
                 self.inboxes[0].push(request);
             }
         }
+    }
+
+    /// Answers what waits for a connection and is awaited by nobody.
+    pub(super) fn release_abandoned(&self) {
+        for inbox in &self.inboxes {
+            for request in inbox.take_where(|request| request.is_abandoned()) {
+                request.complete(Err(libc::ECANCELED));
+            }
+        }
+    }
+
+    /// Lets no session begin any more, and ends the one there is.
+    pub(super) fn close(&self) {
+        let situation = self.lock();
+        self.is_closing.store(true, Ordering::SeqCst);
+        self.stop_session.store(true, Ordering::SeqCst);
+        self.closing.notify_all();
+        drop(situation);
+        for inbox in &self.inboxes {
+            inbox.wake();
+        }
+    }
+
+    /// Answers what waits, and lets `submit` answer what comes.
+    pub(super) fn fail_for_good(&self, errno: i32) {
+        self.is_failed.store(true, Ordering::SeqCst);
+        self.fail_waiting(errno);
+    }
+
+    /// Waits until no connection is served.
+    pub(super) fn await_disconnected(&self, patience: Duration) {
+        let situation = self.lock();
+        drop(
+            self.closing
+                .wait_timeout_while(situation, patience, |situation| {
+                    matches!(situation, Situation::Serving { .. })
+                }),
+        );
     }
 
     pub(super) fn fail_waiting(&self, errno: i32) {

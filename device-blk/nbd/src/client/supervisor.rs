@@ -50,7 +50,7 @@ impl Supervisor {
         let mut session = first;
         loop {
             let lost = match self.shared.serve(session, &self.name) {
-                Outcome::Stopped => return self.shared.fail_for_good(libc::ESHUTDOWN),
+                Outcome::Stopped => return self.end(),
                 Outcome::Fenced => {
                     return self.fail("the server says that another owner has taken over".into());
                 }
@@ -83,9 +83,11 @@ impl Supervisor {
                 reason: reason.clone(),
             };
             if shared.is_closing() {
-                shared.fail_for_good(libc::ESHUTDOWN);
+                self.end();
                 return None;
             }
+            // Nothing of theirs is carried out later: that connection is gone.
+            shared.release_abandoned();
             shared.stop_session.store(false, Ordering::SeqCst);
             let attempt = self
                 .owner
@@ -113,7 +115,7 @@ impl Supervisor {
             let [random] = random_bytes();
             let jitter = 0.75 + f64::from(random) / 512.0;
             if !shared.pause(pause.mul_f64(jitter)) {
-                shared.fail_for_good(libc::ESHUTDOWN);
+                self.end();
                 return None;
             }
             pause = (pause * 2).min(LAST_PAUSE);
@@ -155,6 +157,15 @@ impl Supervisor {
         }
         self.boot_id = session.boot_id;
         Ok(session)
+    }
+
+    /// The client was closed.
+    fn end(&self) {
+        *self.shared.lock() = Situation::Failed {
+            reason: "the disk was detached".into(),
+        };
+        self.shared.closing.notify_all();
+        self.shared.fail_for_good(libc::ESHUTDOWN);
     }
 
     fn fail(&self, reason: String) {
@@ -229,12 +240,6 @@ impl Shared {
             inbox.wake();
         }
         outcome
-    }
-
-    /// Answers what waits, and lets `submit` answer what comes.
-    fn fail_for_good(&self, errno: i32) {
-        self.is_failed.store(true, Ordering::SeqCst);
-        self.fail_waiting(errno);
     }
 }
 

@@ -11,6 +11,8 @@ use super::*;
 use crate::Generation;
 use crate::server::{self, Fence, FileExport, Server};
 
+mod outage;
+
 const DEADLINE: Duration = Duration::from_secs(20);
 const MIB: u64 = 1 << 20;
 

@@ -14,7 +14,11 @@ impl Link<'_> {
             let Some(request) = self.terms.inbox.pop() else {
                 return;
             };
-            self.frame(request);
+            if request.is_abandoned() {
+                request.complete(Err(libc::ECANCELED));
+            } else {
+                self.frame(request);
+            }
         }
     }
 
