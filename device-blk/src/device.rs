@@ -179,7 +179,8 @@ impl Device for BlkDevice {
     fn start_queue(&self, index: u16, features: u64) -> io::Result<Box<dyn QueueHandler>> {
         if self.backend.has_ghosts() {
             return Err(io::Error::other(
-                "requests of an earlier session still run in the kernel; restart the daemon",
+                "requests of an earlier session have not ended yet; connect again when the storage \
+                 answers",
             ));
         }
         let stats = self

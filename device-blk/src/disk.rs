@@ -227,9 +227,11 @@ impl ServedDevice for Disk {
         let Serving::Running(server) = running else {
             unreachable!("it was running a moment ago");
         };
-        server
-            .stop(DRAIN_TIMEOUT)
-            .map_err(|error| Status::deadline_exceeded(error.to_string()))?;
+        let stopped = server.stop(DRAIN_TIMEOUT);
+        // Whether or not all was completed: nothing of this disk may reach its server later, when
+        // it is somebody else's.
+        self.device.image().abandon();
+        stopped.map_err(|error| Status::deadline_exceeded(error.to_string()))?;
         // Now: the process may end before whoever holds the image last has let go of it.
         if let Some(qcow2) = self.device.image().as_qcow2()
             && let Err(error) = qcow2.chain().settle()

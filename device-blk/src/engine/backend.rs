@@ -8,13 +8,14 @@
 //! ```
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use vhost_user::backend::Polling;
 
 use super::gate::{Gate, GateError};
+use super::ghosts::Ghosts;
 use super::workers::Workers;
 use crate::image::{Access, Image, SECTOR_BYTES};
 use crate::latency::SlowThreshold;
@@ -99,8 +100,7 @@ pub(crate) struct Backend {
     pub(super) workers: Workers,
     pub(super) options: ServeOptions,
     polling: AtomicU8,
-    /// Set when requests outlived their queue: see [`BlkQueue`](super::BlkQueue)'s `Drop`.
-    pub(super) has_ghosts: AtomicBool,
+    ghosts: Mutex<Vec<Ghosts>>,
 }
 
 impl Backend {
@@ -112,7 +112,7 @@ impl Backend {
             image: RwLock::new(image),
             retired: Mutex::default(),
             options,
-            has_ghosts: AtomicBool::new(false),
+            ghosts: Mutex::default(),
         };
         backend.prepare_workers(&*backend.image());
         backend
@@ -200,8 +200,26 @@ impl Backend {
         self.options.block_bytes
     }
 
+    /// Whether operations of a queue that ended have not.
     pub(crate) fn has_ghosts(&self) -> bool {
-        self.has_ghosts.load(Ordering::Acquire)
+        let mut ghosts = self.ghosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let had_ghosts = !ghosts.is_empty();
+        ghosts.retain_mut(|of_queue| !of_queue.have_ended());
+        if had_ghosts && ghosts.is_empty() {
+            tracing::info!(
+                image = self.image().name(),
+                "the requests that still ran have ended; the disk can be used again"
+            );
+        }
+        !ghosts.is_empty()
+    }
+
+    /// Keeps what a queue leaves behind.
+    pub(super) fn keep(&self, ghosts: Ghosts) {
+        self.ghosts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(ghosts);
     }
 
     /// Capacity in whole blocks.

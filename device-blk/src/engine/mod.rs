@@ -25,6 +25,7 @@ pub(crate) mod buffer;
 mod complaints;
 pub(crate) mod gate;
 mod gather;
+mod ghosts;
 mod job;
 mod ranges;
 pub(crate) mod ring_maker;
@@ -58,7 +59,7 @@ use complaints::Complaints;
 use job::{Backing, Job, Next, Served};
 use sync::Nowait;
 use uring::{Uring, UringError};
-use workers::{Item, Operation, Results};
+use workers::{Held, Item, Operation, Results};
 
 /// Largest ring served, and so the most requests a queue has in flight.
 pub(crate) const MAX_QUEUE_SIZE: u16 = 1024;
@@ -365,14 +366,12 @@ impl BlkQueue {
     fn perform(&mut self, index: usize, operation: Operation) {
         let Slot { job, iovecs } = &mut self.slots[index];
         let job = job.as_ref().expect("operations belong to jobs");
-        let item = Item {
+        let held = Held {
             image: Arc::clone(&self.served.image),
-            operation,
-            iovecs: std::mem::take(iovecs),
             pin: job.chain.pin(),
-            slot: index,
-            results: Arc::clone(&self.results),
         };
+        let iovecs = std::mem::take(iovecs);
+        let item = Item::new(held, operation, iovecs, index, Arc::clone(&self.results));
         self.with_workers += 1;
         self.backend.workers.submit(item);
     }
@@ -557,7 +556,7 @@ impl QueueHandler for BlkQueue {
             || self.is_unfinished
             || self.backend.gate.turns() != self.turns
             || (self.with_workers > 0 && !self.results.is_empty())
-            || (self.held() > 0 && self.alarm.is_due())
+            || (self.held() > 0 && !gate::is_closed(self.turns) && self.alarm.is_due())
     }
 
     fn prepare_sleep(&mut self) -> bool {

@@ -1,12 +1,13 @@
 //! The end of a queue: nothing of it may run afterwards.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::BlkQueue;
+use super::ghosts::Ghosts;
 
-/// How long a queue that ends waits for the kernel to let go of guest memory.
-const TEARDOWN_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a queue that ends waits for others to let go of guest memory, without a word.
+const TEARDOWN_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 
 impl Drop for BlkQueue {
     /// Requests that `drain` left behind will be submitted again by the next session. They
@@ -24,12 +25,19 @@ impl BlkQueue {
         self.uring.unanswered() + self.with_workers
     }
 
+    /// Waits until nothing of the queue runs. What other hosts have is waited for only so long:
+    /// then no queue of this disk begins until it has ended. The kernel tells only this thread when
+    /// it is through, so that is waited for; whoever waits for this thread has a deadline.
     fn end_operations(&mut self) {
         if self.running() == 0 {
             return;
         }
-        let deadline = Instant::now() + TEARDOWN_PATIENCE;
+        self.results.abandon();
+        if let Some(executor) = self.served.image.executor() {
+            executor.release_abandoned();
+        }
         self.uring.cancel_all();
+        let mut deadline = Instant::now() + TEARDOWN_PATIENCE;
         loop {
             while self.uring.next_completion().is_some() {}
             while self.results.take().is_some() {
@@ -39,19 +47,24 @@ impl BlkQueue {
                 return self.note_unanswered();
             }
             if Instant::now() >= deadline {
-                break;
+                tracing::error!(
+                    image = self.served.image.name(),
+                    "{} requests still run; this disk stays stopped until they have ended",
+                    self.running()
+                );
+                if self.uring.unanswered() == 0 {
+                    break;
+                }
+                deadline = Instant::now() + TEARDOWN_PATIENCE;
             }
             self.uring.wait(deadline);
         }
-        tracing::error!(
-            image = self.served.image.name(),
-            "{} requests still run; this disk stays stopped until the daemon is restarted",
-            self.running()
-        );
-        self.backend.has_ghosts.store(true, Ordering::Release);
         self.note_unanswered();
-        // Their memory must outlive them, whenever they end.
-        std::mem::forget(std::mem::take(&mut self.slots));
+        self.backend.keep(Ghosts::new(
+            Arc::clone(&self.results),
+            self.with_workers,
+            std::mem::take(&mut self.slots),
+        ));
     }
 
     /// What requests have changed that are not answered here.

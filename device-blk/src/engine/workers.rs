@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -42,17 +43,24 @@ pub(super) enum Operation {
     Flush,
 }
 
-/// One thing to do for a queue.
+/// One thing to do for a queue. It is answered exactly once: with an error if it is dropped.
 pub(super) struct Item {
-    pub(super) image: Arc<dyn Image>,
-    pub(super) operation: Operation,
+    /// `None` when it was answered.
+    held: Option<Held>,
+    operation: Operation,
     /// Of the guest's memory or of a buffer that the job holds until it gets the result.
-    pub(super) iovecs: Vec<libc::iovec>,
-    /// Keeps the guest's memory mapped.
-    pub(super) pin: MemoryPin,
+    iovecs: Vec<libc::iovec>,
     /// Where the job is.
-    pub(super) slot: usize,
-    pub(super) results: Arc<Results>,
+    slot: usize,
+    results: Arc<Results>,
+}
+
+/// What an item keeps alive.
+pub(super) struct Held {
+    pub(super) image: Arc<dyn Image>,
+    /// Keeps the guest's memory mapped.
+    #[expect(dead_code, reason = "held for its drop")]
+    pub(super) pin: MemoryPin,
 }
 
 // SAFETY: the vectors are addresses of memory that the pin and the waiting job keep valid; any
@@ -75,6 +83,7 @@ unsafe impl Send for Done {}
 pub(super) struct Results {
     done: Mutex<VecDeque<Done>>,
     waker: Arc<EventFd>,
+    is_abandoned: AtomicBool,
 }
 
 impl Results {
@@ -82,7 +91,17 @@ impl Results {
         Self {
             done: Mutex::default(),
             waker,
+            is_abandoned: AtomicBool::new(false),
         }
+    }
+
+    /// The queue ends: what was not begun need not be.
+    pub(super) fn abandon(&self) {
+        self.is_abandoned.store(true, Ordering::Release);
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.is_abandoned.load(Ordering::Acquire)
     }
 
     pub(super) fn take(&self) -> Option<Done> {
@@ -140,7 +159,7 @@ impl Workers {
     }
 
     pub(super) fn submit(&self, item: Item) {
-        let image = Arc::clone(&item.image);
+        let image = Arc::clone(item.image());
         if let Some(executor) = image.executor() {
             return executor.begin(Box::new(item));
         }
@@ -209,6 +228,10 @@ impl Pool {
             return;
         }
         while let Some(item) = self.next_item() {
+            if item.results.is_abandoned() {
+                item.answer(-libc::ECANCELED);
+                continue;
+            }
             let performed = panic::catch_unwind(AssertUnwindSafe(|| item.perform()));
             // A defect of the image's; the guest must not wait for ever.
             item.answer(performed.unwrap_or(-libc::EIO));
@@ -256,26 +279,51 @@ impl Pool {
 }
 
 impl Item {
-    fn perform(&self) -> i32 {
-        result_code(self.image.perform(&mut self.task()))
-    }
-
-    fn answer(self, result: i32) {
-        let Item {
+    pub(super) fn new(
+        held: Held,
+        operation: Operation,
+        iovecs: Vec<libc::iovec>,
+        slot: usize,
+        results: Arc<Results>,
+    ) -> Self {
+        Self {
+            held: Some(held),
+            operation,
             iovecs,
             slot,
             results,
-            pin,
-            image,
-            ..
-        } = self;
+        }
+    }
+
+    fn image(&self) -> &Arc<dyn Image> {
+        let held = self.held.as_ref();
+        &held.expect("it holds its image until it is answered").image
+    }
+
+    fn perform(&self) -> i32 {
+        result_code(self.image().perform(&mut self.task()))
+    }
+
+    fn answer(mut self, result: i32) {
+        self.answer_once(result);
+    }
+
+    fn answer_once(&mut self, result: i32) {
         // Before the queue hears of it: it may end then, and its image be let go.
-        drop((pin, image));
-        results.put(Done {
-            slot,
-            result,
-            iovecs,
-        });
+        if self.held.take().is_some() {
+            self.results.put(Done {
+                slot: self.slot,
+                result,
+                iovecs: std::mem::take(&mut self.iovecs),
+            });
+        }
+    }
+}
+
+impl Drop for Item {
+    /// Whoever took it lost it, which is a defect; the guest must not wait for ever.
+    fn drop(&mut self) {
+        self.answer_once(-libc::EIO);
     }
 }
 
@@ -311,6 +359,10 @@ impl PendingTask for Item {
             },
             Operation::Flush => Task::Flush,
         }
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.results.is_abandoned()
     }
 
     fn complete(self: Box<Self>, result: Result<(), i32>) {

@@ -38,6 +38,7 @@ pub(crate) mod task;
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 pub(crate) use self::qcow2::Qcow2Image;
 pub(crate) use direct::DirectIo;
@@ -126,6 +127,16 @@ pub(crate) trait Image: Send + Sync + fmt::Debug {
     fn remote_status(&self) -> Option<::nbd::client::Status> {
         None
     }
+
+    /// How long [`Image::perform`] waits for another host before it gives the image up
+    /// ([`Image::abandon`]); for ever at first, and with `None`.
+    fn set_patience(&self, patience: Option<Duration>) {
+        let _ = patience;
+    }
+
+    /// Lets go of another host: what waits for it fails, nothing is sent to it any more, and
+    /// nothing can be done with the image afterwards. Nothing happens to files.
+    fn abandon(&self) {}
 
     /// Tasks that the image can work on at the same time; a bound for its threads.
     fn max_workers(&self) -> usize {

@@ -7,7 +7,8 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use nbd::client::{Client, Command, Request};
 
@@ -23,6 +24,7 @@ pub(crate) struct NbdImage {
     name: String,
     is_read_only: bool,
     capacity_sectors: AtomicU64,
+    patience: Mutex<Option<Duration>>,
 }
 
 impl NbdImage {
@@ -32,6 +34,7 @@ impl NbdImage {
             client: Arc::new(client),
             name,
             is_read_only,
+            patience: Mutex::new(None),
         }
     }
 
@@ -88,6 +91,23 @@ impl Image for NbdImage {
         // so when it is dropped, whatever happens.
         let work = unsafe { Borrowed::new(task, done) };
         self.begin_work(work);
+        let patience = *self.patience.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(patience) = patience {
+            match result.recv_timeout(patience) {
+                Ok(result) => return result,
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(libc::EIO),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    tracing::error!(
+                        image = self.name,
+                        "no answer within {patience:?}; it is given up"
+                    );
+                    self.client.abandon();
+                    // It may have come at the last moment.
+                    let result = result.recv().unwrap_or(Err(libc::EIO));
+                    return result.map_err(|_| libc::ETIMEDOUT);
+                }
+            }
+        }
         result.recv().unwrap_or(Err(libc::EIO))
     }
 
@@ -108,6 +128,14 @@ impl Image for NbdImage {
         Ok(())
     }
 
+    fn set_patience(&self, patience: Option<Duration>) {
+        *self.patience.lock().unwrap_or_else(PoisonError::into_inner) = patience;
+    }
+
+    fn abandon(&self) {
+        self.client.abandon();
+    }
+
     fn remote_status(&self) -> Option<nbd::client::Status> {
         Some(self.client.status())
     }
@@ -117,17 +145,26 @@ impl Executor for NbdImage {
     fn begin(&self, pending: Box<dyn PendingTask>) {
         self.begin_work(pending);
     }
+
+    fn release_abandoned(&self) {
+        self.client.release_abandoned();
+    }
 }
 
 /// A task, wherever it is from.
 trait Work: Send {
     fn task(&self) -> Task<'_>;
+    fn is_abandoned(&self) -> bool;
     fn finish(self, result: Result<(), i32>);
 }
 
 impl Work for Box<dyn PendingTask> {
     fn task(&self) -> Task<'_> {
         (**self).task()
+    }
+
+    fn is_abandoned(&self) -> bool {
+        (**self).is_abandoned()
     }
 
     fn finish(self, result: Result<(), i32>) {
@@ -192,6 +229,11 @@ impl Work for Borrowed {
             },
             Task::Flush => Task::Flush,
         }
+    }
+
+    /// Its owner waits.
+    fn is_abandoned(&self) -> bool {
+        false
     }
 
     fn finish(self, result: Result<(), i32>) {
@@ -289,6 +331,10 @@ impl<W: Work + 'static> Request for Ongoing<W> {
             let copied = buffers.write_at(self.done_bytes as usize + at_bytes, from);
             debug_assert_eq!(copied, from.len(), "the command is as long as its buffers");
         }
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.work.is_abandoned()
     }
 
     fn complete(mut self: Box<Self>, result: Result<(), i32>) {

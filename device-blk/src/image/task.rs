@@ -33,7 +33,11 @@ pub(crate) enum Task<'a> {
 pub(crate) trait PendingTask: Send {
     fn task(&self) -> Task<'_>;
 
-    /// Whoever took it must call this, on whatever thread; the error is a number.
+    /// Nobody waits for it any more, which stays so: the sooner it ends, the better.
+    fn is_abandoned(&self) -> bool;
+
+    /// Whoever took it calls this, on whatever thread; the error is a number. One that is dropped
+    /// instead has failed.
     fn complete(self: Box<Self>, result: Result<(), i32>);
 }
 
@@ -41,6 +45,10 @@ pub(crate) trait PendingTask: Send {
 pub(crate) trait Executor {
     /// Takes a task over. Does not block.
     fn begin(&self, pending: Box<dyn PendingTask>);
+
+    /// Completes tasks that [are abandoned](PendingTask::is_abandoned), as far as it is certain
+    /// that they are not carried out later. Does not block.
+    fn release_abandoned(&self);
 }
 
 /// Memory of a task: a guest's, which it may change at any time, or a buffer of ours. Never a

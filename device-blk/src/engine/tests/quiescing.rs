@@ -5,6 +5,8 @@ use std::thread;
 
 use super::*;
 
+use crate::engine::backend::Admission;
+
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn image_of(byte: u8) -> (Arc<RawImage>, tempfile::NamedTempFile) {
@@ -110,4 +112,50 @@ fn disk_that_grew_takes_requests_behind_its_old_end() {
     rig.offer_at(0, 1, CAPACITY_SECTORS, &[3; 512]);
     rig.complete_all();
     assert_eq!(rig.status(0), 0);
+}
+
+/// Holds every request; its turn has always come already.
+struct AlwaysLate;
+
+impl Admission for AlwaysLate {
+    fn is_limited(&self) -> bool {
+        true
+    }
+
+    fn admit(&self, _: u16, _: Access, _: u64, now_ns: u64) -> Result<(), u64> {
+        Err(now_ns)
+    }
+}
+
+/// A queue that looks for work without sleeping would turn round and round for nothing.
+#[test]
+fn held_requests_are_no_events_while_the_gate_is_closed() {
+    let (image, file) = image_of(0);
+    let options = ServeOptions {
+        admission: Arc::new(AlwaysLate),
+        ..ServeOptions::default()
+    };
+    let backend = Arc::new(Backend::new(image, options));
+    let mut rig = rig_of(Arc::clone(&backend), CacheMode::WriteBack, file);
+    rig.offer_write(0, 1);
+    rig.queue.process(&mut rig.ring, Wake::Kick).unwrap();
+    assert_eq!(rig.queue.held(), 1);
+    assert!(rig.queue.has_events(), "its turn has come");
+    thread::scope(|scope| {
+        let (open, may_open) = std::sync::mpsc::channel();
+        let closer = scope.spawn(move || {
+            backend.quiesced(PATIENCE, |_| may_open.recv_timeout(PATIENCE).unwrap())
+        });
+        let deadline = Instant::now() + PATIENCE;
+        while !rig.queue.backend.gate.is_closed() {
+            assert!(Instant::now() < deadline, "the gate stays open");
+            thread::yield_now();
+        }
+        assert!(rig.queue.has_events(), "the gate has closed");
+        rig.queue.process(&mut rig.ring, Wake::Event(0)).unwrap();
+        assert!(!rig.queue.has_events(), "nothing can begin");
+        open.send(()).unwrap();
+        closer.join().unwrap().unwrap();
+    });
+    assert!(rig.queue.has_events(), "the gate has opened");
 }
