@@ -18,6 +18,9 @@ use crate::tracking::{Bitmap, Tracker};
 /// How long the guest's requests have to complete before the instant, and before the end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long the target's host may be away: writes of the guest wait for it, too.
+const TARGET_PATIENCE: Duration = Duration::from_secs(15);
+
 /// What a backup needs.
 pub(crate) struct Backup {
     pub(crate) backend: Arc<Backend>,
@@ -49,6 +52,7 @@ impl Backup {
     /// # Errors
     /// In words: the disk did not come to rest, or a bitmap is not there. Nothing was changed.
     pub(crate) fn begin(self) -> Result<Begun, String> {
+        self.target.set_patience(Some(TARGET_PATIENCE));
         let begun = self.backend.quiesced(PATIENCE, |image| {
             let capacity_bytes = image.capacity_sectors() * SECTOR_BYTES;
             let taken = match &self.bitmap {
@@ -106,6 +110,7 @@ impl Backup {
 impl Begun {
     /// Copies.
     pub(crate) fn run(mut self, control: &Control) -> Result<(), JobError> {
+        control.lend(&self.backup.target)?;
         self.copy(control)?;
         self.is_complete = true;
         Ok(())
@@ -171,6 +176,7 @@ impl Drop for Begun {
     fn drop(&mut self) {
         if !self.is_complete {
             self.saver.give_up();
+            self.backup.target.abandon();
             self.give_back();
         }
         self.unguard();

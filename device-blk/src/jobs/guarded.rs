@@ -18,6 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ::nbd::client::Status as RemoteStatus;
+
 use super::copy::{Copier, CopyError, Fresh};
 use crate::image::{Access, DirectIo, Image, Place, Qcow2Image, SectorCipher, Task};
 use crate::tracking::Bitmap;
@@ -263,6 +265,14 @@ impl Image for Guarded {
 
     fn max_workers(&self) -> usize {
         self.inner.max_workers()
+    }
+
+    fn remote_status(&self) -> Option<RemoteStatus> {
+        self.inner.remote_status()
+    }
+
+    fn abandon(&self) {
+        self.inner.abandon();
     }
 
     fn as_qcow2(&self) -> Option<&Qcow2Image> {

@@ -12,7 +12,8 @@
 //! A commit is the same onto the image below the top one: what is due at first is what the top
 //! image has.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::Duration;
 
 use super::copy::{BLOCK_BYTES, Copier, Fresh, Pace, UNIT_BYTES, flush};
@@ -25,6 +26,10 @@ use crate::tracking::{Bitmap, Tracker};
 const MAX_LEFT_BYTES: u64 = 8 << 20;
 /// How long the guest's requests have to complete before the switch.
 const SWITCH_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the guest waits for the rest to be copied, then.
+const REST_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+/// How long the target's host may be away. The disk is served from where it is meanwhile.
+const TARGET_PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at what is due once the copy keeps up.
 const IDLE_PAUSE: Duration = Duration::from_millis(50);
 
@@ -49,6 +54,8 @@ pub(crate) struct Mirror {
 impl Mirror {
     /// Runs to the end.
     pub(crate) fn run(mut self, control: &Control) -> Result<(), JobError> {
+        self.target.set_patience(Some(TARGET_PATIENCE));
+        control.lend(&self.target)?;
         let capacity_bytes = self.backend.image().capacity_sectors() * SECTOR_BYTES;
         let due = Arc::new(Bitmap::new(capacity_bytes, UNIT_BYTES as u32));
         self.tracker
@@ -62,6 +69,9 @@ impl Mirror {
             }
         };
         let result = initial.and_then(|()| self.copy_and_switch(control, &due, capacity_bytes));
+        if result.is_err() {
+            self.target.abandon();
+        }
         self.tracker.remove(&due);
         self.backend.close_retired();
         result
@@ -70,7 +80,7 @@ impl Mirror {
     fn copy_and_switch(
         &self,
         control: &Control,
-        due: &Bitmap,
+        due: &Arc<Bitmap>,
         capacity_bytes: u64,
     ) -> Result<(), JobError> {
         let mut pass = Pass {
@@ -113,9 +123,16 @@ impl Mirror {
 
     fn switch(&self, pass: &mut Pass<'_>) -> Result<(), JobError> {
         let switched = self.backend.quiesced(SWITCH_PATIENCE, |image| {
-            // The guest waits: no pace, and no look at cancellation.
-            pass.finish()?;
-            flush(&*self.target)?;
+            let rest = Rest {
+                due: Arc::clone(pass.due),
+                source: Arc::clone(&pass.source),
+                target: Arc::clone(&self.target),
+                capacity_bytes: pass.capacity_bytes,
+                fresh: pass.fresh,
+            };
+            rest.copy_within(REST_PATIENCE)?;
+            pass.control.take_back()?;
+            self.target.set_patience(None);
             mark_as_current(&*self.target);
             *image = Arc::clone(&self.target);
             Ok(())
@@ -127,7 +144,7 @@ impl Mirror {
 /// Going through what is due.
 struct Pass<'a> {
     control: &'a Control,
-    due: &'a Bitmap,
+    due: &'a Arc<Bitmap>,
     source: Arc<dyn Image>,
     target: &'a dyn Image,
     capacity_bytes: u64,
@@ -140,7 +157,7 @@ impl Pass<'_> {
     /// Copies what is due, from the first byte to the last.
     fn run(&mut self) -> Result<(), JobError> {
         let mut from = 0;
-        while let Some((offset_bytes, len_bytes)) = self.take(from) {
+        while let Some((offset_bytes, len_bytes)) = take(self.due, from, self.capacity_bytes) {
             let copied = self
                 .pace
                 .wait(self.control, len_bytes)
@@ -154,30 +171,6 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Copies the rest, while nothing is written.
-    fn finish(&mut self) -> Result<(), JobError> {
-        while let Some((offset_bytes, len_bytes)) = self.take(0) {
-            self.copy(offset_bytes, len_bytes)?;
-        }
-        Ok(())
-    }
-
-    /// The next stretch that is due, taken out.
-    fn take(&mut self, from: u64) -> Option<(u64, u64)> {
-        let first = self.due.next(from)?;
-        let mut end = first;
-        while end - first < BLOCK_BYTES / UNIT_BYTES
-            && end < self.due.num_blocks()
-            && self.due.take(end)
-        {
-            end += 1;
-        }
-        // Somebody else takes nothing out, so the first was there.
-        let offset_bytes = first * UNIT_BYTES;
-        let end_bytes = (end * UNIT_BYTES).min(self.capacity_bytes);
-        Some((offset_bytes, end_bytes.saturating_sub(offset_bytes)))
-    }
-
     fn copy(&mut self, offset_bytes: u64, len_bytes: u64) -> Result<(), JobError> {
         self.copier.copy(
             &*self.source,
@@ -189,6 +182,58 @@ impl Pass<'_> {
         self.control.add_done(len_bytes);
         self.control.set_left(self.due.count() * UNIT_BYTES);
         Ok(())
+    }
+}
+
+/// The next stretch from block `from` on that is due, taken out.
+fn take(due: &Bitmap, from: u64, capacity_bytes: u64) -> Option<(u64, u64)> {
+    let first = due.next(from)?;
+    let mut end = first;
+    while end - first < BLOCK_BYTES / UNIT_BYTES && end < due.num_blocks() && due.take(end) {
+        end += 1;
+    }
+    // Somebody else takes nothing out, so the first was there.
+    let offset_bytes = first * UNIT_BYTES;
+    let end_bytes = (end * UNIT_BYTES).min(capacity_bytes);
+    Some((offset_bytes, end_bytes.saturating_sub(offset_bytes)))
+}
+
+/// What is copied while the guest waits.
+struct Rest {
+    due: Arc<Bitmap>,
+    source: Arc<dyn Image>,
+    target: Arc<dyn Image>,
+    capacity_bytes: u64,
+    fresh: Fresh,
+}
+
+impl Rest {
+    /// On a thread of its own, which is left alone when it takes longer: storage that hangs would
+    /// keep the guest for ever. What that thread still writes to the target harms nobody, since
+    /// the disk stays where it is.
+    fn copy_within(self, patience: Duration) -> Result<(), JobError> {
+        let name = self.target.name().to_owned();
+        let (done, result) = mpsc::sync_channel(1);
+        thread::Builder::new()
+            .name("job/rest".into())
+            .spawn(move || done.try_send(self.copy()))
+            .map_err(|error| JobError::Failed(format!("no thread for the switch: {error}")))?;
+        result.recv_timeout(patience).unwrap_or_else(|_| {
+            Err(JobError::Failed(format!(
+                "{name} did not take the rest within {patience:?}, and the guest cannot wait; the \
+                 disk stays where it was. Mirror it again when the target answers"
+            )))
+        })
+    }
+
+    /// No pace, and no look at cancellation.
+    fn copy(&self) -> Result<(), JobError> {
+        let mut copier = Copier::new();
+        let (source, target) = (&*self.source, &*self.target);
+        while let Some((offset_bytes, len_bytes)) = take(&self.due, 0, self.capacity_bytes) {
+            copier.copy(source, target, offset_bytes, len_bytes, self.fresh)?;
+        }
+        Ok(flush(target)?)
     }
 }
 
@@ -217,3 +262,6 @@ fn mark_as_current(image: &dyn Image) {
         tracing::warn!(image = image.name(), %error, "the mark of the current image may get lost");
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -33,6 +33,8 @@ use std::time::{Duration, Instant};
 
 use api::device::{CheckResult, Job, JobState};
 
+use crate::image::Image;
+
 /// Jobs that are over and can still be asked about.
 const MAX_OVER: usize = 16;
 
@@ -229,6 +231,8 @@ pub(crate) struct Control {
     phase: Mutex<Phase>,
     changed: Condvar,
     is_cancelled: AtomicBool,
+    /// What the job writes to, while nobody else needs it: see [`Control::lend`].
+    target: Mutex<Option<Arc<dyn Image>>>,
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
 }
@@ -255,6 +259,7 @@ impl Control {
             }),
             changed: Condvar::new(),
             is_cancelled: AtomicBool::new(false),
+            target: Mutex::default(),
             done_bytes: AtomicU64::new(0),
             total_bytes: AtomicU64::new(0),
         }
@@ -312,14 +317,44 @@ impl Control {
     }
 
     fn cancel(&self) {
-        let _phase = self.phase();
+        let phase = self.phase();
         self.is_cancelled.store(true, Ordering::Relaxed);
         self.changed.notify_all();
+        drop(phase);
+        // The job may be waiting for the host that has it.
+        if let Some(target) = self.target().take() {
+            target.abandon();
+        }
+    }
+
+    /// From now on a cancellation [abandons](Image::abandon) `target`.
+    ///
+    /// # Errors
+    /// The job is to end.
+    pub(crate) fn lend(&self, target: &Arc<dyn Image>) -> Result<(), JobError> {
+        let mut lent = self.target();
+        self.check_cancelled()?;
+        *lent = Some(Arc::clone(target));
+        Ok(())
+    }
+
+    /// Takes back what was lent: it can be relied on again.
+    ///
+    /// # Errors
+    /// The job is to end.
+    pub(crate) fn take_back(&self) -> Result<(), JobError> {
+        *self.target() = None;
+        self.check_cancelled()
+    }
+
+    fn target(&self) -> MutexGuard<'_, Option<Arc<dyn Image>>> {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn run(&self, work: Work) {
         tracing::info!(job = self.job_id, kind = self.kind, "job began");
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(self)));
+        drop(self.target().take());
         let result = result.unwrap_or_else(|_| Err(JobError::Failed("the job panicked".into())));
         let mut phase = self.phase();
         match result {
