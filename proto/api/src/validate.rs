@@ -10,6 +10,7 @@ mod fields;
 mod machine;
 mod net;
 mod networks;
+mod nic_policy;
 mod user_network;
 mod vm_disks;
 mod volumes;
@@ -28,6 +29,10 @@ pub use disk::{
 use fields::*;
 use machine::{Machine, NicFields, VhostUserFields};
 pub use networks::*;
+pub use nic_policy::{
+    MAX_GROUP_ADDRESSES, MAX_LISTED_FLOWS, MAX_SECURITY_RULES, capture_request, list_flows_request,
+    nic_request, set_net_limits_request, set_policy_request,
+};
 pub use vm_disks::*;
 pub use volumes::*;
 

@@ -1,7 +1,7 @@
 //! What a NIC's other end may be.
 
 use super::fields::{id, mac, mtu, token};
-use super::{MAX_QUEUE_PAIRS, Violations};
+use super::{MAX_QUEUE_PAIRS, Violations, nic_policy};
 use crate::device::{FdRef, NetConfig, SwitchPort};
 
 /// VLANs of IEEE 802.1Q that a frame can belong to.
@@ -38,6 +38,12 @@ pub(super) fn net_config(found: &mut Violations, at: &str, net: &NetConfig) {
     );
     mac(found, &format!("{at}.mac"), &net.mac);
     mtu(found, &format!("{at}.mtu"), net.mtu);
+    if let Some(policy) = &net.policy {
+        nic_policy::policy(found, &format!("{at}.policy"), policy);
+    }
+    if let Some(limits) = &net.limits {
+        nic_policy::net_limits(found, &format!("{at}.limits"), limits);
+    }
 }
 
 /// Checks one descriptor for each queue pair.
