@@ -54,7 +54,7 @@ pub struct Cli {
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub memory: u64,
     /// A device that another process serves:
-    /// tag=NAME,type=blk|net|fs|vsock|rng|NUMBER,socket=PATH[,queues=N][,queue-size=N][,config-size=N][,config=hex:DIGITS|str:TEXT]
+    /// tag=NAME,type=blk|net|fs|vsock|rng|NUMBER,socket=PATH[,queues=N][,queue-size=N][,config-size=N][,config=hex:DIGITS|str:TEXT][,config-features=0xBITS]
     #[arg(long, value_name = "DEVICE")]
     pub device: Vec<VhostUserDeviceConfig>,
     /// Where the serial console goes, besides the control interface

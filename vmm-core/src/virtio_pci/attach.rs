@@ -12,7 +12,7 @@ use vhost_user::log_limit::LogLimit;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::common_cfg::{CommonCfg, F_VERSION_1};
-use super::config::MAX_QUEUES;
+use super::config::{MAX_QUEUES, TYPE_FEATURES};
 use super::doorbells::Doorbells;
 use super::layout::VirtioSpace;
 use super::{DeviceType, Registers, State, VhostUserDeviceConfig, VirtioPciDevice};
@@ -24,8 +24,7 @@ use crate::pci::Msix;
 ///
 /// Held back because nothing here does what they ask: in-order use (a crash of the backend breaks
 /// the order), platform DMA, SR-IOV, notification data, ring reset, admin queues.
-const GUEST_FEATURES: u64 =
-    0x00ff_ffff | 0x3fff << 50 | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_VERSION_1;
+const GUEST_FEATURES: u64 = TYPE_FEATURES | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_VERSION_1;
 /// Packed rings, for backends with an in-flight region: nothing else tells after a crash where
 /// such a ring stands.
 const RESUMABLE_FEATURES: u64 = GUEST_FEATURES | 1 << 34;
@@ -161,12 +160,18 @@ impl VirtioPciDevice {
             true => RESUMABLE_FEATURES,
             false => GUEST_FEATURES,
         };
+        // A backend that serves the configuration space offers its features, too.
+        let config_features = match connected.offer.config {
+            Some(_) => 0,
+            None => config.config_features & !connected.offer.features,
+        };
         let pci = VirtioSpace::new(config.device_type, queues.guest, msix.table_len());
         let state = State {
             pristine: pci.space.clone(),
             pci,
             common: CommonCfg::new(
                 connected.offer.features & guest_features,
+                config_features,
                 queues.guest,
                 config.queue_size,
             ),

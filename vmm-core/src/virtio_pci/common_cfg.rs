@@ -29,6 +29,8 @@ const STATUS_NEEDS_RESET: u8 = 64;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct CommonCfg {
     offered_features: u64,
+    /// Those of the offered ones that the backend knows nothing of.
+    config_features: u64,
     max_queue_size: u16,
     device_feature_select: u32,
     driver_feature_select: u32,
@@ -76,9 +78,17 @@ pub(super) struct Vectors {
 }
 
 impl CommonCfg {
-    pub(super) fn new(offered_features: u64, queues: u16, max_queue_size: u16) -> Self {
+    /// The driver finds the backend's features and those of a configuration space that is not the
+    /// backend's.
+    pub(super) fn new(
+        backend_features: u64,
+        config_features: u64,
+        queues: u16,
+        max_queue_size: u16,
+    ) -> Self {
         let mut common = Self {
-            offered_features,
+            offered_features: backend_features | config_features,
+            config_features,
             max_queue_size,
             device_feature_select: 0,
             driver_feature_select: 0,
@@ -200,7 +210,7 @@ impl CommonCfg {
             is_in.then(|| queue.state(index, format))
         });
         Some(Activation {
-            features: self.driver_features,
+            features: self.driver_features & !self.config_features,
             queues: queues.collect::<Option<_>>()?,
         })
     }

@@ -12,6 +12,8 @@ const MAX_QUEUE_SIZE: u16 = 32768;
 pub(super) const MAX_QUEUES: u16 = 128;
 /// Most bytes of configuration space a vhost-user message carries.
 pub(super) const MAX_CONFIG_LEN: u16 = 256;
+/// Feature bits that belong to device types (Virtio 1.2 section 2.2).
+pub(super) const TYPE_FEATURES: u64 = 0x00ff_ffff | 0x3fff << 50;
 /// The device type is added to 0x1040 to make a PCI device ID (Virtio 1.2 section 4.1.2).
 const MAX_DEVICE_TYPE: u16 = 0x3f;
 
@@ -124,6 +126,9 @@ pub struct VhostUserDeviceConfig {
     pub config_size: Option<u16>,
     /// Device configuration space for a backend that does not serve one itself.
     pub config: Vec<u8>,
+    /// Features that merely say what is in that configuration space, such as VIRTIO_NET_F_MAC. The
+    /// guest is offered them, and the backend is told nothing of them.
+    pub config_features: u64,
 }
 
 /// A device request that cannot be used.
@@ -134,7 +139,7 @@ pub enum ConfigError {
     NoValue(String),
     /// Nobody knows this key.
     #[error(
-        "unknown device parameter {0:?}: use tag, type, socket, queues, queue-size, config-size or config"
+        "unknown device parameter {0:?}: use tag, type, socket, queues, queue-size, config-size, config or config-features"
     )]
     UnknownKey(String),
     /// A key is missing.
@@ -162,8 +167,8 @@ impl FromStr for VhostUserDeviceConfig {
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let (mut tag, mut device_type, mut socket) = (None, None, None);
-        let (mut queues, mut queue_size, mut config_size, mut config) =
-            (None, DEFAULT_QUEUE_SIZE, None, Vec::new());
+        let (mut queues, mut queue_size, mut config_size) = (None, DEFAULT_QUEUE_SIZE, None);
+        let (mut config, mut config_features) = (Vec::new(), 0);
         for parameter in text.split(',') {
             let (key, value) = parameter
                 .split_once('=')
@@ -194,6 +199,7 @@ impl FromStr for VhostUserDeviceConfig {
                     )?);
                 }
                 "config" => config = config_bytes(value)?,
+                "config-features" => config_features = feature_bits(value)?,
                 _ => return Err(ConfigError::UnknownKey(key.to_owned())),
             }
         }
@@ -209,6 +215,7 @@ impl FromStr for VhostUserDeviceConfig {
             queue_size,
             config_size,
             config,
+            config_features,
         })
     }
 }
@@ -240,6 +247,20 @@ fn config_bytes(value: &str) -> Result<Vec<u8>, ConfigError> {
             key: "config",
             value: value.to_owned(),
             expected: "give hex: and an even number of digits, or str: and text, of at most 256 bytes",
+        })
+}
+
+/// `0x` and digits: bits of the device type (Virtio 1.2 section 2.2).
+fn feature_bits(value: &str) -> Result<u64, ConfigError> {
+    let digits = value
+        .strip_prefix("0x")
+        .filter(|digits| !digits.starts_with('+'));
+    let bits = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
+    bits.filter(|bits| bits & !TYPE_FEATURES == 0)
+        .ok_or_else(|| ConfigError::Value {
+            key: "config-features",
+            value: value.to_owned(),
+            expected: "give 0x and digits, with bits 0 to 23 and 50 to 63 only",
         })
 }
 
@@ -277,15 +298,17 @@ mod tests {
 
     #[test]
     fn every_parameter_is_taken() {
-        let text =
-            "tag=share,type=26,socket=s,queues=2,queue-size=128,config-size=40,config=hex:7461";
+        let text = "tag=share,type=26,socket=s,queues=2,queue-size=128,config-size=40,config=hex:7461,config-features=0x28";
         let config = parse(text).unwrap();
         assert_eq!(config.device_type, DeviceType::FS);
         assert_eq!(
             (config.queues, config.queue_size, config.config_size),
             (Some(2), 128, Some(40))
         );
-        assert_eq!(config.config, b"ta");
+        assert_eq!(
+            (config.config.as_slice(), config.config_features),
+            (&b"ta"[..], 0x28)
+        );
         assert_eq!(
             parse("tag=a,type=fs,socket=s,config=str:tag:x")
                 .unwrap()
@@ -310,6 +333,14 @@ mod tests {
             ("tag=a,type=fs,socket=s,config=hex:abc", "config=hex:abc"),
             ("tag=a,type=fs,socket=s,config=hex:\u{e9}", "config=hex:"),
             ("tag=a,type=fs,socket=s,config=abcd", "config=abcd"),
+            (
+                "tag=a,type=net,socket=s,config-features=32",
+                "config-features=32",
+            ),
+            (
+                "tag=a,type=net,socket=s,config-features=0x100000000",
+                "bits 0 to 23 and 50 to 63",
+            ),
             (
                 "tag=a,type=blk,socket=s,image=/x",
                 "unknown device parameter \"image\"",

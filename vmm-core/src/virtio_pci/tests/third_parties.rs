@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use super::guest::{Driver, Guest, TIMEOUTS, wait_until};
 
@@ -114,6 +115,75 @@ fn virtiofsd_answers_with_the_tag_that_the_request_gave() {
         "no error, same request"
     );
     assert_eq!(answer[16..20], 7u32.to_le_bytes(), "major version");
+}
+
+#[test]
+fn passt_answers_a_nic_whose_address_only_the_transport_knows() {
+    const NET_F_MAC: u64 = 1 << 5;
+    const HEADER_LEN: usize = 12;
+    const TO_GUEST_GPA: u64 = 0x8_0000;
+    const TO_PASST_GPA: u64 = 0x8_1000;
+    const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+    let (guest_ip, asked_ip) = ([192u8, 0, 2, 9], [192u8, 0, 2, 1]);
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("passt.sock");
+    let mut command = Command::new(program("PASST", "passt"));
+    command
+        .args(["--vhost-user", "--foreground", "--no-map-gw", "--socket"])
+        .arg(&socket)
+        .args([
+            "--address",
+            "192.0.2.9",
+            "--netmask",
+            "24",
+            "--gateway",
+            "192.0.2.1",
+        ]);
+    let Some(_daemon) = Daemon::spawn(&mut command) else {
+        return;
+    };
+    let parameters =
+        format!("type=net,queues=2,config=hex:5254000102030000,config-features={NET_F_MAC:#x}");
+    let guest = Guest::attach(&parameters, &socket, TIMEOUTS).unwrap();
+    let mut driver = guest.drive();
+    assert_ne!(driver.features & NET_F_MAC, 0, "the driver uses it");
+    assert_eq!(guest.read(driver.device_cfg, 6).to_le_bytes()[..6], MAC);
+    // A network card's chains have one direction each: room for what comes, then what goes.
+    let (receive, transmit) = (0usize, 1usize);
+    guest.memory.write(TO_GUEST_GPA, &[0xee; 2048]);
+    driver.rings[receive]
+        .add(&[], &[(TO_GUEST_GPA, 2048)])
+        .unwrap();
+    driver.rings[receive].ask_for_signal();
+    // Who has 192.0.2.1? (RFC 826, Ethernet and IPv4)
+    let request = [
+        &[0; HEADER_LEN][..],
+        &[0xff; 6],
+        &MAC,
+        &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1],
+        &MAC,
+        &guest_ip,
+        &[0; 6],
+        &asked_ip,
+    ]
+    .concat();
+    guest.memory.write(TO_PASST_GPA, &request);
+    // A frame sent before both rings are enabled is answered into nothing: a guest asks again.
+    let mut ask_at = Instant::now();
+    wait_until("passt answers", || {
+        if Instant::now() >= ask_at {
+            driver.rings[transmit].pop_used();
+            let _ = driver.rings[transmit].add(&[(TO_PASST_GPA, request.len() as u32)], &[]);
+            driver.kick(transmit as u64);
+            ask_at = Instant::now() + Duration::from_millis(100);
+        }
+        driver.rings[receive].pop_used().is_some()
+    });
+    let answer = guest.memory.read(TO_GUEST_GPA, HEADER_LEN + 42);
+    let frame = &answer[HEADER_LEN..];
+    assert_eq!((&frame[..6], &frame[12..14]), (&MAC[..], &[8, 6][..]));
+    let is_at = (&[0, 2][..], &asked_ip[..]);
+    assert_eq!((&frame[20..22], &frame[28..32]), is_at);
 }
 
 struct Daemon(Child);
