@@ -4,13 +4,15 @@
 //! - [`backend`]: the other end, which brings what serves the receive and transmit rings;
 //!   [`ctrl`] serves the control ring
 //! - [`header`]: the virtio-net header and the offloads that both sides agreed on
-//! - [`state`]: what driver and manager set; [`stats`]: counters, of frames and bytes
+//! - [`state`]: what driver and manager set, with the [`receive_filter`]
+//! - [`stats`]: counters, of frames and bytes
 
 pub(crate) mod backend;
 mod ctrl;
 mod device;
 pub(crate) mod header;
 mod mac;
+pub(crate) mod receive_filter;
 pub(crate) mod state;
 pub(crate) mod stats;
 
@@ -20,7 +22,7 @@ use std::time::Duration;
 
 use api::daemon::{Parts, ServedDevice};
 use api::device::attach_request::Device as DeviceConfig;
-use api::device::{Device, NetConfig};
+use api::device::{Device, NetConfig, NetStats};
 use tonic::Status;
 use vhost_user::backend::{Server, Status as ServerStatus};
 
@@ -29,6 +31,7 @@ use device::NicDevice;
 pub(crate) use mac::MacAddress;
 
 use self::backend::Backend;
+use self::state::NicState;
 use crate::kernel::TapBackend;
 
 /// Nothing is ever in flight in a NIC beyond one system call; this bounds a stuck one.
@@ -58,7 +61,9 @@ pub(crate) fn attach(parts: Parts) -> Result<Arc<dyn ServedDevice>, Status> {
         ),
     };
     let backend = connect(config, parts.fds)?;
-    let device = Arc::new(NicDevice::new(backend, mac, mtu));
+    let nic = NicState::new(mac, backend.num_pairs(), !config.link_down);
+    backend.set_link(!config.link_down);
+    let device = Arc::new(NicDevice::new(nic, backend, mtu));
     let server = Server::spawn(&parts.request.id, parts.listener, device.clone())
         .map_err(|error| Status::resource_exhausted(format!("cannot serve the device: {error}")))?;
     tracing::info!(id = parts.request.id, tap = config.tap_name, %mac, "NIC attached");
@@ -78,10 +83,37 @@ fn connect(config: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<dyn Backend>, St
     Ok(Arc::new(tap))
 }
 
-struct ServedNic {
+/// A NIC that is attached.
+pub(crate) struct ServedNic {
     /// None once stopped.
     server: Mutex<Option<Server>>,
     device: Arc<NicDevice>,
+}
+
+impl ServedNic {
+    /// Plugs the cable in or out, and tells the driver.
+    pub(crate) fn set_link(&self, is_up: bool) {
+        self.device.nic().set_link(is_up);
+        self.device.backend().set_link(is_up);
+        self.config_changed();
+    }
+
+    /// What its rings share.
+    pub(crate) fn state(&self) -> &NicState {
+        self.device.nic()
+    }
+
+    /// Counters and what is set now.
+    pub(crate) fn stats(&self) -> NetStats {
+        self.device.stats()
+    }
+
+    fn config_changed(&self) {
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(server) = &*server {
+            server.config_changed();
+        }
+    }
 }
 
 impl ServedDevice for ServedNic {

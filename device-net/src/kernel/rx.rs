@@ -29,7 +29,7 @@ use crate::nic::header::{
     Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads, has, header_len_bytes,
 };
 use crate::nic::state::NicState;
-use crate::nic::stats::Direction;
+use crate::nic::stats::{Direction, DropReason};
 
 /// Frames delivered before the ring's thread looks at commands again; the tap wakes it anew.
 const BATCH: usize = 64;
@@ -159,7 +159,7 @@ impl RxQueue {
             let Some(chain) = ring.pop()? else { break };
             let len_bytes = chain.writable_len_bytes() as usize;
             if len_bytes <= self.header_len_bytes {
-                self.counters().count_drop();
+                self.counters().count_drop(DropReason::NoBuffers);
                 ring.complete(chain, 0);
                 continue;
             }
@@ -209,7 +209,7 @@ impl RxQueue {
             .filter(|frame| (1..=MAX_FRAME_LEN_BYTES).contains(frame))
             .and_then(|frame| Header::checked(&header, frame, self.offloads).ok());
         let Some(header) = header else {
-            self.counters().count_drop();
+            self.counters().count_drop(DropReason::NoBuffers);
             return Ok(None);
         };
         Ok(Some(Received {
@@ -256,7 +256,7 @@ impl RxQueue {
 
     fn drop_frame(&mut self) {
         if self.frame.take().is_some() {
-            self.counters().count_drop();
+            self.counters().count_drop(DropReason::Malformed);
         }
     }
 

@@ -13,7 +13,7 @@ use crate::nic::header::{
     Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads, header_len_bytes,
 };
 use crate::nic::state::NicState;
-use crate::nic::stats::Direction;
+use crate::nic::stats::{Direction, DropReason};
 
 /// Frames sent before the ring's thread looks at commands again: a full ring of usual size.
 const BATCH: usize = 256;
@@ -52,16 +52,16 @@ impl TxQueue {
         })
     }
 
-    fn send(&mut self, chain: &DescChain) -> Result<usize, Dropped> {
+    fn send(&mut self, chain: &DescChain) -> Result<usize, DropReason> {
         let len_bytes = chain.readable_len_bytes() as usize;
         let frame_len_bytes = len_bytes
             .checked_sub(self.header_len_bytes)
             .filter(|frame| (1..=MAX_FRAME_LEN_BYTES).contains(frame))
-            .ok_or(Dropped)?;
+            .ok_or(DropReason::Malformed)?;
         let mut bytes = [0; MAX_HEADER_LEN_BYTES];
         chain.read_at(0, &mut bytes[..self.header_len_bytes]);
-        let header =
-            Header::checked(&bytes, frame_len_bytes, self.offloads).map_err(|_| Dropped)?;
+        let header = Header::checked(&bytes, frame_len_bytes, self.offloads)
+            .map_err(|_| DropReason::Malformed)?;
 
         self.iovecs.clear();
         self.iovecs.push(libc::iovec {
@@ -70,14 +70,14 @@ impl TxQueue {
         });
         for segment in chain.readable_range(self.header_len_bytes, frame_len_bytes) {
             if self.iovecs.len() == MAX_IOVECS {
-                return Err(Dropped);
+                return Err(DropReason::Malformed);
             }
             self.iovecs.push(libc::iovec {
                 iov_base: segment.as_ptr().cast(),
                 iov_len: segment.len(),
             });
         }
-        self.write().map_err(|_| Dropped)?;
+        self.write().map_err(|_| DropReason::Refused)?;
         Ok(frame_len_bytes)
     }
 
@@ -97,9 +97,6 @@ impl TxQueue {
     }
 }
 
-/// A frame that could not be sent; Ethernet promises no more.
-struct Dropped;
-
 impl QueueHandler for TxQueue {
     fn event_fds(&self) -> Vec<BorrowedFd<'_>> {
         vec![self.more.as_fd()]
@@ -115,7 +112,7 @@ impl QueueHandler for TxQueue {
             };
             match self.send(&chain) {
                 Ok(frame_len_bytes) => self.counters().count(frame_len_bytes),
-                Err(Dropped) => self.counters().count_drop(),
+                Err(reason) => self.counters().count_drop(reason),
             }
             ring.complete(chain, 0);
         }

@@ -44,6 +44,10 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
     fn set_active_pairs(&self, pairs: u16);
     /// The driver is gone: the next one begins with nothing negotiated.
     fn reset(&self);
+    /// The cable was plugged in or out.
+    fn set_link(&self, is_up: bool) {
+        let _ = is_up;
+    }
     /// The NIC has ended; no more frames for it.
     fn detach(&self) {}
 }

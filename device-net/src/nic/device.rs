@@ -6,15 +6,15 @@ use std::sync::Arc;
 use api::device::NetStats;
 use vhost_user::backend::{Device, QueueHandler};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC,
     VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
-    VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
 
 use super::backend::Backend;
 use super::ctrl::CtrlQueue;
 use super::header::{has, mask};
-use super::mac::MacAddress;
 use super::state::NicState;
 use super::stats;
 
@@ -28,7 +28,10 @@ const FEATURES: &[u32] = &[
     VIRTIO_NET_F_STATUS,
     VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VLAN,
     VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
 ];
 
 /// One NIC. Outlives sessions.
@@ -41,19 +44,24 @@ pub(super) struct NicDevice {
 
 impl NicDevice {
     /// A NIC whose other end is `backend`, with as many queue pairs.
-    pub(super) fn new(backend: Arc<dyn Backend>, mac: MacAddress, mtu: Option<u16>) -> Self {
+    pub(super) fn new(nic: NicState, backend: Arc<dyn Backend>, mtu: Option<u16>) -> Self {
         Self {
-            nic: Arc::new(NicState::new(mac, backend.num_pairs())),
+            nic: Arc::new(nic),
             backend,
             mtu,
         }
+    }
+
+    pub(super) fn nic(&self) -> &NicState {
+        &self.nic
     }
 
     pub(super) fn stats(&self) -> NetStats {
         NetStats {
             mac: self.nic.mac().to_string(),
             backend: self.backend.kind().to_owned(),
-            ..stats::sum(self.nic.stats.iter())
+            link_up: self.nic.is_link_up(),
+            ..stats::sum(&self.nic.stats)
         }
     }
 
@@ -63,6 +71,12 @@ impl NicDevice {
 
     fn num_pairs(&self) -> u16 {
         self.backend.num_pairs()
+    }
+
+    fn status(&self) -> u16 {
+        let bit = |is_set, bit| if is_set { bit as u16 } else { 0 };
+        bit(self.nic.is_link_up(), VIRTIO_NET_S_LINK_UP)
+            | bit(self.nic.wants_announcement(), VIRTIO_NET_S_ANNOUNCE)
     }
 }
 
@@ -88,7 +102,7 @@ impl Device for NicDevice {
     fn config(&self) -> Vec<u8> {
         let mut config = Vec::with_capacity(24);
         config.extend(self.nic.mac().0);
-        config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        config.extend(self.status().to_le_bytes());
         config.extend(self.num_pairs().to_le_bytes());
         config.extend(self.mtu.unwrap_or(0).to_le_bytes());
         // Speed and duplex unknown, no receive-side scaling.
