@@ -17,7 +17,7 @@ use vhost_user::eventfd::EventFd;
 use super::uring::{UringError, prepare};
 use crate::confinement;
 
-/// Setting up a ring takes a millisecond; its memory may have to be found.
+/// Setting up a ring takes a millisecond; for its memory the thread may wait some seconds.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Queues that start at the same time.
 const MAX_ORDERS: usize = 64;

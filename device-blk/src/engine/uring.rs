@@ -10,6 +10,7 @@
 //! anyway, so that it costs nothing under load. (Polling the ring's own descriptor would save
 //! it altogether, but a ring that defers its completions does not wake such a poll.)
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -33,6 +34,14 @@ const ALLOWED_OPS: [u8; 7] = [
     opcode::AsyncCancel::CODE,
 ];
 
+/// Requests that are handed to the kernel in one go at most. With a completion queue for a ring of
+/// the largest size it takes 25 KiB, which Linux counts against the limit on locked memory.
+const SUBMISSION_ENTRIES: u32 = 128;
+
+/// How long the rings of disks that went away just now may take to give back their memory.
+const SET_UP_PATIENCE: Duration = Duration::from_secs(5);
+const SET_UP_RETRY_INTERVAL: Duration = Duration::from_millis(20);
+
 /// `user_data` of the request that cancels all others.
 const CANCEL_ALL: u64 = u64::MAX;
 /// How long the kernel may be short of memory for requests before the thread looks elsewhere.
@@ -48,6 +57,12 @@ pub(crate) enum UringError {
          (sysctl), and a container runtime whose seccomp profile allows it"
     )]
     Unavailable(#[source] io::Error),
+    /// The limit on locked memory, which counts for all processes of a user together.
+    #[error(
+        "no memory for another io_uring: each queue takes some 25 KiB of what the user may lock; \
+         raise the limit (ulimit -l, LimitMEMLOCK=) or give the daemon CAP_SYS_RESOURCE"
+    )]
+    OutOfMemory(#[source] io::Error),
     /// The ring could not be limited to disk operations.
     #[error("io_uring cannot be restricted to disk operations")]
     Restrict(#[source] io::Error),
@@ -64,6 +79,8 @@ pub(crate) struct Uring {
     ring: IoUring,
     completed: Arc<EventFd>,
     is_muted: bool,
+    /// Pushed while the submission queue was full; oldest first.
+    backlog: VecDeque<squeue::Entry>,
     /// Requests the kernel has and has not answered, plus those pushed and not submitted.
     unanswered: usize,
 }
@@ -80,6 +97,7 @@ impl Uring {
             ring,
             completed,
             is_muted: false,
+            backlog: VecDeque::new(),
             unanswered: 0,
         })
     }
@@ -110,7 +128,7 @@ impl Uring {
         // The kernel posts a completion and then looks at the flag; we clear the flag and then
         // look for completions. Without the fence both could miss the other.
         fence(Ordering::SeqCst);
-        self.has_news() || !self.ring.submission().is_empty()
+        self.has_news() || !self.ring.submission().is_empty() || !self.backlog.is_empty()
     }
 
     /// Whether there are completions, or will be after a [`Self::submit`].
@@ -130,19 +148,21 @@ impl Uring {
         self.unanswered
     }
 
-    /// Queues a request for the next [`Self::submit`].
+    /// Queues a request for the next [`Self::submit`], at once when many are queued.
     ///
     /// # Safety
-    /// Memory that `entry` names stays valid until its completion was returned; vectors of
-    /// segments until it was submitted.
-    ///
-    /// # Panics
-    /// With more requests than the ring has entries: callers hold one request per entry.
+    /// Memory that `entry` names, vectors of segments too, stays valid until its completion was
+    /// returned.
     pub(crate) unsafe fn push(&mut self, entry: squeue::Entry) {
-        // SAFETY: the caller keeps what the entry points to.
-        let pushed = unsafe { self.ring.submission().push(&entry) };
-        pushed.expect("one entry for each request");
         self.unanswered += 1;
+        if self.backlog.is_empty() {
+            // SAFETY: the caller keeps what the entry points to.
+            if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+                return;
+            }
+        }
+        self.backlog.push_back(entry);
+        self.submit();
     }
 
     /// Hands what was pushed to the kernel, and lets it post completions that it deferred.
@@ -165,7 +185,14 @@ impl Uring {
     }
 
     fn has_work_for_kernel(&mut self) -> bool {
-        let queue = self.ring.submission();
+        let mut queue = self.ring.submission();
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: whoever pushed it keeps what it points to until it has completed.
+            if unsafe { queue.push(entry) }.is_err() {
+                break;
+            }
+            self.backlog.pop_front();
+        }
         !queue.is_empty() || queue.taskrun()
     }
 
@@ -210,16 +237,14 @@ impl Uring {
             .build()
             .user_data(CANCEL_ALL);
         // SAFETY: a cancellation names no memory.
-        if unsafe { self.ring.submission().push(&cancel) }.is_ok() {
-            self.unanswered += 1;
-            self.submit();
-        }
+        unsafe { self.push(cancel) };
+        self.submit();
     }
 }
 
 /// A restricted ring that has yet to be enabled.
 pub(super) fn prepare(entries: u16, completed: &EventFd) -> Result<IoUring, UringError> {
-    let ring = set_up(u32::from(entries)).map_err(UringError::Unavailable)?;
+    let ring = set_up_patiently(u32::from(entries))?;
     ring.submitter()
         .register_eventfd(completed.as_fd().as_raw_fd())
         .map_err(UringError::Eventfd)?;
@@ -227,21 +252,41 @@ pub(super) fn prepare(entries: u16, completed: &EventFd) -> Result<IoUring, Urin
     Ok(ring)
 }
 
+/// Waits for memory: a ring that was closed gives its own back some time later.
+fn set_up_patiently(entries: u32) -> Result<IoUring, UringError> {
+    let give_up = Instant::now() + SET_UP_PATIENCE;
+    loop {
+        match set_up(entries) {
+            Ok(ring) => return Ok(ring),
+            Err(e) if e.raw_os_error() != Some(libc::ENOMEM) => {
+                return Err(UringError::Unavailable(e));
+            }
+            Err(e) if Instant::now() >= give_up => return Err(UringError::OutOfMemory(e)),
+            Err(_) => std::thread::sleep(SET_UP_RETRY_INTERVAL),
+        }
+    }
+}
+
 /// The cheapest set-up that this kernel knows.
 fn set_up(entries: u32) -> io::Result<IoUring> {
+    let submissions = entries.min(SUBMISSION_ENTRIES);
+    // One more for the request that cancels the others.
+    let completions = (entries + 1).next_power_of_two();
     // Linux 6.1: completions are posted when the thread asks for them, in one go.
     let deferred = IoUring::builder()
         .dontfork()
         .setup_r_disabled()
+        .setup_cqsize(completions)
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag()
-        .build(entries);
+        .build(submissions);
     match deferred {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
             .dontfork()
             .setup_r_disabled()
-            .build(entries),
+            .setup_cqsize(completions)
+            .build(submissions),
         result => result,
     }
 }
@@ -270,6 +315,25 @@ mod tests {
         uring.wait(Instant::now() + Duration::from_secs(10));
         assert_eq!(uring.next_completion(), Some((7, -libc::EACCES)));
         assert_eq!(uring.unanswered(), 0);
+    }
+
+    #[test]
+    fn more_requests_than_submission_entries_complete_in_one_wait() {
+        let count = 1024;
+        let mut uring = Uring::new(count).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        for _ in 0..count {
+            push_sync(&mut uring, &file);
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut completed = 0;
+        while completed < count && Instant::now() < deadline {
+            uring.wait(deadline);
+            while uring.next_completion().is_some() {
+                completed += 1;
+            }
+        }
+        assert_eq!((completed, uring.unanswered()), (count, 0));
     }
 
     fn is_signalled(uring: &Uring, timeout: PollTimeout) -> bool {
