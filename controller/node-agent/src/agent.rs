@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io,
+    net::IpAddr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::Arc,
@@ -19,6 +20,7 @@ use crate::{
     image::Claims,
     import::Imports,
     jobs::Jobs,
+    network::{NetworkError, Networks},
     process,
     promised::Promised,
     record::{RecordError, Store},
@@ -92,6 +94,9 @@ pub(crate) enum AgentError {
     /// The volumes.
     #[error(transparent)]
     Volumes(#[from] VolumeError),
+    /// The networks.
+    #[error(transparent)]
+    Networks(#[from] NetworkError),
 }
 
 /// Why a call was not carried out.
@@ -131,7 +136,7 @@ impl Agent {
     ///
     /// # Errors
     /// When another agent is there, or the state cannot be read.
-    pub(crate) fn open(dirs: &Dirs) -> Result<Self, AgentError> {
+    pub(crate) fn open(dirs: &Dirs, underlay: Option<IpAddr>) -> Result<Self, AgentError> {
         let run_dir = dirs.run.join("vms");
         for path in [&dirs.state, &run_dir] {
             fs::create_dir_all(path).map_err(|source| AgentError::Dir {
@@ -146,6 +151,10 @@ impl Agent {
             source,
         };
         let imports = Imports::open(&dirs.state, dirs.qemu_img.clone()).map_err(uploads)?;
+        let host = Host::open(&dirs.state, underlay)?;
+        // Before the VMs, which may want to start in them.
+        let networks = Networks::open(&dirs.state, &dirs.run, &host.id, underlay)?;
+        networks.adopt();
         let (changes, _) = broadcast::channel(CHANGE_BACKLOG);
         let env = Arc::new(Env {
             store: Store::open(&dirs.state)?,
@@ -156,6 +165,7 @@ impl Agent {
             promised: Promised::default(),
             bin_dir: dirs.bin.clone(),
             passt: dirs.passt.clone(),
+            networks,
             boot_id: process::boot_id(),
             changes,
         });
@@ -166,7 +176,7 @@ impl Agent {
             .map(|record| (record.spec.id.clone(), Vm::adopt(env.clone(), record)))
             .collect();
         Ok(Self {
-            host: Host::open(&dirs.state)?,
+            host,
             env,
             vms: Mutex::new(vms),
             jobs: Jobs::default(),
@@ -309,9 +319,12 @@ mod tests {
             qemu_img: None,
             passt: None,
         };
-        let first = Agent::open(&dirs).unwrap();
-        assert!(matches!(Agent::open(&dirs), Err(AgentError::InUse { .. })));
+        let first = Agent::open(&dirs, None).unwrap();
+        assert!(matches!(
+            Agent::open(&dirs, None),
+            Err(AgentError::InUse { .. })
+        ));
         drop(first);
-        Agent::open(&dirs).unwrap();
+        Agent::open(&dirs, None).unwrap();
     }
 }

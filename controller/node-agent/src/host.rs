@@ -3,6 +3,7 @@
 use std::{
     fs::{self, OpenOptions},
     io,
+    net::IpAddr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
@@ -97,7 +98,7 @@ impl Host {
     ///
     /// # Errors
     /// When the id cannot be read or kept.
-    pub(crate) fn open(state_dir: &Path) -> Result<Self, HostError> {
+    pub(crate) fn open(state_dir: &Path, underlay: Option<IpAddr>) -> Result<Self, HostError> {
         let hostname = fs::read_to_string("/proc/sys/kernel/hostname")
             .map(|name| name.trim().to_owned())
             .unwrap_or_default();
@@ -106,7 +107,7 @@ impl Host {
             id: kept_id(&state_dir.join("host-id"))?,
             hostname,
             cpus,
-            underlay_address: String::new(),
+            underlay_address: underlay.map(|ip| ip.to_string()).unwrap_or_default(),
         })
     }
 }
@@ -244,8 +245,8 @@ mod tests {
     #[test]
     fn id_is_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let first = Host::open(dir.path()).unwrap();
-        assert_eq!(Host::open(dir.path()).unwrap().id, first.id);
+        let first = Host::open(dir.path(), None).unwrap();
+        assert_eq!(Host::open(dir.path(), None).unwrap().id, first.id);
     }
 
     #[test]

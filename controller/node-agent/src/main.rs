@@ -13,6 +13,7 @@ mod image;
 mod import;
 mod jobs;
 mod metrics;
+mod network;
 mod process;
 mod promised;
 mod record;
@@ -70,12 +71,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         .as_ref()
         .map(Listener::bind)
         .transpose()?;
-    let mut agent = Agent::open(&dirs)?;
-    agent.host.underlay_address = cli
-        .underlay_address
-        .map(|address| address.to_string())
-        .unwrap_or_default();
-    let agent = Arc::new(agent);
+    let agent = Arc::new(Agent::open(&dirs, cli.underlay_address)?);
     if let Some(listener) = metrics_listener {
         let (agent, runtime) = (agent.clone(), Handle::current());
         let render =

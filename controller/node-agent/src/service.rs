@@ -19,6 +19,7 @@ use crate::{
     host,
     import::ImportError,
     jobs::JobError,
+    network::NetworkError,
     spec::Spec,
     usage,
     vm::{Vm, error_chain},
@@ -196,6 +197,34 @@ impl NodeAgent for Service {
         Ok(Response::new(SetVolumeKeyResponse {}))
     }
 
+    async fn apply_network(
+        &self,
+        request: Request<ApplyNetworkRequest>,
+    ) -> Result<Response<NetworkStatus>, Status> {
+        let request = request.into_inner();
+        validate::apply_network_request(&request)?;
+        let spec = request.spec.expect("a spec was validated");
+        Ok(Response::new(self.agent.env.networks.apply(spec).await?))
+    }
+
+    async fn delete_network(
+        &self,
+        request: Request<DeleteNetworkRequest>,
+    ) -> Result<Response<DeleteNetworkResponse>, Status> {
+        let id = request.into_inner().id;
+        validate::node_id(&id)?;
+        self.agent.env.networks.delete(&id).await?;
+        Ok(Response::new(DeleteNetworkResponse {}))
+    }
+
+    async fn list_networks(
+        &self,
+        _: Request<ListNetworksRequest>,
+    ) -> Result<Response<ListNetworksResponse>, Status> {
+        let networks = self.agent.env.networks.list();
+        Ok(Response::new(ListNetworksResponse { networks }))
+    }
+
     async fn get_disks(
         &self,
         request: Request<GetDisksRequest>,
@@ -369,6 +398,12 @@ impl From<CallError> for Status {
 
 impl From<VolumeError> for Status {
     fn from(error: VolumeError) -> Self {
+        Self::new(error.code(), error_chain(&error))
+    }
+}
+
+impl From<NetworkError> for Status {
+    fn from(error: NetworkError) -> Self {
         Self::new(error.code(), error_chain(&error))
     }
 }

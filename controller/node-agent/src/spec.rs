@@ -179,6 +179,9 @@ pub(crate) struct Nic {
     /// Instead of a tap.
     #[serde(default)]
     pub(crate) user: Option<UserNetwork>,
+    /// Id of the network that it is in, which then knows the bridge.
+    #[serde(default)]
+    pub(crate) network: Option<String>,
 }
 
 /// A network without privileges.
@@ -392,6 +395,7 @@ impl Nic {
             bridge: not_empty(&api.bridge).map(str::to_owned),
             mtu: api.mtu,
             user: api.user.as_ref().map(UserNetwork::from_api),
+            network: not_empty(&api.network).map(str::to_owned),
         }
     }
 }

@@ -376,7 +376,7 @@ fn netlink_error(name: &str, action: &'static str, source: rtnetlink::Error) -> 
 }
 
 /// Fowler-Noll-Vo, 64 bits: the standard library's hashes may change between versions.
-fn fnv1a(bytes: &[u8]) -> u64 {
+pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
     })

@@ -62,13 +62,17 @@ pub(crate) enum NetworkError {
         package: &'static str,
     },
     /// No such bridge.
-    #[error("spec.bridge: bridge {bridge} does not exist; create it: ip link add {bridge} type bridge")]
+    #[error(
+        "spec.bridge: bridge {bridge} does not exist; create it: ip link add {bridge} type bridge"
+    )]
     NoBridge {
         /// As asked for.
         bridge: String,
     },
     /// It is something else.
-    #[error("spec.bridge: interface {bridge} is no bridge; name one, or put it into one: ip link set {bridge} master BRIDGE")]
+    #[error(
+        "spec.bridge: interface {bridge} is no bridge; name one, or put it into one: ip link set {bridge} master BRIDGE"
+    )]
     NotABridge {
         /// As asked for.
         bridge: String,
@@ -80,7 +84,9 @@ pub(crate) enum NetworkError {
         uplink: String,
     },
     /// It should not exist.
-    #[error("interface {name} exists already but was not made for network {id}; remove it: ip link del {name}")]
+    #[error(
+        "interface {name} exists already but was not made for network {id}; remove it: ip link del {name}"
+    )]
     Exists {
         /// The network.
         id: String,

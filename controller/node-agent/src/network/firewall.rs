@@ -32,7 +32,10 @@ pub(super) async fn remove(id: &str) -> Result<(), NetworkError> {
     for family in ["inet", "bridge"] {
         // Deleting needs one that is there.
         let table = table(id);
-        let _ = writeln!(script, "table {family} {table}\ndelete table {family} {table}");
+        let _ = writeln!(
+            script,
+            "table {family} {table}\ndelete table {family} {table}"
+        );
     }
     run(id, &script).await
 }
@@ -90,7 +93,10 @@ impl Ruleset<'_> {
         let table = table(&self.spec.id);
         let mut text = String::new();
         for family in ["inet", "bridge"] {
-            let _ = writeln!(text, "table {family} {table}\ndelete table {family} {table}");
+            let _ = writeln!(
+                text,
+                "table {family} {table}\ndelete table {family} {table}"
+            );
         }
         let _ = writeln!(text, "table inet {table} {{");
         self.forward(&mut text);
@@ -108,7 +114,9 @@ impl Ruleset<'_> {
     /// What the host passes on between interfaces.
     fn forward(&self, text: &mut String) {
         let bridge = self.bridge;
-        text.push_str("  chain forward {\n    type filter hook forward priority filter; policy accept;\n");
+        text.push_str(
+            "  chain forward {\n    type filter hook forward priority filter; policy accept;\n",
+        );
         // Seen here only where br_netfilter shows bridged frames.
         let _ = writeln!(text, "    iifname \"{bridge}\" oifname \"{bridge}\" accept");
         if self.kind() == NetworkKind::Nat {
@@ -121,7 +129,10 @@ impl Ruleset<'_> {
                     self.uplink("oifname")
                 );
             }
-            let _ = writeln!(text, "    oifname \"{bridge}\" ct state established,related accept");
+            let _ = writeln!(
+                text,
+                "    oifname \"{bridge}\" ct state established,related accept"
+            );
             let _ = writeln!(text, "    oifname \"{bridge}\" ct status dnat accept");
         }
         let _ = writeln!(text, "    iifname \"{bridge}\" drop");
@@ -132,16 +143,25 @@ impl Ruleset<'_> {
     fn input(&self, text: &mut String) {
         let bridge = self.bridge;
         if self.kind() == NetworkKind::Isolated {
-            text.push_str("  chain input {\n    type filter hook input priority filter; policy accept;\n");
+            text.push_str(
+                "  chain input {\n    type filter hook input priority filter; policy accept;\n",
+            );
             let _ = writeln!(text, "    iifname \"{bridge}\" drop\n  }}");
-            text.push_str("  chain output {\n    type filter hook output priority filter; policy accept;\n");
+            text.push_str(
+                "  chain output {\n    type filter hook output priority filter; policy accept;\n",
+            );
             let _ = writeln!(text, "    oifname \"{bridge}\" drop\n  }}");
             return;
         }
         // The loopback is reachable by way of port forwards (route_localnet), but never from here.
-        text.push_str("  chain early {\n    type filter hook prerouting priority raw; policy accept;\n");
+        text.push_str(
+            "  chain early {\n    type filter hook prerouting priority raw; policy accept;\n",
+        );
         let _ = writeln!(text, "    iifname \"{bridge}\" ip daddr 127.0.0.0/8 drop");
-        let _ = writeln!(text, "    iifname \"{bridge}\" ip saddr 127.0.0.0/8 drop\n  }}");
+        let _ = writeln!(
+            text,
+            "    iifname \"{bridge}\" ip saddr 127.0.0.0/8 drop\n  }}"
+        );
     }
 
     fn nat(&self, text: &mut String) {
@@ -302,7 +322,9 @@ mod tests {
     fn forwards_lead_to_the_guest_by_both_families() {
         let text = render(&spec(NetworkKind::Nat));
         assert!(
-            text.contains("meta nfproto ipv4 fib daddr type local tcp dport 8080 dnat ip to 10.20.0.5:80"),
+            text.contains(
+                "meta nfproto ipv4 fib daddr type local tcp dport 8080 dnat ip to 10.20.0.5:80"
+            ),
             "{text}"
         );
         assert!(text.contains("dnat ip6 to [fd00:20::5]:80"), "{text}");

@@ -70,7 +70,10 @@ pub(super) fn exists(name: &str) -> bool {
 
 /// Whether the interface is a bridge.
 pub(super) fn is_bridge(name: &str) -> bool {
-    Path::new("/sys/class/net").join(name).join("bridge").exists()
+    Path::new("/sys/class/net")
+        .join(name)
+        .join("bridge")
+        .exists()
 }
 
 /// The interfaces that are in a bridge.
@@ -167,7 +170,10 @@ impl Links {
                 .add(index, net.addr(), net.prefix_len())
                 .execute()
                 .await
-                .map_err(NetworkError::netlink(&self.id, "giving its bridge an address"))?;
+                .map_err(NetworkError::netlink(
+                    &self.id,
+                    "giving its bridge an address",
+                ))?;
         }
         Ok(())
     }
@@ -207,12 +213,13 @@ impl Links {
         if !exists(&vxlan.name) {
             // Entries come from the controller: a guest must not draw others' frames to itself by
             // what it sends.
-            let link = LinkVxlan::new(&vxlan.name, vxlan.vni).learning(false).port(
-                match vxlan.port {
-                    0 => VXLAN_PORT,
-                    port => port,
-                },
-            );
+            let link =
+                LinkVxlan::new(&vxlan.name, vxlan.vni)
+                    .learning(false)
+                    .port(match vxlan.port {
+                        0 => VXLAN_PORT,
+                        port => port,
+                    });
             let link = match vxlan.local {
                 IpAddr::V4(local) => link.local(local),
                 IpAddr::V6(local) => link.local6(local),
@@ -250,9 +257,10 @@ impl Links {
         };
         let removed = self.handle.link().del(index).execute().await;
         match removed {
-            Err(source) if exists(name) => {
-                Err(NetworkError::netlink(&self.id, "removing an interface")(source))
-            }
+            Err(source) if exists(name) => Err(NetworkError::netlink(
+                &self.id,
+                "removing an interface",
+            )(source)),
             _ => Ok(()),
         }
     }
@@ -324,14 +332,20 @@ impl Links {
 }
 
 fn net_of(message: &AddressMessage) -> Option<IpNet> {
-    let own = message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Local(address) => Some(*address),
-        _ => None,
-    });
-    let other = message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Address(address) => Some(*address),
-        _ => None,
-    });
+    let own = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            AddressAttribute::Local(address) => Some(*address),
+            _ => None,
+        });
+    let other = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        });
     IpNet::new(own.or(other)?, message.header.prefix_len).ok()
 }
 

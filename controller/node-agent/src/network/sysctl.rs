@@ -10,7 +10,11 @@ use super::error::NetworkError;
 
 /// Of one interface and family.
 pub(super) fn path(family: &str, interface: &str, name: &str) -> PathBuf {
-    Path::new("/proc/sys/net").join(family).join("conf").join(interface).join(name)
+    Path::new("/proc/sys/net")
+        .join(family)
+        .join("conf")
+        .join(interface)
+        .join(name)
 }
 
 /// Sets it unless it is so already; what it was before. Settings that this kernel does not have are

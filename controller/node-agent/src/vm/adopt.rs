@@ -96,7 +96,15 @@ async fn adopt_machine(actor: &Actor, assets: &Assets) -> Result<Box<Machine>, S
     let passt = passt::find(env.passt.as_deref(), &env.bin_dir, spec).await;
     // One that is gone is looked for by its name until it is back.
     let passt = passt.unwrap_or_else(|_| passt::PROGRAM.into());
-    for plan in daemon::plans(spec, &env.bin_dir, &passt, &dir, &env.volumes) {
+    let plans = daemon::plans(
+        spec,
+        &env.bin_dir,
+        &passt,
+        &dir,
+        &env.volumes,
+        &env.networks,
+    );
+    for plan in plans {
         let record = assets
             .daemons
             .iter()

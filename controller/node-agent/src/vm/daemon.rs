@@ -33,6 +33,7 @@ use super::{
 };
 use crate::{
     cloud_init,
+    network::Networks,
     process::{Guard, Process, ProcessError},
     record::DaemonKind,
     spec::{Disk, DiskSource, Nic, Spec, UserNetwork},
@@ -62,6 +63,8 @@ pub(super) struct Plan {
     program: PathBuf,
     dir: PathBuf,
     volumes: Pool,
+    networks: Networks,
+    vm: String,
     pub(super) devices: Vec<DevicePlan>,
 }
 
@@ -80,6 +83,7 @@ enum Backing {
         queue_pairs: u32,
         mac: String,
         mtu: u32,
+        network: Option<String>,
     },
     User {
         network: UserNetwork,
@@ -210,6 +214,7 @@ pub(super) fn plans(
     passt: &Path,
     dir: &Path,
     volumes: &Pool,
+    networks: &Networks,
 ) -> Vec<Plan> {
     let seed = spec.cloud_init.as_ref().map(|_| cloud_init::disk(dir));
     let disks = spec.disks.iter().cloned().chain(seed);
@@ -226,6 +231,7 @@ pub(super) fn plans(
             queue_pairs: nic.queue_pairs,
             mac: mac(spec, nic),
             mtu: nic.mtu,
+            network: nic.network.clone(),
         },
     });
     let users = nics.filter_map(|(index, nic)| {
@@ -253,6 +259,8 @@ pub(super) fn plans(
         },
         dir: dir.to_owned(),
         volumes: volumes.clone(),
+        networks: networks.clone(),
+        vm: spec.id.clone(),
         devices,
     })
     .collect()
@@ -423,6 +431,7 @@ impl Plan {
     ) -> Result<AttachRequest, DaemonError> {
         let (program, fd_socket) = (self.kind.program(), self.fd_socket());
         let volumes = self.volumes.clone();
+        let (networks, vm) = (self.networks.clone(), self.vm.clone());
         let name = device.name.clone();
         let sending = tokio::task::spawn_blocking(move || {
             let send = |fd: BorrowedFd<'_>| {
@@ -446,6 +455,7 @@ impl Plan {
                     queue_pairs,
                     mac,
                     mtu,
+                    network,
                 } => {
                     let queues = open_tap(&device.name, name, *queue_pairs)?;
                     let sent: Result<Vec<FdRef>, DaemonError> =
@@ -455,6 +465,9 @@ impl Plan {
                         mac: mac.clone(),
                         mtu: *mtu,
                         tap_name: name.clone(),
+                        policy: network
+                            .as_ref()
+                            .and_then(|network| networks.policy(network, &vm, &device.name)),
                         ..NetConfig::default()
                     })
                 }

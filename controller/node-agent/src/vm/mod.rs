@@ -47,6 +47,7 @@ use self::{
 use crate::{
     image::Claims,
     import::Imports,
+    network::Networks,
     process,
     promised::Promised,
     record::{Assets, DaemonKind, Failure, Record, RecordError, State, Store},
@@ -76,6 +77,8 @@ pub(crate) struct Env {
     pub(crate) bin_dir: PathBuf,
     /// What makes user networks, if it was named.
     pub(crate) passt: Option<PathBuf>,
+    /// What NICs may be in.
+    pub(crate) networks: Networks,
     /// Pool of volumes.
     pub(crate) volumes: volumes::Pool,
     /// Files that are brought here to be made into volumes.

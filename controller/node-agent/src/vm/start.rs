@@ -28,6 +28,7 @@ use crate::{
     cloud_init,
     host::{self, HostError},
     image::Claim,
+    network::NetworkError,
     process::Process,
     record::{Assets, DaemonKind},
     spec::Spec,
@@ -105,6 +106,15 @@ pub(crate) enum StartError {
         #[source]
         source: TapError,
     },
+    /// Its network cannot be joined.
+    #[error("NIC {nic}")]
+    Network {
+        /// Name of the NIC.
+        nic: String,
+        /// Why not.
+        #[source]
+        source: NetworkError,
+    },
     /// There are no user networks here.
     #[error(transparent)]
     Passt(#[from] PasstError),
@@ -132,6 +142,7 @@ impl StartError {
             Self::Dir { .. } => Code::Internal,
             Self::Disk(error) => error.code(),
             Self::Tap { source, .. } => source.code(),
+            Self::Network { source, .. } => source.code(),
             Self::Passt(_) => Code::FailedPrecondition,
             Self::Daemon(error) => error.code(),
             Self::Vmm(error) => error.code(),
@@ -223,7 +234,15 @@ pub(super) async fn bring_up(
 ) -> Result<(), StartError> {
     let dir = env.vm_dir(&spec.id);
     let passt = passt::find(env.passt.as_deref(), &env.bin_dir, spec).await?;
-    let plans = daemon::plans(spec, &env.bin_dir, &passt, &dir, &env.volumes);
+    let spec = &join_networks(env, spec).await?;
+    let plans = daemon::plans(
+        spec,
+        &env.bin_dir,
+        &passt,
+        &dir,
+        &env.volumes,
+        &env.networks,
+    );
     check_host(env, spec, &dir, plans.iter().map(|plan| plan.kind))?;
     claim_images(env, spec, &mut rising.claims).await?;
     make_dir(&dir, &mut rising.dir_made)?;
@@ -243,6 +262,27 @@ pub(super) async fn bring_up(
         started.elapsed().as_millis()
     );
     Ok(())
+}
+
+/// The spec with what its NICs' networks say of them.
+async fn join_networks(env: &Env, spec: &Spec) -> Result<Spec, StartError> {
+    let mut spec = spec.clone();
+    for nic in &mut spec.nics {
+        let Some(network) = &nic.network else {
+            continue;
+        };
+        let place = env.networks.place(network, &spec.id, &nic.name).await;
+        let place = place.map_err(|source| StartError::Network {
+            nic: nic.name.clone(),
+            source,
+        })?;
+        nic.bridge = Some(place.bridge);
+        nic.mtu = match nic.mtu {
+            0 => place.mtu,
+            mtu => mtu,
+        };
+    }
+    Ok(spec)
 }
 
 fn check_host(
