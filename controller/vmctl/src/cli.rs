@@ -105,6 +105,8 @@ Exit status: 0 when the guest shut down or you left its console, 1 when it faile
   vmctl run --kernel vmlinuz --disk debian.raw --cmdline 'root=/dev/vda1 console=ttyS0'
   vmctl run --kernel vmlinuz --initramfs initrd.img --disk root.raw --disk data.raw,readonly \\
             --net host-cidr=192.168.100.1/24 --cpus 4 --memory 2G --name web --rm
+  vmctl run --kernel vmlinuz --disk debian.raw --net user,port-forward=tcp:2222:22 \\
+            --ssh-key ~/.ssh/id_ed25519.pub --user-data cloud-config.yaml
   vmctl run --kernel vmlinuz --disk root.raw --detach
 
 Ctrl-] leaves the console; the VM runs on."
@@ -221,8 +223,10 @@ pub(crate) struct MachineArgs {
     /// write-iops=N, write-bps=SIZE (each also with -burst), tls=FILE, tls-hostname=NAME (of nbd)
     #[arg(long = "disk", value_name = "IMAGE[,OPTION..]")]
     pub(crate) disks: Vec<DiskArg>,
-    /// A NIC on a new tap; options: tap=NAME (an existing one), host-cidr=ADDRESS/BITS,
-    /// bridge=NAME, mac=ADDRESS, queues=N, mtu=N, name=NAME
+    /// A NIC on a new tap, or of a network that needs no privileges if the first word is user. Options:
+    /// tap=NAME (an existing one), host-cidr=ADDRESS/BITS, bridge=NAME, queues=N; of user networks
+    /// port-forward=tcp|udp:[ADDRESS:]HOST-PORT[:GUEST-PORT] (repeat for more) and
+    /// host-loopback=ADDRESS; of both mac=ADDRESS, mtu=N, name=NAME
     #[arg(long = "net", value_name = "OPTION[,OPTION..]", num_args = 0..=1, default_missing_value = "")]
     pub(crate) nets: Vec<NetArg>,
     /// A device of a third-party daemon: type=blk|net|fs|vsock|rng|NUMBER,socket=PATH, then any of
@@ -233,6 +237,8 @@ pub(crate) struct MachineArgs {
     /// A folder that a virtiofsd serves on SOCKET; the guest mounts it with mount -t virtiofs TAG
     #[arg(long = "share", value_name = "TAG=SOCKET")]
     pub(crate) shares: Vec<ShareArg>,
+    #[command(flatten)]
+    pub(crate) seed: SeedArgs,
     /// Virtual CPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
     pub(crate) cpus: Option<u32>,
@@ -242,6 +248,23 @@ pub(crate) struct MachineArgs {
     /// How long the guest may take to shut down before it is stopped hard [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) shutdown_grace: Option<u32>,
+}
+
+/// What cloud-init in the guest finds.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub(crate) struct SeedArgs {
+    /// cloud-init's user-data, - for stdin; at most 128 KiB
+    #[arg(long, value_name = "FILE")]
+    pub(crate) user_data: Option<PathBuf>,
+    /// cloud-init's meta-data; instance-id and local-hostname are added where they are missing
+    #[arg(long, value_name = "FILE")]
+    pub(crate) meta_data: Option<PathBuf>,
+    /// cloud-init's network-config [default: DHCP on the first NIC]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) network_config: Option<PathBuf>,
+    /// Public SSH keys for the image's default user; repeat for more files
+    #[arg(long = "ssh-key", value_name = "FILE")]
+    pub(crate) ssh_keys: Vec<PathBuf>,
 }
 
 /// `vmctl vm create`

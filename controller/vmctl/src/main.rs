@@ -1,7 +1,7 @@
 //! `vmctl`: people's and scripts' way to the controller.
 //!
 //! ```text
-//! cli        what can be typed; spec: the words for disks, NICs and sizes
+//! cli        what can be typed; spec: the words for disks, NICs and sizes; seed: files for cloud-init
 //! client     the connection, operations to wait for, errors in words
 //! commands   one module for each noun, and run
 //! console    a terminal on a VM's serial port
@@ -20,6 +20,8 @@ mod commands;
 mod console;
 mod json;
 mod output;
+mod port_forward;
+mod seed;
 mod spec;
 mod standalone;
 

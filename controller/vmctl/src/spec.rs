@@ -8,6 +8,7 @@ use api::controller as pb;
 use api::names::Name;
 
 use crate::cli::MachineArgs;
+use crate::{port_forward, seed};
 
 /// Parses `512M`, `4G`, `1T`, `64K` or a plain number of bytes. `MiB` and `MB` mean the same: powers
 /// of 1024.
@@ -179,7 +180,7 @@ fn parse_nbd(text: &str) -> Result<pb::NbdSource, String> {
 }
 
 /// `--net`
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct NetArg(pb::Nic);
 
 impl FromStr for NetArg {
@@ -192,13 +193,22 @@ impl FromStr for NetArg {
                 Some(("tap", name)) => nic.tap = name.to_owned(),
                 Some(("host-cidr", cidr)) => nic.host_cidr = cidr.to_owned(),
                 Some(("bridge", name)) => nic.bridge = name.to_owned(),
+                None if word == "user" => {
+                    nic.user.get_or_insert_default();
+                }
+                Some(("port-forward", text)) => {
+                    nic.port_forwards.push(port_forward::parse(text)?);
+                }
+                Some(("host-loopback", address)) => {
+                    nic.user.get_or_insert_default().host_loopback = address.to_owned();
+                }
                 Some(("mac", mac)) => nic.mac = mac.to_owned(),
                 Some(("queues", number)) => nic.queue_pairs = parse_number("queues", number)?,
                 Some(("mtu", number)) => nic.mtu = parse_number("mtu", number)?,
                 Some(("name", name)) => nic.name = name.to_owned(),
                 _ => {
                     return Err(format!(
-                        "{word:?} is no option of a NIC; there are tap=, host-cidr=, bridge=, mac=, queues=, mtu= and name="
+                        "{word:?} is no option of a NIC; there are user, port-forward=, host-loopback=, tap=, host-cidr=, bridge=, mac=, queues=, mtu= and name="
                     ));
                 }
             }
@@ -327,6 +337,7 @@ pub(crate) fn vm_spec(
     for disk in args.disks {
         spec.disks.push(api_disk(disk, project)?);
     }
+    seed::add(&args.seed, &mut spec)?;
     spec.nics.extend(args.nets.into_iter().map(|net| net.0));
     let shares = args.shares.into_iter().map(|share| share.0);
     let others = args.vhost_user.into_iter().map(|device| device.0);

@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use api::controller as pb;
 use api::controller::vms_client::VmsClient;
+use api::validate::SEED_DISK;
 use tonic::transport::Channel;
 
 use super::{PAGE_SIZE, conclude, parent};
 use crate::cli::{Format, Global, VmCommand, VmCreateArgs};
-use crate::{client, console, json, output, spec};
+use crate::{client, console, json, output, port_forward, spec};
 
 /// Runs one command.
 pub(crate) async fn run(global: &Global, command: VmCommand) -> anyhow::Result<ExitCode> {
@@ -185,7 +186,7 @@ async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
                 phase,
                 spec.vcpus.to_string(),
                 output::size(spec.memory_bytes),
-                (spec.disks.len() + spec.nics.len() + spec.vhost_user.len()).to_string(),
+                devices(&spec).to_string(),
                 output::or_dash(&output::id(&status.host)),
                 output::age(vm.create_time),
                 note(&status),
@@ -294,6 +295,11 @@ async fn show(global: &Global, name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn devices(spec: &pb::VmSpec) -> usize {
+    let seed = usize::from(spec.cloud_init.is_some());
+    spec.disks.len() + spec.nics.len() + spec.vhost_user.len() + seed
+}
+
 fn show_devices(spec: &pb::VmSpec, status: &pb::VmStatus) {
     let disks = spec.disks.iter().map(|disk| {
         let source = match &disk.source {
@@ -311,12 +317,29 @@ fn show_devices(spec: &pb::VmSpec, status: &pb::VmStatus) {
             ("host-cidr", &nic.host_cidr),
             ("mac", &nic.mac),
         ];
-        let words: Vec<String> = words
+        let words = words
             .iter()
             .filter(|(_, value)| !value.is_empty())
-            .map(|(word, value)| format!("{word} {value}"))
-            .collect();
+            .map(|(word, value)| format!("{word} {value}"));
+        let user = nic.user.iter().map(|_| "user network".to_owned());
+        let ports = nic.port_forwards.iter().map(port_forward::shown);
+        let words: Vec<String> = user.chain(words).chain(ports).collect();
         (nic.name.clone(), "nic", words.join(", "))
+    });
+    let seed = spec.cloud_init.iter().map(|seed| {
+        let files = [
+            ("user-data", seed.user_data_bytes),
+            ("meta-data", seed.meta_data_bytes),
+            ("network-config", seed.network_config_bytes),
+        ];
+        let given = files.iter().filter(|(_, len)| *len > 0);
+        let mut given: Vec<String> = given
+            .map(|(name, len)| format!("{name} of {len} bytes"))
+            .collect();
+        if !seed.ssh_keys.is_empty() {
+            given.push(format!("{} ssh keys", seed.ssh_keys.len()));
+        }
+        (SEED_DISK.to_owned(), "cloud-init", given.join(", "))
     });
     let others = spec.vhost_user.iter().map(|device| {
         (
@@ -328,6 +351,7 @@ fn show_devices(spec: &pb::VmSpec, status: &pb::VmStatus) {
     let rows: Vec<Vec<String>> = disks
         .chain(nics)
         .chain(others)
+        .chain(seed)
         .map(|(name, kind, what)| {
             let health = status.devices.iter().find(|device| device.name == name);
             let health = match health {
