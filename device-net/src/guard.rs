@@ -1,0 +1,346 @@
+//! What stands between a NIC's rings and its other end: the policy, the rate limits and captures.
+//!
+//! Whoever moves a frame asks, in this order, as far as it is needed:
+//!
+//! 1. [`Guard::is_active`]: one relaxed load. While nothing is set, that is all there is to it.
+//! 2. [`Guard::check`]: a verdict about a copy of the frame's first bytes, at most
+//!    [`HEAD_LEN_BYTES`]. What is sent on must begin with that very copy: the driver may change its
+//!    memory after it was looked at.
+//! 3. [`Guard::admit`]: whether the frame may go now, or when to ask again.
+//!
+//! All of it may be called by several threads, and be changed meanwhile.
+
+mod config;
+mod limiter;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::SystemTime;
+
+use api::device::{NetLimits, Policy};
+use filter::capture::{self, Capture, FrameBytes};
+use filter::flow::FlowInfo;
+use filter::gate::Gate;
+use filter::packet::Packet;
+use filter::{Direction, DropReason, Verdict};
+use vhost_user::ring::DescChain;
+
+pub(crate) use config::ConfigError;
+pub(crate) use filter::packet::HEAD_LEN_BYTES;
+use limiter::Limiter;
+
+use crate::nic::MacAddress;
+
+/// Captures of one NIC at a time: each costs every frame a look.
+const MAX_CAPTURES: usize = 4;
+
+/// Bits of [`Guard::watches`].
+const POLICY: u32 = 1;
+const CAPTURE: u32 = 2;
+const INGRESS_LIMIT: u32 = 4;
+const EGRESS_LIMIT: u32 = 8;
+
+/// Of one NIC.
+#[derive(Debug)]
+pub(crate) struct Guard {
+    /// What needs to look at frames now.
+    watches: AtomicU32,
+    gate: Gate,
+    limiter: Limiter,
+    captures: Mutex<Vec<Arc<Capture>>>,
+    /// By [`Direction`] and [`DropReason`].
+    drops: [[AtomicU64; DropReason::ALL.len()]; 2],
+    /// The manager's, whatever the driver sets.
+    mac: MacAddress,
+    policy: Mutex<Option<Policy>>,
+}
+
+/// A frame on its way.
+#[derive(Clone, Copy)]
+pub(crate) struct Frame<'a> {
+    /// A copy of its first bytes: all of them, or [`HEAD_LEN_BYTES`].
+    pub(crate) head: &'a [u8],
+    /// All of it; only looked at by captures, behind the head.
+    pub(crate) bytes: &'a dyn FrameBytes,
+    pub(crate) len_bytes: usize,
+}
+
+impl Guard {
+    /// One that lets everything pass.
+    pub(crate) fn new(mac: MacAddress) -> Self {
+        Self {
+            watches: AtomicU32::new(0),
+            gate: Gate::default(),
+            limiter: Limiter::default(),
+            captures: Mutex::default(),
+            drops: Default::default(),
+            mac,
+            policy: Mutex::default(),
+        }
+    }
+
+    /// Whether frames need to be looked at at all.
+    #[inline]
+    pub(crate) fn is_active(&self) -> bool {
+        self.watches.load(Ordering::Relaxed) != 0
+    }
+
+    /// Whether [`Guard::check`] has anything to do.
+    #[inline]
+    pub(crate) fn looks(&self) -> bool {
+        self.watches.load(Ordering::Relaxed) & (POLICY | CAPTURE) != 0
+    }
+
+    /// Judges a frame, and shows it to captures. `now_ns` is monotonic. A frame that may not pass
+    /// is counted by its reason.
+    ///
+    /// # Errors
+    /// Why it must be dropped.
+    #[inline]
+    pub(crate) fn check(
+        &self,
+        direction: Direction,
+        frame: &Frame<'_>,
+        now_ns: u64,
+    ) -> Result<(), DropReason> {
+        let watches = self.watches.load(Ordering::Relaxed);
+        if watches & (POLICY | CAPTURE) == 0 {
+            return Ok(());
+        }
+        let packet = Packet::parse(frame.head, frame.len_bytes);
+        let verdict = match &packet {
+            _ if watches & POLICY == 0 => Verdict::Pass,
+            Some(packet) => self.gate.check(packet, direction, now_ns),
+            None => Verdict::Drop(DropReason::Malformed),
+        };
+        if let Some(packet) = &packet
+            && watches & CAPTURE != 0
+        {
+            self.show(packet, direction, verdict, frame);
+        }
+        match verdict {
+            Verdict::Pass => Ok(()),
+            Verdict::Drop(reason) => {
+                self.count_drop(direction, reason);
+                Err(reason)
+            }
+        }
+    }
+
+    /// Takes a frame's share of the limits. For who can let frames wait.
+    ///
+    /// # Errors
+    /// When to ask again about the same frame, which is soon if nobody knows better.
+    #[inline]
+    pub(crate) fn admit(
+        &self,
+        direction: Direction,
+        len_bytes: usize,
+        now_ns: u64,
+    ) -> Result<(), u64> {
+        if self.watches.load(Ordering::Relaxed) & limit_bit(direction) == 0 {
+            return Ok(());
+        }
+        self.limiter.admit(direction, len_bytes, now_ns)
+    }
+
+    /// As [`Guard::admit`], for who cannot let frames wait: one that comes too early is counted as
+    /// dropped.
+    ///
+    /// # Errors
+    /// It must be dropped.
+    #[inline]
+    pub(crate) fn police(
+        &self,
+        direction: Direction,
+        len_bytes: usize,
+        now_ns: u64,
+    ) -> Result<(), DropReason> {
+        self.admit(direction, len_bytes, now_ns).map_err(|_| {
+            self.count_drop(direction, DropReason::RateLimit);
+            DropReason::RateLimit
+        })
+    }
+
+    /// Counts a frame that was dropped for a reason of its carrier's.
+    pub(crate) fn count_drop(&self, direction: Direction, reason: DropReason) {
+        self.drops[direction as usize][reason as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Frames that were dropped, by reasons; those that never occurred are left out.
+    pub(crate) fn drops(
+        &self,
+        direction: Direction,
+    ) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        let counters = &self.drops[direction as usize];
+        DropReason::ALL
+            .iter()
+            .map(|&reason| {
+                (
+                    reason.name(),
+                    counters[reason as usize].load(Ordering::Relaxed),
+                )
+            })
+            .filter(|&(_, count)| count > 0)
+    }
+
+    /// Replaces the policy; `None` lets everything pass.
+    ///
+    /// # Errors
+    /// It cannot be understood, and nothing has changed.
+    pub(crate) fn set_policy(&self, policy: Option<Policy>) -> Result<(), ConfigError> {
+        let compiled = config::policy(policy.as_ref(), self.mac)?;
+        let mut current = lock(&self.policy);
+        // What is not looked at needs no flows; but nothing must pass unseen in between.
+        self.gate.set_policy(&compiled);
+        let is_empty = compiled == filter::policy::Policy::default();
+        self.watch(POLICY, !is_empty);
+        *current = policy;
+        Ok(())
+    }
+
+    pub(crate) fn policy(&self) -> Option<Policy> {
+        lock(&self.policy).clone()
+    }
+
+    /// Replaces the limits.
+    pub(crate) fn set_limits(&self, limits: NetLimits, now_ns: u64) {
+        self.limiter.set(limits, now_ns);
+        for direction in Direction::ALL {
+            self.watch(limit_bit(direction), self.limiter.is_limited(direction));
+        }
+    }
+
+    pub(crate) fn limits(&self) -> NetLimits {
+        self.limiter.limits()
+    }
+
+    /// How often frames had to wait.
+    pub(crate) fn throttled(&self, direction: Direction) -> u64 {
+        self.limiter.throttled(direction)
+    }
+
+    /// All flows that are tracked, most recently used first; `None` if none are.
+    pub(crate) fn flows(&self, now_ns: u64) -> Option<Vec<FlowInfo>> {
+        let is_tracking = lock(&self.policy)
+            .as_ref()
+            .is_some_and(|policy| policy.track_flows || policy.security.is_some());
+        is_tracking.then(|| self.gate.flows(now_ns))
+    }
+
+    pub(crate) fn num_flows(&self) -> usize {
+        self.gate.num_flows()
+    }
+
+    pub(crate) fn num_flows_evicted(&self) -> u64 {
+        self.gate.num_evicted()
+    }
+
+    /// Begins a capture, which lasts until the handle is dropped; `None` when there are too many.
+    pub(crate) fn capture(
+        self: &Arc<Self>,
+        request: capture::Request,
+        wake: impl Fn() + Send + Sync + 'static,
+    ) -> Option<Capturing> {
+        let capture = Arc::new(Capture::new(request, wake));
+        let mut captures = lock(&self.captures);
+        if captures.len() == MAX_CAPTURES {
+            return None;
+        }
+        captures.push(capture.clone());
+        self.watch(CAPTURE, true);
+        Some(Capturing {
+            guard: Arc::downgrade(self),
+            capture,
+        })
+    }
+
+    pub(crate) fn num_captures(&self) -> usize {
+        lock(&self.captures).len()
+    }
+
+    /// Ends all captures: the NIC goes away.
+    pub(crate) fn close(&self) {
+        for capture in &*lock(&self.captures) {
+            capture.end();
+        }
+    }
+
+    #[cold]
+    fn show(&self, packet: &Packet, direction: Direction, verdict: Verdict, frame: &Frame<'_>) {
+        let time = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        let frame = capture::Frame {
+            packet,
+            head: frame.head,
+            bytes: frame.bytes,
+            len_bytes: frame.len_bytes,
+            direction,
+            verdict,
+            time_ns: time.as_nanos() as u64,
+        };
+        for capture in &*lock(&self.captures) {
+            capture.offer(&frame);
+        }
+    }
+
+    fn watch(&self, bit: u32, is_on: bool) {
+        if is_on {
+            self.watches.fetch_or(bit, Ordering::Relaxed);
+        } else {
+            self.watches.fetch_and(!bit, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A capture that is running.
+#[derive(Debug)]
+pub(crate) struct Capturing {
+    guard: Weak<Guard>,
+    capture: Arc<Capture>,
+}
+
+impl std::ops::Deref for Capturing {
+    type Target = Capture;
+
+    fn deref(&self) -> &Capture {
+        &self.capture
+    }
+}
+
+impl Drop for Capturing {
+    fn drop(&mut self) {
+        let Some(guard) = self.guard.upgrade() else {
+            return;
+        };
+        let mut captures = lock(&guard.captures);
+        captures.retain(|capture| !Arc::ptr_eq(capture, &self.capture));
+        guard.watch(CAPTURE, !captures.is_empty());
+    }
+}
+
+/// A frame that a driver sends, behind its virtio-net header.
+pub(crate) struct SentFrame<'a> {
+    pub(crate) chain: &'a DescChain,
+    pub(crate) header_len_bytes: usize,
+}
+
+impl FrameBytes for SentFrame<'_> {
+    fn read_at(&self, offset: usize, target: &mut [u8]) -> usize {
+        self.chain.read_at(self.header_len_bytes + offset, target)
+    }
+}
+
+fn limit_bit(direction: Direction) -> u32 {
+    match direction {
+        Direction::Ingress => INGRESS_LIMIT,
+        Direction::Egress => EGRESS_LIMIT,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
