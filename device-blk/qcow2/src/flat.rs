@@ -172,13 +172,17 @@ impl FlatMap {
         }
     }
 
+    /// Forgets the page that has this granule: the map is to be asked again. One caller at a time.
+    pub(crate) fn forget(&self, granule: u64) {
+        let (page, _) = split(granule);
+        if let Some(slot) = self.find(page) {
+            slot.empty();
+        }
+    }
+
     /// Forgets everything. One caller at a time.
     pub(crate) fn clear(&self) {
-        for slot in &self.slots {
-            slot.version.fetch_add(1, Ordering::SeqCst);
-            slot.page.store(NO_PAGE, Ordering::SeqCst);
-            slot.version.fetch_add(1, Ordering::SeqCst);
-        }
+        self.slots.iter().for_each(Slot::empty);
     }
 
     fn set(&self, page: u64) -> &[Slot] {
@@ -206,6 +210,14 @@ impl FlatMap {
             .iter()
             .find(|slot| !slot.used.swap(false, Ordering::Relaxed));
         idle.unwrap_or(&set[(page / set.len() as u64) as usize % set.len()])
+    }
+}
+
+impl Slot {
+    fn empty(&self) {
+        self.version.fetch_add(1, Ordering::SeqCst);
+        self.page.store(NO_PAGE, Ordering::SeqCst);
+        self.version.fetch_add(1, Ordering::SeqCst);
     }
 }
 

@@ -435,10 +435,17 @@ impl Image {
         Ok(entries)
     }
 
-    /// Shows a new entry of the top to the queues. Only under the map's lock.
-    pub(crate) fn show(&self, live: &Live, cluster: u64, raw: u64) {
+    /// Shows a new entry of the top to the queues; without one they ask anew. Only under the map's
+    /// lock.
+    fn show(&self, live: &Live, cluster: u64, raw: Option<u64>) {
         let geometry = live.map.geometry();
         let granules = geometry.cluster_bytes() >> self.flat.granule_bits();
+        let Some(raw) = raw else {
+            for index in 0..granules {
+                self.flat.forget(cluster * granules + index);
+            }
+            return;
+        };
         for index in 0..granules {
             let at = index << self.flat.granule_bits();
             let entry = match Mapping::decode(raw, geometry.version, geometry.cluster_bits) {

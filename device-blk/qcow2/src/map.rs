@@ -203,15 +203,16 @@ impl MapTable {
         state.busy.insert(slice);
     }
 
-    /// Ends what [`begin`](Self::begin) began: with what is in the file now, or with no change.
-    /// `publish` runs before anybody can see the new slice.
+    /// Ends what [`begin`](Self::begin) began: with what is in the file now, or with nothing when
+    /// that is not known. `publish` runs before anybody can see the new slice.
     pub(crate) fn finish(&self, slice: u64, new: Option<Slice>, publish: impl FnOnce()) {
         let mut state = self.lock();
         state.busy.remove(&slice);
-        if let Some(new) = new {
-            state.keep(slice, new);
-            publish();
+        match new {
+            Some(new) => state.keep(slice, new),
+            None => state.forget(slice),
         }
+        publish();
         drop(state);
         self.no_longer_busy.notify_all();
     }
@@ -310,6 +311,12 @@ impl MapTable {
 impl State {
     fn l1_entry(&self, index: usize) -> u64 {
         self.l1.get(index).copied().unwrap_or(0)
+    }
+
+    fn forget(&mut self, slice: u64) {
+        if self.slices.remove(&slice).is_some() {
+            self.order.retain(|kept| *kept != slice);
+        }
     }
 
     fn keep(&mut self, slice: u64, content: Slice) {

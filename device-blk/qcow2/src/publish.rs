@@ -51,8 +51,8 @@ pub(crate) struct Target<'a> {
     pub(crate) map: &'a MapTable,
     pub(crate) allocator: &'a Allocator,
     pub(crate) metadata: &'a Metadata,
-    /// Shows one changed entry to the queues.
-    pub(crate) show: &'a dyn Fn(u64, u64),
+    /// Shows one changed entry to the queues, or that it is not known what became of it.
+    pub(crate) show: &'a dyn Fn(u64, Option<u64>),
 }
 
 impl Publisher {
@@ -130,11 +130,17 @@ fn carry_out(target: &Target<'_>, batch: &[Request]) -> io::Result<()> {
         match write_slice(target, slice, &changes) {
             Ok(new) => target.map.finish(slice, Some(new), || {
                 for &(cluster, entry) in &changes {
-                    (target.show)(cluster, entry);
+                    (target.show)(cluster, Some(entry));
                 }
             }),
+            // The file may have it all the same: whoever went by what was there before would write
+            // to clusters that are not the image's any more. So the file is asked again.
             Err(error) => {
-                target.map.finish(slice, None, || ());
+                target.map.finish(slice, None, || {
+                    for &(cluster, _) in &changes {
+                        (target.show)(cluster, None);
+                    }
+                });
                 return Err(error);
             }
         }

@@ -51,9 +51,20 @@ impl Image {
                 origin: offset_bytes,
             };
             piece.write(offset..to)?;
+            self.load_page_of(offset);
             offset = to;
         }
         Ok(())
+    }
+
+    /// Lets queues find what was just written by themselves: by then the threads that would work
+    /// the page out may all be waiting for a medium that takes no writes. Without the page it works
+    /// as well.
+    fn load_page_of(&self, offset_bytes: u64) {
+        let granule = offset_bytes >> self.flat.granule_bits();
+        if self.flat.stretch(granule, 1).is_none() {
+            let _ = self.fill_page(granule / crate::flat::PAGE_GRANULES as u64);
+        }
     }
 
     /// The clusters to map for a write that continues what was written last; none for others.

@@ -1,5 +1,8 @@
 //! Threads that do for an image what may block.
 //!
+//! One of several is kept for reads: a medium that takes no writes would otherwise keep those
+//! waiting that it could answer.
+//!
 //! A disk has none until its image needs them. The first is started by whoever attaches or
 //! exchanges the image; from then on one is always idle, up to the image's bound: a thread that
 //! takes an item and leaves nobody waiting starts its successor first. (Queues' threads could not
@@ -143,6 +146,8 @@ struct State {
     name: String,
     threads: usize,
     max_threads: usize,
+    /// Threads that do something else than reading.
+    changing: usize,
     idle: usize,
     is_ended: bool,
 }
@@ -228,13 +233,16 @@ impl Pool {
             return;
         }
         while let Some(item) = self.next_item() {
+            let changes = item.changes();
             if item.results.is_abandoned() {
                 item.answer(-libc::ECANCELED);
-                continue;
+            } else {
+                let performed = panic::catch_unwind(AssertUnwindSafe(|| item.perform()));
+                // A defect of the image's; the guest must not wait for ever.
+                item.answer(performed.unwrap_or(-libc::EIO));
             }
-            let performed = panic::catch_unwind(AssertUnwindSafe(|| item.perform()));
-            // A defect of the image's; the guest must not wait for ever.
-            item.answer(performed.unwrap_or(-libc::EIO));
+            // This thread looks for the next item itself, also for one that had to wait for it.
+            lock(&self.state).changing -= usize::from(changes);
         }
     }
 
@@ -242,7 +250,7 @@ impl Pool {
     fn next_item(self: &Arc<Self>) -> Option<Item> {
         let mut state = lock(&self.state);
         loop {
-            if let Some(item) = state.items.pop_front() {
+            if let Some(item) = state.take_item() {
                 if state.idle == 0 && state.threads < state.max_threads {
                     Self::start_thread(self, &mut state, Starter::Worker);
                 }
@@ -278,7 +286,25 @@ impl Pool {
     }
 }
 
+impl State {
+    /// The first item that may begin.
+    fn take_item(&mut self) -> Option<Item> {
+        let may_change = self.changing + 1 < self.max_threads.max(2);
+        let first = self
+            .items
+            .iter()
+            .position(|item| may_change || !item.changes());
+        let item = self.items.remove(first?)?;
+        self.changing += usize::from(item.changes());
+        Some(item)
+    }
+}
+
 impl Item {
+    fn changes(&self) -> bool {
+        !matches!(self.operation, Operation::Read { .. })
+    }
+
     pub(super) fn new(
         held: Held,
         operation: Operation,

@@ -25,7 +25,7 @@ const KEY: &str = "a key";
 
 /// How a disk is stored and served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     Raw,
     RawPageCache,
     Qcow2,
@@ -78,7 +78,7 @@ fn make(kind: Kind, file: &Path) {
 }
 
 /// `--disk` for disk `id` in `file`.
-fn spec(place: &Place, kind: Kind, id: &str, file: &Path) -> String {
+pub(crate) fn spec(place: &Place, kind: Kind, id: &str, file: &Path) -> String {
     let mut spec = format!(
         "id={id},path={},socket={},queues=2",
         file.display(),
@@ -97,16 +97,16 @@ fn spec(place: &Place, kind: Kind, id: &str, file: &Path) -> String {
 }
 
 /// Disk `a` on a file system with faults, and a frontend with two queues.
-struct Rig {
+pub(crate) struct Rig {
     /// Dropped first: a daemon can only end when nothing that it waits for is held.
-    fs: FaultFs,
-    client: Client,
-    manager: Manager,
-    daemon: Daemon,
+    pub(crate) fs: FaultFs,
+    pub(crate) client: Client,
+    pub(crate) manager: Manager,
+    pub(crate) daemon: Daemon,
 }
 
 impl Rig {
-    fn new(kind: Kind) -> Option<Self> {
+    pub(crate) fn new(kind: Kind) -> Option<Self> {
         Self::with(kind, "")
     }
 

@@ -19,6 +19,7 @@ mod locks;
 mod polling;
 mod qcow2;
 mod qcow2_crash;
+mod qcow2_faults;
 mod qemu;
 mod remote;
 mod sandboxed;

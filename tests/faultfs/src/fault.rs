@@ -21,6 +21,8 @@ pub enum Op {
 pub enum Effect {
     /// It fails with this error number, and nothing is done.
     Fail(i32),
+    /// A write is carried out, and answered with this error number; what else fails as by `Fail`.
+    Lie(i32),
     /// It is carried out and answered when [`FaultFs::release`](crate::FaultFs::release) is called.
     Hold,
     /// It is carried out and answered so much later; others are not kept waiting.

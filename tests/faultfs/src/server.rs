@@ -109,6 +109,15 @@ pub(crate) enum DirectIo {
     Synchronous,
 }
 
+/// What a request may do.
+struct Permit {
+    open: Arc<OpenFile>,
+    /// Bytes to move.
+    len: usize,
+    /// The error to answer with, whatever was done.
+    lie: Option<i32>,
+}
+
 impl Server {
     pub(crate) fn new(
         underneath: &Path,
@@ -128,7 +137,7 @@ impl Server {
         &self,
         file: io::Result<Arc<OpenFile>>,
         request: (Op, u64, u64),
-        act: impl FnOnce(io::Result<(Arc<OpenFile>, usize)>) + Send + 'static,
+        act: impl FnOnce(io::Result<Permit>) + Send + 'static,
     ) {
         let (op, offset_bytes, len_bytes) = request;
         let file = match file {
@@ -142,15 +151,27 @@ impl Server {
             offset_bytes,
             len_bytes,
         });
-        let all = len_bytes as usize;
+        let mut permit = Permit {
+            open: file,
+            len: len_bytes as usize,
+            lie: None,
+        };
         match effect {
-            None => act(Ok((file, all))),
-            Some(Effect::Fail(errno)) => act(Err(io::Error::from_raw_os_error(errno))),
-            Some(Effect::Short(at_most)) => act(Ok((file, all.min(at_most)))),
-            Some(Effect::Hold) => self.shared.hold(Box::new(move || act(Ok((file, all))))),
+            None => act(Ok(permit)),
+            Some(Effect::Lie(errno)) if op == Op::Write => {
+                permit.lie = Some(errno);
+                act(Ok(permit));
+            }
+            Some(Effect::Fail(errno) | Effect::Lie(errno)) => {
+                act(Err(io::Error::from_raw_os_error(errno)));
+            }
+            Some(Effect::Short(at_most)) => {
+                permit.len = permit.len.min(at_most);
+                act(Ok(permit));
+            }
+            Some(Effect::Hold) => self.shared.hold(Box::new(move || act(Ok(permit)))),
             Some(Effect::Delay(delay)) => {
-                self.later
-                    .after(delay, Box::new(move || act(Ok((file, all)))));
+                self.later.after(delay, Box::new(move || act(Ok(permit))));
             }
         }
     }
@@ -270,7 +291,7 @@ impl Filesystem for Server {
     ) {
         let request = (Op::Read, offset_bytes, u64::from(len_bytes));
         self.serve(self.files.get(inode), request, move |go_on| {
-            match go_on.and_then(|(open, len)| open.read(offset_bytes, len)) {
+            match go_on.and_then(|Permit { open, len, .. }| open.read(offset_bytes, len)) {
                 Ok(data) => reply.data(&data),
                 Err(error) => reply.error(errno(&error)),
             }
@@ -292,9 +313,9 @@ impl Filesystem for Server {
         let request = (Op::Write, offset_bytes, data.len() as u64);
         let data = data.to_vec();
         self.serve(self.files.get(inode), request, move |go_on| {
-            let written = go_on.and_then(|(open, len)| {
+            let written = go_on.and_then(|Permit { open, len, lie }| {
                 open.file.write_all_at(&data[..len], offset_bytes)?;
-                Ok(len)
+                lie.map_or(Ok(len), |errno| Err(io::Error::from_raw_os_error(errno)))
             });
             match written {
                 Ok(len) => reply.written(len as u32),
@@ -323,7 +344,10 @@ impl Filesystem for Server {
         reply: ReplyEmpty,
     ) {
         self.serve(self.files.get(inode), (Op::Sync, 0, 0), move |go_on| {
-            answer(reply, go_on.and_then(|(open, _)| open.file.sync_data()));
+            answer(
+                reply,
+                go_on.and_then(|Permit { open, .. }| open.file.sync_data()),
+            );
         });
     }
 
@@ -339,7 +363,7 @@ impl Filesystem for Server {
     ) {
         let request = (Op::Allocate, offset_bytes, len_bytes);
         self.serve(self.files.get(inode), request, move |go_on| {
-            let done = go_on.and_then(|(open, _)| {
+            let done = go_on.and_then(|Permit { open, .. }| {
                 let (offset, len) = (offset_bytes as libc::off_t, len_bytes as libc::off_t);
                 // SAFETY: fallocate takes integers and touches no memory of ours.
                 match unsafe { libc::fallocate(open.file.as_raw_fd(), mode, offset, len) } {

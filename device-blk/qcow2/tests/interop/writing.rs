@@ -290,3 +290,22 @@ fn stream_of_writes_finds_its_clusters_mapped() {
         assert!(all[8 << 20..].iter().all(|&byte| byte == 0));
     }
 }
+
+#[test]
+fn what_was_written_is_found_without_a_thread_that_works_it_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    let options = CreateOptions {
+        capacity_bytes: 1 << 30,
+        ..CreateOptions::default()
+    };
+    create_at(&path, &options);
+    let image = open(&path);
+    for offset in [0, 512 << 20] {
+        image.write(offset, &&[5; 4096][..]).unwrap();
+        let Place::File { ticket, .. } = image.locate(Access::Read, offset, 4096) else {
+            panic!("{offset}: somebody has to look");
+        };
+        image.release(ticket.unwrap());
+    }
+}

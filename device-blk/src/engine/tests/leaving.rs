@@ -1,6 +1,7 @@
-//! Requests that another host has: lost, away, and left behind by their queue.
+//! Requests that somebody else has, another host or a thread: lost, away, and left behind by their
+//! queue.
 
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex};
 
 use super::*;
 use crate::image::{DirectIo, Executor, Image, PendingTask, Place, Task};
@@ -156,4 +157,78 @@ fn disk_is_used_again_when_what_the_host_has_has_ended() {
     away.answer_all();
     assert!(!rig.queue.backend.has_ghosts(), "nothing runs any more");
     assert_eq!(rig.status(0), NO_STATUS);
+}
+
+/// Takes no writes until it is told to.
+#[derive(Debug, Default)]
+struct TakesNoWrites {
+    takes: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Image for TakesNoWrites {
+    fn name(&self) -> &str {
+        "takes no writes"
+    }
+
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn capacity_sectors(&self) -> u64 {
+        CAPACITY_SECTORS
+    }
+
+    fn physical_block_bytes(&self) -> u32 {
+        512
+    }
+
+    fn punches_holes(&self) -> bool {
+        false
+    }
+
+    fn direct(&self) -> Option<DirectIo> {
+        None
+    }
+
+    fn locate(&self, _: Access, _: u64, len_bytes: u64) -> Place {
+        Place::Worker { len_bytes }
+    }
+
+    fn perform(&self, task: &mut Task<'_>) -> Result<(), i32> {
+        if !matches!(task, Task::Read { .. }) {
+            let takes = self.takes.lock().unwrap();
+            drop(self.changed.wait_while(takes, |takes| !*takes).unwrap());
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn reads_do_not_wait_for_threads_that_wait_for_writes() {
+    const WRITES: u64 = 20;
+    let image = Arc::<TakesNoWrites>::default();
+    let backend = Backend::new(image.clone(), ServeOptions::default());
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut rig = rig_of(Arc::new(backend), CacheMode::WriteBack, file);
+    for slot in 0..WRITES {
+        rig.offer_write(slot, 1);
+    }
+    rig.offer_read(WRITES, 0, 512);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while rig.status(WRITES) == NO_STATUS && Instant::now() < deadline {
+        rig.queue.process(&mut rig.ring, Wake::Event(0)).unwrap();
+    }
+    let status = rig.status(WRITES);
+    *image.takes.lock().unwrap() = true;
+    image.changed.notify_all();
+    rig.complete_all();
+    assert_eq!(status, 0, "the read waited");
+    for slot in 0..WRITES {
+        assert_eq!(rig.status(slot), 0, "write {slot}");
+    }
 }
