@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bench::load::{Load, Outcome, Pattern};
+use bench::tap::{self, Tap};
 use bench::vhost_user::{self, Wait};
-use bench::{meter, uring};
+use bench::{meter, packet, uring};
 use clap::{Args, Parser, Subcommand};
 
 const EXAMPLES: &str = "\
@@ -41,6 +42,16 @@ enum Verb {
     IoUring(IoUring),
     /// Connect to disks, send each a few requests, say "ready", and stay until standard input ends
     BlkHold(BlkHold),
+    /// Write packets to a tap of its own until it is stopped
+    TapWrite(TapWrite),
+    /// Read packets from a tap of its own until it is stopped
+    TapRead {
+        /// The tap's name
+        #[arg(long)]
+        tap: String,
+    },
+    /// Send packets out through an interface until it is stopped
+    Flood(Flood),
 }
 
 #[derive(Debug, Args)]
@@ -80,6 +91,26 @@ struct BlkHold {
     sockets: Vec<PathBuf>,
     #[command(flatten)]
     load: LoadArgs,
+}
+
+#[derive(Debug, Args)]
+struct TapWrite {
+    /// The tap's name
+    #[arg(long)]
+    tap: String,
+    /// Length of each packet, Ethernet header included
+    #[arg(long, default_value = "64", value_parser = parse_packet_len)]
+    bytes: usize,
+}
+
+#[derive(Debug, Args)]
+struct Flood {
+    /// The interface's name
+    #[arg(long)]
+    interface: String,
+    /// Length of each packet, Ethernet header included
+    #[arg(long, default_value = "64", value_parser = parse_packet_len)]
+    bytes: usize,
 }
 
 #[derive(Debug, Args)]
@@ -171,7 +202,15 @@ fn run(verb: &Verb) -> Result<()> {
             vhost_user::hold(&args.sockets, &args.load.load(), wait_for_end)?;
             Ok(())
         }
+        Verb::TapWrite(args) => Ok(open_tap(&args.tap)?.write_forever(args.bytes)?),
+        Verb::TapRead { tap } => Ok(open_tap(tap)?.read_forever()?),
+        Verb::Flood(args) => tap::flood(&args.interface, args.bytes)
+            .with_context(|| format!("cannot send through {}", args.interface)),
     }
+}
+
+fn open_tap(name: &str) -> Result<Tap> {
+    Tap::open(name).with_context(|| format!("cannot use the tap {name}"))
 }
 
 /// Says "ready", and returns when standard input ends.
@@ -195,6 +234,16 @@ fn parse_size(text: &str) -> Result<usize, String> {
         Some(size) if size > 0 && size % 512 == 0 && size <= 16 << 20 => Ok(size),
         _ => Err(format!(
             "{text:?} is no multiple of 512 bytes up to 16m, such as 4k"
+        )),
+    }
+}
+
+fn parse_packet_len(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(len) if (packet::HEADERS_BYTES..=65_000).contains(&len) => Ok(len),
+        _ => Err(format!(
+            "{text:?} is no length from {} to 65000",
+            packet::HEADERS_BYTES
         )),
     }
 }

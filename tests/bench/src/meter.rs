@@ -28,9 +28,9 @@ enum Phase {
 
 /// Times since boot or since a process began.
 #[derive(Debug)]
-struct Snapshot {
+pub struct Snapshot {
     at: Instant,
-    driver: Duration,
+    load: Duration,
     daemons: Duration,
     /// Of all CPUs, without interrupts: those are caused by the I/O itself.
     busy: Duration,
@@ -57,7 +57,7 @@ impl Meter {
         let now = Instant::now();
         match (&self.before, self.phase) {
             (None, Phase::WarmUp) if now >= self.begins => {
-                let snapshot = Snapshot::take(&self.daemons)?;
+                let snapshot = Snapshot::take(&self.daemons, &[])?;
                 self.begins = snapshot.at;
                 self.before = Some(snapshot);
                 self.counted_from = ios;
@@ -65,7 +65,7 @@ impl Meter {
                 Ok(None)
             }
             (Some(before), Phase::Counting) if now >= self.begins + self.duration => {
-                let after = Snapshot::take(&self.daemons)?;
+                let after = Snapshot::take(&self.daemons, &[])?;
                 let ios = ios - self.counted_from;
                 Ok(Some(before.outcome(&after, ios, !self.daemons.is_empty())))
             }
@@ -82,38 +82,65 @@ impl Meter {
     }
 }
 
+/// Who used the CPUs between two snapshots.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Usage {
+    /// Between the two.
+    pub seconds: f64,
+    /// CPU time of this process and others that make the load.
+    pub load_cpu_seconds: f64,
+    /// CPU time of the daemons.
+    pub daemon_cpu_seconds: f64,
+    /// Share of all CPUs' time that went neither to load nor to daemons.
+    pub foreign_cpu: f64,
+}
+
 impl Snapshot {
-    fn take(daemons: &[Pid]) -> io::Result<Self> {
+    /// The time now; `load` names processes that make the load beside this one.
+    ///
+    /// # Errors
+    /// When the kernel does not tell a time, for instance because a process has ended.
+    pub fn take(daemons: &[Pid], load: &[Pid]) -> io::Result<Self> {
         let busy = busy_time(&fs::read_to_string("/proc/stat")?, tick()?).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, "/proc/stat has no cpu line")
         })?;
-        let mut daemon_time = Duration::ZERO;
-        for &pid in daemons {
-            daemon_time += process_time(pid)?;
-        }
         Ok(Self {
             at: Instant::now(),
-            driver: process_time(0)?,
-            daemons: daemon_time,
+            load: process_time(0)? + times(load)?,
+            daemons: times(daemons)?,
             busy,
         })
     }
 
-    fn outcome(&self, after: &Self, ios: u64, has_daemon: bool) -> Outcome {
-        let elapsed = after.at - self.at;
-        let driver = after.driver.saturating_sub(self.driver);
-        let daemon = after.daemons.saturating_sub(self.daemons);
+    /// What happened from here to `after`.
+    pub fn usage_until(&self, after: &Self) -> Usage {
+        let load = after.load.saturating_sub(self.load);
+        let daemons = after.daemons.saturating_sub(self.daemons);
         let busy = after.busy.saturating_sub(self.busy);
-        let seconds = elapsed.as_secs_f64();
-        Outcome {
-            ios,
+        let seconds = (after.at - self.at).as_secs_f64();
+        Usage {
             seconds,
-            iops: ios as f64 / seconds,
-            driver_cpu_seconds: driver.as_secs_f64(),
-            daemon_cpu_seconds: has_daemon.then_some(daemon.as_secs_f64()),
-            foreign_cpu: foreign_share(busy, driver + daemon, seconds),
+            load_cpu_seconds: load.as_secs_f64(),
+            daemon_cpu_seconds: daemons.as_secs_f64(),
+            foreign_cpu: foreign_share(busy, load + daemons, seconds),
         }
     }
+
+    fn outcome(&self, after: &Self, ios: u64, has_daemon: bool) -> Outcome {
+        let usage = self.usage_until(after);
+        Outcome {
+            ios,
+            seconds: usage.seconds,
+            iops: ios as f64 / usage.seconds,
+            driver_cpu_seconds: usage.load_cpu_seconds,
+            daemon_cpu_seconds: has_daemon.then_some(usage.daemon_cpu_seconds),
+            foreign_cpu: usage.foreign_cpu,
+        }
+    }
+}
+
+fn times(processes: &[Pid]) -> io::Result<Duration> {
+    processes.iter().map(|&pid| process_time(pid)).sum()
 }
 
 /// What others took of all CPUs' time.

@@ -4,6 +4,7 @@
 //! one stamp file. While the files of the stamp are there, nothing touches the network.
 
 mod apt;
+pub(crate) mod dpdk;
 pub(crate) mod modules;
 mod vmlinux;
 

@@ -26,11 +26,9 @@ const LONGEST_BENCH: Duration = Duration::from_secs(30 * 60);
 
 /// Everything that a bench uses and leaves nothing of.
 pub(super) struct Ground {
+    bin_dir: PathBuf,
+    artifacts: Artifacts,
     load_program: PathBuf,
-    pub(super) device_blk: PathBuf,
-    pub(super) storage_daemon: Program,
-    pub(super) qemu_img: Program,
-    pub(super) qemu_io: Program,
     disk_dir: RunDir,
     ram_dir: RunDir,
     /// Held as long as this bench runs.
@@ -72,33 +70,35 @@ impl Ground {
         let lock = File::create(own_dir.join("lock"))?;
         await_lock(&lock)?;
         let dir = dir.unwrap_or(&own_dir);
-        let program = |name: &str| {
-            let file = bin_dir.join(name);
-            ensure!(file.is_file(), "{} has no {name}", bin_dir.display());
-            // Daemons are started with other working directories than this.
-            fs::canonicalize(&file).with_context(|| format!("cannot use {}", file.display()))
-        };
-        let utility = |name: &str| {
-            let mut found = artifacts.qemu_utils.iter();
-            let program = found.find(|program| program.name() == name).cloned();
-            program.with_context(|| format!("there is no {name}; install qemu-utils"))
-        };
-        let ground = Self {
-            load_program: program("bench")?,
-            device_blk: program("device-blk")?,
-            storage_daemon: artifacts.storage_daemon.clone(),
-            qemu_img: utility("qemu-img")?,
-            qemu_io: utility("qemu-io")?,
+        Ok(Self {
+            load_program: program_in(bin_dir, "bench")?,
+            bin_dir: bin_dir.to_owned(),
+            artifacts,
             disk_dir: RunDir::create_in(dir)?,
             ram_dir: RunDir::create_in(Path::new(RAM_DIR))?,
             _lock: lock,
-        };
-        ensure!(
-            ground.allows_direct(Medium::FileDirect),
-            "{} cannot be read past the page cache; name a directory on a disk with --dir",
-            dir.display()
-        );
-        Ok(ground)
+        })
+    }
+
+    /// One of the workspace's programs.
+    pub(super) fn program(&self, name: &str) -> Result<PathBuf> {
+        program_in(&self.bin_dir, name)
+    }
+
+    pub(super) fn storage_daemon(&self) -> &Program {
+        &self.artifacts.storage_daemon
+    }
+
+    /// One of QEMU's tools for images.
+    pub(super) fn image_tool(&self, name: &str) -> Result<&Program> {
+        let mut found = self.artifacts.qemu_utils.iter();
+        let program = found.find(|program| program.name() == name);
+        program.with_context(|| format!("there is no {name}; install qemu-utils"))
+    }
+
+    /// The program that makes the load, as a file.
+    pub(super) fn load_program(&self) -> &Path {
+        &self.load_program
     }
 
     /// The program that makes the load.
@@ -150,6 +150,13 @@ impl Ground {
         let _ = fs::remove_file(&probe);
         opened.is_ok()
     }
+}
+
+fn program_in(dir: &Path, name: &str) -> Result<PathBuf> {
+    let file = dir.join(name);
+    ensure!(file.is_file(), "{} has no {name}", dir.display());
+    // Daemons are started with other working directories than this.
+    fs::canonicalize(&file).with_context(|| format!("cannot use {}", file.display()))
 }
 
 /// Two benches at once would measure one another.

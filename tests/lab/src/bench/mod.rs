@@ -2,11 +2,12 @@
 //!
 //! What every bench needs is here: how contenders run in interleaved rounds ([`rounds`]), what a
 //! row of results is ([`report`]), which processes serve and load ([`process`]), and where it all
-//! happens ([`ground`]). [`blk`] is about disks.
+//! happens ([`ground`]). [`blk`] is about disks, [`net`] about NICs.
 
 mod blk;
 mod ground;
 mod interrupt;
+mod net;
 mod process;
 mod report;
 mod rounds;
@@ -25,7 +26,7 @@ use ground::Ground;
 use report::{Report, Row};
 use rounds::{RowSpec, Samples};
 
-const EXAMPLES: &str = "\
+const BLK_EXAMPLES: &str = "\
 Examples:
   All of it, with the figures in a file:
     cargo lab bench blk --json blk.json
@@ -38,6 +39,21 @@ Examples:
 
 What the columns mean is in docs/performance.md. The machine should have nothing else to do.";
 
+const NET_EXAMPLES: &str = "\
+Examples:
+  All of it, with the figures in a file:
+    cargo lab bench net --json net.json
+
+  One column in a few seconds, to see what a change does:
+    cargo lab bench net --quick --case 'tap/tx-64*'
+
+What the columns mean is in docs/performance.md. It takes two CPUs that have nothing else to do.";
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo lab bench blk --quick
+  cargo lab bench net --quick --json net.json";
+
 /// The command line of all benches.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -49,9 +65,41 @@ pub(crate) struct Bench {
 #[derive(Debug, Subcommand)]
 enum Subject {
     /// Disks of device-blk against raw io_uring and qemu-storage-daemon.
-    #[command(after_help = EXAMPLES)]
-    Blk(Options),
+    #[command(after_help = BLK_EXAMPLES)]
+    Blk {
+        #[command(flatten)]
+        options: Options,
+        /// Where images on disk go.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+    /// NICs of device-net against DPDK, Open vSwitch and plain writes to a tap.
+    #[command(after_help = NET_EXAMPLES)]
+    Net {
+        #[command(flatten)]
+        options: Options,
+    },
 }
+
+/// What one bench is.
+struct Plan {
+    name: &'static str,
+    /// Whose programs it measures and uses.
+    packages: &'static [&'static str],
+    body: fn(&mut Session) -> Result<()>,
+}
+
+const BLK: Plan = Plan {
+    name: "blk",
+    packages: &["device-blk", "bench"],
+    body: blk::run,
+};
+
+const NET: Plan = Plan {
+    name: "net",
+    packages: &["device-net", "bench"],
+    body: net::run,
+};
 
 /// What all benches take.
 #[derive(Debug, Args)]
@@ -71,10 +119,7 @@ struct Options {
     /// What one contender gets in a round.
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     seconds: Option<Duration>,
-    /// Where images on disk go.
-    #[arg(long, value_name = "DIR")]
-    dir: Option<PathBuf>,
-    /// Take device-blk and bench from DIR instead of building them.
+    /// Take the daemon and bench from DIR instead of building them.
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
     /// Print the names of the cases and do nothing.
@@ -86,18 +131,19 @@ impl Bench {
     /// Exit code 0 when the bench ran, whatever it found.
     pub(crate) fn run(self) -> Result<i32> {
         match self.subject {
-            Subject::Blk(options) => run(&options, "blk", blk::run),
+            Subject::Blk { options, dir } => run(&options, dir.as_deref(), &BLK),
+            Subject::Net { options } => run(&options, None, &NET),
         }
     }
 }
 
-fn run(options: &Options, name: &str, body: fn(&mut Session) -> Result<()>) -> Result<i32> {
+fn run(options: &Options, dir: Option<&Path>, plan: &Plan) -> Result<i32> {
     if let (Some(file), false) = (&options.json, options.list) {
         // A FILE that cannot be written is better known now than in twenty minutes.
         fs::write(file, "").with_context(|| format!("cannot write {}", file.display()))?;
     }
-    let mut session = Session::begin(options, name)?;
-    body(&mut session)?;
+    let mut session = Session::begin(options, dir, plan)?;
+    (plan.body)(&mut session)?;
     if session.list_only {
         return Ok(0);
     }
@@ -161,27 +207,23 @@ struct Session {
 }
 
 impl Session {
-    fn begin(options: &Options, name: &str) -> Result<Self> {
+    fn begin(options: &Options, dir: Option<&Path>, plan: &Plan) -> Result<Self> {
         let ground = if options.list {
             None
         } else {
             let artifacts = Artifacts::obtain()?;
             let bin_dir = match &options.bin_dir {
                 Some(dir) => dir.clone(),
-                None => build()?,
+                None => build(plan.packages)?,
             };
             interrupt::catch()?;
-            Some(Ground::prepare(
-                artifacts,
-                &bin_dir,
-                options.dir.as_deref(),
-            )?)
+            Some(Ground::prepare(artifacts, &bin_dir, dir)?)
         };
         Ok(Self {
             effort: Effort::new(options),
             cases: options.cases.clone(),
             list_only: options.list,
-            report: Report::new(name, ground.as_ref().map(Ground::machine)),
+            report: Report::new(plan.name, ground.as_ref().map(Ground::machine)),
             ground,
         })
     }
@@ -249,16 +291,15 @@ impl Session {
 }
 
 /// Optimised, as users have them.
-fn build() -> Result<PathBuf> {
-    step("building device-blk and the load, optimised");
-    let args = [
-        "build",
-        "--release",
-        "--package",
-        "device-blk",
-        "--package",
-        "bench",
-    ];
+fn build(packages: &[&str]) -> Result<PathBuf> {
+    step(format_args!(
+        "building {}, optimised",
+        packages.join(" and ")
+    ));
+    let mut args = vec!["build", "--release"];
+    for package in packages {
+        args.extend(["--package", package]);
+    }
     let binaries = workspace::build_always(&args)?;
     let dir = binaries.first().and_then(|binary| binary.file.parent());
     Ok(dir.unwrap_or(Path::new(".")).to_owned())

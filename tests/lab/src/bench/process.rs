@@ -32,14 +32,19 @@ impl Daemon {
         sockets: Vec<PathBuf>,
         dir: &Path,
     ) -> Result<Self> {
+        Self::start_with(name, command.stdin(Stdio::null()), sockets, dir)
+    }
+
+    /// The same with a standard input that was chosen before.
+    pub(super) fn start_with(
+        name: &str,
+        command: &mut Command,
+        sockets: Vec<PathBuf>,
+        dir: &Path,
+    ) -> Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
-        let process = Guarded::spawn(
-            command
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(file),
-        )?;
+        let process = Guarded::spawn(command.stdout(file.try_clone()?).stderr(file))?;
         let mut daemon = Self {
             process,
             name: name.to_owned(),
@@ -69,7 +74,12 @@ impl Daemon {
             .with_context(|| self.last_words())
     }
 
-    fn last_words(&self) -> String {
+    pub(super) fn child(&mut self) -> &mut std::process::Child {
+        self.process.child()
+    }
+
+    /// The end of its log.
+    pub(super) fn last_words(&self) -> String {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
         let line = log.lines().rfind(|line| !line.trim().is_empty());
         format!("{}: {}", self.name, line.unwrap_or("it said nothing"))

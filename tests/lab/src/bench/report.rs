@@ -323,7 +323,9 @@ fn rounded(value: f64) -> f64 {
 }
 
 fn figure(value: f64) -> String {
-    if value.abs() >= 1000.0 {
+    if value.abs() >= 1e6 {
+        format!("{:.2}M", value / 1e6)
+    } else if value.abs() >= 1000.0 {
         format!("{:.1}k", value / 1000.0)
     } else if value.abs() >= 100.0 || value.fract() == 0.0 {
         format!("{value:.0}")

@@ -15,10 +15,12 @@ pub(super) struct Contender<'a> {
 /// What the load program reports of one run.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub(super) struct Sample {
-    ios: u64,
-    iops: f64,
-    daemon_cpu_seconds: Option<f64>,
-    foreign_cpu: f64,
+    /// Requests or packets.
+    pub(super) ios: u64,
+    /// Of them, in a second.
+    pub(super) iops: f64,
+    pub(super) daemon_cpu_seconds: Option<f64>,
+    pub(super) foreign_cpu: f64,
 }
 
 /// A row to be made from samples.

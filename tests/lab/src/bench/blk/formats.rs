@@ -144,7 +144,7 @@ fn convert(ground: &Ground, raw: &Path, qcow2: &Path) -> Result<()> {
         text(raw)?,
         text(qcow2)?,
     ];
-    ground::run_tool(&ground.qemu_img, &args)?;
+    ground::run_tool(ground.image_tool("qemu-img")?, &args)?;
     ground::forget(&File::open(qcow2)?)
 }
 
@@ -161,7 +161,7 @@ fn overlay(ground: &Ground, base: &Path, image: &Path, bytes: u64, first: u64) -
         "qcow2",
         text(image)?,
     ];
-    ground::run_tool(&ground.qemu_img, &args)?;
+    ground::run_tool(ground.image_tool("qemu-img")?, &args)?;
     let writes: String = (first..bytes / STRETCH_BYTES)
         .step_by(3)
         .map(|stretch| {
@@ -172,7 +172,11 @@ fn overlay(ground: &Ground, base: &Path, image: &Path, bytes: u64, first: u64) -
             )
         })
         .collect();
-    ground::feed_tool(&ground.qemu_io, &["-f", "qcow2", text(image)?], &writes)?;
+    ground::feed_tool(
+        ground.image_tool("qemu-io")?,
+        &["-f", "qcow2", text(image)?],
+        &writes,
+    )?;
     ground::forget(&File::open(image)?)
 }
 

@@ -6,7 +6,7 @@ mod formats;
 mod serving;
 mod speed;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::Session;
 use super::ground::Medium;
@@ -47,6 +47,14 @@ const BIG_READ: Column = column("read-128k/qd8", "read", "128k", 8);
 const BIG_WRITE: Column = column("write-128k/qd8", "write", "128k", 8);
 
 pub(super) fn run(session: &mut Session) -> Result<()> {
+    if let Some(ground) = &session.ground {
+        ground.program("device-blk")?;
+        ensure!(
+            ground.allows_direct(Medium::FileDirect),
+            "{} cannot be read past the page cache; name a directory on a disk with --dir",
+            ground.dir(Medium::FileDirect).display()
+        );
+    }
     for medium in Medium::ALL {
         speed::run(session, medium)?;
     }

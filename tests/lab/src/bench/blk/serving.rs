@@ -29,7 +29,7 @@ impl<'a> Disk<'a> {
 /// One process of ours that serves disks.
 pub(super) fn device_blk(ground: &Ground, name: &str, disks: &[Disk]) -> Result<Daemon> {
     let dir = ground.run_dir();
-    let mut command = Command::new(&ground.device_blk);
+    let mut command = Command::new(ground.program("device-blk")?);
     command
         .arg("--control-socket")
         .arg(dir.join(format!("{name}.ctl")));
@@ -63,7 +63,7 @@ pub(super) fn storage_daemon(ground: &Ground, image: &Path, medium: Medium) -> R
         Medium::Tmpfs if ground.allows_direct(medium) => "cache.direct=on,aio=native",
         Medium::Tmpfs => "cache.direct=off,aio=threads",
     };
-    let mut command = ground.storage_daemon.command();
+    let mut command = ground.storage_daemon().command();
     command
         .args(["--object", "iothread,id=thread"])
         .arg("--blockdev")

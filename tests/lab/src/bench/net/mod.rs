@@ -1,0 +1,39 @@
+//! `cargo lab bench net`: device-net's NICs beside DPDK's vhost PMD, Open vSwitch with DPDK, and
+//! plain use of a tap. The frontend is DPDK's testpmd with net_virtio_user.
+//!
+//! Most of these poll, so each contender's processes ([`rig`]) are stopped except in its turn.
+
+mod namespace;
+mod rig;
+mod serving;
+mod tap;
+mod testpmd;
+
+use anyhow::Result;
+
+use super::Session;
+use crate::artifacts::dpdk::Dpdk;
+use serving::{Bay, Cpus};
+
+const OURS: &str = "ours";
+const VHOST_PMD: &str = "vhost-pmd";
+
+pub(super) fn run(session: &mut Session) -> Result<()> {
+    if let Some(ground) = &session.ground {
+        ground.program("device-net")?;
+        // Fetched before there is no network any more.
+        Dpdk::obtain()?;
+        namespace::enter()?;
+    }
+    tap::run(session)
+}
+
+impl<'a> Bay<'a> {
+    fn open(session: &'a Session) -> Result<Self> {
+        Ok(Self {
+            ground: session.ground()?,
+            dpdk: Dpdk::obtain()?,
+            cpus: Cpus::choose()?,
+        })
+    }
+}

@@ -1,0 +1,65 @@
+//! The network namespace in which a bench's taps are. It ends with the last process in it, so
+//! nothing of a bench is left on the machine.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Uid, getgid, getuid};
+
+/// Moves this thread, and what it starts from now on, to a namespace of its own.
+pub(super) fn enter() -> Result<()> {
+    if Uid::effective().is_root() {
+        unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+    } else {
+        enter_as_user()?;
+    }
+    ensure!(
+        Path::new("/dev/net/tun").exists(),
+        "/dev/net/tun is not there; load the module tun"
+    );
+    // Neighbour discovery would send packets of its own. Without IPv6 there is nothing to do.
+    let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
+    Ok(())
+}
+
+/// A user may have one in a user namespace, where this user is called root.
+fn enter_as_user() -> Result<()> {
+    let (uid, gid) = (getuid(), getgid());
+    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET).context(
+        "cannot make a network namespace; run this as root, or allow unprivileged user namespaces",
+    )?;
+    fs::write("/proc/self/setgroups", "deny")?;
+    fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
+    fs::write("/proc/self/gid_map", format!("0 {gid} 1"))?;
+    Ok(())
+}
+
+/// What came to the host through the tap's descriptor, in packets.
+pub(super) fn packets_to_host(tap: &str) -> Result<u64> {
+    let counters = fs::read_to_string("/proc/thread-self/net/dev")?;
+    received(&counters, tap).with_context(|| format!("there is no tap {tap}"))
+}
+
+/// `NAME: BYTES PACKETS ...`, of what the interface received.
+fn received(counters: &str, interface: &str) -> Option<u64> {
+    let mut lines = counters.lines();
+    let fields =
+        lines.find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
+    fields.split_whitespace().nth(1)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn received_packets_are_the_second_number() {
+        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets errs|bytes packets\n\
+                tap0: 640 10 0 0 0 0 0 0 90 1\n  tap: 64 7 0 0 0 0 0 0 0 0\n";
+        assert_eq!(received(text, "tap"), Some(7));
+        assert_eq!(received(text, "tap0"), Some(10));
+        assert_eq!(received(text, "lo"), None);
+    }
+}

@@ -1,0 +1,170 @@
+//! How each contender is started, and how it is loaded.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+
+use super::super::ground::Ground;
+use super::super::process::Daemon;
+use super::testpmd::{Cores, Testpmd};
+use crate::artifacts::dpdk::Dpdk;
+
+/// Descriptors of each virtqueue.
+const QUEUE_SIZE: u32 = 1024;
+
+/// What contenders are made with.
+pub(super) struct Bay<'a> {
+    pub(super) ground: &'a Ground,
+    pub(super) dpdk: Dpdk,
+    pub(super) cpus: Cpus,
+}
+
+/// The two CPUs of a bench: one party on each, whoever it is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cpus {
+    pub(super) frontend: usize,
+    pub(super) daemon: usize,
+}
+
+impl Cpus {
+    /// The first two that this process may use.
+    pub(super) fn choose() -> Result<Self> {
+        let allowed = sched_getaffinity(Pid::from_raw(0))?;
+        let cpus: Vec<usize> = (0..CpuSet::count())
+            .filter(|&cpu| allowed.is_set(cpu).unwrap_or(false))
+            .take(2)
+            .collect();
+        ensure!(cpus.len() == 2, "the bench of NICs needs two CPUs");
+        Ok(Self {
+            frontend: cpus[0],
+            daemon: cpus[1],
+        })
+    }
+}
+
+impl Bay<'_> {
+    /// One process of ours with these `--nic`s.
+    pub(super) fn device_net(
+        &self,
+        name: &str,
+        nics: &[String],
+        sockets: &[PathBuf],
+    ) -> Result<Daemon> {
+        let mut command = self.pinned(&self.ground.program("device-net")?, self.cpus.daemon);
+        let dir = self.ground.run_dir();
+        command
+            .arg("--control-socket")
+            .arg(dir.join(format!("{name}.ctl")))
+            .stdin(Stdio::null());
+        for nic in nics {
+            command.args(["--nic", nic]);
+        }
+        Daemon::start_with(name, &mut command, sockets.to_vec(), dir)
+    }
+
+    /// DPDK's vhost PMD, polling, with whatever else is to be forwarded to.
+    pub(super) fn vhost_pmd(
+        &self,
+        name: &str,
+        sockets: &[PathBuf],
+        further: &[String],
+        mode: &str,
+    ) -> Result<Testpmd> {
+        let ports = sockets
+            .iter()
+            .enumerate()
+            .map(|(index, socket)| format!("net_vhost{index},iface={},queues=1", socket.display()));
+        let devices: Vec<String> = ports.chain(further.iter().cloned()).collect();
+        let cores = Cores {
+            forwarding: self.cpus.daemon,
+            other: self.cpus.frontend,
+        };
+        let options = [format!("--forward-mode={mode}")];
+        let dir = self.ground.run_dir();
+        let mut testpmd = Testpmd::start(
+            &self.dpdk,
+            dir,
+            name,
+            cores,
+            &devices,
+            &options,
+            sockets.to_vec(),
+        )?;
+        testpmd.tell("start")?;
+        Ok(testpmd)
+    }
+
+    /// The frontend: virtio NICs on these sockets, and a forwarding mode. It does not begin yet.
+    pub(super) fn frontend(
+        &self,
+        name: &str,
+        sockets: &[&Path],
+        options: &[String],
+    ) -> Result<Testpmd> {
+        let devices: Vec<String> = sockets
+            .iter()
+            .enumerate()
+            .map(|(index, socket)| {
+                format!(
+                    "net_virtio_user{index},path={},queues=1,queue_size={QUEUE_SIZE},mac={}",
+                    socket.display(),
+                    mac(index)
+                )
+            })
+            .collect();
+        let cores = Cores {
+            forwarding: self.cpus.frontend,
+            other: self.cpus.daemon,
+        };
+        let dir = self.ground.run_dir();
+        Testpmd::start(&self.dpdk, dir, name, cores, &devices, options, Vec::new())
+    }
+
+    /// A part of the load program, on the daemon's CPU or the frontend's.
+    pub(super) fn load(&self, name: &str, cpu: usize, args: &[&str]) -> Result<Daemon> {
+        let mut command = self.pinned(self.ground.load_program(), cpu);
+        command.args(args).stdin(Stdio::null());
+        Daemon::start_with(name, &mut command, Vec::new(), self.ground.run_dir())
+    }
+
+    /// A path at which nothing is yet.
+    pub(super) fn socket(&self, name: &str) -> PathBuf {
+        let socket = self.ground.run_dir().join(format!("{name}.vu"));
+        // Of a contender before; only its absence tells when the next one listens.
+        let _ = std::fs::remove_file(&socket);
+        socket
+    }
+
+    /// DPDK's processes bind themselves; everybody else is bound alike.
+    fn pinned(&self, program: &Path, cpu: usize) -> Command {
+        let mut command = Command::new(program);
+        pin(&mut command, cpu);
+        command
+    }
+}
+
+/// The address of a frontend's port.
+pub(super) fn mac(port: usize) -> String {
+    format!("52:54:00:00:00:{:02x}", port + 1)
+}
+
+fn pin(command: &mut Command, cpu: usize) {
+    use std::os::unix::process::CommandExt;
+    let bind = move || {
+        let mut set = CpuSet::new();
+        set.set(cpu)?;
+        nix::sched::sched_setaffinity(Pid::from_raw(0), &set)?;
+        Ok(())
+    };
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(bind) };
+}
+
+/// A path as a device's argument.
+pub(super) fn text(path: &Path) -> Result<&str> {
+    path.to_str()
+        .with_context(|| format!("{} is not UTF-8", path.display()))
+}
