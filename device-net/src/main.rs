@@ -5,8 +5,10 @@
 
 mod cli;
 mod confinement;
+mod guard;
 mod kernel;
 mod nic;
+mod switch;
 
 use std::process::ExitCode;
 
@@ -54,6 +56,8 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
     let nics = args.open_nics()?;
 
     let achieved = confinement::enter()?;
+    kernel::uring::start_maker()?;
+    confinement::forbid_new_rings()?;
     // Guests are served before the control socket is: a SIGTERM must drain them, not kill.
     api::serve::hold_termination();
     for missing in achieved.missing_names() {

@@ -22,9 +22,9 @@ use std::time::Duration;
 
 use api::daemon::{Parts, ServedDevice};
 use api::device::attach_request::Device as DeviceConfig;
-use api::device::{Device, NetConfig, NetStats};
+use api::device::{Device, NetConfig, NetStats, Polling as PollingConfig};
 use tonic::Status;
-use vhost_user::backend::{Server, Status as ServerStatus};
+use vhost_user::backend::{Polling, Server, Status as ServerStatus};
 
 pub(crate) use device::MAX_QUEUE_PAIRS;
 use device::NicDevice;
@@ -32,7 +32,8 @@ pub(crate) use mac::MacAddress;
 
 use self::backend::Backend;
 use self::state::NicState;
-use crate::kernel::TapBackend;
+use crate::kernel::KernelBackend;
+use crate::switch;
 
 /// Nothing is ever in flight in a NIC beyond one system call; this bounds a stuck one.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -60,7 +61,7 @@ pub(crate) fn attach(parts: Parts) -> Result<Arc<dyn ServedDevice>, Status> {
                 .map_err(|_| Status::invalid_argument("net.mtu: must be below 65536"))?,
         ),
     };
-    let backend = connect(config, parts.fds)?;
+    let backend = connect(config, mac, parts.fds)?;
     let nic = NicState::new(mac, backend.num_pairs(), !config.link_down);
     backend.set_link(!config.link_down);
     let device = Arc::new(NicDevice::new(nic, backend, mtu));
@@ -74,13 +75,39 @@ pub(crate) fn attach(parts: Parts) -> Result<Arc<dyn ServedDevice>, Status> {
 }
 
 /// What the request names as the NIC's other end.
-fn connect(config: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<dyn Backend>, Status> {
-    if config.switch_port.is_some() || !config.packet_fds.is_empty() {
-        return Err(Status::unimplemented("net: only tap_fds is served"));
+fn connect(
+    config: &NetConfig,
+    mac: MacAddress,
+    fds: Vec<OwnedFd>,
+) -> Result<Arc<dyn Backend>, Status> {
+    if let Some(port) = &config.switch_port {
+        let pairs = u16::try_from(config.queue_pairs.max(1))
+            .ok()
+            .filter(|pairs| *pairs <= MAX_QUEUE_PAIRS)
+            .ok_or_else(|| {
+                Status::invalid_argument(format!(
+                    "net.queue_pairs: {} is more than {MAX_QUEUE_PAIRS}",
+                    config.queue_pairs
+                ))
+            })?;
+        return Ok(switch::connect(port, pairs, mac)?);
     }
-    let tap = TapBackend::new(fds)
+    if !config.packet_fds.is_empty() {
+        return Err(Status::unimplemented("net: packet_fds is not served"));
+    }
+    let tap = KernelBackend::tap(fds, polling(config))
         .map_err(|error| Status::invalid_argument(format!("net.tap_fds: {error}")))?;
     Ok(Arc::new(tap))
+}
+
+/// Whether transmit rings look for work by themselves. Unlike a disk's, a NIC's driver seldom waits
+/// for an answer, so that looking wins little unless somebody asks for it.
+fn polling(config: &NetConfig) -> Polling {
+    match config.polling() {
+        PollingConfig::Unspecified | PollingConfig::Never => Polling::Never,
+        PollingConfig::Adaptive => Polling::Adaptive,
+        PollingConfig::Always => Polling::Always,
+    }
 }
 
 /// A NIC that is attached.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use vhost_user::backend::QueueHandler;
+use vhost_user::backend::{QueueHandler, Seat, SharedRing};
 
 use super::state::NicState;
 
@@ -40,6 +40,22 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
         pair: u16,
         features: u64,
     ) -> io::Result<Box<dyn QueueHandler>>;
+    /// Where all rings of the NIC are served, if not by a thread each. Receive rings are then shared.
+    fn seat(&self) -> Option<Seat> {
+        None
+    }
+    /// As [`Backend::receive_queue`], for a ring that is shared.
+    ///
+    /// # Errors
+    /// The ring stays stopped.
+    fn shared_receive_queue(
+        &self,
+        nic: &Arc<NicState>,
+        pair: u16,
+        ring: &Arc<SharedRing>,
+    ) -> io::Result<Box<dyn QueueHandler>> {
+        self.receive_queue(nic, pair, ring.features())
+    }
     /// The driver uses only the first `pairs` queue pairs from now on.
     fn set_active_pairs(&self, pairs: u16);
     /// The driver is gone: the next one begins with nothing negotiated.

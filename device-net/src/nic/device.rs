@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use api::device::NetStats;
-use vhost_user::backend::{Device, QueueHandler};
+use vhost_user::backend::{Device, QueueHandler, Seat, SharedRing};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC,
@@ -126,6 +126,24 @@ impl Device for NicDevice {
                 format!("queue {index} does not exist with the negotiated features"),
             )),
         }
+    }
+
+    fn group(&self) -> Option<Seat> {
+        self.backend.seat()
+    }
+
+    fn shares_ring(&self, index: u16, features: u64) -> bool {
+        let is_receive = matches!(
+            Role::of(index, features, self.num_pairs()),
+            Some(Role::Receive(_))
+        );
+        is_receive && self.backend.seat().is_some()
+    }
+
+    fn start_shared_queue(&self, ring: &Arc<SharedRing>) -> io::Result<Box<dyn QueueHandler>> {
+        // Receive rings alone are shared: pair n has ring 2n.
+        self.backend
+            .shared_receive_queue(&self.nic, ring.index() / 2, ring)
     }
 
     fn reset(&self) {

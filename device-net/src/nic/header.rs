@@ -64,6 +64,18 @@ pub(crate) struct Offloads {
 }
 
 impl Offloads {
+    /// Everything that can be left.
+    pub(crate) fn all() -> Self {
+        Self {
+            csum: true,
+            tso4: true,
+            tso6: true,
+            ecn: true,
+            uso4: true,
+            uso6: true,
+        }
+    }
+
     /// What the driver may leave to the device.
     pub(crate) fn to_device(features: u64) -> Self {
         Self {
@@ -110,7 +122,7 @@ impl Offloads {
 }
 
 /// A header that is consistent with its frame and with what was agreed on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Header([u8; MAX_HEADER_LEN_BYTES]);
 
 impl Header {

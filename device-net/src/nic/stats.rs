@@ -20,16 +20,31 @@ pub(crate) enum DropReason {
     Refused,
     /// The guard refused it.
     Guarded,
+    /// Not of a VLAN that the port may use.
+    Vlan,
+    /// Too many frames for everybody: see [`crate::switch`].
+    Storm,
+    /// From an address that belongs to another port of the switch.
+    TakenAddress,
+    /// The switch has no port for it, or none whose ring runs.
+    NoPort,
+    /// The driver's buffer is too short for it, and it takes no frames in parts.
+    TooLong,
 }
 
 impl DropReason {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 11] = [
         Self::Malformed,
         Self::NoBuffers,
         Self::Unwanted,
         Self::LinkDown,
         Self::Refused,
         Self::Guarded,
+        Self::Vlan,
+        Self::Storm,
+        Self::TakenAddress,
+        Self::NoPort,
+        Self::TooLong,
     ];
 
     fn name(self) -> &'static str {
@@ -40,6 +55,11 @@ impl DropReason {
             Self::LinkDown => "link_down",
             Self::Refused => "refused",
             Self::Guarded => "guarded",
+            Self::Vlan => "vlan",
+            Self::Storm => "storm",
+            Self::TakenAddress => "taken_address",
+            Self::NoPort => "no_port",
+            Self::TooLong => "too_long",
         }
     }
 }

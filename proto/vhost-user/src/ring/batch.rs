@@ -223,6 +223,13 @@ impl<'a> BatchChain<'a> {
         copied
     }
 
+    /// As [`BatchChain::read_at`], of however many bytes there are.
+    pub fn read_up_to(&self, offset: usize, buf: &mut [u8]) -> usize {
+        let left = (self.readable_len_bytes as usize).saturating_sub(offset);
+        let len = buf.len().min(left);
+        self.read_at(offset, &mut buf[..len])
+    }
+
     /// Copies `data` to the writable bytes from `offset` on; returns how many fitted.
     #[inline]
     pub fn write_at(&self, offset: usize, data: &[u8]) -> usize {
