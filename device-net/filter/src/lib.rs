@@ -15,6 +15,8 @@ pub mod capture;
 pub mod expression;
 pub mod flow;
 mod fragments;
+#[cfg(test)]
+mod frames;
 pub mod gate;
 pub mod packet;
 pub mod policy;
