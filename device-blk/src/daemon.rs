@@ -16,7 +16,7 @@ use api::device::attach_request::{Device as DeviceConfig, Listener as ListenerCo
 use api::device::disks_server::DisksServer;
 use api::device::{AttachRequest, BackingImage, FdRef};
 use api::fds::Inbox;
-use api::listen::{self, SocketFile};
+use api::listen::{self, SocketFile, Sweeper};
 use api::serve::Services;
 
 use crate::assembly::{Files, assemble};
@@ -65,6 +65,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
 
+    let socket_files = opened.iter().filter_map(|disk| disk.socket_file.as_ref());
+    let socket_files = socket_files
+        .chain(control.socket_file())
+        .chain(fd_socket.as_ref().map(|(_, file)| file));
+    let sweeper = Sweeper::start(socket_files).context("cannot prepare for a failure")?;
     let achieved = confinement::enter()?;
     // Guests are served before the control socket is: a SIGTERM must drain them, not kill.
     api::serve::hold_termination();
@@ -99,6 +104,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             .map_err(|status| anyhow!("{}", status.message()))?;
         socket_files.extend(socket_file);
     }
+    sweeper.dismiss();
     tracing::info!(
         control_socket = %args.control_socket.display(),
         disks = args.disks.len(),

@@ -12,6 +12,7 @@ mod faults;
 mod io;
 mod job_faults;
 mod jobs;
+mod jobs_crash;
 mod layers;
 mod lifecycle;
 mod limits;

@@ -50,8 +50,8 @@ fn fill_sector(into: &mut [u8], sector: usize, version: Version) {
 }
 
 /// An image, and what its sectors must hold.
-struct Disk {
-    top: PathBuf,
+pub(crate) struct Disk {
+    pub(crate) top: PathBuf,
     settled: Vec<Version>,
     in_flight: Vec<Option<Version>>,
     next_version: Version,
@@ -63,7 +63,7 @@ struct Request {
 }
 
 impl Disk {
-    fn create(place: &Place, number: u64) -> Self {
+    pub(crate) fn create(place: &Place, number: u64) -> Self {
         let cluster_bytes = [65536, 4096, 512, 2 << 20][number as usize % 4];
         let has_base = number.is_multiple_of(2) == (number / 4).is_multiple_of(2);
         let base = place.path(&format!("base-{number}.raw"));
@@ -102,16 +102,30 @@ impl Disk {
 
     /// Keeps requests in flight for a random time, and then kills the daemon.
     fn load_and_kill(&mut self, place: &Place, random: &mut StdRng) -> u64 {
+        let life = random.random_range(Duration::ZERO..MAX_LIFE);
+        let daemon = self.serve(place, &[]);
+        self.load_until_killed(daemon, &place.socket("a"), life, random)
+    }
+
+    pub(crate) fn serve(&self, place: &Place, more: &[&str]) -> Daemon {
         let spec = format!(
             "id=a,path={},format=qcow2,socket={}",
             self.top.display(),
             place.socket("a").display()
         );
-        let mut daemon = Daemon::start(place, &[&spec]);
-        let mut client = Client::connect(&place.socket("a"));
+        Daemon::start_with(place, &[&spec], more)
+    }
+
+    pub(crate) fn load_until_killed(
+        &mut self,
+        mut daemon: Daemon,
+        socket: &Path,
+        life: Duration,
+        random: &mut StdRng,
+    ) -> u64 {
+        let mut client = Client::connect(socket);
         let mut requests: Vec<Option<Request>> = (0..IN_FLIGHT).map(|_| None).collect();
         let mut completed = 0;
-        let life = random.random_range(Duration::ZERO..MAX_LIFE);
         let start = Instant::now();
         while start.elapsed() < life {
             for (id, request) in requests.iter_mut().enumerate() {
@@ -183,7 +197,7 @@ impl Disk {
     }
 
     /// Reads the image as QEMU does and compares.
-    fn verify(&mut self, place: &Place) {
+    pub(crate) fn verify(&mut self, place: &Place) {
         let raw = place.path("as-qemu-reads-it.raw");
         let converted = Command::new("qemu-img")
             .args(["convert", "-f", "qcow2", "-O", "raw"])
@@ -213,7 +227,7 @@ impl Disk {
 }
 
 /// Exit status of `qemu-img check`, once what the killed daemon had in flight is over.
-fn check(image: &Path) -> i32 {
+pub(crate) fn check(image: &Path) -> i32 {
     await_some("the locks of the killed daemon fall", || {
         let checked = Command::new("qemu-img")
             .args(["check", "-f", "qcow2"])

@@ -268,6 +268,9 @@ fn stale_owner_is_refused_at_connect_and_at_every_write() {
 
     let mut late = Daemon::spawn(&place, &[&remote_disk(&place, "@3")], &[], |_| ());
     assert!(!late.ended().success());
+    await_true("what was refused when confined leaves no sockets", || {
+        !place.control().exists() && !place.socket("a").exists()
+    });
     let log = late.log();
     assert!(
         log.contains("generation 3 is stale, 4 has been here"),

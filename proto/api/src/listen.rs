@@ -1,5 +1,8 @@
 //! Sockets to listen on: Unix sockets nobody else may open, TCP addresses, and errors that name the
-//! address and the remedy. [`Address`] is how command lines write both.
+//! address and the remedy. [`Address`] is how command lines write both; [`Sweeper`] cleans up after
+//! a start that failed.
+
+mod sweeper;
 
 use std::fmt;
 use std::io;
@@ -16,6 +19,8 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, fchmod};
 use thiserror::Error;
 
+pub use sweeper::Sweeper;
+
 /// Connections that may wait to be accepted. More than a host has controllers and people.
 const BACKLOG: i32 = 128;
 
@@ -29,6 +34,14 @@ pub enum Listener {
 }
 
 impl Listener {
+    /// The file, of a Unix socket.
+    pub fn socket_file(&self) -> Option<&SocketFile> {
+        match self {
+            Self::Unix(_, file) => Some(file),
+            Self::Tcp(_) => None,
+        }
+    }
+
     /// Binds either kind.
     ///
     /// # Errors
@@ -182,6 +195,21 @@ impl SocketFile {
         })
     }
 
+    /// For whoever outlives this process.
+    fn again(&self) -> Self {
+        Self {
+            path: self.path.clone(),
+            inode: self.inode,
+        }
+    }
+
+    fn remove(&self) {
+        // A sandboxed process may not be allowed to; then the next one to bind finds it stale.
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -190,10 +218,7 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // A sandboxed process may not be allowed to; then the next one to bind finds it stale.
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode) {
-            let _ = std::fs::remove_file(&self.path);
-        }
+        self.remove();
     }
 }
 
