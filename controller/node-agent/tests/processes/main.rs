@@ -9,4 +9,5 @@ mod guest;
 mod harness;
 mod lifecycle;
 mod resources;
+mod seed;
 mod storage;
