@@ -7,7 +7,7 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use api::daemon::Parts;
 use api::device::attach_request::{Device as DeviceConfig, Listener as ListenerConfig};
-use api::device::{AttachRequest, FdRef, NetConfig};
+use api::device::{AttachRequest, FdRef, NetConfig, Polling, SwitchPort};
 use api::listen::{self, SocketFile};
 use api::names;
 use clap::Parser;
@@ -28,7 +28,10 @@ pub(crate) struct Args {
     pub(crate) fd_socket: Option<PathBuf>,
     /// A NIC to serve from the start; may be repeated
     ///
-    /// id=ID,tap=NAME,socket=PATH[,mac=aa:bb:cc:dd:ee:ff][,queue-pairs=N][,mtu=N].
+    /// id=ID,tap=NAME,socket=PATH[,mac=aa:bb:cc:dd:ee:ff][,queue-pairs=N][,mtu=N]
+    /// [,polling=never|adaptive|always].
+    /// A port of a switch inside the process instead of a tap: switch=NAME[,vlan=N][,trunk=N], trunk
+    /// repeated for each VLAN that comes and goes tagged.
     /// Inherited descriptors instead of names: fd=N (repeated for each queue pair), socket-fd=N.
     #[arg(long = "nic", value_name = "SPEC")]
     pub(crate) nics: Vec<Nic>,
@@ -67,17 +70,19 @@ impl Args {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Nic {
     id: String,
-    tap: TapSource,
+    other_end: OtherEnd,
     socket: SocketSource,
     mac: String,
     queue_pairs: u16,
     mtu: u32,
+    polling: Polling,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum TapSource {
+enum OtherEnd {
     Name(String),
     Fds(Vec<RawFd>),
+    Switch(SwitchPort),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,9 +93,9 @@ enum SocketSource {
 
 impl Nic {
     fn inherited(&self) -> Vec<RawFd> {
-        let mut fds = match &self.tap {
-            TapSource::Name(_) => Vec::new(),
-            TapSource::Fds(fds) => fds.clone(),
+        let mut fds = match &self.other_end {
+            OtherEnd::Name(_) | OtherEnd::Switch(_) => Vec::new(),
+            OtherEnd::Fds(fds) => fds.clone(),
         };
         if let SocketSource::Fd(fd) = self.socket {
             fds.push(fd);
@@ -100,9 +105,14 @@ impl Nic {
 
     /// Opens the tap and binds the socket.
     fn open(&self) -> anyhow::Result<OpenNic> {
-        let (tap_name, fds) = match &self.tap {
-            TapSource::Name(name) => (name.clone(), Tap::open(name, self.queue_pairs)?),
-            TapSource::Fds(fds) => (String::new(), fds.iter().copied().map(inherited).collect()),
+        let (tap_name, fds) = match &self.other_end {
+            OtherEnd::Name(name) => (name.clone(), Tap::open(name, self.queue_pairs)?),
+            OtherEnd::Fds(fds) => (String::new(), fds.iter().copied().map(inherited).collect()),
+            OtherEnd::Switch(_) => (String::new(), Vec::new()),
+        };
+        let (switch_port, queue_pairs) = match &self.other_end {
+            OtherEnd::Switch(port) => (Some(port.clone()), u32::from(self.queue_pairs)),
+            _ => (None, 0),
         };
         let (listener, socket_file, socket_path) = match &self.socket {
             SocketSource::Path(path) => {
@@ -123,6 +133,9 @@ impl Nic {
                     mac: self.mac.clone(),
                     mtu: self.mtu,
                     tap_name,
+                    switch_port,
+                    queue_pairs,
+                    polling: self.polling.into(),
                     ..NetConfig::default()
                 })),
             },
@@ -153,7 +166,8 @@ impl FromStr for Nic {
     fn from_str(text: &str) -> Result<Self, NicError> {
         let (mut id, mut tap, mut socket) = (None, None, None);
         let (mut mac, mut queue_pairs, mut mtu) = (None, None, None);
-        let mut tap_fds = Vec::new();
+        let (mut switch, mut vlan, mut polling) = (None, None, None);
+        let (mut tap_fds, mut trunk_vlans) = (Vec::new(), Vec::new());
         for field in text.split(',') {
             let (key, value) = field
                 .split_once('=')
@@ -187,22 +201,48 @@ impl FromStr for Nic {
                         .ok_or_else(|| bad(key, value, "a number from 68 to 65521"))?;
                     set(&mut mtu, key, bytes)?;
                 }
+                "switch" if !names::is_id(value) => return Err(bad(key, value, ID_SHAPE)),
+                "switch" => set(&mut switch, key, value.to_owned())?,
+                "vlan" => set(&mut vlan, key, vlan_number(key, value)?)?,
+                "trunk" => trunk_vlans.push(vlan_number(key, value)?),
+                "polling" => {
+                    let mode = match value {
+                        "never" => Polling::Never,
+                        "adaptive" => Polling::Adaptive,
+                        "always" => Polling::Always,
+                        _ => return Err(bad(key, value, "never, adaptive or always")),
+                    };
+                    set(&mut polling, key, mode)?;
+                }
                 _ => return Err(NicError::UnknownKey(key.to_owned())),
             }
         }
-        let (tap, queue_pairs) = match (tap, tap_fds.len(), queue_pairs) {
-            (Some(name), 0, pairs) => (TapSource::Name(name), pairs.unwrap_or(1)),
-            (None, 1.., None) => (TapSource::Fds(tap_fds), 1),
-            (None, 1.., Some(_)) => return Err(NicError::PairsWithFds),
-            _ => return Err(NicError::OneTap),
+        let is_vlan_port = vlan.is_some() || !trunk_vlans.is_empty();
+        let (other_end, queue_pairs) = match (tap, tap_fds.len(), switch, queue_pairs) {
+            (Some(_), _, None, _) | (None, 1.., None, _) if is_vlan_port => {
+                return Err(NicError::VlanWithoutSwitch);
+            }
+            (Some(name), 0, None, pairs) => (OtherEnd::Name(name), pairs.unwrap_or(1)),
+            (None, 1.., None, None) => (OtherEnd::Fds(tap_fds), 1),
+            (None, 1.., None, Some(_)) => return Err(NicError::PairsWithFds),
+            (None, 0, Some(switch), pairs) => {
+                let port = SwitchPort {
+                    switch,
+                    vlan: vlan.unwrap_or(0),
+                    trunk_vlans,
+                };
+                (OtherEnd::Switch(port), pairs.unwrap_or(1))
+            }
+            _ => return Err(NicError::OneOtherEnd),
         };
         Ok(Self {
             id: id.ok_or(NicError::Missing("id"))?,
-            tap,
+            other_end,
             socket: socket.ok_or(NicError::Missing("socket"))?,
             mac: mac.unwrap_or_default(),
             queue_pairs,
             mtu: mtu.unwrap_or(0),
+            polling: polling.unwrap_or_default(),
         })
     }
 }
@@ -225,6 +265,14 @@ fn descriptor(key: &str, value: &str) -> Result<RawFd, NicError> {
         .ok_or_else(|| bad(key, value, "an inherited descriptor's number, above 2"))
 }
 
+fn vlan_number(key: &str, value: &str) -> Result<u32, NicError> {
+    value
+        .parse()
+        .ok()
+        .filter(|vlan| (1..=4094).contains(vlan))
+        .ok_or_else(|| bad(key, value, "a number from 1 to 4094"))
+}
+
 fn bad(key: &str, value: &str, wanted: &'static str) -> NicError {
     NicError::BadValue {
         key: key.to_owned(),
@@ -238,14 +286,16 @@ fn bad(key: &str, value: &str, wanted: &'static str) -> NicError {
 pub(crate) enum NicError {
     #[error("{0:?} has no value; write key=value")]
     NoValue(String),
-    #[error("unknown key {0:?}; known are id, tap, fd, socket, socket-fd, mac, queue-pairs, mtu")]
+    #[error("unknown key {0:?}; known are id, tap, fd, switch, vlan, trunk, socket, socket-fd, mac, queue-pairs, mtu, polling")]
     UnknownKey(String),
     #[error("{0} is given twice")]
     Twice(String),
     #[error("{0}= is missing")]
     Missing(&'static str),
-    #[error("give either tap=NAME, or fd=N for each queue pair")]
-    OneTap,
+    #[error("give one of tap=NAME, switch=NAME, or fd=N for each queue pair")]
+    OneOtherEnd,
+    #[error("vlan= and trunk= are for ports of a switch; give switch=NAME with them")]
+    VlanWithoutSwitch,
     #[error("queue-pairs= cannot be given with fd=; give as many fd=N as there are queue pairs")]
     PairsWithFds,
     #[error("{key}={value} is not {wanted}")]
@@ -270,11 +320,12 @@ mod tests {
             nic,
             Nic {
                 id: "net0".into(),
-                tap: TapSource::Name("tap7".into()),
+                other_end: OtherEnd::Name("tap7".into()),
                 socket: SocketSource::Path("/run/x.vu".into()),
                 mac: "52:54:00:00:00:07".into(),
                 queue_pairs: 2,
                 mtu: 9000,
+                polling: Polling::Unspecified,
             }
         );
     }
@@ -282,15 +333,33 @@ mod tests {
     #[test]
     fn inherited_descriptors_replace_names() {
         let nic: Nic = "id=n,fd=5,fd=6,socket-fd=7".parse().unwrap();
-        assert_eq!(nic.tap, TapSource::Fds(vec![5, 6]));
+        assert_eq!(nic.other_end, OtherEnd::Fds(vec![5, 6]));
         assert_eq!(nic.socket, SocketSource::Fd(7));
+    }
+
+    #[test]
+    fn port_of_a_switch_replaces_a_tap() {
+        let nic: Nic = "id=n,switch=s0,vlan=5,trunk=6,trunk=7,socket=/x,queue-pairs=2,polling=always"
+            .parse()
+            .unwrap();
+        let port = SwitchPort {
+            switch: "s0".into(),
+            vlan: 5,
+            trunk_vlans: vec![6, 7],
+        };
+        assert_eq!(nic.other_end, OtherEnd::Switch(port));
+        assert_eq!((nic.queue_pairs, nic.polling), (2, Polling::Always));
     }
 
     #[test]
     fn each_mistake_is_named() {
         for (spec, named) in [
             ("id=n,socket=/x", "tap=NAME"),
-            ("id=n,tap=t,fd=5,socket=/x", "either"),
+            ("id=n,tap=t,fd=5,socket=/x", "one of tap=NAME"),
+            ("id=n,tap=t,switch=s,socket=/x", "one of tap=NAME"),
+            ("id=n,tap=t,vlan=5,socket=/x", "switch=NAME"),
+            ("id=n,switch=s,vlan=4095,socket=/x", "1 to 4094"),
+            ("id=n,switch=s,socket=/x,polling=often", "adaptive"),
             ("tap=t,socket=/x", "id= is missing"),
             ("id=n,tap=t", "socket= is missing"),
             ("id=N/0,tap=t,socket=/x", "an identifier"),

@@ -63,6 +63,10 @@ pub(crate) fn attach(parts: Parts) -> Result<Arc<dyn ServedDevice>, Status> {
     };
     let backend = connect(config, mac, parts.fds)?;
     let nic = NicState::new(mac, backend.num_pairs(), !config.link_down);
+    nic.guard
+        .set_policy(config.policy.clone())
+        .map_err(|error| Status::invalid_argument(format!("net.{error}")))?;
+    nic.guard.set_limits(config.limits.unwrap_or_default());
     backend.set_link(!config.link_down);
     let device = Arc::new(NicDevice::new(nic, backend, mtu));
     let server = Server::spawn(&parts.request.id, parts.listener, device.clone())
@@ -90,7 +94,7 @@ fn connect(
                     config.queue_pairs
                 ))
             })?;
-        return Ok(switch::connect(port, pairs, mac)?);
+        return Ok(switch::connect(port, pairs, mac, polling(config))?);
     }
     if !config.packet_fds.is_empty() {
         return Err(Status::unimplemented("net: packet_fds is not served"));
@@ -170,6 +174,7 @@ impl ServedDevice for ServedNic {
             .take();
         let stopped = server.map(|server| server.stop(STOP_TIMEOUT));
         self.device.backend().detach();
+        self.state().guard.close();
         match stopped {
             None | Some(Ok(())) => Ok(()),
             Some(Err(error)) => Err(Status::deadline_exceeded(error.to_string())),

@@ -98,6 +98,7 @@ pub(crate) fn connect(
     config: &device::SwitchPort,
     num_pairs: u16,
     mac: MacAddress,
+    polling: Polling,
 ) -> Result<Arc<dyn Backend>, ConnectError> {
     let vlans = Vlans::new(config.vlan, &config.trunk_vlans)?;
     let seat = group()?.seat();
@@ -110,6 +111,7 @@ pub(crate) fn connect(
         vlans,
         num_pairs,
         seat,
+        polling,
     }))
 }
 
@@ -294,10 +296,6 @@ impl Switch {
     #[inline]
     fn seconds(&self, now: Instant) -> u32 {
         now.saturating_duration_since(self.epoch).as_secs() as u32
-    }
-
-    fn polling(&self) -> Polling {
-        Polling::Never
     }
 
     fn ports(&self) -> MutexGuard<'_, Ports> {

@@ -32,6 +32,7 @@ const BROADCAST: [u8; 6] = [0xff; 6];
 pub(super) struct TxQueue {
     nic: Arc<NicState>,
     pair: u16,
+    polling: Polling,
     header_len_bytes: usize,
     offloads: Offloads,
     batch: Batch,
@@ -64,6 +65,7 @@ impl TxQueue {
         Self {
             nic: Arc::clone(nic),
             pair,
+            polling: port.polling,
             header_len_bytes: header_len_bytes(features),
             offloads: Offloads::to_device(features),
             batch: Batch::new(),
@@ -243,7 +245,7 @@ impl QueueHandler for TxQueue {
     }
 
     fn polling(&self) -> Polling {
-        self.sender.switch.polling()
+        self.polling
     }
 }
 

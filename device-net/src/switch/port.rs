@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use vhost_user::backend::{QueueHandler, Seat, SharedRing, Wake};
+use vhost_user::backend::{Polling, QueueHandler, Seat, SharedRing, Wake};
 use vhost_user::ring::{Ring, RingError};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
@@ -24,6 +24,7 @@ pub(super) struct Port {
     pub(super) vlans: Arc<Vlans>,
     pub(super) num_pairs: u16,
     pub(super) seat: Seat,
+    pub(super) polling: Polling,
 }
 
 /// A receive ring, as those who put frames into it know it.
