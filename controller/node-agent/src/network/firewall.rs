@@ -41,7 +41,6 @@ pub(super) async fn remove(id: &str) -> Result<(), NetworkError> {
 }
 
 fn table(id: &str) -> String {
-    // A hyphen is no part of nft's identifiers' beginning only, but an id may end like a keyword.
     format!("mortise-{id}")
 }
 
@@ -188,7 +187,7 @@ impl Ruleset<'_> {
         for (chain, hook) in [("prerouting", "prerouting"), ("local", "output")] {
             let _ = writeln!(
                 text,
-                "  chain {chain} {{\n    type nat hook {hook} priority dstnat; policy accept;"
+                "  chain {chain} {{\n    type nat hook {hook} priority -100; policy accept;"
             );
             text.push_str(&forwards);
             text.push_str("  }\n");
@@ -239,7 +238,8 @@ impl Ruleset<'_> {
                 IpAddr::V6(gateway) => {
                     let _ = writeln!(
                         text,
-                        "    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} icmpv6 taddr {gateway} drop"
+                        "    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} @th,64,128 {:#x} drop",
+                        u128::from(gateway)
                     );
                     text.push_str("    icmpv6 type { nd-router-solicit, nd-router-advert } drop\n");
                     text.push_str("    udp dport { 546, 547 } drop\n");

@@ -120,7 +120,7 @@ impl Plan {
             })?;
         let deadline = Instant::now() + UP_WITHIN;
         loop {
-            if said(&log, begin).contains("dnsmasq: started,") {
+            if said(&log, begin).contains(": started, version") {
                 return Ok(guard.keep());
             }
             if let Some(exit) = guard.exited_within(LOOK_INTERVAL).await {
