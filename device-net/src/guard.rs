@@ -87,14 +87,8 @@ impl Guard {
         self.watches.load(Ordering::Relaxed) != 0
     }
 
-    /// Whether [`Guard::check`] has anything to do.
-    #[inline]
-    pub(crate) fn looks(&self) -> bool {
-        self.watches.load(Ordering::Relaxed) & (POLICY | CAPTURE) != 0
-    }
-
-    /// Judges a frame, and shows it to captures. `now_ns` is monotonic. A frame that may not pass
-    /// is counted by its reason.
+    /// Judges a frame, and shows it to captures. `now_ns` is of [`monotonic_ns`]. A frame that
+    /// may not pass is counted by its reason.
     ///
     /// # Errors
     /// Why it must be dropped.
@@ -164,8 +158,7 @@ impl Guard {
         })
     }
 
-    /// Counts a frame that was dropped for a reason of its carrier's.
-    pub(crate) fn count_drop(&self, direction: Direction, reason: DropReason) {
+    fn count_drop(&self, direction: Direction, reason: DropReason) {
         self.drops[direction as usize][reason as usize].fetch_add(1, Ordering::Relaxed);
     }
 
@@ -206,8 +199,8 @@ impl Guard {
     }
 
     /// Replaces the limits.
-    pub(crate) fn set_limits(&self, limits: NetLimits, now_ns: u64) {
-        self.limiter.set(limits, now_ns);
+    pub(crate) fn set_limits(&self, limits: NetLimits) {
+        self.limiter.set(limits, monotonic_ns());
         for direction in Direction::ALL {
             self.watch(limit_bit(direction), self.limiter.is_limited(direction));
         }
@@ -223,11 +216,11 @@ impl Guard {
     }
 
     /// All flows that are tracked, most recently used first; `None` if none are.
-    pub(crate) fn flows(&self, now_ns: u64) -> Option<Vec<FlowInfo>> {
+    pub(crate) fn flows(&self) -> Option<Vec<FlowInfo>> {
         let is_tracking = lock(&self.policy)
             .as_ref()
             .is_some_and(|policy| policy.track_flows || policy.security.is_some());
-        is_tracking.then(|| self.gate.flows(now_ns))
+        is_tracking.then(|| self.gate.flows(monotonic_ns()))
     }
 
     pub(crate) fn num_flows(&self) -> usize {
@@ -332,6 +325,18 @@ impl FrameBytes for SentFrame<'_> {
     fn read_at(&self, offset: usize, target: &mut [u8]) -> usize {
         self.chain.read_at(self.header_len_bytes + offset, target)
     }
+}
+
+/// The clock that frames are judged by: `CLOCK_MONOTONIC` in nanoseconds.
+#[inline]
+pub(crate) fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `now` is a valid buffer; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 fn limit_bit(direction: Direction) -> u32 {

@@ -59,13 +59,11 @@ pub enum DropReason {
     Fragment,
     /// A rate limit, where frames cannot wait.
     RateLimit,
-    /// The link is down.
-    LinkDown,
 }
 
 impl DropReason {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 12] = [
         Self::Malformed,
         Self::MacSpoofed,
         Self::AddressSpoofed,
@@ -78,7 +76,6 @@ impl DropReason {
         Self::Ethertype,
         Self::Fragment,
         Self::RateLimit,
-        Self::LinkDown,
     ];
 
     /// As it is shown.
@@ -96,7 +93,6 @@ impl DropReason {
             Self::Ethertype => "ethertype",
             Self::Fragment => "fragment",
             Self::RateLimit => "rate_limit",
-            Self::LinkDown => "link_down",
         }
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use api::device::NetStats;
+use filter::Direction;
 use vhost_user::backend::{Device, QueueHandler, Seat, SharedRing};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
@@ -57,12 +58,22 @@ impl NicDevice {
     }
 
     pub(super) fn stats(&self) -> NetStats {
-        NetStats {
+        let mut stats = NetStats {
             mac: self.nic.mac().to_string(),
             backend: self.backend.kind().to_owned(),
             link_up: self.nic.is_link_up(),
             ..stats::sum(&self.nic.stats)
+        };
+        let guard = &self.nic.guard;
+        for (by_reason, direction) in [
+            (&mut stats.rx_drops_by_reason, Direction::Ingress),
+            (&mut stats.tx_drops_by_reason, Direction::Egress),
+        ] {
+            for (reason, count) in guard.drops(direction) {
+                *by_reason.entry(reason.to_owned()).or_default() += count;
+            }
         }
+        stats
     }
 
     pub(super) fn backend(&self) -> &dyn Backend {

@@ -8,11 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::mac::MacAddress;
 use super::receive_filter::ReceiveFilter;
 use super::stats::PairStats;
+use crate::guard::Guard;
 
 /// Shared by the device and its rings.
 #[derive(Debug)]
 pub(crate) struct NicState {
     pub(crate) stats: Vec<PairStats>,
+    /// What rings ask about each frame.
+    pub(crate) guard: Arc<Guard>,
     first_mac: MacAddress,
     driver: Mutex<DriverSet>,
     /// Counts changes of the receive filter.
@@ -45,6 +48,7 @@ impl NicState {
     pub(crate) fn new(mac: MacAddress, num_pairs: u16, is_link_up: bool) -> Self {
         Self {
             stats: (0..num_pairs).map(|_| PairStats::default()).collect(),
+            guard: Arc::new(Guard::new(mac)),
             first_mac: mac,
             driver: Mutex::new(DriverSet::nothing(mac)),
             filter_version: AtomicU64::new(0),
