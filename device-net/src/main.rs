@@ -8,17 +8,20 @@ mod confinement;
 mod guard;
 mod kernel;
 mod nic;
+mod nics;
 mod switch;
 
 use std::process::ExitCode;
 
 use anyhow::anyhow;
 use api::daemon::{self, DeviceTable};
+use api::device::nics_server::NicsServer;
 use api::fds::Inbox;
 use api::listen;
 use api::serve::Services;
 use clap::Parser;
 use cli::OpenNic;
+use nics::NicService;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -77,5 +80,6 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
             .map_err(|status| anyhow!("NIC {id:?}: {}", status.message()))?;
         socket_files.extend(socket_file);
     }
-    Ok(daemon::run(&table, Services::new(), control, metrics)?)
+    let nics = NicsServer::new(NicService::new(table.clone()));
+    Ok(daemon::run(&table, Services::new().with(nics), control, metrics)?)
 }
