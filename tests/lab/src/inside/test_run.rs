@@ -23,10 +23,14 @@ const LONG_TEST_LIMIT: Duration = Duration::from_secs(1800);
 /// What a failed test printed last.
 const OUTPUT_LEN: u64 = 16 << 10;
 
-/// Emulated SVM loses a processor's state at a switch between worlds now and then:
-/// the nested host's kernel dies of it (see [`crate::nested::HostPanic`]), or a guest does. What is
-/// our own doing happens again, so one test in a run may have another try.
+/// Emulated SVM loses a processor's state at a switch between worlds now and then: the nested
+/// host's kernel dies of it (see [`crate::nested::HostPanic`]), or a guest does: once in 70 boots of
+/// a bzImage, with the same binaries. What is our own doing happens again, so a test may have one
+/// other try.
 const EMULATION_FAILED: &str = "its guest ran into a triple fault before it printed anything, as guests of emulated SVM do now and then";
+
+/// In one run.
+const MAX_REPETITIONS: u32 = 3;
 
 /// Runs the tests that are wanted; the long ones only if asked.
 pub(super) fn run(
@@ -39,7 +43,7 @@ pub(super) fn run(
     let all = list(binary, &[])?;
     let ignored = list(binary, &["--ignored"])?;
     let mut failed = false;
-    let mut may_repeat = is_emulated();
+    let mut repetitions_left = if is_emulated() { MAX_REPETITIONS } else { 0 };
     for name in all.iter().filter(|name| wanted(name)) {
         let is_long = ignored.contains(name);
         let result = if is_long && !long {
@@ -52,8 +56,11 @@ pub(super) fn run(
         } else {
             let limit = if is_long { LONG_TEST_LIMIT } else { TEST_LIMIT };
             let result = run_one(site, binary, name, limit)?;
-            if result.outcome == Outcome::Failed && may_repeat && emulation_failed(&result.output) {
-                may_repeat = false;
+            if result.outcome == Outcome::Failed
+                && repetitions_left > 0
+                && emulation_failed(&result.output)
+            {
+                repetitions_left -= 1;
                 let text = format!("{name}: {EMULATION_FAILED}; it runs once more");
                 events.send(&Event::Step { text });
                 run_one(site, binary, name, limit)?
