@@ -41,6 +41,14 @@ impl Daemon {
         Daemon::in_dir(dir, rest)
     }
 
+    /// As [`Daemon::crash_and_restart`], with what [`Daemon::start`] takes.
+    pub(crate) fn crash_and_start(mut self, args: &[&str]) -> Daemon {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let dir = std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap());
+        Daemon::start(dir, args)
+    }
+
     fn in_dir(dir: TempDir, rest: &str) -> Daemon {
         let socket = dir.path().join("net0.vu");
         let nic = format!("id=net0,socket={},{rest}", socket.display());

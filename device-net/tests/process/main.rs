@@ -12,4 +12,5 @@ mod host;
 mod hostile;
 mod queues;
 mod start;
+mod switch;
 mod traffic;

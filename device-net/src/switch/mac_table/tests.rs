@@ -159,7 +159,7 @@ fn lookup_beside_a_writer_never_tells_of_another_address() {
         scope.spawn(|| {
             let mut numbers = Numbers(99);
             while !ends.load(Ordering::Relaxed) {
-                let number = numbers.below(20_000) as u32;
+                let number = numbers.below(3000) as u32;
                 table.learn(Key::new(mac(number), 0), (number % 7) as u16, 0);
                 if number.is_multiple_of(1000) {
                     table.forget((number / 1000 % 7) as u16);
@@ -168,14 +168,15 @@ fn lookup_beside_a_writer_never_tells_of_another_address() {
         });
         let mut numbers = Numbers(7);
         let mut found = 0;
-        for _ in 0..300_000 {
-            let number = numbers.below(20_000) as u32;
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while found < 100_000 && std::time::Instant::now() < deadline {
+            let number = numbers.below(3000) as u32;
             if let Some(port) = table.port_of(Key::new(mac(number), 0), 0) {
                 assert_eq!(u32::from(port), number % 7);
                 found += 1;
             }
         }
         ends.store(true, Ordering::Relaxed);
-        assert!(found > 100, "{found}");
+        assert!(found >= 100_000, "{found}");
     });
 }

@@ -1,6 +1,4 @@
-use virtio_bindings::virtio_net::{
-    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
-};
+use virtio_bindings::virtio_net::{VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6};
 
 use super::*;
 
@@ -55,10 +53,17 @@ fn assert_sums(frame: &[u8], l4_at: usize, is_ipv6: bool) {
     let (addresses, protocol) = if is_ipv6 {
         (&frame[ip_at + 8..ip_at + 40], frame[ip_at + 6])
     } else {
-        assert_eq!(fold(add(0, &frame[ip_at..l4_at])), 0xffff, "of the IPv4 header");
+        assert_eq!(
+            fold(add(0, &frame[ip_at..l4_at])),
+            0xffff,
+            "of the IPv4 header"
+        );
         (&frame[ip_at + 12..ip_at + 20], frame[ip_at + 9])
     };
-    let pseudo = add((frame.len() - l4_at) as u32 + u32::from(protocol), addresses);
+    let pseudo = add(
+        (frame.len() - l4_at) as u32 + u32::from(protocol),
+        addresses,
+    );
     assert_eq!(fold(add(pseudo, &frame[l4_at..])), 0xffff, "of the segment");
 }
 
@@ -103,14 +108,22 @@ fn tcp_is_cut_into_sound_segments() {
             let sequence = u32::from_be_bytes(segment[l4_at + 4..l4_at + 8].try_into().unwrap());
             assert_eq!(sequence, 0xffff_fff0_u32.wrapping_add(1400 * number as u32));
             let flags = segment[l4_at + 13];
-            assert_eq!(flags & 0x09 != 0, number == 2, "FIN and PSH end the last one");
+            assert_eq!(
+                flags & 0x09 != 0,
+                number == 2,
+                "FIN and PSH end the last one"
+            );
             assert_eq!(flags & 0x80 != 0, number == 0, "CWR is told once");
             payload.extend_from_slice(&segment[l4_at + 20..]);
         }
         assert_eq!(payload, frame[l4_at + 20..]);
         if !is_ipv6 {
-            let id = |segment: &[u8]| u16::from_be_bytes([segment[l4_at - 16], segment[l4_at - 15]]);
-            assert_eq!(out.iter().map(|s| id(s)).collect::<Vec<_>>(), [0xffff, 0, 1]);
+            let id =
+                |segment: &[u8]| u16::from_be_bytes([segment[l4_at - 16], segment[l4_at - 15]]);
+            assert_eq!(
+                out.iter().map(|s| id(s)).collect::<Vec<_>>(),
+                [0xffff, 0, 1]
+            );
         }
     }
 }
@@ -121,7 +134,10 @@ fn udp_is_cut_into_datagrams() {
         let (frame, l4_at) = packet(is_ipv6, true, false, 2500);
         let gso = header(true, VIRTIO_NET_HDR_GSO_UDP_L4, 1000, l4_at as u16, 6);
         let out = run(&gso, &mut frame.clone()).unwrap();
-        let lengths: Vec<_> = out.iter().map(|segment| segment.len() - l4_at - 8).collect();
+        let lengths: Vec<_> = out
+            .iter()
+            .map(|segment| segment.len() - l4_at - 8)
+            .collect();
         assert_eq!(lengths, [1000, 1000, 500]);
         for segment in &out {
             assert_sums(segment, l4_at, is_ipv6);
@@ -136,13 +152,21 @@ fn frames_that_are_not_what_the_header_says_are_dropped() {
     let (frame, l4_at) = packet(false, false, false, 3000);
     let gso = |start: u16| header(true, VIRTIO_NET_HDR_GSO_TCPV4, 1400, start, 16);
     for start in [0, 14, 33, 3000, 3900] {
-        assert_eq!(run(&gso(start), &mut frame.clone()), Err(DropReason::Malformed), "{start}");
+        assert_eq!(
+            run(&gso(start), &mut frame.clone()),
+            Err(DropReason::Malformed),
+            "{start}"
+        );
     }
     let start = l4_at as u16;
     for (at, byte) in [(12, 0x11), (14, 0x42), (23, 17), (l4_at + 12, 0x40)] {
         let mut broken = frame.clone();
         broken[at] = byte;
-        assert_eq!(run(&gso(start), &mut broken), Err(DropReason::Malformed), "{at}");
+        assert_eq!(
+            run(&gso(start), &mut broken),
+            Err(DropReason::Malformed),
+            "{at}"
+        );
     }
     // One byte each would be more segments than anybody sends.
     let tiny = header(true, VIRTIO_NET_HDR_GSO_TCPV4, 1, start, 16);

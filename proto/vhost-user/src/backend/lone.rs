@@ -22,10 +22,7 @@ pub(super) fn run(mut serving: Serving, device: &dyn Device) {
     serving.stop(handler, stop);
 }
 
-fn serve_until_stopped(
-    serving: &mut Serving,
-    handler: &mut Option<Box<dyn QueueHandler>>,
-) -> Stop {
+fn serve_until_stopped(serving: &mut Serving, handler: &mut Option<Box<dyn QueueHandler>>) -> Stop {
     let mut poller = Poller::default();
     let event_fds = handler.as_deref().map_or_else(Vec::new, event_fds);
     // What was made available before this ring was served had its kick long ago.

@@ -102,11 +102,7 @@ impl Serving {
     }
 
     /// Completes what is in flight and ends the ring.
-    pub(super) fn stop(
-        mut self,
-        handler: Option<Box<dyn QueueHandler>>,
-        (deadline, answer): Stop,
-    ) {
+    pub(super) fn stop(mut self, handler: Option<Box<dyn QueueHandler>>, (deadline, answer): Stop) {
         let mut handler = handler;
         if let Some(handler) = &mut handler {
             self.drain(handler.as_mut(), deadline);
@@ -272,7 +268,10 @@ impl Serving {
 /// The descriptors other than the kick that a handler listens to.
 pub(super) fn event_fds(handler: &dyn QueueHandler) -> Vec<RawFd> {
     let fds = handler.event_fds();
-    fds.iter().take(MAX_EVENTS).map(AsRawFd::as_raw_fd).collect()
+    fds.iter()
+        .take(MAX_EVENTS)
+        .map(AsRawFd::as_raw_fd)
+        .collect()
 }
 
 #[inline]

@@ -200,11 +200,7 @@ impl<'a> BatchChain<'a> {
             // SAFETY: the segment is mapped guest memory (the batch holds the mapping) and has
             // these bytes; `buf` is ours.
             unsafe {
-                ptr::copy_nonoverlapping(
-                    segment.as_ptr().add(offset),
-                    buf.as_mut_ptr(),
-                    buf.len(),
-                );
+                ptr::copy_nonoverlapping(segment.as_ptr().add(offset), buf.as_mut_ptr(), buf.len());
             }
             return buf.len();
         }

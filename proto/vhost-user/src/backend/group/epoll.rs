@@ -76,9 +76,8 @@ impl Epoll {
             u64: happening.data(),
         };
         // SAFETY: `event` is a live epoll_event.
-        let answer = unsafe {
-            libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event)
-        };
+        let answer =
+            unsafe { libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) };
         if answer < 0 {
             return Err(io::Error::last_os_error());
         }
