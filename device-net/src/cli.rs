@@ -286,7 +286,9 @@ fn bad(key: &str, value: &str, wanted: &'static str) -> NicError {
 pub(crate) enum NicError {
     #[error("{0:?} has no value; write key=value")]
     NoValue(String),
-    #[error("unknown key {0:?}; known are id, tap, fd, switch, vlan, trunk, socket, socket-fd, mac, queue-pairs, mtu, polling")]
+    #[error(
+        "unknown key {0:?}; known are id, tap, fd, switch, vlan, trunk, socket, socket-fd, mac, queue-pairs, mtu, polling"
+    )]
     UnknownKey(String),
     #[error("{0} is given twice")]
     Twice(String),
@@ -339,9 +341,10 @@ mod tests {
 
     #[test]
     fn port_of_a_switch_replaces_a_tap() {
-        let nic: Nic = "id=n,switch=s0,vlan=5,trunk=6,trunk=7,socket=/x,queue-pairs=2,polling=always"
-            .parse()
-            .unwrap();
+        let nic: Nic =
+            "id=n,switch=s0,vlan=5,trunk=6,trunk=7,socket=/x,queue-pairs=2,polling=always"
+                .parse()
+                .unwrap();
         let port = SwitchPort {
             switch: "s0".into(),
             vlan: 5,

@@ -1,19 +1,26 @@
 //! NICs onto interfaces of the host: each queue pair has a descriptor that takes and gives one
 //! frame, behind a virtio-net header, with each call.
 //!
-//! - [`tap`]: a tap's queues; [`steering`]: which of them take part
-//! - [`rx`], [`tx`]: what serves the rings
+//! - [`interface`]: the descriptors; [`tap`]: a tap's
+//! - [`steering`]: which of a tap's queues take part
+//! - [`rx`], [`tx`]: what serves the rings; [`window`]: buffers that wait for frames
+//! - [`batch`], [`uring`], [`slots`]: many frames with one system call
 
+mod batch;
+mod interface;
 mod rx;
+mod slots;
 mod steering;
 mod tap;
 mod tx;
+pub(crate) mod uring;
+mod window;
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vhost_user::backend::QueueHandler;
+use vhost_user::backend::{Polling, QueueHandler};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
@@ -21,8 +28,9 @@ use virtio_bindings::virtio_net::{
 };
 
 use crate::nic::backend::Backend;
-use crate::nic::header::{Offloads, header_len_bytes, mask};
+use crate::nic::header::{Offloads, mask};
 use crate::nic::state::NicState;
+use interface::Interface;
 use steering::Steering;
 pub(crate) use tap::{Tap, TapError};
 
@@ -42,40 +50,48 @@ const USO_OFFLOADS: &[u32] = &[
     VIRTIO_NET_F_HOST_USO,
 ];
 
-/// A NIC's tap.
+/// An interface behind a NIC.
 #[derive(Debug)]
-pub(crate) struct TapBackend(Arc<Shared>);
+pub(crate) struct KernelBackend(Arc<Shared>);
 
-/// What a tap's rings share.
+/// What its rings share.
 #[derive(Debug)]
 struct Shared {
-    tap: Tap,
+    interface: Interface,
     steering: Steering,
+    /// Of transmit rings; what comes from the kernel cannot be looked for without a system call.
+    polling: Polling,
 }
 
-impl TapBackend {
+impl KernelBackend {
     /// Takes descriptors of one tap, one for each queue pair.
     ///
     /// # Errors
     /// [`TapError`] when they are something else.
-    pub(crate) fn new(fds: Vec<OwnedFd>) -> Result<Self, TapError> {
-        let tap = Tap::from_fds(fds)?;
-        let steering = Steering::new(&tap).map_err(TapError::Event)?;
-        Ok(Self(Arc::new(Shared { tap, steering })))
+    pub(crate) fn tap(fds: Vec<OwnedFd>, polling: Polling) -> Result<Self, TapError> {
+        let interface = Interface::Tap(Tap::from_fds(fds)?);
+        let steering = Steering::new(&interface).map_err(TapError::Event)?;
+        Ok(Self(Arc::new(Shared {
+            interface,
+            steering,
+            polling,
+        })))
     }
 }
 
-impl Backend for TapBackend {
+impl Backend for KernelBackend {
     fn kind(&self) -> &'static str {
-        "tap"
+        match self.0.interface {
+            Interface::Tap(_) => "tap",
+        }
     }
 
     fn num_pairs(&self) -> u16 {
-        self.0.tap.num_queues()
+        self.0.interface.num_queues()
     }
 
     fn offload_features(&self) -> u64 {
-        let uso = if self.0.tap.has_uso() {
+        let uso = if self.0.interface.has_uso() {
             USO_OFFLOADS
         } else {
             &[]
@@ -89,10 +105,10 @@ impl Backend for TapBackend {
         pair: u16,
         features: u64,
     ) -> io::Result<Box<dyn QueueHandler>> {
-        let Shared { tap, .. } = &*self.0;
-        tap.set_header_len(header_len_bytes(features))?;
-        tap.set_offloads(Offloads::to_driver(features))?;
-        let queue = rx::RxQueue::new(self.0.clone(), nic.clone(), pair, features);
+        self.0
+            .interface
+            .set_offloads(Offloads::to_driver(features))?;
+        let queue = rx::RxQueue::new(self.0.clone(), nic.clone(), pair, features)?;
         Ok(Box::new(queue))
     }
 
@@ -102,20 +118,23 @@ impl Backend for TapBackend {
         pair: u16,
         features: u64,
     ) -> io::Result<Box<dyn QueueHandler>> {
-        self.0.tap.set_header_len(header_len_bytes(features))?;
         let queue = tx::TxQueue::new(self.0.clone(), nic.clone(), pair, features)?;
         Ok(Box::new(queue))
     }
 
     fn set_active_pairs(&self, pairs: u16) {
-        self.0.steering.set_active_pairs(&self.0.tap, pairs);
+        let Shared {
+            interface,
+            steering,
+            ..
+        } = &*self.0;
+        steering.set_active_pairs(interface, pairs);
     }
 
     fn reset(&self) {
-        let Shared { tap, .. } = &*self.0;
-        self.set_active_pairs(tap.num_queues());
+        self.set_active_pairs(self.num_pairs());
         // Frames that queue up from now on must suit any driver that comes next.
-        if let Err(error) = tap.set_offloads(Offloads::default()) {
+        if let Err(error) = self.0.interface.set_offloads(Offloads::default()) {
             tracing::warn!(%error, "cannot take back the tap's offloads");
         }
     }

@@ -81,5 +81,10 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
         socket_files.extend(socket_file);
     }
     let nics = NicsServer::new(NicService::new(table.clone()));
-    Ok(daemon::run(&table, Services::new().with(nics), control, metrics)?)
+    Ok(daemon::run(
+        &table,
+        Services::new().with(nics),
+        control,
+        metrics,
+    )?)
 }

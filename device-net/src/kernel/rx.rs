@@ -1,50 +1,52 @@
-//! Frames from the tap to the driver.
+//! Frames from the kernel to the driver.
 //!
-//! The ring holds a window of popped chains, and one `readv` puts a frame right into them; behind
-//! them an overflow buffer of our own takes what does not fit. With mergeable buffers the overflow
-//! is copied to further chains as the driver supplies them; without, the frame is dropped.
+//! Small frames come in batches: one system call puts many into slots of ours, from which they are
+//! copied to the driver's buffers. Once they are large, copying would cost more than calling, and
+//! one `readv` puts each right into a window of popped chains, with an overflow buffer of our own
+//! behind them for what does not fit.
 //!
 //! ```text
-//!              tap readable                      window covers the frame
-//!   waiting ------------------> frame received ---------------------------> delivered, waiting
+//!              queue readable                      window covers the frame
+//!   waiting ------------------> frames received ---------------------------> delivered, waiting
 //!      |  ^                        |    ^
 //!      |  | kick                   |    | kick
 //!      v  |                        v    |
-//!   starved (no buffers,        starved with a frame: dropped when the whole ring is in the
-//!   tap not polled)             window already, and when the ring stops
+//!   starved (no buffers,        starved with frames: one is dropped when the whole ring is in
+//!   queue not polled)           the window already; all are when the ring stops
 //! ```
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use vhost_user::backend::{QueueHandler, Wake};
-use vhost_user::ring::{DescChain, Ring, RingError};
+use vhost_user::ring::{Ring, RingError};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
 use super::Shared;
+use super::batch::ReceiveBatch;
+use super::interface;
+use super::window::{Room, Window};
 use crate::nic::header::{
     Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads, has, header_len_bytes,
 };
+use crate::nic::receive_filter::{LOOKED_AT_BYTES, ReceiveFilter};
 use crate::nic::state::NicState;
 use crate::nic::stats::{Direction, DropReason};
 
-/// Frames delivered before the ring's thread looks at commands again; the tap wakes it anew.
-const BATCH: usize = 64;
-
-/// Chains in the window at most. A frame of 64 KiB needs 45 of Linux's mergeable buffers.
-const MAX_WINDOW_CHAINS: usize = 256;
+/// System calls for frames before the ring's thread looks at commands again; the queue wakes it
+/// anew.
+const MAX_CALLS: usize = 16;
 
 /// Segments in one `readv` at most; leaves room for header and overflow below IOV_MAX.
 const MAX_SEGMENTS: usize = 1000;
 
-/// Bytes of the window while frames are small: two ordinary frames.
-const SMALL_WINDOW_BYTES: usize = 4096;
+/// From this length on a frame is large. Two ordinary ones have room.
+const LARGE_BYTES: usize = 4096;
 
 /// Positions in [`QueueHandler::event_fds`].
-const EVENT_TAP: usize = 0;
+const EVENT_FRAMES: usize = 0;
 const EVENT_STEERING: usize = 1;
 
 /// One receive ring.
@@ -54,137 +56,206 @@ pub(super) struct RxQueue {
     pair: u16,
     header_len_bytes: usize,
     offloads: Offloads,
-    is_mergeable: bool,
-    window: VecDeque<DescChain>,
-    window_bytes: usize,
-    /// The last frame did not fit a small window, so the next one may not either.
-    wants_large_window: bool,
+    filter: Arc<ReceiveFilter>,
+    filter_version: u64,
+    window: Window,
+    batch: ReceiveBatch,
+    /// The last frame was large, so the next one may be as well.
+    expects_large: bool,
     overflow: Box<[u8]>,
-    frame: Option<Received>,
+    /// A large frame, part of which is in the window already.
+    large: Option<Large>,
+    has_buffers: bool,
     /// Nothing can be done before the driver supplies buffers.
     is_starved: bool,
     /// The interface was deleted.
-    is_tap_gone: bool,
+    is_gone: bool,
     /// Emptied after each frame; kept for its storage.
     iovecs: Vec<libc::iovec>,
 }
 
-/// A frame that waits for enough buffers.
+/// A frame that `readv` put into the window and, behind it, into the overflow buffer.
 #[derive(Clone, Copy)]
-struct Received {
+struct Large {
     header: Header,
-    /// Header and frame.
+    /// The driver's header and the frame.
     len_bytes: usize,
-    /// How much of that `readv` put into the window, or passed over for the header; the rest is
-    /// in the overflow buffer.
+    /// How much of that is in the window; the rest is in the overflow buffer.
     in_window_bytes: usize,
 }
 
+/// What came of an attempt.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Made,
+    /// There was nothing to be had.
+    None,
+}
+
 impl RxQueue {
-    pub(super) fn new(shared: Arc<Shared>, nic: Arc<NicState>, pair: u16, features: u64) -> Self {
-        Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        nic: Arc<NicState>,
+        pair: u16,
+        features: u64,
+    ) -> io::Result<Self> {
+        let header_len_bytes = header_len_bytes(features);
+        let (filter, filter_version) = nic.receive_filter();
+        Ok(Self {
             shared,
             nic,
             pair,
-            header_len_bytes: header_len_bytes(features),
+            header_len_bytes,
             offloads: Offloads::to_driver(features),
-            is_mergeable: has(features, VIRTIO_NET_F_MRG_RXBUF),
-            window: VecDeque::new(),
-            window_bytes: 0,
-            wants_large_window: false,
+            filter,
+            filter_version,
+            window: Window::new(header_len_bytes, has(features, VIRTIO_NET_F_MRG_RXBUF)),
+            batch: ReceiveBatch::new()?,
+            expects_large: false,
             overflow: vec![0; MAX_FRAME_LEN_BYTES].into_boxed_slice(),
-            frame: None,
+            large: None,
+            has_buffers: false,
             is_starved: true,
-            is_tap_gone: false,
+            is_gone: false,
             iovecs: Vec::new(),
-        }
+        })
     }
 
-    /// One frame further; false when nothing more can be done now.
-    fn advance(&mut self, ring: &mut Ring) -> Result<bool, RingError> {
-        let frame = match self.frame {
-            Some(frame) => frame,
-            None => {
-                self.fill_window(ring, self.window_goal_bytes())?;
-                self.is_starved = self.window.is_empty();
-                if self.is_starved {
-                    return Ok(false);
+    /// Delivers what was received. None is left if there are buffers.
+    fn deliver(&mut self, ring: &mut Ring) -> Result<Progress, RingError> {
+        if let Some(large) = self.large
+            && self.deliver_large(ring, large)? == Progress::None
+        {
+            return Ok(Progress::None);
+        }
+        let (mut frames, mut bytes) = (0, 0);
+        let mut progress = Progress::Made;
+        while let Some(received) = self.batch.front() {
+            let (header, frame) = match self.inspect(received) {
+                Ok(sound) => sound,
+                Err(reason) => {
+                    self.counters().count_drop(reason);
+                    self.batch.pop_front();
+                    continue;
                 }
-                match self.receive() {
-                    Ok(Some(frame)) => frame,
-                    Ok(None) => return Ok(true),
-                    Err(error) => return Ok(self.may_try_again(&error)),
+            };
+            let len_bytes = self.header_len_bytes + frame.len();
+            let useless = self.window.make_room(ring, len_bytes)?;
+            match self.window.room(ring, len_bytes) {
+                Room::Enough => {
+                    self.window.write(self.header_len_bytes, frame);
+                    frames += 1;
+                    bytes += frame.len() as u64;
+                    self.expects_large = len_bytes > LARGE_BYTES;
+                    self.window.complete(ring, &header, len_bytes);
+                    self.batch.pop_front();
+                }
+                Room::NotYet => {
+                    progress = Progress::None;
+                }
+                Room::Never => {
+                    self.counters().count_drop(DropReason::NoBuffers);
+                    self.batch.pop_front();
                 }
             }
-        };
-        self.wants_large_window = frame.len_bytes > SMALL_WINDOW_BYTES;
-        self.frame = Some(frame);
-        if frame.len_bytes > self.window_bytes && self.is_mergeable {
-            self.fill_window(ring, frame.len_bytes)?;
-        }
-        if frame.len_bytes <= self.window_bytes {
-            self.deliver(ring, frame);
-            self.frame = None;
-            return Ok(true);
-        }
-        let can_grow = self.is_mergeable
-            && self.window.len() < MAX_WINDOW_CHAINS.min(usize::from(ring.size()));
-        if can_grow {
-            self.is_starved = true;
-            return Ok(false);
-        }
-        self.drop_frame();
-        Ok(true)
-    }
-
-    fn window_goal_bytes(&self) -> usize {
-        if !self.is_mergeable {
-            1
-        } else if self.wants_large_window {
-            self.header_len_bytes + MAX_FRAME_LEN_BYTES
-        } else {
-            SMALL_WINDOW_BYTES
-        }
-    }
-
-    /// Pops chains until the window has `goal_bytes`. A chain that has no room for the header
-    /// goes back to the driver empty.
-    fn fill_window(&mut self, ring: &mut Ring, goal_bytes: usize) -> Result<(), RingError> {
-        let was_empty = self.window.is_empty();
-        // A driver that offers useless chains for ever must not keep this thread for ever.
-        for _ in 0..ring.size() {
-            if self.window_bytes >= goal_bytes || self.window.len() == MAX_WINDOW_CHAINS {
+            self.count_useless(useless);
+            if progress == Progress::None {
+                self.is_starved = true;
                 break;
             }
-            let Some(chain) = ring.pop()? else { break };
-            let len_bytes = chain.writable_len_bytes() as usize;
-            if len_bytes <= self.header_len_bytes {
-                self.counters().count_drop(DropReason::NoBuffers);
-                ring.complete(chain, 0);
-                continue;
-            }
-            self.window_bytes += len_bytes;
-            self.window.push_back(chain);
         }
-        if was_empty && !self.window.is_empty() {
-            let Shared { tap, steering, .. } = &*self.shared;
-            steering.set_has_buffers(tap, self.pair, true);
+        self.counters().count_many(frames, bytes);
+        self.note_buffers();
+        Ok(progress)
+    }
+
+    /// Header and frame of what was received.
+    fn inspect<'a>(&self, received: &'a [u8]) -> Result<(Header, &'a [u8]), DropReason> {
+        let len_bytes = self.shared.interface.header_len_bytes();
+        let (header, frame) = received
+            .split_at_checked(len_bytes)
+            .filter(|(_, frame)| (1..=MAX_FRAME_LEN_BYTES).contains(&frame.len()))
+            .ok_or(DropReason::Malformed)?;
+        let mut bytes = [0; MAX_HEADER_LEN_BYTES];
+        bytes[..len_bytes].copy_from_slice(header);
+        let header = Header::checked(&bytes, frame.len(), self.offloads)
+            .map_err(|_| DropReason::Malformed)?;
+        self.check_wanted(frame)?;
+        Ok((header, frame))
+    }
+
+    fn check_wanted(&self, head: &[u8]) -> Result<(), DropReason> {
+        if !self.nic.is_link_up() {
+            return Err(DropReason::LinkDown);
+        }
+        if !self.filter.is_open() && !self.filter.accepts(head) {
+            return Err(DropReason::Unwanted);
         }
         Ok(())
     }
 
-    /// Reads one frame; None when it had to be dropped.
-    fn receive(&mut self) -> io::Result<Option<Received>> {
-        let mut header = [0; MAX_HEADER_LEN_BYTES];
+    fn deliver_large(&mut self, ring: &mut Ring, large: Large) -> Result<Progress, RingError> {
+        let useless = self.window.make_room(ring, large.len_bytes)?;
+        self.count_useless(useless);
+        match self.window.room(ring, large.len_bytes) {
+            Room::Enough => {
+                let in_overflow_bytes = large.len_bytes - large.in_window_bytes;
+                self.window
+                    .write(large.in_window_bytes, &self.overflow[..in_overflow_bytes]);
+                self.window.complete(ring, &large.header, large.len_bytes);
+                let frame_len_bytes = large.len_bytes - self.header_len_bytes;
+                self.counters().count(frame_len_bytes);
+            }
+            Room::NotYet => {
+                self.is_starved = true;
+                return Ok(Progress::None);
+            }
+            Room::Never => self.counters().count_drop(DropReason::NoBuffers),
+        }
+        self.large = None;
+        Ok(Progress::Made)
+    }
+
+    /// Receives what comes next. There are buffers for some of it.
+    fn receive(&mut self, ring: &mut Ring) -> Result<Progress, RingError> {
+        let goal_bytes = if self.expects_large {
+            self.header_len_bytes + MAX_FRAME_LEN_BYTES
+        } else {
+            1
+        };
+        let useless = self.window.make_room(ring, goal_bytes)?;
+        self.count_useless(useless);
+        self.note_buffers();
+        if self.window.is_empty() {
+            self.is_starved = true;
+            return Ok(Progress::None);
+        }
+        let received = if self.expects_large {
+            self.receive_large()
+        } else {
+            self.batch.receive(self.shared.interface.queue(self.pair))
+        };
+        match received {
+            Ok(true) => Ok(Progress::Made),
+            // What there was is delivered, and the queue then looked at by others.
+            Ok(false) => Ok(Progress::None),
+            Err(error) => Ok(self.consider(&error)),
+        }
+    }
+
+    /// Reads one frame into the window. Returns whether there may be more.
+    fn receive_large(&mut self) -> io::Result<bool> {
+        let mut bytes = [0; MAX_HEADER_LEN_BYTES];
+        let kernel_header_bytes = self.shared.interface.header_len_bytes();
         self.iovecs.clear();
         self.iovecs.push(libc::iovec {
-            iov_base: header.as_mut_ptr().cast(),
-            iov_len: self.header_len_bytes,
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: kernel_header_bytes,
         });
         let mut in_window_bytes = self.header_len_bytes;
         // The driver's header is written last, once it is known.
         let mut skip_bytes = self.header_len_bytes;
-        'window: for chain in &self.window {
+        'window: for chain in self.window.chains() {
             for segment in chain.writable_range(skip_bytes, usize::MAX) {
                 if self.iovecs.len() > MAX_SEGMENTS {
                     break 'window;
@@ -201,87 +272,96 @@ impl RxQueue {
             iov_base: self.overflow.as_mut_ptr().cast(),
             iov_len: self.overflow.len(),
         });
+        let queue = self.shared.interface.queue(self.pair);
         // SAFETY: header and overflow are ours and borrowed by nobody; the segments are guest
         // memory that the chains in the window keep mapped, and guest memory is never referenced.
-        let len_bytes = unsafe { self.shared.tap.receive(self.pair, &self.iovecs)? };
-        let header = len_bytes
-            .checked_sub(self.header_len_bytes)
-            .filter(|frame| (1..=MAX_FRAME_LEN_BYTES).contains(frame))
-            .and_then(|frame| Header::checked(&header, frame, self.offloads).ok());
-        let Some(header) = header else {
-            self.counters().count_drop(DropReason::NoBuffers);
-            return Ok(None);
+        let received = unsafe { interface::receive(queue, &self.iovecs) };
+        let received_bytes = match received {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            result => result?,
         };
-        Ok(Some(Received {
-            header,
+        let frame_len_bytes = received_bytes.saturating_sub(kernel_header_bytes);
+        let len_bytes = self.header_len_bytes + frame_len_bytes;
+        self.expects_large = len_bytes > LARGE_BYTES;
+        let large = Large {
+            header: Header::default(),
             len_bytes,
             in_window_bytes: in_window_bytes.min(len_bytes),
-        }))
+        };
+        match self.inspect_large(&bytes, large) {
+            Ok(header) => self.large = Some(Large { header, ..large }),
+            Err(reason) => self.counters().count_drop(reason),
+        }
+        Ok(true)
     }
 
-    /// Completes as many chains as the frame needs. The window covers it.
-    fn deliver(&mut self, ring: &mut Ring, frame: Received) {
-        let mut num_chains = 0;
-        let mut covered_bytes = 0;
-        for chain in &self.window {
-            // What readv left in the overflow buffer.
-            let chain_end = covered_bytes + chain.writable_len_bytes() as usize;
-            let from = frame.in_window_bytes.max(covered_bytes);
-            let to = frame.len_bytes.min(chain_end);
-            if from < to {
-                let base = frame.in_window_bytes;
-                chain.write_at(from - covered_bytes, &self.overflow[from - base..to - base]);
-            }
-            num_chains += 1;
-            covered_bytes = chain_end;
-            if covered_bytes >= frame.len_bytes {
-                break;
-            }
+    fn inspect_large(
+        &self,
+        header: &[u8; MAX_HEADER_LEN_BYTES],
+        large: Large,
+    ) -> Result<Header, DropReason> {
+        let frame_len_bytes = large.len_bytes - self.header_len_bytes;
+        if !(1..=MAX_FRAME_LEN_BYTES).contains(&frame_len_bytes) {
+            return Err(DropReason::Malformed);
         }
-        let header = frame.header.with_num_buffers(num_chains);
-        if let Some(first) = self.window.front() {
-            first.write_at(0, &header.as_bytes()[..self.header_len_bytes]);
-        }
-        let mut left_bytes = frame.len_bytes;
-        for chain in self.window.drain(..usize::from(num_chains)) {
-            let chain_bytes = chain.writable_len_bytes() as usize;
-            let written_bytes = left_bytes.min(chain_bytes);
-            self.window_bytes -= chain_bytes;
-            left_bytes -= written_bytes;
-            ring.complete(chain, written_bytes as u32);
-        }
-        self.counters()
-            .count(frame.len_bytes - self.header_len_bytes);
+        let header = Header::checked(header, frame_len_bytes, self.offloads)
+            .map_err(|_| DropReason::Malformed)?;
+        let mut head = [0; LOOKED_AT_BYTES];
+        let head_len = self.window.read(self.header_len_bytes, &mut head);
+        self.check_wanted(&head[..head_len.min(frame_len_bytes)])?;
+        Ok(header)
     }
 
-    fn drop_frame(&mut self) {
-        if self.frame.take().is_some() {
-            self.counters().count_drop(DropReason::Malformed);
-        }
-    }
-
-    /// Whether the tap is worth another look at once.
-    fn may_try_again(&mut self, error: &io::Error) -> bool {
+    /// Whether the queue is worth another look at once.
+    fn consider(&mut self, error: &io::Error) -> Progress {
         match error.raw_os_error() {
-            Some(libc::EAGAIN) => false,
-            Some(libc::EINTR) => true,
+            Some(libc::EAGAIN) => Progress::None,
+            Some(libc::EINTR) => Progress::Made,
             // The queue was just taken out of the tap's set, or the tap is gone.
-            _ if !self.shared.steering.is_attached(self.pair) => false,
+            _ if !self.shared.steering.is_attached(self.pair) => Progress::None,
+            // The interface went down or up: told once, and nothing is wrong with the socket.
+            Some(libc::ENETDOWN) => Progress::Made,
             _ => {
-                tracing::error!(pair = self.pair, %error, "tap fails, receiving ends; was it deleted?");
-                self.is_tap_gone = true;
-                false
+                tracing::error!(pair = self.pair, %error, "interface fails, receiving ends; was it deleted?");
+                self.is_gone = true;
+                Progress::None
             }
+        }
+    }
+
+    fn renew_filter(&mut self) {
+        if self.nic.filter_version() != self.filter_version {
+            (self.filter, self.filter_version) = self.nic.receive_filter();
+        }
+    }
+
+    /// Frames may be steered to this ring.
+    fn note_buffers(&mut self) {
+        if !self.has_buffers && !self.window.is_empty() {
+            self.has_buffers = true;
+            let Shared {
+                interface,
+                steering,
+                ..
+            } = &*self.shared;
+            steering.set_has_buffers(interface, self.pair, true);
         }
     }
 
     fn put_window_back(&mut self, ring: &mut Ring) {
-        self.drop_frame();
-        while let Some(chain) = self.window.pop_back() {
-            ring.unpop(chain);
+        let waiting = self.batch.len() + usize::from(self.large.take().is_some());
+        for _ in 0..waiting {
+            self.counters().count_drop(DropReason::NoBuffers);
         }
-        self.window_bytes = 0;
+        self.batch.clear();
+        self.window.put_back(ring);
         self.is_starved = true;
+    }
+
+    fn count_useless(&self, chains: u64) {
+        for _ in 0..chains {
+            self.counters().count_drop(DropReason::NoBuffers);
+        }
     }
 
     fn counters(&self) -> &Direction {
@@ -291,17 +371,21 @@ impl RxQueue {
 
 impl QueueHandler for RxQueue {
     fn event_fds(&self) -> Vec<BorrowedFd<'_>> {
-        let Shared { tap, steering, .. } = &*self.shared;
+        let Shared {
+            interface,
+            steering,
+            ..
+        } = &*self.shared;
         vec![
-            tap.queue(self.pair).as_fd(),
+            interface.queue(self.pair).as_fd(),
             steering.changed(self.pair).as_fd(),
         ]
     }
 
     fn wants_event(&self, index: usize) -> bool {
         match index {
-            EVENT_TAP => {
-                !self.is_starved && !self.is_tap_gone && self.shared.steering.is_attached(self.pair)
+            EVENT_FRAMES => {
+                !self.is_starved && !self.is_gone && self.shared.steering.is_attached(self.pair)
             }
             _ => true,
         }
@@ -316,15 +400,22 @@ impl QueueHandler for RxQueue {
             self.put_window_back(ring);
             return Ok(());
         }
-        // While there are buffers only the tap has news.
+        // While there are buffers only the kernel has news.
         if wake == Wake::Kick && !self.is_starved {
             return Ok(());
         }
         self.is_starved = false;
-        for _ in 0..BATCH {
-            if !self.advance(ring)? {
+        self.renew_filter();
+        let mut progress = self.deliver(ring)?;
+        for _ in 0..MAX_CALLS {
+            if progress == Progress::None {
                 break;
             }
+            progress = self.receive(ring)?;
+            if self.deliver(ring)? == Progress::None {
+                break;
+            }
+            ring.notify();
         }
         Ok(())
     }
@@ -337,7 +428,11 @@ impl QueueHandler for RxQueue {
 
 impl Drop for RxQueue {
     fn drop(&mut self) {
-        let Shared { tap, steering, .. } = &*self.shared;
-        steering.set_has_buffers(tap, self.pair, false);
+        let Shared {
+            interface,
+            steering,
+            ..
+        } = &*self.shared;
+        steering.set_has_buffers(interface, self.pair, false);
     }
 }

@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use vhost_user::eventfd::EventFd;
 
-use super::tap::Tap;
+use super::interface::Interface;
 
 /// Shared by all rings of one NIC.
 #[derive(Debug)]
@@ -37,13 +37,13 @@ struct Pair {
 
 impl Steering {
     /// Only queue 0 takes part.
-    pub(super) fn new(tap: &Tap) -> io::Result<Self> {
-        let num_pairs = tap.num_queues();
+    pub(super) fn new(interface: &Interface) -> io::Result<Self> {
+        let num_pairs = interface.num_queues();
         let pairs = (0..num_pairs)
             .map(|pair| {
                 Ok(Pair {
                     // What the kernel says of a queue that was just opened.
-                    attached: AtomicBool::new(pair == 0 || attach(tap, pair, false)),
+                    attached: AtomicBool::new(pair == 0 || attach(interface, pair, false)),
                     changed: EventFd::new()?,
                 })
             })
@@ -68,18 +68,18 @@ impl Steering {
     }
 
     /// The driver uses this many pairs from now on.
-    pub(super) fn set_active_pairs(&self, tap: &Tap, active_pairs: u16) {
-        self.update(tap, |wanted| wanted.active_pairs = active_pairs);
+    pub(super) fn set_active_pairs(&self, interface: &Interface, active_pairs: u16) {
+        self.update(interface, |wanted| wanted.active_pairs = active_pairs);
     }
 
     /// The receive ring of `pair` has buffers, or has ended.
-    pub(super) fn set_has_buffers(&self, tap: &Tap, pair: u16, has_buffers: bool) {
-        self.update(tap, |wanted| {
+    pub(super) fn set_has_buffers(&self, interface: &Interface, pair: u16, has_buffers: bool) {
+        self.update(interface, |wanted| {
             wanted.has_buffers[usize::from(pair)] = has_buffers;
         });
     }
 
-    fn update(&self, tap: &Tap, change: impl FnOnce(&mut Wanted)) {
+    fn update(&self, interface: &Interface, change: impl FnOnce(&mut Wanted)) {
         let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut wanted);
         for (number, pair) in (0_u16..).zip(&self.pairs).skip(1) {
@@ -89,7 +89,7 @@ impl Steering {
             }
             // A queue that does not take part cannot be read: its thread must know beforehand.
             pair.attached.store(false, Ordering::Release);
-            let attached = attach(tap, number, want);
+            let attached = attach(interface, number, want);
             pair.attached.store(attached, Ordering::Release);
             pair.changed.ring();
         }
@@ -101,8 +101,8 @@ impl Steering {
 }
 
 /// Returns whether the queue is attached afterwards.
-fn attach(tap: &Tap, pair: u16, attached: bool) -> bool {
-    match tap.set_queue_attached(pair, attached) {
+fn attach(interface: &Interface, pair: u16, attached: bool) -> bool {
+    match interface.set_queue_attached(pair, attached) {
         Ok(()) => attached,
         Err(error) => {
             tracing::warn!(%error, pair, attached, "cannot change whether a tap queue takes part");

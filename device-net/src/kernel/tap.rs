@@ -114,7 +114,7 @@ impl Tap {
     }
 
     /// Length of the header before each frame, both ways.
-    pub(super) fn set_header_len(&self, len_bytes: usize) -> io::Result<()> {
+    fn set_header_len(&self, len_bytes: usize) -> io::Result<()> {
         let len_bytes = len_bytes as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads one live int.
         check(unsafe { libc::ioctl(self.raw(0), libc::TUNSETVNETHDRSZ, &len_bytes) })
@@ -134,28 +134,6 @@ impl Tap {
         };
         // SAFETY: TUNSETQUEUE reads one live ifreq.
         check(unsafe { libc::ioctl(self.raw(pair), libc::TUNSETQUEUE, &request) })
-    }
-
-    /// Writes one frame: `iovecs` are header and frame.
-    pub(super) fn send(&self, pair: u16, iovecs: &[libc::iovec]) -> io::Result<()> {
-        // SAFETY: the caller's iovecs name memory that is mapped for as long as it borrows them.
-        let written =
-            unsafe { libc::writev(self.raw(pair), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
-        check(written as libc::c_int)
-    }
-
-    /// Reads one frame; returns the length of header and frame together.
-    ///
-    /// # Errors
-    /// `WouldBlock` when there is none.
-    ///
-    /// # Safety
-    /// Each of `iovecs` must be memory that may be written and that no reference covers.
-    pub(super) unsafe fn receive(&self, pair: u16, iovecs: &[libc::iovec]) -> io::Result<usize> {
-        // SAFETY: the caller vouches for the iovecs.
-        let len_bytes =
-            unsafe { libc::readv(self.raw(pair), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
-        usize::try_from(len_bytes).map_err(|_| io::Error::last_os_error())
     }
 
     fn set_offload_flags(&self, flags: u32) -> io::Result<()> {

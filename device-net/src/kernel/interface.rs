@@ -1,0 +1,92 @@
+//! An interface of the host, as queues' descriptors: a tap, or packet sockets.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use super::tap::Tap;
+use crate::nic::header::{MAX_HEADER_LEN_BYTES, Offloads};
+
+/// One descriptor for each queue pair. Each takes and gives one frame a call, behind a header of
+/// [`Interface::header_len_bytes`], whatever the driver's is.
+#[derive(Debug)]
+pub(super) enum Interface {
+    Tap(Tap),
+}
+
+impl Interface {
+    /// One for each queue pair.
+    pub(super) fn num_queues(&self) -> u16 {
+        match self {
+            Self::Tap(tap) => tap.num_queues(),
+        }
+    }
+
+    /// The descriptor of one queue; non-blocking.
+    pub(super) fn queue(&self, pair: u16) -> &OwnedFd {
+        match self {
+            Self::Tap(tap) => tap.queue(pair),
+        }
+    }
+
+    /// Of the header before each frame: all of it, or without `num_buffers`.
+    pub(super) fn header_len_bytes(&self) -> usize {
+        match self {
+            Self::Tap(_) => MAX_HEADER_LEN_BYTES,
+        }
+    }
+
+    /// Whether the kernel segments UDP, and leaves it to us.
+    pub(super) fn has_uso(&self) -> bool {
+        match self {
+            Self::Tap(tap) => tap.has_uso(),
+        }
+    }
+
+    /// What frames for the driver may leave unfinished.
+    pub(super) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        match self {
+            Self::Tap(tap) => tap.set_offloads(offloads),
+        }
+    }
+
+    /// Lets the kernel put frames into this queue, or keeps it from doing so.
+    pub(super) fn set_queue_attached(&self, pair: u16, attached: bool) -> io::Result<()> {
+        match self {
+            Self::Tap(tap) => tap.set_queue_attached(pair, attached),
+        }
+    }
+}
+
+/// Writes one frame: `iovecs` are header and frame, in memory that is mapped.
+pub(super) fn send(queue: &OwnedFd, iovecs: &[libc::iovec]) -> io::Result<()> {
+    // SAFETY: the caller's iovecs name memory that is mapped for as long as it borrows them.
+    let written = unsafe {
+        libc::writev(
+            queue.as_raw_fd(),
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
+        )
+    };
+    usize::try_from(written)
+        .map(drop)
+        .map_err(|_| io::Error::last_os_error())
+}
+
+/// Reads one frame; returns the length of header and frame together.
+///
+/// # Errors
+/// `WouldBlock` when there is none.
+///
+/// # Safety
+/// Each of `iovecs` must be memory that may be written and that no reference covers.
+pub(super) unsafe fn receive(queue: &OwnedFd, iovecs: &[libc::iovec]) -> io::Result<usize> {
+    // SAFETY: the caller vouches for the iovecs.
+    let len_bytes = unsafe {
+        libc::readv(
+            queue.as_raw_fd(),
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
+        )
+    };
+    usize::try_from(len_bytes).map_err(|_| io::Error::last_os_error())
+}
