@@ -21,7 +21,7 @@ use crate::{tool, workspace};
 use apt::{Apt, Package};
 
 /// Raised when a lab needs more than an older lab's stamp promises.
-const STAMP_VERSION: u32 = 4;
+const STAMP_VERSION: u32 = 5;
 
 /// Where everything is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -40,7 +40,7 @@ pub(crate) struct Artifacts {
     pub(crate) cryptsetup: Vec<Program>,
     /// fio, mke2fs and e2fsck, for a guest's root disk.
     pub(crate) guest_tools: Vec<Program>,
-    /// What hosts make networks with: nft, dnsmasq and ip.
+    /// What hosts make networks with (nft, dnsmasq and ip), and what captures are read by.
     pub(crate) network_tools: Vec<Program>,
 }
 
@@ -181,6 +181,8 @@ impl Fetcher {
         let mut network_tools = self.programs("nftables", &["nft"])?;
         network_tools.extend(self.programs("dnsmasq-base", &["dnsmasq"])?);
         network_tools.extend(self.programs("iproute2", &["ip"])?);
+        network_tools.extend(self.programs("tcpdump", &["tcpdump"])?);
+        network_tools.extend(self.programs("tshark", &["tshark"])?);
         Ok(Artifacts {
             stamp_version: STAMP_VERSION,
             kernel,
