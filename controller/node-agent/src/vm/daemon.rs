@@ -334,7 +334,7 @@ impl Plan {
         ] = self.devices.as_slice()
         {
             let socket = socket(&self.dir, name);
-            let args = passt::args(&socket, network, *mtu);
+            let args = passt::args(&socket, network, *mtu, passt::resolver());
             return passt::bring_up(&self.program, &args, &socket, &self.log()).await;
         }
         let listeners = self.bind_missing(listeners)?;

@@ -6,6 +6,7 @@
 
 use std::{
     ffi::OsString,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -121,14 +122,23 @@ pub(super) fn device_options(mac: &str, mtu: u32) -> String {
 }
 
 /// Its command line.
-pub(super) fn args(socket: &Path, network: &UserNetwork, mtu: u32) -> Vec<OsString> {
+pub(super) fn args(
+    socket: &Path,
+    network: &UserNetwork,
+    mtu: u32,
+    resolver: Option<Ipv4Addr>,
+) -> Vec<OsString> {
     let mut args: Vec<OsString> = ["--vhost-user", "--foreground", "--socket"]
         .map(OsString::from)
         .into();
     args.push(socket.into());
     let mut option = |name: &str, value: String| args.extend([name.into(), value.into()]);
-    option("--dns", DNS.into());
-    option("--dns-forward", DNS.into());
+    if let Some(resolver) = resolver {
+        option("--dns", DNS.into());
+        option("--dns-forward", DNS.into());
+        // Not found by itself once --dns is given.
+        option("--dns-host", resolver.to_string());
+    }
     if mtu > 0 {
         option("--mtu", mtu.to_string());
     }
@@ -152,6 +162,21 @@ pub(super) fn args(socket: &Path, network: &UserNetwork, mtu: u32) -> Vec<OsStri
         );
     }
     args
+}
+
+/// The host's resolver, for guests: its first one of IPv4. `None` leaves it to passt what to tell them.
+pub(super) fn resolver() -> Option<Ipv4Addr> {
+    parse_resolver(&std::fs::read_to_string("/etc/resolv.conf").ok()?)
+}
+
+fn parse_resolver(resolv_conf: &str) -> Option<Ipv4Addr> {
+    let servers = resolv_conf.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        (words.next() == Some("nameserver"))
+            .then(|| words.next())
+            .flatten()
+    });
+    servers.flat_map(str::parse).next()
 }
 
 /// Starts it; on return it can be connected to.
@@ -245,8 +270,10 @@ mod tests {
             ],
             host_loopback: None,
         };
-        let args = text(&args(Path::new("/run/eth0.vu"), &network, 1400));
+        let resolver = Some(Ipv4Addr::new(127, 0, 0, 53));
+        let args = text(&args(Path::new("/run/eth0.vu"), &network, 1400, resolver));
         for wanted in [
+            "--dns-host 127.0.0.53",
             "--tcp-ports 127.0.0.1/2222:22",
             "--udp-ports 53:5353",
             "--map-host-loopback none",
@@ -267,6 +294,13 @@ mod tests {
             device_options("52:54:00:0a:0b:0c", 1400),
             ",config=hex:5254000a0b0c000000007805,config-features=0x28"
         );
+    }
+
+    #[test]
+    fn first_resolver_of_ipv4_is_taken() {
+        let text = "# nameserver 192.0.2.1\nsearch example\nnameserver ::1\nnameserver 127.0.0.53\nnameserver 192.0.2.2\n";
+        assert_eq!(parse_resolver(text), Some(Ipv4Addr::new(127, 0, 0, 53)));
+        assert_eq!(parse_resolver("nameserver fe80::1%eth0\n"), None);
     }
 
     #[test]

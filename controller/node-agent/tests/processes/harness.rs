@@ -373,7 +373,9 @@ fn processes_below(dir: &Path) -> Vec<i32> {
     let serves = |pid: &i32| {
         fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|cmdline| {
             let cmdline = String::from_utf8_lossy(&cmdline).replace('\0', " ");
-            cmdline.contains(&format!("--control-socket {dir}"))
+            ["--control-socket", "--socket"]
+                .iter()
+                .any(|option| cmdline.contains(&format!("{option} {dir}")))
         }) && is_alive(*pid)
     };
     fs::read_dir("/proc")

@@ -11,3 +11,4 @@ mod lifecycle;
 mod resources;
 mod seed;
 mod storage;
+mod user_network;

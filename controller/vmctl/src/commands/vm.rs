@@ -336,8 +336,10 @@ fn show_devices(spec: &pb::VmSpec, status: &pb::VmStatus) {
         let mut given: Vec<String> = given
             .map(|(name, len)| format!("{name} of {len} bytes"))
             .collect();
-        if !seed.ssh_keys.is_empty() {
-            given.push(format!("{} ssh keys", seed.ssh_keys.len()));
+        match seed.ssh_keys.len() {
+            0 => {}
+            1 => given.push("1 ssh key".to_owned()),
+            count => given.push(format!("{count} ssh keys")),
         }
         (SEED_DISK.to_owned(), "cloud-init", given.join(", "))
     });
