@@ -4,10 +4,12 @@
 //! job on the console, and ends as the plan says. See the library for plan and reports.
 
 mod disk;
+mod dns;
 mod file_system;
 mod folder;
 mod memory;
 mod net;
+mod serve;
 mod smp;
 mod system;
 
@@ -25,6 +27,29 @@ fn main() {
         Ok(plan) => (plan, None),
         Err(error) => (Plan::default(), Some(error)),
     };
+    if plan.end == End::Obey {
+        system::silence_console();
+    }
+    carry_out(&plan, problem);
+    let end = match plan.end {
+        End::Obey => obey(),
+        end => end,
+    };
+    match end {
+        End::PowerOff | End::Obey => {}
+        End::Reboot => system::reboot(),
+        End::Shell => system::shell(),
+        End::Wait => {
+            if let Err(error) = system::wait_for_power_button() {
+                report::print_line(&error);
+            }
+        }
+    }
+    system::power_off();
+}
+
+/// Does all jobs, whatever becomes of them.
+fn carry_out(plan: &Plan, problem: Option<String>) {
     let mut failed = 0;
     for job in &plan.jobs {
         let report = run(job);
@@ -36,17 +61,26 @@ fn main() {
         error: problem,
     }
     .print();
-    match plan.end {
-        End::PowerOff => {}
-        End::Reboot => system::reboot(),
-        End::Shell => system::shell(),
-        End::Wait => {
-            if let Err(error) = system::wait_for_power_button() {
-                report::print_line(&error);
+}
+
+/// Carries out what the console says, until a plan ends otherwise or nothing more can come.
+fn obey() -> End {
+    for line in std::io::stdin().lines() {
+        let Ok(line) = line else { break };
+        if line.trim().is_empty() {
+            continue;
+        }
+        match line.parse::<Plan>() {
+            Ok(plan) => {
+                carry_out(&plan, None);
+                if plan.end != End::Obey {
+                    return plan.end;
+                }
             }
+            Err(error) => carry_out(&Plan::default(), Some(error.to_string())),
         }
     }
-    system::power_off();
+    End::PowerOff
 }
 
 fn prepare() -> Result<Plan, String> {
@@ -85,6 +119,18 @@ fn run(job: &Job) -> Report {
         Job::Smp { cpus } => smp::check(*cpus),
         Job::Memory { mib } => memory::check(*mib),
         Job::Address(cidr) => net::set_address(cidr),
+        Job::Dhcp => net::configure(),
+        Job::Ipv6 => net::wait_for_ipv6(),
+        Job::Resolve { name } => dns::resolve(name),
+        Job::Carrier { up } => net::wait_for_carrier(*up),
+        Job::Ping { peer } => net::ping(*peer),
+        Job::Reach { peer } => net::reach(*peer),
+        Job::Serve { port, seed, bytes } => serve::start(*port, *seed, *bytes),
+        Job::Udp {
+            peer,
+            seed,
+            datagrams,
+        } => net::ask(*peer, *seed, *datagrams),
         Job::Net { peer, seed, bytes } => net::exchange(*peer, *seed, *bytes),
         Job::Disk {
             device,

@@ -3,9 +3,10 @@
 //! `mortise.root=vda mortise.smp=4 mortise.addr=10.0.0.2/24 mortise.net=10.0.0.1:5000,SEED,BYTES
 //! mortise.disk=vda,SEED,BYTES mortise.file-system=vdb,BYTES mortise.folder=TAG,SEED
 //! mortise.end=poweroff`; jobs run in the order of their words, and a job may occur several times.
+//! A guest whose plan ends with `mortise.end=obey` takes further plans, one a line, from its console.
 
 use std::fmt;
-use std::net::SocketAddrV4;
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 /// All that a guest does after it came up.
@@ -34,10 +35,52 @@ pub enum Job {
     },
     /// Give the first NIC an address, as `A.B.C.D/PREFIX`.
     Address(String),
-    /// Exchange a payload with the host and compare hashes.
+    /// Let the first NIC be configured by DHCP.
+    Dhcp,
+    /// Wait until the first NIC has an IPv6 address that reaches further than its link.
+    Ipv6,
+    /// Ask the name server that DHCP named.
+    Resolve {
+        /// Asked for as it is.
+        name: String,
+    },
+    /// Wait until the first NIC's cable is plugged in, or is out.
+    Carrier {
+        /// Plugged in.
+        up: bool,
+    },
+    /// Ask for three echoes.
+    Ping {
+        /// Who is to answer.
+        peer: IpAddr,
+    },
+    /// Try to connect by TCP, and say what became of it.
+    Reach {
+        /// Who is to answer.
+        peer: SocketAddr,
+    },
+    /// From now on answer [`Job::Net`] and [`Job::Udp`] of others.
+    Serve {
+        /// Of both protocols.
+        port: u16,
+        /// Of the payload that is to arrive by TCP.
+        seed: u64,
+        /// Each way, by TCP; a multiple of the pattern's block.
+        bytes: u64,
+    },
+    /// Have datagrams answered, and compare the answers.
+    Udp {
+        /// Where somebody answers.
+        peer: SocketAddr,
+        /// Of the datagrams; its complement is that of the answers.
+        seed: u64,
+        /// How many, one after the other.
+        datagrams: u64,
+    },
+    /// Exchange a payload with somebody who listens, and compare hashes.
     Net {
-        /// Where the host listens.
-        peer: SocketAddrV4,
+        /// Where somebody listens.
+        peer: SocketAddr,
         /// Of the payload to send; its complement is that of the payload to receive.
         seed: u64,
         /// Each way; a multiple of the pattern's block.
@@ -88,6 +131,8 @@ pub enum End {
     Reboot,
     /// Wait for the power button, then power off.
     Wait,
+    /// Take further plans from the console, one a line, until one ends otherwise.
+    Obey,
     /// A shell on the console.
     Shell,
 }
@@ -118,6 +163,21 @@ impl fmt::Display for Plan {
                 Job::Smp { cpus } => write!(f, "mortise.smp={cpus} ")?,
                 Job::Memory { mib } => write!(f, "mortise.memory={mib} ")?,
                 Job::Address(cidr) => write!(f, "mortise.addr={cidr} ")?,
+                Job::Dhcp => write!(f, "mortise.dhcp=yes ")?,
+                Job::Ipv6 => write!(f, "mortise.ipv6=yes ")?,
+                Job::Resolve { name } => write!(f, "mortise.resolve={name} ")?,
+                Job::Carrier { up: true } => write!(f, "mortise.carrier=up ")?,
+                Job::Carrier { up: false } => write!(f, "mortise.carrier=down ")?,
+                Job::Ping { peer } => write!(f, "mortise.ping={peer} ")?,
+                Job::Reach { peer } => write!(f, "mortise.reach={peer} ")?,
+                Job::Serve { port, seed, bytes } => {
+                    write!(f, "mortise.serve={port},{seed},{bytes} ")?;
+                }
+                Job::Udp {
+                    peer,
+                    seed,
+                    datagrams,
+                } => write!(f, "mortise.udp={peer},{seed},{datagrams} ")?,
                 Job::Net { peer, seed, bytes } => write!(f, "mortise.net={peer},{seed},{bytes} ")?,
                 Job::Disk {
                     device,
@@ -143,6 +203,7 @@ impl fmt::Display for Plan {
             End::PowerOff => "poweroff",
             End::Reboot => "reboot",
             End::Wait => "wait",
+            End::Obey => "obey",
             End::Shell => "shell",
         };
         write!(f, "mortise.end={end}")
@@ -177,6 +238,29 @@ impl Plan {
                 mib: mib.parse().ok()?,
             },
             ("addr", [cidr]) => Job::Address((*cidr).to_owned()),
+            ("dhcp", ["yes"]) => Job::Dhcp,
+            ("ipv6", ["yes"]) => Job::Ipv6,
+            ("resolve", [name]) => Job::Resolve {
+                name: (*name).to_owned(),
+            },
+            ("carrier", ["up"]) => Job::Carrier { up: true },
+            ("carrier", ["down"]) => Job::Carrier { up: false },
+            ("ping", [peer]) => Job::Ping {
+                peer: peer.parse().ok()?,
+            },
+            ("reach", [peer]) => Job::Reach {
+                peer: peer.parse().ok()?,
+            },
+            ("serve", [port, seed, bytes]) => Job::Serve {
+                port: port.parse().ok()?,
+                seed: seed.parse().ok()?,
+                bytes: bytes.parse().ok()?,
+            },
+            ("udp", [peer, seed, datagrams]) => Job::Udp {
+                peer: peer.parse().ok()?,
+                seed: seed.parse().ok()?,
+                datagrams: datagrams.parse().ok()?,
+            },
             ("net", [peer, seed, bytes]) => Job::Net {
                 peer: peer.parse().ok()?,
                 seed: seed.parse().ok()?,
@@ -209,6 +293,7 @@ impl Plan {
                     "poweroff" => End::PowerOff,
                     "reboot" => End::Reboot,
                     "wait" => End::Wait,
+                    "obey" => End::Obey,
                     "shell" => End::Shell,
                     _ => return None,
                 };
@@ -233,6 +318,29 @@ mod tests {
                 Job::Smp { cpus: 4 },
                 Job::Memory { mib: 4096 },
                 Job::Address("10.0.0.2/24".into()),
+                Job::Dhcp,
+                Job::Ipv6,
+                Job::Resolve {
+                    name: "db.lan.internal".into(),
+                },
+                Job::Carrier { up: true },
+                Job::Carrier { up: false },
+                Job::Ping {
+                    peer: "fd00::1".parse().unwrap(),
+                },
+                Job::Reach {
+                    peer: "10.0.0.1:22".parse().unwrap(),
+                },
+                Job::Serve {
+                    port: 5000,
+                    seed: 9,
+                    bytes: 4096,
+                },
+                Job::Udp {
+                    peer: "[fd00::1]:5000".parse().unwrap(),
+                    seed: 9,
+                    datagrams: 100,
+                },
                 Job::Net {
                     peer: "10.0.0.1:5000".parse().unwrap(),
                     seed: u64::MAX,

@@ -64,6 +64,83 @@ pub enum Report {
         /// What went wrong.
         error: Option<String>,
     },
+    /// What DHCP gave.
+    Lease {
+        /// Of the NIC.
+        mac: String,
+        /// With its prefix length.
+        address: String,
+        /// Empty if none was named.
+        router: String,
+        /// The first that was named.
+        name_server: String,
+        /// Empty if none was named.
+        domain: String,
+        /// Of the NIC, afterwards.
+        mtu: u32,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// An IPv6 address is there.
+    Ipv6 {
+        /// Of global scope.
+        address: String,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// A name server was asked.
+    Resolve {
+        /// As it was asked for.
+        name: String,
+        /// All that belong to it.
+        addresses: Vec<String>,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// The cable is as it was awaited.
+    Carrier {
+        /// Plugged in.
+        up: bool,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// Echoes were asked for. None that came is no error.
+    Ping {
+        /// How many came.
+        echoes: u32,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// A connection was tried. One that is not made is no error.
+    Reach {
+        /// What became of it.
+        outcome: Reached,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// Others may begin.
+    Serve {
+        /// Of both protocols.
+        port: u16,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// A connection that was served ended. Comes at any time.
+    Served {
+        /// Each way.
+        bytes: u64,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// All datagrams were answered, and rightly.
+    Udp {
+        /// How many.
+        answered: u64,
+        /// Sent once more, because no answer had come.
+        repeated: u64,
+        /// What went wrong.
+        error: Option<String>,
+    },
     /// A file system was made, written, checked and read again.
     FileSystem {
         /// As in `/dev`.
@@ -91,6 +168,18 @@ pub enum Report {
     },
 }
 
+/// What became of an attempt to connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reached {
+    /// Somebody listens.
+    Connected,
+    /// A machine answered that nobody does, or that it may not be.
+    Refused,
+    /// Nobody answered.
+    Nothing,
+}
+
 impl Report {
     /// What went wrong, if anything did.
     #[must_use]
@@ -101,6 +190,15 @@ impl Report {
             | Self::Disk { error, .. }
             | Self::Net { error, .. }
             | Self::Address { error, .. }
+            | Self::Lease { error, .. }
+            | Self::Ipv6 { error, .. }
+            | Self::Resolve { error, .. }
+            | Self::Carrier { error, .. }
+            | Self::Ping { error, .. }
+            | Self::Reach { error, .. }
+            | Self::Serve { error, .. }
+            | Self::Served { error, .. }
+            | Self::Udp { error, .. }
             | Self::FileSystem { error, .. }
             | Self::Folder { error, .. }
             | Self::Done { error, .. } => error.as_deref(),

@@ -132,6 +132,17 @@ pub(crate) fn shell() {
     }
 }
 
+/// What is typed is not repeated, so that it never splits a report.
+pub(crate) fn silence_console() {
+    use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
+    let console = std::io::stdin();
+    // A console that is no terminal repeats nothing.
+    if let Ok(mut settings) = tcgetattr(&console) {
+        settings.local_flags.remove(LocalFlags::ECHO);
+        let _ = tcsetattr(&console, SetArg::TCSANOW, &settings);
+    }
+}
+
 /// Resets the machine.
 pub(crate) fn reboot() -> ! {
     end(libc::RB_AUTOBOOT)

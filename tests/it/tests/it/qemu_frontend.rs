@@ -94,7 +94,7 @@ fn run() {
         jobs: vec![
             Job::Address("198.18.0.2/24".into()),
             Job::Net {
-                peer,
+                peer: peer.into(),
                 seed: NET_SEED,
                 bytes: NET_BYTES,
             },

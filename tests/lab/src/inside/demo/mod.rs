@@ -94,7 +94,7 @@ fn drive(site: &Site, by_hand: bool, events: &mut Events, report: &mut DemoRepor
             GuestJob::Smp { cpus: CPUS },
             GuestJob::Address(format!("198.18.{subnet}.2/24")),
             GuestJob::Net {
-                peer: peer.address(),
+                peer: peer.address().into(),
                 seed: net_seed,
                 bytes: NET_BYTES,
             },
