@@ -18,6 +18,9 @@ use crate::wrappers;
 /// Nested hosts that may be used up by one job: their kernels died once in some 40 boots of guests.
 const NESTED_BOOTS: u32 = 3;
 
+/// What agents and tests of a nested host make networks with.
+const NETWORK_TOOLS: &[&str] = &["nft", "dnsmasq", "ip"];
+
 /// What a job may use.
 pub(crate) struct Kit {
     pub(crate) artifacts: Artifacts,
@@ -88,6 +91,15 @@ impl Kit {
             name: "qemu-storage-daemon".into(),
             program: storage_daemon,
         });
+        let network_tools = self.artifacts.network_tools.iter();
+        tools.extend(
+            network_tools
+                .filter(|program| NETWORK_TOOLS.contains(&program.name().as_str()))
+                .map(|program| Tool {
+                    name: program.name(),
+                    program: program.clone(),
+                }),
+        );
         if let Some(virtiofsd) = self.artifacts.virtiofsd.clone() {
             tools.push(Tool {
                 name: "virtiofsd".into(),
