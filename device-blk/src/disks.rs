@@ -298,6 +298,7 @@ fn take_target(table: &DeviceTable, target: &Target) -> Result<TargetFds, Status
     Ok(TargetFds {
         image: take(target.image_fd.as_ref(), "target.image_fd")?,
         nbd_tls: take(tls, "target.nbd.tls_fd")?,
+        key: take(target.key_fd.as_ref(), "target.key_fd")?,
     })
 }
 

@@ -58,6 +58,9 @@ pub(crate) struct Allocator {
     metadata: Arc<Metadata>,
     epochs: Arc<Epochs>,
     counts: Mutex<Counts>,
+    /// See [`Allocator::count_late`].
+    #[cfg(debug_assertions)]
+    late: Mutex<Option<Vec<Run>>>,
     freed: Mutex<Vec<Freed>>,
     draining: Mutex<Option<Draining>>,
 }
@@ -114,6 +117,8 @@ impl Allocator {
             metadata: Arc::clone(&metadata),
             epochs,
             counts: Mutex::new(counts),
+            #[cfg(debug_assertions)]
+            late: Mutex::default(),
             freed: Mutex::new(Vec::new()),
             draining: Mutex::new(None),
         };
@@ -280,7 +285,7 @@ impl Allocator {
         self.extend(end)?;
         let mut zeroed = Vec::with_capacity(runs.len());
         for run in &runs {
-            self.change(counts, run.first, run.count, |count| Some(count + 1))?;
+            self.count_up(counts, *run)?;
             let fresh = run.first >= counts.fresh_from && !self.storage.is_block_device();
             zeroed.push(Run {
                 zeroed: fresh || self.punch(*run)?,
@@ -295,6 +300,24 @@ impl Allocator {
         self.release_unsynced(counts)?;
         counts.batch_clusters =
             (wanted * 2).clamp(1, (MAX_BATCH_BYTES >> self.cluster_bits).max(1));
+        Ok(())
+    }
+
+    /// Writes counts of a batch only with the next one: what a crash test must find.
+    #[cfg(debug_assertions)]
+    pub(crate) fn count_late(&self) {
+        *self.late.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+    }
+
+    fn count_up(&self, counts: &mut Counts, run: Run) -> io::Result<()> {
+        let mut due = vec![run];
+        #[cfg(debug_assertions)]
+        if let Some(late) = &mut *self.late.lock().unwrap_or_else(PoisonError::into_inner) {
+            due = std::mem::replace(late, due);
+        }
+        for run in due {
+            self.change(counts, run.first, run.count, |count| Some(count + 1))?;
+        }
         Ok(())
     }
 

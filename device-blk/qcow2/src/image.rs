@@ -496,6 +496,16 @@ impl Image {
         }
     }
 
+    /// Breaks the order that keeps the image sound when its writer is killed, so that a crash test
+    /// can show that it would notice. Not in release builds.
+    #[cfg(debug_assertions)]
+    #[doc(hidden)]
+    pub fn count_late(&self) {
+        if let Some(live) = &self.live {
+            live.allocator.count_late();
+        }
+    }
+
     /// Whether writes that were completed may never reach the storage: no flush succeeds any
     /// more.
     pub fn has_lost_writes(&self) -> bool {

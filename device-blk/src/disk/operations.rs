@@ -30,6 +30,7 @@ pub(super) const GATE_PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct TargetFds {
     pub(crate) image: Option<OwnedFd>,
     pub(crate) nbd_tls: Option<OwnedFd>,
+    pub(crate) key: Option<OwnedFd>,
 }
 
 /// An image to write to, and what it reads as.
@@ -104,7 +105,7 @@ impl Disk {
         request: &StartMirrorRequest,
         open: impl FnOnce() -> Result<OpenTarget, Status>,
     ) -> Result<Arc<Control>, Status> {
-        self.refuse_encrypted("mirrored")?;
+        self.refuse_plain_target(request.target.as_ref())?;
         if self.device.image().is_read_only() {
             return Err(Status::failed_precondition(
                 "the disk is read-only, and its copy would not be; copy the image file and attach \
@@ -132,7 +133,7 @@ impl Disk {
         request: &StartBackupRequest,
         open: impl FnOnce() -> Result<OpenTarget, Status>,
     ) -> Result<Arc<Control>, Status> {
-        self.refuse_encrypted("backed up")?;
+        self.refuse_plain_target(request.target.as_ref())?;
         let name = |name: &String| (!name.is_empty()).then(|| name.clone());
         if let Some(bitmap) = name(&request.bitmap)
             && self.tracker.find(&bitmap).is_none()
@@ -166,7 +167,12 @@ impl Disk {
         overlay_name: &str,
         lock_patience: Duration,
     ) -> Result<(), Status> {
-        self.refuse_encrypted("put below an overlay")?;
+        if self.device.image().cipher().is_some() {
+            return Err(Status::failed_precondition(
+                "an encrypted disk is not put below an overlay, which would not be encrypted; take \
+                 a backup to an encrypted target instead (target.key_fd)",
+            ));
+        }
         self.jobs
             .exclude(|| layers::put_overlay(self, overlay, overlay_name, lock_patience))?
     }
@@ -234,9 +240,10 @@ impl Disk {
         let fd = fds
             .image
             .ok_or_else(|| Status::invalid_argument("target.image_fd: missing"))?;
-        let opened = match target.format.as_str() {
-            "" | "raw" => target::raw(fd, name, options),
-            _ => target::qcow2(fd, name, options),
+        let opened = match (target.format.as_str(), fds.key) {
+            (_, Some(key)) => target::encrypted(fd, name, key, options),
+            ("" | "raw", None) => target::raw(fd, name, options),
+            (_, None) => target::qcow2(fd, name, options),
         };
         opened.map_err(|error| refusal(&error))
     }
@@ -266,12 +273,13 @@ impl Disk {
     }
 
     /// What a job reads is plain, and would be so on its target.
-    fn refuse_encrypted(&self, what: &str) -> Result<(), Status> {
-        if self.device.image().cipher().is_some() {
-            return Err(Status::failed_precondition(format!(
-                "an encrypted disk is not {what} while it is served, since the copy would not be \
-                 encrypted; copy the image file while the disk is detached"
-            )));
+    fn refuse_plain_target(&self, target: Option<&Target>) -> Result<(), Status> {
+        let has_key = target.is_some_and(|target| target.key_fd.is_some());
+        if self.device.image().cipher().is_some() && !has_key {
+            return Err(Status::failed_precondition(
+                "target.key_fd: missing; an encrypted disk is copied to an encrypted target only. \
+                 Make one of at least the disk's size (cryptsetup luksFormat FILE) and pass its key",
+            ));
         }
         Ok(())
     }

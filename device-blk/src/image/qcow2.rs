@@ -100,6 +100,10 @@ impl Qcow2Image {
             let name = name.clone();
             ImageError::Format { name, source }
         })?;
+        #[cfg(debug_assertions)]
+        if std::env::var_os("MORTISE_TEST_COUNT_LATE").is_some() {
+            image.count_late();
+        }
         if image.capacity_bytes() < SECTOR_BYTES {
             let len_bytes = image.capacity_bytes();
             return Err(ImageError::TooSmall { name, len_bytes });

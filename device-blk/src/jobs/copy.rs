@@ -1,4 +1,5 @@
-//! Blocks from one image to another, through memory of ours.
+//! Blocks from one image to another, through memory of ours: what an encrypted one has is plain
+//! there, and nowhere else.
 
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
@@ -93,6 +94,9 @@ impl Copier {
             source
                 .perform(&mut task)
                 .map_err(|errno| CopyError::new("read", source, offset_bytes, errno))?;
+            if let Some(cipher) = source.cipher() {
+                cipher.decrypt(offset_bytes, buffer);
+            }
             buffer.iter().all(|&byte| byte == 0)
         };
         let mut memory;
@@ -104,6 +108,9 @@ impl Copier {
                 unmap: fresh == Fresh::Unknown,
             },
             (false, _) | (true, Fresh::Overlay) => {
+                if let Some(cipher) = target.cipher() {
+                    cipher.encrypt(offset_bytes, buffer);
+                }
                 memory = OwnIovec::new(buffer);
                 Task::Write {
                     offset_bytes,

@@ -360,6 +360,10 @@ impl Control {
         match result {
             Ok(()) => phase.state = JobState::Done,
             Err(JobError::Cancelled) => phase.state = JobState::Cancelled,
+            // Its target was taken from it.
+            Err(_) if self.is_cancelled.load(Ordering::Relaxed) => {
+                phase.state = JobState::Cancelled;
+            }
             Err(JobError::Failed(error)) => {
                 phase.state = JobState::Failed;
                 phase.error = error;

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::copy::Fresh;
-use crate::image::{Image, ImageError, OpenOptions, Qcow2Image, RawImage, lock};
+use crate::image::luks::LuksImage;
+use crate::image::{Image, ImageError, OpenOptions, Qcow2Image, RawImage, SECTOR_BYTES, key, lock};
 
 /// What the target is to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,11 +79,36 @@ pub(crate) fn raw(
         });
     }
     let image = RawImage::from_file(file, name.clone(), options.for_image())?;
-    let len_bytes = image.capacity_sectors() * crate::image::SECTOR_BYTES;
+    let len_bytes = image.capacity_sectors() * SECTOR_BYTES;
     if len_bytes < options.capacity_bytes {
         return Err(ImageError::TooSmall { name, len_bytes });
     }
     Ok((Arc::new(image), fresh))
+}
+
+/// A LUKS volume that is there already, of at least the disk's size. Takes the time that unlocking
+/// it takes.
+///
+/// # Errors
+/// It is in use, too small, or the key does not fit.
+pub(crate) fn encrypted(
+    fd: OwnedFd,
+    name: String,
+    key: OwnedFd,
+    options: TargetOptions,
+) -> Result<(Arc<dyn Image>, Fresh), ImageError> {
+    let passphrase = key::read(key).map_err(|source| ImageError::Key {
+        name: name.clone(),
+        source,
+    })?;
+    let raw = RawImage::from_file(File::from(fd), name.clone(), options.for_image())?;
+    let image = LuksImage::unlock(raw, &passphrase, options.block_bytes)?;
+    let len_bytes = image.capacity_sectors() * SECTOR_BYTES;
+    if len_bytes < options.capacity_bytes {
+        return Err(ImageError::TooSmall { name, len_bytes });
+    }
+    // A hole reads as noise.
+    Ok((Arc::new(image), Fresh::Unknown))
 }
 
 /// A qcow2 target, made of an empty file.

@@ -89,7 +89,16 @@ impl Daemon {
     }
 
     pub(crate) fn start_with(place: &Place, disks: &[&str], more: &[&str]) -> Self {
-        let mut daemon = Self::spawn(place, disks, more, |_| ());
+        Self::start_adjusted(place, disks, more, |_| ())
+    }
+
+    pub(crate) fn start_adjusted(
+        place: &Place,
+        disks: &[&str],
+        more: &[&str],
+        adjust: impl FnOnce(&mut Command),
+    ) -> Self {
+        let mut daemon = Self::spawn(place, disks, more, adjust);
         await_true("the daemon serves", || {
             if let Some(status) = daemon.child.try_wait().unwrap() {
                 panic!("the daemon ended with {status}: {}", daemon.log());

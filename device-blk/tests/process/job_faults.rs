@@ -26,7 +26,7 @@ fn failing_target(manager: &Manager, fs: &FaultFs, name: &str, format: &str) -> 
         image_fd: Some(FdRef { token: name.into() }),
         format: format.into(),
         name: name.into(),
-        nbd: None,
+        ..Target::default()
     }
 }
 

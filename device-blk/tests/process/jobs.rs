@@ -155,7 +155,7 @@ pub(crate) fn target(manager: &Manager, name: &str, format: &str) -> Target {
         }),
         format: format.into(),
         name: name.into(),
-        nbd: None,
+        ..Target::default()
     }
 }
 

@@ -28,9 +28,9 @@ use crate::locks::has_tool;
 use crate::qcow2_crash::{Disk, check};
 
 const TOKEN: &str = "other";
-/// Until something is asked for, and from then until the daemon's death.
+/// Until something is asked for, and from then until the daemon's death, by operation.
 const MAX_DELAY: Duration = Duration::from_millis(30);
-const MAX_LIFE: Duration = Duration::from_millis(250);
+const MAX_LIFE: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(1200)];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Operation {
@@ -69,7 +69,7 @@ impl Operation {
                         image_fd: Some(reference),
                         format: "qcow2".into(),
                         name: other.display().to_string(),
-                        nbd: None,
+                        ..Target::default()
                     }),
                     auto_complete: true,
                     bytes_per_second: 0,
@@ -159,7 +159,7 @@ fn kill_during(operation: Operation, kills: u64, seed: u64) {
         manager.send(TOKEN, file.as_fd());
         drop(file);
         let delay = random.random_range(Duration::ZERO..MAX_DELAY);
-        let life = delay + random.random_range(Duration::ZERO..MAX_LIFE);
+        let life = delay + random.random_range(Duration::ZERO..MAX_LIFE[operation as usize]);
         let is_over = thread::scope(|scope| {
             let operator = scope.spawn(|| {
                 thread::sleep(delay);
@@ -189,7 +189,7 @@ fn daemon_killed_in_a_snapshot_or_commit_leaves_a_sound_disk() {
 
 #[test]
 fn daemon_killed_in_a_mirror_leaves_a_sound_disk() {
-    kill_during(Operation::Mirror, 12, 2);
+    kill_during(Operation::Mirror, 8, 2);
 }
 
 #[test]

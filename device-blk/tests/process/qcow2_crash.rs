@@ -52,6 +52,8 @@ fn fill_sector(into: &mut [u8], sector: usize, version: Version) {
 /// An image, and what its sectors must hold.
 pub(crate) struct Disk {
     pub(crate) top: PathBuf,
+    /// Set for the daemon.
+    environment: Option<&'static str>,
     settled: Vec<Version>,
     in_flight: Vec<Option<Version>>,
     next_version: Version,
@@ -94,6 +96,7 @@ impl Disk {
         let first = if has_base { BASE } else { ZEROES };
         Self {
             top,
+            environment: None,
             settled: vec![first; DISK_SECTORS],
             in_flight: vec![None; DISK_SECTORS],
             next_version: 1,
@@ -113,7 +116,11 @@ impl Disk {
             self.top.display(),
             place.socket("a").display()
         );
-        Daemon::start_with(place, &[&spec], more)
+        Daemon::start_adjusted(place, &[&spec], more, |command| {
+            if let Some(name) = self.environment {
+                command.env(name, "1");
+            }
+        })
     }
 
     pub(crate) fn load_until_killed(
@@ -251,6 +258,10 @@ pub(crate) fn check(image: &Path) -> i32 {
 }
 
 fn kill_and_look(kills: u64, seed: u64) {
+    kill_with(kills, seed, None);
+}
+
+fn kill_with(kills: u64, seed: u64, environment: Option<&'static str>) {
     if !has_tool("qemu-img") {
         return;
     }
@@ -266,6 +277,7 @@ fn kill_and_look(kills: u64, seed: u64) {
             disk = Disk::create(&place, images);
             images += 1;
         }
+        disk.environment = environment;
         completed += disk.load_and_kill(&place, &mut random);
         if check(&disk.top) == 3 {
             with_leaks += 1;
@@ -291,6 +303,19 @@ fn kill_and_look(kills: u64, seed: u64) {
 #[test]
 fn killed_daemon_leaves_a_sound_qcow2_image() {
     kill_and_look(25, 1);
+}
+
+/// A daemon that counts clusters after it uses them is not sound, and must not look so.
+#[test]
+#[cfg(debug_assertions)]
+fn wrong_order_of_writes_is_found() {
+    if !has_tool("qemu-img") {
+        return;
+    }
+    let broken = || kill_with(25, 1, Some("MORTISE_TEST_COUNT_LATE"));
+    let found = std::panic::catch_unwind(broken).expect_err("25 kills found nothing");
+    let said = found.downcast_ref::<String>().map_or("", String::as_str);
+    assert!(said.contains("refcount=0 reference=1"), "{said}");
 }
 
 #[test]

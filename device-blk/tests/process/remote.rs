@@ -21,7 +21,7 @@ use crate::io::pattern;
 use crate::locks::has_tool;
 
 /// An NBD server process; killed when dropped.
-struct Server {
+pub(crate) struct Server {
     child: Child,
     socket: PathBuf,
 }
@@ -40,7 +40,7 @@ impl Server {
     }
 
     /// `device-blk nbd-serve`, the same way.
-    fn own(place: &Place, name: &str, more: &[&str]) -> Self {
+    pub(crate) fn own(place: &Place, name: &str, more: &[&str]) -> Self {
         let socket = place.path(&format!("{name}.nbd"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_device-blk"));
         command
@@ -66,11 +66,11 @@ impl Server {
         server
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    fn end(mut self, signal: Signal) -> Option<i32> {
+    pub(crate) fn end(mut self, signal: Signal) -> Option<i32> {
         self.signal(signal);
         self.child.wait().unwrap().code()
     }
@@ -84,7 +84,7 @@ impl Drop for Server {
 }
 
 /// `id=a,nbd=unix:a.nbd/a,socket=a.vu`
-fn remote_disk(place: &Place, generation: &str) -> String {
+pub(crate) fn remote_disk(place: &Place, generation: &str) -> String {
     format!(
         "id=a,nbd=unix:{}/a{generation},socket={}",
         place.path("a.nbd").display(),

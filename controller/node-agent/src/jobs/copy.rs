@@ -176,7 +176,7 @@ impl Context {
             image_fd: Some(served.disks.send(file, &served.disk).await?),
             format: format.name().to_owned(),
             name: path.display().to_string(),
-            nbd: None,
+            ..Target::default()
         })
     }
 }

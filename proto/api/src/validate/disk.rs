@@ -230,6 +230,14 @@ fn target(found: &mut Violations, target: Option<&device::Target>) {
         }
         None => token(found, "target.image_fd", target.image_fd.as_ref()),
     }
+    if target.key_fd.is_some() {
+        token(found, "target.key_fd", target.key_fd.as_ref());
+        found.require(
+            target.nbd.is_none() && matches!(target.format.as_str(), "" | "raw"),
+            "target.key_fd",
+            || "is for a volume in a raw image; leave nbd out and let format be raw".into(),
+        );
+    }
     format_name(found, "target.format", &target.format);
     no_control_characters(found, "target.name", &target.name);
 }
