@@ -140,7 +140,10 @@ impl Backend {
             self.prepare_workers(&*image);
             let mut served = self.image.write().unwrap_or_else(PoisonError::into_inner);
             if !Arc::ptr_eq(&served, &image) {
-                self.retired().push(std::mem::replace(&mut *served, image));
+                let mut retired = self.retired();
+                // It may have been served before, as that of a backup that is over.
+                retired.retain(|other| !Arc::ptr_eq(other, &image));
+                retired.push(std::mem::replace(&mut *served, image));
             }
             result
         })

@@ -159,3 +159,25 @@ fn held_requests_are_no_events_while_the_gate_is_closed() {
     });
     assert!(rig.queue.has_events(), "the gate has opened");
 }
+
+/// As with a backup, which puts something in front of the image and takes it away again.
+#[test]
+fn image_that_is_served_again_is_not_waited_for() {
+    let (first, file) = image_of(0);
+    let (second, _second_file) = image_of(0);
+    let backend = Backend::new(first.clone(), ServeOptions::default());
+    let rig = rig_of(Arc::new(backend), CacheMode::WriteBack, file);
+    let backend = &rig.queue.backend;
+    // Nobody else has it, but the queue never looks.
+    backend.gate.leave(rig.queue.gate_id);
+    backend.quiesced(PATIENCE, |image| *image = second).unwrap();
+    let again = first.clone();
+    backend.quiesced(PATIENCE, |image| *image = again).unwrap();
+    let began = Instant::now();
+    backend.close_retired();
+    assert!(
+        began.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        began.elapsed()
+    );
+}
