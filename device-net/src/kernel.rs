@@ -4,8 +4,10 @@
 //! - [`interface`]: the descriptors; [`tap`]: a tap's
 //! - [`steering`]: which of a tap's queues take part
 //! - [`rx`], [`tx`]: what serves the rings; [`window`]: buffers that wait for frames
+//! - [`alarm`]: when frames that had to wait go on
 //! - [`batch`], [`uring`], [`slots`]: many frames with one system call
 
+mod alarm;
 mod batch;
 mod interface;
 mod rx;

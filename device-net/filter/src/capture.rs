@@ -50,7 +50,7 @@ pub trait FrameBytes {
     fn read_at(&self, offset: usize, target: &mut [u8]) -> usize;
 }
 
-impl FrameBytes for [u8] {
+impl FrameBytes for &[u8] {
     fn read_at(&self, offset: usize, target: &mut [u8]) -> usize {
         let source = self.get(offset..).unwrap_or_default();
         let len = source.len().min(target.len());

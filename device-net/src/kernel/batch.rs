@@ -44,8 +44,9 @@ impl SendBatch {
         })
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.count == 0
+    /// Frames that wait.
+    pub(super) fn len(&self) -> usize {
+        self.count
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -55,6 +56,16 @@ impl SendBatch {
     /// Where the next frame and its header go.
     pub(super) fn next_slot(&mut self) -> &mut [u8] {
         self.slots.slot_mut(self.count)
+    }
+
+    /// What was put into slot `from` and not pushed is what the next slot holds, of a batch that
+    /// is empty now.
+    pub(super) fn move_to_front(&mut self, from: usize, len_bytes: usize) {
+        assert_eq!(self.count, 0, "the front is free");
+        if from > 0 {
+            let frame = self.slots.slot(from)[..len_bytes].to_vec();
+            self.slots.slot_mut(0)[..len_bytes].copy_from_slice(&frame);
+        }
     }
 
     /// The next slot holds header and frame.
@@ -281,7 +292,7 @@ mod tests {
             sent.push(frame.to_vec());
         });
         assert_eq!(sent, frames);
-        assert!(sender.is_empty());
+        assert_eq!(sender.len(), 0);
         let mut received = Vec::new();
         for _ in 0..20 {
             let may_be_more = receiver.receive(&far).unwrap();

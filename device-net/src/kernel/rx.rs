@@ -24,10 +24,14 @@ use vhost_user::backend::{QueueHandler, Wake};
 use vhost_user::ring::{Ring, RingError};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
+use filter::Direction as Way;
+
 use super::Shared;
+use super::alarm::Alarm;
 use super::batch::ReceiveBatch;
 use super::interface;
 use super::window::{Room, Window};
+use crate::guard::{self, Guard, HEAD_LEN_BYTES};
 use crate::nic::header::{
     Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads, has, header_len_bytes,
 };
@@ -48,6 +52,7 @@ const LARGE_BYTES: usize = 4096;
 /// Positions in [`QueueHandler::event_fds`].
 const EVENT_FRAMES: usize = 0;
 const EVENT_STEERING: usize = 1;
+const EVENT_ALARM: usize = 2;
 
 /// One receive ring.
 pub(super) struct RxQueue {
@@ -65,6 +70,9 @@ pub(super) struct RxQueue {
     overflow: Box<[u8]>,
     /// A large frame, part of which is in the window already.
     large: Option<Large>,
+    /// The guard let the frame at the front pass, but it must wait for `alarm`.
+    is_held: bool,
+    alarm: Alarm,
     has_buffers: bool,
     /// Nothing can be done before the driver supplies buffers.
     is_starved: bool,
@@ -114,6 +122,8 @@ impl RxQueue {
             expects_large: false,
             overflow: vec![0; MAX_FRAME_LEN_BYTES].into_boxed_slice(),
             large: None,
+            is_held: false,
+            alarm: Alarm::new()?,
             has_buffers: false,
             is_starved: true,
             is_gone: false,
@@ -130,6 +140,7 @@ impl RxQueue {
         }
         let (mut frames, mut bytes) = (0, 0);
         let mut progress = Progress::Made;
+        let watch = self.nic.guard.is_active().then(guard::monotonic_ns);
         while let Some(received) = self.batch.front() {
             let (header, frame) = match self.inspect(received) {
                 Ok(sound) => sound,
@@ -141,8 +152,27 @@ impl RxQueue {
             };
             let len_bytes = self.header_len_bytes + frame.len();
             let useless = self.window.make_room(ring, len_bytes)?;
+            for _ in 0..useless {
+                self.counters().count_drop(DropReason::NoBuffers);
+            }
             match self.window.room(ring, len_bytes) {
                 Room::Enough => {
+                    if let Some(now_ns) = watch {
+                        match pass(&self.nic.guard, frame, self.is_held, now_ns) {
+                            Passage::Free => self.is_held = false,
+                            Passage::Refused => {
+                                self.counters().count_drop(DropReason::Guarded);
+                                self.batch.pop_front();
+                                continue;
+                            }
+                            Passage::NotBefore(at_ns) => {
+                                self.is_held = true;
+                                self.alarm.set(at_ns);
+                                progress = Progress::None;
+                                break;
+                            }
+                        }
+                    }
                     self.window.write(self.header_len_bytes, frame);
                     frames += 1;
                     bytes += frame.len() as u64;
@@ -151,17 +181,14 @@ impl RxQueue {
                     self.batch.pop_front();
                 }
                 Room::NotYet => {
+                    self.is_starved = true;
                     progress = Progress::None;
+                    break;
                 }
                 Room::Never => {
                     self.counters().count_drop(DropReason::NoBuffers);
                     self.batch.pop_front();
                 }
-            }
-            self.count_useless(useless);
-            if progress == Progress::None {
-                self.is_starved = true;
-                break;
             }
         }
         self.counters().count_many(frames, bytes);
@@ -230,7 +257,8 @@ impl RxQueue {
             self.is_starved = true;
             return Ok(Progress::None);
         }
-        let received = if self.expects_large {
+        // What the guard is to look at must not be in the driver's hands yet.
+        let received = if self.expects_large && !self.nic.guard.is_active() {
             self.receive_large()
         } else {
             self.batch.receive(self.shared.interface.queue(self.pair))
@@ -354,6 +382,7 @@ impl RxQueue {
             self.counters().count_drop(DropReason::NoBuffers);
         }
         self.batch.clear();
+        self.is_held = false;
         self.window.put_back(ring);
         self.is_starved = true;
     }
@@ -369,6 +398,32 @@ impl RxQueue {
     }
 }
 
+/// Whether a frame may pass.
+enum Passage {
+    Free,
+    Refused,
+    /// It has to wait.
+    NotBefore(u64),
+}
+
+/// Asks the guard about a frame for the driver; one that was held has been looked at.
+fn pass(guard: &Guard, frame: &[u8], was_held: bool, now_ns: u64) -> Passage {
+    if !was_held {
+        let shown = guard::Frame {
+            head: &frame[..frame.len().min(HEAD_LEN_BYTES)],
+            bytes: &frame,
+            len_bytes: frame.len(),
+        };
+        if guard.check(Way::Ingress, &shown, now_ns).is_err() {
+            return Passage::Refused;
+        }
+    }
+    match guard.admit(Way::Ingress, frame.len(), now_ns) {
+        Ok(()) => Passage::Free,
+        Err(at_ns) => Passage::NotBefore(at_ns),
+    }
+}
+
 impl QueueHandler for RxQueue {
     fn event_fds(&self) -> Vec<BorrowedFd<'_>> {
         let Shared {
@@ -379,13 +434,17 @@ impl QueueHandler for RxQueue {
         vec![
             interface.queue(self.pair).as_fd(),
             steering.changed(self.pair).as_fd(),
+            self.alarm.event(),
         ]
     }
 
     fn wants_event(&self, index: usize) -> bool {
         match index {
             EVENT_FRAMES => {
-                !self.is_starved && !self.is_gone && self.shared.steering.is_attached(self.pair)
+                !self.is_starved
+                    && !self.is_held
+                    && !self.is_gone
+                    && self.shared.steering.is_attached(self.pair)
             }
             _ => true,
         }
@@ -395,6 +454,9 @@ impl QueueHandler for RxQueue {
         if wake == Wake::Event(EVENT_STEERING) {
             let changed = self.shared.steering.changed(self.pair);
             changed.take().map_err(RingError::Device)?;
+        }
+        if wake == Wake::Event(EVENT_ALARM) {
+            self.alarm.take();
         }
         if ring.is_paused() {
             self.put_window_back(ring);
@@ -406,6 +468,7 @@ impl QueueHandler for RxQueue {
         }
         self.is_starved = false;
         self.renew_filter();
+        // Frames that are held wait for the alarm, or else it is set anew.
         let mut progress = self.deliver(ring)?;
         for _ in 0..MAX_CALLS {
             if progress == Progress::None {

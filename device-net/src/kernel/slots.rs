@@ -46,10 +46,6 @@ impl Slots {
         self.count
     }
 
-    pub(super) fn slot_bytes(&self) -> usize {
-        self.slot_bytes
-    }
-
     /// All of it, for the kernel.
     pub(super) fn as_iovec(&self) -> libc::iovec {
         libc::iovec {

@@ -7,14 +7,18 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
+use filter::Direction as Way;
 use vhost_user::backend::{Polling, QueueHandler, Wake};
 use vhost_user::eventfd::EventFd;
 use vhost_user::ring::{DescChain, Ring, RingError};
 
 use super::Shared;
+use super::alarm::Alarm;
 use super::batch::{SEND_SLOT_BYTES, SendBatch};
 use super::interface;
+use crate::guard::{self, HEAD_LEN_BYTES, SentFrame};
 use crate::nic::header::{
     Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads, header_len_bytes,
 };
@@ -27,6 +31,10 @@ const MAX_FRAMES: usize = 256;
 /// What the kernel takes in one call.
 const MAX_IOVECS: usize = 1024;
 
+/// Positions in [`QueueHandler::event_fds`].
+const EVENT_MORE: usize = 0;
+const EVENT_ALARM: usize = 1;
+
 /// One transmit ring.
 pub(super) struct TxQueue {
     shared: Arc<Shared>,
@@ -36,6 +44,9 @@ pub(super) struct TxQueue {
     offloads: Offloads,
     polling: Polling,
     batch: SendBatch,
+    /// A frame that the guard let pass, but not yet.
+    held: Option<Frame>,
+    alarm: Alarm,
     /// Rung when frames were left.
     more: EventFd,
     /// Emptied after each frame; kept for its storage.
@@ -57,6 +68,8 @@ impl TxQueue {
             header_len_bytes: header_len_bytes(features),
             offloads: Offloads::to_device(features),
             batch: SendBatch::new()?,
+            held: None,
+            alarm: Alarm::new()?,
             more: EventFd::new()?,
             iovecs: Vec::new(),
         })
@@ -64,14 +77,33 @@ impl TxQueue {
 
     /// Takes what the driver has, up to [`MAX_FRAMES`]. Returns whether there may be more.
     fn take(&mut self, ring: &mut Ring) -> Result<bool, RingError> {
+        let watch = self.nic.guard.is_active().then(guard::monotonic_ns);
+        if let Some(frame) = self.held.take()
+            && !self.admit(ring, frame, watch)
+        {
+            return Ok(false);
+        }
         for _ in 0..MAX_FRAMES {
             let Some(chain) = ring.pop()? else {
                 return Ok(false);
             };
-            if let Err(reason) = self.accept(&chain) {
-                self.counters().count_drop(reason);
+            match self.accept(&chain, watch) {
+                Err(reason) => {
+                    self.counters().count_drop(reason);
+                    ring.complete(chain, 0);
+                }
+                Ok(Accepted::Small { len_bytes }) => {
+                    ring.complete(chain, 0);
+                    if !self.admit(ring, Frame::Small { len_bytes }, watch) {
+                        return Ok(false);
+                    }
+                }
+                Ok(Accepted::Large(large)) => {
+                    if !self.admit(ring, Frame::Large(large, chain), watch) {
+                        return Ok(false);
+                    }
+                }
             }
-            ring.complete(chain, 0);
             if self.batch.is_full() {
                 self.flush();
                 // The driver has buffers again before the rest is sent.
@@ -81,8 +113,48 @@ impl TxQueue {
         Ok(true)
     }
 
-    /// Copies a frame into the batch, or sends it.
-    fn accept(&mut self, chain: &DescChain) -> Result<(), DropReason> {
+    /// Lets a frame go that the guard has looked at, or holds it until the alarm rings.
+    fn admit(&mut self, ring: &mut Ring, frame: Frame, watch: Option<u64>) -> bool {
+        if let Some(now_ns) = watch {
+            let len_bytes = match &frame {
+                Frame::Small { len_bytes } => len_bytes - self.shared.interface.header_len_bytes(),
+                Frame::Large(large, _) => large.frame_len_bytes,
+            };
+            if let Err(at_ns) = self.nic.guard.admit(Way::Egress, len_bytes, now_ns) {
+                self.alarm.set(at_ns);
+                self.hold(frame);
+                return false;
+            }
+        }
+        self.let_go(ring, frame);
+        true
+    }
+
+    /// Keeps a frame for later. Those before it go.
+    fn hold(&mut self, frame: Frame) {
+        let slot = self.batch.len();
+        self.flush();
+        if let Frame::Small { len_bytes } = &frame {
+            self.batch.move_to_front(slot, *len_bytes);
+        }
+        self.held = Some(frame);
+    }
+
+    fn let_go(&mut self, ring: &mut Ring, frame: Frame) {
+        match frame {
+            Frame::Small { len_bytes } => self.batch.push(len_bytes),
+            Frame::Large(large, chain) => {
+                match self.send_large(&large, &chain) {
+                    Ok(()) => self.counters().count(large.frame_len_bytes),
+                    Err(reason) => self.counters().count_drop(reason),
+                }
+                ring.complete(chain, 0);
+            }
+        }
+    }
+
+    /// Copies a frame into the batch's next slot, or what of it must be checked.
+    fn accept(&mut self, chain: &DescChain, watch: Option<u64>) -> Result<Accepted, DropReason> {
         let frame_len_bytes = (chain.readable_len_bytes() as usize)
             .checked_sub(self.header_len_bytes)
             .filter(|frame| (1..=MAX_FRAME_LEN_BYTES).contains(frame))
@@ -98,30 +170,71 @@ impl TxQueue {
         let kernel_header = &header.as_bytes()[..self.shared.interface.header_len_bytes()];
         let len_bytes = kernel_header.len() + frame_len_bytes;
         if len_bytes > SEND_SLOT_BYTES {
-            return self.send_large(chain, &header, frame_len_bytes);
+            return self.accept_large(chain, header, frame_len_bytes, watch);
         }
         let slot = self.batch.next_slot();
         let (in_header, in_frame) = slot[..len_bytes].split_at_mut(kernel_header.len());
         in_header.copy_from_slice(kernel_header);
         chain.read_at(self.header_len_bytes, in_frame);
-        self.batch.push(len_bytes);
-        Ok(())
+        if let Some(now_ns) = watch {
+            let frame = &*in_frame;
+            let shown = guard::Frame {
+                head: &frame[..frame.len().min(HEAD_LEN_BYTES)],
+                bytes: &frame,
+                len_bytes: frame.len(),
+            };
+            let verdict = self.nic.guard.check(Way::Egress, &shown, now_ns);
+            verdict.map_err(|_| DropReason::Guarded)?;
+        }
+        Ok(Accepted::Small { len_bytes })
     }
 
-    fn send_large(
+    fn accept_large(
         &mut self,
         chain: &DescChain,
-        header: &Header,
+        header: Header,
         frame_len_bytes: usize,
-    ) -> Result<(), DropReason> {
+        watch: Option<u64>,
+    ) -> Result<Accepted, DropReason> {
+        let mut large = Large {
+            header,
+            frame_len_bytes,
+            head: Box::default(),
+        };
+        if let Some(now_ns) = watch {
+            let mut head = vec![0; frame_len_bytes.min(HEAD_LEN_BYTES)];
+            chain.read_at(self.header_len_bytes, &mut head);
+            let shown = guard::Frame {
+                head: &head,
+                bytes: &SentFrame {
+                    chain,
+                    header_len_bytes: self.header_len_bytes,
+                },
+                len_bytes: frame_len_bytes,
+            };
+            let verdict = self.nic.guard.check(Way::Egress, &shown, now_ns);
+            verdict.map_err(|_| DropReason::Guarded)?;
+            large.head = head.into_boxed_slice();
+        }
+        Ok(Accepted::Large(large))
+    }
+
+    fn send_large(&mut self, large: &Large, chain: &DescChain) -> Result<(), DropReason> {
         // Frames keep their order.
         self.flush();
         self.iovecs.clear();
-        self.iovecs.push(libc::iovec {
-            iov_base: header.as_bytes().as_ptr().cast_mut().cast(),
-            iov_len: self.shared.interface.header_len_bytes(),
-        });
-        for segment in chain.readable_range(self.header_len_bytes, frame_len_bytes) {
+        let header_len_bytes = self.shared.interface.header_len_bytes();
+        for bytes in [&large.header.as_bytes()[..header_len_bytes], &large.head] {
+            if !bytes.is_empty() {
+                self.iovecs.push(libc::iovec {
+                    iov_base: bytes.as_ptr().cast_mut().cast(),
+                    iov_len: bytes.len(),
+                });
+            }
+        }
+        // What was looked at is what is sent, whatever the driver made of its memory since.
+        let at = self.header_len_bytes + large.head.len();
+        for segment in chain.readable_range(at, large.frame_len_bytes - large.head.len()) {
             if self.iovecs.len() == MAX_IOVECS {
                 return Err(DropReason::Malformed);
             }
@@ -135,13 +248,11 @@ impl TxQueue {
         or_by_first_queue(sent, self.pair, || {
             interface::send(interface.queue(0), &self.iovecs)
         })
-        .map_err(|_| DropReason::Refused)?;
-        self.counters().count(frame_len_bytes);
-        Ok(())
+        .map_err(|_| DropReason::Refused)
     }
 
     fn flush(&mut self) {
-        if self.batch.is_empty() {
+        if self.batch.len() == 0 {
             return;
         }
         let interface = &self.shared.interface;
@@ -173,6 +284,30 @@ impl TxQueue {
     }
 }
 
+/// A frame that was looked at.
+enum Accepted {
+    /// In the batch's next slot, with its header.
+    Small {
+        len_bytes: usize,
+    },
+    Large(Large),
+}
+
+/// A frame on its way.
+enum Frame {
+    /// As [`Accepted::Small`].
+    Small { len_bytes: usize },
+    /// Still in the driver's memory.
+    Large(Large, DescChain),
+}
+
+struct Large {
+    header: Header,
+    frame_len_bytes: usize,
+    /// The copy of its first bytes that the guard looked at; empty if there was no need to.
+    head: Box<[u8]>,
+}
+
 /// A tap's queue that does not take part cannot be written either: queue 0 always can.
 fn or_by_first_queue(
     sent: io::Result<()>,
@@ -187,7 +322,7 @@ fn or_by_first_queue(
 
 impl QueueHandler for TxQueue {
     fn event_fds(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.more.as_fd()]
+        vec![self.more.as_fd(), self.alarm.event()]
     }
 
     fn polling(&self) -> Polling {
@@ -195,8 +330,10 @@ impl QueueHandler for TxQueue {
     }
 
     fn process(&mut self, ring: &mut Ring, wake: Wake) -> Result<(), RingError> {
-        if let Wake::Event(_) = wake {
-            self.more.take().map_err(RingError::Device)?;
+        match wake {
+            Wake::Event(EVENT_MORE) => drop(self.more.take().map_err(RingError::Device)?),
+            Wake::Event(EVENT_ALARM) => self.alarm.take(),
+            _ => {}
         }
         let taken = self.take(ring);
         // What was completed is sent, whatever became of the ring.
@@ -205,5 +342,14 @@ impl QueueHandler for TxQueue {
             self.more.ring();
         }
         Ok(())
+    }
+
+    /// What waits goes at once: the ring is to end with nothing in flight.
+    fn drain(&mut self, ring: &mut Ring, _: Instant) -> usize {
+        if let Some(frame) = self.held.take() {
+            self.let_go(ring, frame);
+        }
+        self.flush();
+        0
     }
 }
