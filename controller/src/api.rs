@@ -6,7 +6,9 @@ use std::sync::Arc;
 use ::api::controller::disks_server::DisksServer;
 use ::api::controller::events_server::EventsServer;
 use ::api::controller::hosts_server::HostsServer;
+use ::api::controller::networks_server::NetworksServer;
 use ::api::controller::operations_server::OperationsServer;
+use ::api::controller::security_groups_server::SecurityGroupsServer;
 use ::api::controller::uploads_server::UploadsServer;
 use ::api::controller::vms_server::VmsServer;
 use ::api::controller::volumes_server::VolumesServer;
@@ -24,7 +26,9 @@ mod console;
 mod disks;
 mod events;
 mod hosts;
+mod networks;
 mod operations;
+mod security_groups;
 mod uploads;
 mod vms;
 mod volumes;
@@ -49,6 +53,8 @@ impl Api {
             .with(VolumesServer::new(self.clone()))
             .with(UploadsServer::new(self.clone()))
             .with(DisksServer::new(self.clone()))
+            .with(NetworksServer::new(self.clone()))
+            .with(SecurityGroupsServer::new(self.clone()))
             .with(HostsServer::new(self.clone()))
             .with(OperationsServer::new(self.clone()))
             .with(EventsServer::new(self))
@@ -150,6 +156,72 @@ fn command_status(error: CommandError) -> Status {
             )
         }
         CommandError::ForeignVolume { field, .. } => {
+            let problem = message
+                .trim_start_matches(field.as_str())
+                .trim_start_matches(": ");
+            invalid_field(field.clone(), problem)
+        }
+        CommandError::NoSuchNetwork { field, network } => {
+            let metadata = [("field", field.as_str()), ("network", network)];
+            status(
+                Code::FailedPrecondition,
+                "NETWORK_NOT_FOUND",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::NetworkInUse { network, vms } => {
+            let metadata = [("network", network.as_str()), ("vms", vms)];
+            status(
+                Code::FailedPrecondition,
+                "NETWORK_IN_USE",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::Taken {
+            field,
+            value,
+            owner,
+        } => {
+            let metadata = [
+                ("field", field.as_str()),
+                ("value", value),
+                ("owner", owner),
+            ];
+            status(Code::AlreadyExists, "TAKEN", message, &metadata)
+        }
+        CommandError::PoolExhausted { field, network, .. } => {
+            let metadata = [("field", field.as_str()), ("network", network)];
+            status(
+                Code::ResourceExhausted,
+                "POOL_EXHAUSTED",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::NoSubnet => status(Code::ResourceExhausted, "NO_SUBNET", message, &[]),
+        CommandError::NoSuchGroup { field, group } => {
+            let metadata = [("field", field.as_str()), ("security_group", group)];
+            status(
+                Code::FailedPrecondition,
+                "SECURITY_GROUP_NOT_FOUND",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::GroupInUse { group, users } => {
+            let metadata = [("security_group", group.as_str()), ("users", users)];
+            status(
+                Code::FailedPrecondition,
+                "SECURITY_GROUP_IN_USE",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::ForeignNetwork { field, .. }
+        | CommandError::AddressOutside { field, .. }
+        | CommandError::NoForwards { field, .. } => {
             let problem = message
                 .trim_start_matches(field.as_str())
                 .trim_start_matches(": ");

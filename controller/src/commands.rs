@@ -14,11 +14,19 @@ use crate::plan::{Observed, Stored};
 use crate::reconciler::decode;
 use crate::store::{SharedStore, StoreError, Transaction};
 
+mod addresses;
 mod disks;
+mod networks;
+mod security_groups;
 mod vms;
 mod volumes;
 
 pub use disks::{DiskOnHost, complete_mirror, disk_job, find_disk, update_disk};
+pub use networks::{create_network, delete_network, get_network, update_network, visible_network};
+pub use security_groups::{
+    create_security_group, delete_security_group, get_security_group, update_security_group,
+    visible_security_group,
+};
 pub(crate) use vms::phase_word;
 pub use vms::{create_vm, delete_vm, start_vm, stop_vm};
 pub use volumes::{check_volume, create_volume, delete_volume, resize_volume};
@@ -332,6 +340,101 @@ pub enum CommandError {
         field: String,
         /// As given.
         volume: String,
+    },
+    /// A spec names a network that is not there.
+    #[error(
+        "{field}: there is no network {network}; create it first: vmctl network create {network} --kind nat"
+    )]
+    NoSuchNetwork {
+        /// Path of the field.
+        field: String,
+        /// Its id.
+        network: String,
+    },
+    /// A spec names another project's network.
+    #[error("{field}: {network} belongs to another project")]
+    ForeignNetwork {
+        /// Path of the field.
+        field: String,
+        /// As given.
+        network: String,
+    },
+    /// A VM's spec names the network.
+    #[error(
+        "network {network} is in use by {vms}; delete what uses it first: vmctl vm delete NAME"
+    )]
+    NetworkInUse {
+        /// Its id.
+        network: String,
+        /// Those that name it.
+        vms: String,
+    },
+    /// Somebody else has it: an address, a MAC, a port, a subnet.
+    #[error("{field}: {value} belongs to {owner}; choose another")]
+    Taken {
+        /// Path of the field.
+        field: String,
+        /// What is taken.
+        value: String,
+        /// By whom.
+        owner: String,
+    },
+    /// No host of the network can have the address.
+    #[error(
+        "{field}: {address} is no free address of {subnet}, whose gateway is {gateway}; choose one, or leave it out"
+    )]
+    AddressOutside {
+        /// Path of the field.
+        field: String,
+        /// As given.
+        address: String,
+        /// The network's.
+        subnet: String,
+        /// The host's own.
+        gateway: String,
+    },
+    /// All addresses are taken.
+    #[error(
+        "{field}: network {network} has no free address between {first} and {last}; delete VMs, or make a larger network"
+    )]
+    PoolExhausted {
+        /// Path of the field.
+        field: String,
+        /// Its id.
+        network: String,
+        /// Of the pool.
+        first: String,
+        /// Of the pool.
+        last: String,
+    },
+    /// All automatic subnets are taken.
+    #[error("network.spec.ipv4_cidr: all subnets of 10.64.0.0/10 are taken; name one")]
+    NoSubnet,
+    /// Only NAT networks translate.
+    #[error("{field}: network {network} is no NAT network, and only those forward ports")]
+    NoForwards {
+        /// Path of the field.
+        field: String,
+        /// Its id.
+        network: String,
+    },
+    /// A security group is not there.
+    #[error(
+        "{field}: there is no security group {group} in this project; create it first: vmctl security-group create"
+    )]
+    NoSuchGroup {
+        /// Path of the field.
+        field: String,
+        /// As given.
+        group: String,
+    },
+    /// NICs or rules name the group.
+    #[error("security group {group} is in use by {users}; delete what uses it first")]
+    GroupInUse {
+        /// Its id.
+        group: String,
+        /// Those that name it.
+        users: String,
     },
     /// The VM has no such disk.
     #[error("vm {vm} has no disk {disk}; it has {disks}")]

@@ -3,6 +3,10 @@
 //! ```text
 //! vms/{project}/{vm}           VmRecord
 //! volumes/{project}/{volume}   VolumeRecord
+//! networks/{project}/{network}            NetworkRecord
+//! securityGroups/{project}/{group}      SecurityGroupRecord
+//! claims/{mac|ipv4|ipv6|port}/...       who has it
+//! network-layout                        changes with every new network
 //! node-ids/{kind}/{node id}    name of the resource that has this id on hosts
 //! operations/{id}              controller.v1 Operation; ids sort by age
 //! pending/{id}                 nothing: the operation is not done
@@ -15,17 +19,23 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use api::controller as pb;
-use api::names::{DEFAULT_PROJECT, Name, VMS};
+use api::names::{DEFAULT_PROJECT, NETWORKS, Name, SECURITY_GROUPS, VMS};
 use prost::Message;
 use prost_types::Timestamp;
 
 mod convert;
+mod network;
 mod seed;
 
 pub use convert::{
     complete_spec, disk_status, node_create_volume, node_vm_spec, vm_status, volume_status,
 };
 pub use seed::{seed_key, take_seed};
+
+pub use network::{
+    NetworkRecord, SecurityGroupRecord, claim, eui64, has_host, ipv4_pool, ipv4_subnet,
+    network_status, node_network_spec,
+};
 
 /// A VM as stored.
 #[derive(Clone, PartialEq, Message)]
@@ -90,6 +100,10 @@ pub mod prefix {
     pub const VMS: &str = "vms/";
     /// Volumes of all projects.
     pub const VOLUMES: &str = "volumes/";
+    /// Networks of all projects.
+    pub const NETWORKS: &str = "networks/";
+    /// Security groups of all projects.
+    pub const SECURITY_GROUPS: &str = "securityGroups/";
     /// Operations.
     pub const OPERATIONS: &str = "operations/";
     /// Ids of operations that are not done.
@@ -189,16 +203,24 @@ pub fn new_event(target: &str, reason: &str, message: impl Into<String>) -> pb::
 
 /// How people and `vmctl` name it: `vm web`.
 pub fn short(name: &Name) -> String {
-    let kind = if name.collection == VMS {
-        "vm"
-    } else {
-        "volume"
+    let kind = match name.collection {
+        VMS => "vm",
+        NETWORKS => "network",
+        SECURITY_GROUPS => "security group",
+        _ => "volume",
     };
     if name.project == DEFAULT_PROJECT {
         format!("{kind} {}", name.id)
     } else {
         format!("{kind} {}/{}", name.project, name.id)
     }
+}
+
+/// Fowler-Noll-Vo, 64 bits: the standard library's hashes may change between versions.
+pub fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 /// The etag of something at a generation.

@@ -23,6 +23,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// For copying an image into a volume: 1 TiB at 150 MB/s.
 const VOLUME_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
+/// For making a network: its server has 10 s to come up, another 10 s to go.
+const NETWORK_TIMEOUT: Duration = Duration::from_secs(40);
 /// Without news it is looked anyway.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// While something moves on the host that has no watch of its own.
@@ -127,6 +129,13 @@ impl Node {
         let volumes = call("ListVolumes", client.list_volumes(ListVolumesRequest {}))
             .await?
             .volumes;
+        let networks =
+            match call("ListNetworks", client.list_networks(ListNetworksRequest {})).await {
+                Ok(answer) => answer.networks,
+                // An agent that was not upgraded yet has none.
+                Err(status) if status.code() == Code::Unimplemented => Vec::new(),
+                Err(status) => return Err(status),
+            };
         let jobs = match call("ListJobs", client.list_jobs(ListJobsRequest {})).await {
             Ok(answer) => answer.jobs,
             // An agent that was not upgraded yet has none.
@@ -139,6 +148,10 @@ impl Node {
             jobs: jobs
                 .into_iter()
                 .map(|job| (job.job_id.clone(), job))
+                .collect(),
+            networks: networks
+                .into_iter()
+                .map(|network| (network.id.clone(), network))
                 .collect(),
             volumes: volumes
                 .into_iter()
@@ -218,6 +231,30 @@ impl Node {
             )
             .await,
         )?;
+        self.look().await
+    }
+
+    /// Applies a whole network, then looks: a failure, too, is seen there.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn apply_network(&self, spec: NetworkSpec) -> Result<(), Status> {
+        let mut client = self.client()?;
+        let request = ApplyNetworkRequest { spec: Some(spec) };
+        let applied = tokio::time::timeout(NETWORK_TIMEOUT, client.apply_network(request)).await;
+        self.look().await?;
+        applied.map_err(|_| deadline("ApplyNetwork"))?.map(drop)
+    }
+
+    /// Removes a network, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn delete_network(&self, id: String) -> Result<(), Status> {
+        let mut client = self.client()?;
+        let request = DeleteNetworkRequest { id };
+        let deleted = tokio::time::timeout(NETWORK_TIMEOUT, client.delete_network(request)).await;
+        found(deleted.map_err(|_| deadline("DeleteNetwork"))?)?;
         self.look().await
     }
 

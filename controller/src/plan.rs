@@ -10,6 +10,8 @@
 //!                     host does not know it -----------> ForgetVm
 //! operation's job:    host does not know it -----------> StartJob; as wished: Complete-, CancelJob
 //! operation:          its outcome can be seen ---------> FinishOperation
+//! network:            host has it not, or otherwise ---> ApplyNetwork; as wished: DeleteNetwork
+//! VM in a network:    is told to start once it is there
 //! job of no one:      it is over ----------------------> ForgetJob
 //! ```
 
@@ -20,8 +22,8 @@ use api::node;
 use tonic::Code;
 
 use crate::model::{
-    JobRecord, VmRecord, VolumeRecord, job_id, node_create_volume, node_vm_spec, vm_status,
-    volume_status,
+    JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, job_id, network_status,
+    node_create_volume, node_network_spec, node_vm_spec, vm_status, volume_status,
 };
 
 /// A record and the revision that wrote it.
@@ -40,6 +42,10 @@ pub struct Desired {
     pub vms: BTreeMap<String, Stored<VmRecord>>,
     /// Volumes by name.
     pub volumes: BTreeMap<String, Stored<VolumeRecord>>,
+    /// Networks by name.
+    pub networks: BTreeMap<String, Stored<NetworkRecord>>,
+    /// Security groups by name.
+    pub security_groups: BTreeMap<String, Stored<SecurityGroupRecord>>,
     /// Operations that are not done.
     pub pending: Vec<pb::Operation>,
     /// Work of these on hosts, by the operations' names.
@@ -55,6 +61,8 @@ pub struct Observed {
     pub vms: BTreeMap<String, node::VmStatus>,
     /// By node id.
     pub volumes: BTreeMap<String, node::VolumeStatus>,
+    /// By node id.
+    pub networks: BTreeMap<String, node::NetworkStatus>,
     /// By id.
     pub jobs: BTreeMap<String, node::Job>,
     /// It answered the last time it was asked.
@@ -140,6 +148,32 @@ pub enum Action {
         /// It lies on another volume.
         based: bool,
     },
+    /// Tell the host what a network should be.
+    ApplyNetwork {
+        /// Its name.
+        name: String,
+        /// The whole of it.
+        spec: node::NetworkSpec,
+    },
+    /// Have the host remove a network.
+    DeleteNetwork {
+        /// Its name.
+        name: String,
+        /// Its id on the host.
+        node_id: String,
+    },
+    /// Remove the record.
+    ForgetNetwork {
+        /// Its name.
+        name: String,
+    },
+    /// Store news about a network.
+    RecordNetwork {
+        /// Its name.
+        name: String,
+        /// To be stored.
+        status: pb::NetworkStatus,
+    },
     /// Have the host begin an operation's work.
     StartJob {
         /// The operation.
@@ -183,6 +217,9 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Vec<Action> {
     let mut actions = Vec::new();
     // A host that does not answer is told nothing, and what it said last may not be true any more.
     if observed.connected {
+        for (name, stored) in &desired.networks {
+            plan_network(name, &stored.record, desired, observed, &mut actions);
+        }
         for (name, stored) in &desired.vms {
             plan_vm(name, &stored.record, desired, observed, &mut actions);
         }
@@ -275,12 +312,17 @@ fn plan_vm(
     let current = seen.is_some_and(|seen| seen.observed_generation >= record.vm.generation);
     let apply = || Action::ApplyVm {
         name: name.to_owned(),
-        spec: node_vm_spec(record, |volume| {
-            desired
-                .volumes
-                .get(volume)
-                .map(|stored| stored.record.node_id.clone())
-        }),
+        spec: node_vm_spec(
+            record,
+            |volume| {
+                let stored = desired.volumes.get(volume)?;
+                Some(stored.record.node_id.clone())
+            },
+            |network| {
+                let stored = desired.networks.get(network)?;
+                Some(stored.record.node_id.clone())
+            },
+        ),
     };
     if let Some(seen) = seen {
         let status = vm_status(seen, &observed.host_name());
@@ -305,8 +347,66 @@ fn plan_vm(
             Some(_) if !current => actions.push(apply()),
             Some(_) => {}
         }
-    } else if !current && record.rejected_generation != record.vm.generation {
+    } else if !current
+        && record.rejected_generation != record.vm.generation
+        && (record.vm.desired_power() != pb::DesiredPower::On
+            || has_networks(record, desired, observed))
+    {
         actions.push(apply());
+    }
+}
+
+/// The host was told all that is wanted of the networks that the VM's NICs are in. Whether that went
+/// well it says itself when the VM starts.
+fn has_networks(record: &VmRecord, desired: &Desired, observed: &Observed) -> bool {
+    let spec = record.vm.spec.as_ref();
+    spec.into_iter()
+        .flat_map(|spec| &spec.nics)
+        .filter_map(|nic| desired.networks.get(&nic.network))
+        .all(|stored| {
+            let wanted = node_network_spec(&stored.record, desired);
+            let seen = observed.networks.get(&wanted.id);
+            seen.is_some_and(|seen| seen.observed_revision == wanted.revision)
+        })
+}
+
+fn plan_network(
+    name: &str,
+    record: &NetworkRecord,
+    desired: &Desired,
+    observed: &Observed,
+    actions: &mut Vec<Action>,
+) {
+    let name = name.to_owned();
+    let seen = observed.networks.get(&record.node_id);
+    if record.network.deleting {
+        actions.push(match seen {
+            None => Action::ForgetNetwork { name },
+            Some(_) => Action::DeleteNetwork {
+                name,
+                node_id: record.node_id.clone(),
+            },
+        });
+        return;
+    }
+    let spec = node_network_spec(record, desired);
+    if let Some(seen) = seen {
+        // What changes all the time is added when somebody reads.
+        let status = pb::NetworkStatus {
+            leases: Vec::new(),
+            ..network_status(seen, &spec.revision, &observed.host_name())
+        };
+        let stored = record.network.status.clone().unwrap_or_default();
+        // While something new is told there is no news yet.
+        if status.phase() != pb::NetworkPhase::Pending && stored != status {
+            actions.push(Action::RecordNetwork {
+                name: name.clone(),
+                status,
+            });
+        }
+    }
+    if seen.is_none_or(|seen| !seen.ready || seen.observed_revision != spec.revision) {
+        actions.push(Action::ApplyNetwork { name, spec });
     }
 }
 
@@ -394,6 +494,15 @@ fn outcome(
     match metadata.kind() {
         pb::OperationKind::DeleteVm => (!desired.vms.contains_key(target)).then_some(None),
         pb::OperationKind::DeleteVolume => (!desired.volumes.contains_key(target)).then_some(None),
+        pb::OperationKind::DeleteNetwork => {
+            (!desired.networks.contains_key(target)).then_some(None)
+        }
+        pb::OperationKind::CreateNetwork | pb::OperationKind::UpdateNetwork => {
+            match desired.networks.get(target) {
+                None => Some(Some(gone(target))),
+                Some(stored) => network_outcome(&stored.record, desired, observed),
+            }
+        }
         pb::OperationKind::CreateVolume => match desired.volumes.get(target) {
             None => Some(Some(gone(target))),
             Some(stored) => volume_outcome(&stored.record),
@@ -417,6 +526,24 @@ fn outcome(
             "UNKNOWN_OPERATION",
             "its work is not known any more",
         ))),
+    }
+}
+
+fn network_outcome(
+    record: &NetworkRecord,
+    desired: &Desired,
+    observed: &Observed,
+) -> Option<Option<pb::OperationError>> {
+    let wanted = node_network_spec(record, desired);
+    let seen = observed
+        .networks
+        .get(&record.node_id)
+        .filter(|seen| observed.connected && seen.observed_revision == wanted.revision)?;
+    let status = network_status(seen, &wanted.revision, "");
+    match status.phase() {
+        pb::NetworkPhase::Ready => Some(None),
+        pb::NetworkPhase::Failed => Some(status.error),
+        _ => None,
     }
 }
 

@@ -9,11 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::controller as pb;
+use api::names::{NETWORKS, Name, VMS};
 use prost::Message;
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
 
-use crate::model::{self, JobRecord, VmRecord, VolumeRecord, prefix};
+use crate::model::{
+    self, JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, prefix,
+};
 use crate::node::Node;
 use crate::plan::{self, Action, Desired, Observed, Stored, plan};
 use crate::store::{Range, SharedStore, StoreError, Transaction};
@@ -98,6 +101,8 @@ impl Reconciler {
                 | Action::DeleteVm { name, .. }
                 | Action::CreateVolume { name, .. }
                 | Action::DeleteVolume { name, .. }
+                | Action::ApplyNetwork { name, .. }
+                | Action::DeleteNetwork { name, .. }
                 | Action::StartJob { name, .. }
                 | Action::CompleteJob { name, .. }
                 | Action::CancelJob { name, .. }
@@ -141,7 +146,23 @@ impl Reconciler {
                     )
                     .await?;
                 }
-                Action::ForgetVm { .. } | Action::ForgetVolume { .. } => {}
+                Action::ForgetNetwork { name } if !self.busy.contains(name) => {
+                    let Stored { record, revision } = &desired.networks[name];
+                    forget(
+                        &self.store,
+                        &desired.pending,
+                        name,
+                        &record.node_id,
+                        *revision,
+                    )
+                    .await?;
+                }
+                Action::RecordNetwork { name, status } => {
+                    record_network(&self.store, &desired.networks[name], status).await?;
+                }
+                Action::ForgetVm { .. }
+                | Action::ForgetVolume { .. }
+                | Action::ForgetNetwork { .. } => {}
                 Action::FinishOperation {
                     name,
                     error,
@@ -174,6 +195,8 @@ impl Reconciler {
                 Action::DeleteVm { node_id, .. } => node.delete_vm(node_id).await,
                 Action::CreateVolume { request, .. } => node.create_volume(request).await,
                 Action::DeleteVolume { node_id, .. } => node.delete_volume(node_id).await,
+                Action::ApplyNetwork { spec, .. } => node.apply_network(spec).await,
+                Action::DeleteNetwork { node_id, .. } => node.delete_network(node_id).await,
                 Action::StartJob { request, .. } => node.start_job(request).await,
                 Action::CompleteJob { job_id, .. } => node.complete_job(job_id).await,
                 Action::CancelJob { job_id, .. } => node.cancel_job(job_id).await,
@@ -201,6 +224,8 @@ impl Reconciler {
         | Action::DeleteVm { name, .. }
         | Action::CreateVolume { name, .. }
         | Action::DeleteVolume { name, .. }
+        | Action::ApplyNetwork { name, .. }
+        | Action::DeleteNetwork { name, .. }
         | Action::StartJob { name, .. }
         | Action::CompleteJob { name, .. }
         | Action::CancelJob { name, .. }
@@ -309,7 +334,52 @@ pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
             .volumes
             .insert(stored.record.volume.name.clone(), stored);
     }
+    for item in store.list(Range::all(prefix::NETWORKS)).await?.items {
+        let record: NetworkRecord = decode(&item.key, &item.value)?;
+        let stored = Stored {
+            record,
+            revision: item.revision,
+        };
+        let name = stored.record.network.name.clone();
+        desired.networks.insert(name, stored);
+    }
+    for item in store.list(Range::all(prefix::SECURITY_GROUPS)).await?.items {
+        let record: SecurityGroupRecord = decode(&item.key, &item.value)?;
+        let stored = Stored {
+            record,
+            revision: item.revision,
+        };
+        let name = stored.record.group.name.clone();
+        desired.security_groups.insert(name, stored);
+    }
     Ok(desired)
+}
+
+async fn record_network(
+    store: &SharedStore,
+    stored: &Stored<NetworkRecord>,
+    status: &pb::NetworkStatus,
+) -> Result<(), StoreError> {
+    let mut record = stored.record.clone();
+    let name = record.network.name.clone();
+    let before = record.network.status.replace(status.clone());
+    let mut transaction = Transaction::new();
+    let (reason, words) = match &status.error {
+        Some(error) => ("NETWORK_FAILED", error.message.clone()),
+        None => ("NETWORK_READY", format!("on {}", status.host)),
+    };
+    let told = before
+        .is_some_and(|before| (before.phase, before.error) == (status.phase, status.error.clone()));
+    if !told {
+        let mut event = model::new_event(&name, reason, words);
+        event.warning = status.error.is_some();
+        transaction = transaction.put(event.name.clone(), event.encode_to_vec());
+    }
+    let key = key_of(&name);
+    let transaction = transaction
+        .if_unchanged(key.clone(), stored.revision)
+        .put(key, record.encode_to_vec());
+    store.commit(transaction).await.map(drop)
 }
 
 async fn record_vm(
@@ -410,12 +480,14 @@ async fn forget(
     node_id: &str,
     revision: u64,
 ) -> Result<(), StoreError> {
-    let parsed = api::names::Name::parse_vm(name).or_else(|_| api::names::Name::parse_volume(name));
+    let parsed = Name::parse_vm(name)
+        .or_else(|_| Name::parse_volume(name))
+        .or_else(|_| Name::parse_network(name));
     let Ok(parsed) = parsed else { return Ok(()) };
-    let reason = if parsed.collection == api::names::VMS {
-        "VM_DELETED"
-    } else {
-        "VOLUME_DELETED"
+    let reason = match parsed.collection {
+        VMS => "VM_DELETED",
+        NETWORKS => "NETWORK_DELETED",
+        _ => "VOLUME_DELETED",
     };
     let event = model::new_event(name, reason, "");
     let mut transaction = Transaction::new()
@@ -423,8 +495,17 @@ async fn forget(
         .delete(model::key(&parsed))
         .delete(model::node_id_key(&parsed, node_id))
         .put(event.name.clone(), event.encode_to_vec());
-    if parsed.collection == api::names::VMS {
+    if parsed.collection == VMS {
         transaction = transaction.delete(model::seed_key(&parsed));
+        // What its NICs had is free again.
+        let record = store.get(&model::key(&parsed)).await?;
+        let record = record.map(|item| decode::<VmRecord>(&item.key, &item.value));
+        let spec = record.transpose()?.and_then(|record| record.vm.spec);
+        for nic in spec.unwrap_or_default().nics {
+            for claim in model::claim::all_of(&nic) {
+                transaction = transaction.delete(claim);
+            }
+        }
     }
     for operation in pending {
         let metadata = operation.metadata.clone().unwrap_or_default();
@@ -433,7 +514,9 @@ async fn forget(
         }
         let wanted = matches!(
             metadata.kind(),
-            pb::OperationKind::DeleteVm | pb::OperationKind::DeleteVolume
+            pb::OperationKind::DeleteVm
+                | pb::OperationKind::DeleteVolume
+                | pb::OperationKind::DeleteNetwork
         );
         let done = ended(operation.clone(), (!wanted).then(|| plan::gone(name)));
         transaction = transaction

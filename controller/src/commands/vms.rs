@@ -4,7 +4,7 @@ use api::controller as pb;
 use api::names::Name;
 use prost::Message;
 
-use super::{CommandError, RequestKey, get_vm, visible_vm, with_retry};
+use super::{CommandError, RequestKey, addresses, get_vm, visible_vm, with_retry};
 use crate::model::{self, VmRecord, VolumeRecord, key, short};
 use crate::plan::{Observed, Stored};
 use crate::reconciler::decode;
@@ -33,6 +33,9 @@ pub async fn create_vm(
                 .ok_or_else(|| CommandError::AlreadyExists { what: short(name) });
         }
         let transaction = require_volumes(store, name, spec, Transaction::new()).await?;
+        let uid = model::new_uid();
+        let mut spec = model::complete_spec(spec.clone());
+        let transaction = addresses::claim(store, name, &uid, &mut spec, transaction).await?;
         let mut operation = model::new_operation(pb::OperationKind::CreateVm, name, 1);
         if validate_only {
             return Ok(pb::Operation {
@@ -41,9 +44,7 @@ pub async fn create_vm(
                 ..operation
             });
         }
-        let uid = model::new_uid();
         let node_id = model::node_id(name, &uid);
-        let mut spec = spec.clone();
         let seed = model::take_seed(&mut spec, name, &uid);
         let record = VmRecord {
             vm: pb::Vm {
@@ -51,7 +52,7 @@ pub async fn create_vm(
                 uid,
                 generation: 1,
                 create_time: Some(model::now()),
-                spec: Some(model::complete_spec(spec)),
+                spec: Some(spec),
                 desired_power: pb::DesiredPower::Off as i32,
                 ..Default::default()
             },

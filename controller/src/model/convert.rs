@@ -9,10 +9,12 @@ use super::{VmRecord, VolumeRecord};
 /// Used when the request names none.
 const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
 
-/// What a host is told about a VM. `volume_node_ids` knows the volumes that the spec names.
+/// What a host is told about a VM. `volume_node_id` and `network_node_id` know the
+/// volumes and networks that the spec names.
 pub fn node_vm_spec(
     record: &VmRecord,
     volume_node_id: impl Fn(&str) -> Option<String>,
+    network_node_id: impl Fn(&str) -> Option<String>,
 ) -> node::VmSpec {
     let spec = record.vm.spec.clone().unwrap_or_default();
     node::VmSpec {
@@ -29,7 +31,11 @@ pub fn node_vm_spec(
             .into_iter()
             .map(|disk| node_disk(disk, &volume_node_id))
             .collect(),
-        nics: spec.nics.into_iter().map(node_nic).collect(),
+        nics: spec
+            .nics
+            .into_iter()
+            .map(|nic| node_nic(nic, &network_node_id))
+            .collect(),
         vhost_user: spec.vhost_user.into_iter().map(node_vhost_user).collect(),
         shutdown_grace_ms: spec.shutdown_grace_ms,
         // Its content is added on the way to the host.
@@ -155,8 +161,12 @@ fn layer(seen: &node::Layer) -> pb::Layer {
     }
 }
 
-fn node_nic(nic: pb::Nic) -> node::NicSpec {
+fn node_nic(nic: pb::Nic, network_node_id: impl Fn(&str) -> Option<String>) -> node::NicSpec {
+    let network = Name::parse_network(&nic.network)
+        .map(|name| network_node_id(&nic.network).unwrap_or(name.id))
+        .unwrap_or_default();
     node::NicSpec {
+        network,
         name: nic.name,
         tap: nic.tap,
         mac: nic.mac,
@@ -172,7 +182,7 @@ fn node_nic(nic: pb::Nic) -> node::NicSpec {
     }
 }
 
-fn port_forward(forward: pb::PortForward) -> node::PortForward {
+pub(super) fn port_forward(forward: pb::PortForward) -> node::PortForward {
     node::PortForward {
         protocol: forward.protocol,
         host_address: forward.host_address,
@@ -389,7 +399,7 @@ mod tests {
             node_id: "web".into(),
             rejected_generation: 0,
         };
-        let spec = node_vm_spec(&record, |_| Some("data-1234".into()));
+        let spec = node_vm_spec(&record, |_| Some("data-1234".into()), |_| None);
         assert_eq!((spec.id.as_str(), spec.generation), ("web", 4));
         assert_eq!(spec.power(), node::Power::On);
         let source = spec.disks[0].source.clone().unwrap();

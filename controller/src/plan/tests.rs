@@ -61,6 +61,7 @@ fn desired(vms: Vec<VmRecord>, volumes: Vec<VolumeRecord>) -> Desired {
             .collect(),
         jobs: BTreeMap::new(),
         pending: vec![],
+        ..Default::default()
     }
 }
 

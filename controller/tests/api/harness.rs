@@ -9,7 +9,9 @@ use api::controller as pb;
 use api::controller::disks_client::DisksClient;
 use api::controller::events_client::EventsClient;
 use api::controller::hosts_client::HostsClient;
+use api::controller::networks_client::NetworksClient;
 use api::controller::operations_client::OperationsClient;
+use api::controller::security_groups_client::SecurityGroupsClient;
 use api::controller::uploads_client::UploadsClient;
 use api::controller::vms_client::VmsClient;
 use api::controller::volumes_client::VolumesClient;
@@ -71,6 +73,12 @@ impl Controller {
     }
     pub(crate) fn volumes(&self) -> VolumesClient<Channel> {
         VolumesClient::new(self.channel.clone())
+    }
+    pub(crate) fn networks(&self) -> NetworksClient<Channel> {
+        NetworksClient::new(self.channel.clone())
+    }
+    pub(crate) fn security_groups(&self) -> SecurityGroupsClient<Channel> {
+        SecurityGroupsClient::new(self.channel.clone())
     }
     pub(crate) fn disks(&self) -> DisksClient<Channel> {
         DisksClient::new(self.channel.clone())

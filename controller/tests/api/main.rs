@@ -4,6 +4,7 @@
 mod disks;
 mod events;
 mod harness;
+mod networks;
 mod operations;
 mod simulated;
 mod standalone;

@@ -24,6 +24,8 @@ pub(crate) struct Host {
 struct State {
     vms: BTreeMap<String, (VmSpec, VmStatus)>,
     volumes: BTreeMap<String, VolumeStatus>,
+    networks: BTreeMap<String, (NetworkSpec, NetworkStatus)>,
+    network_refusal: Option<Status>,
     jobs: BTreeMap<String, (StartJobRequest, Job)>,
     keys: BTreeMap<String, Vec<u8>>,
     /// What arrived of each file.
@@ -84,6 +86,17 @@ impl Host {
     /// The VM's spec as applied last.
     pub(crate) fn spec(&self, id: &str) -> VmSpec {
         self.state.lock().unwrap().vms[id].0.clone()
+    }
+
+    /// The network as applied last, if it is here.
+    pub(crate) fn network(&self, id: &str) -> Option<NetworkSpec> {
+        let state = self.state.lock().unwrap();
+        state.networks.get(id).map(|(spec, _)| spec.clone())
+    }
+
+    /// Every ApplyNetwork from now on is refused with this.
+    pub(crate) fn refuse_networks(&self, refusal: Option<Status>) {
+        self.change(|state| state.network_refusal = refusal);
     }
 
     /// The key that was handed over for a volume.
@@ -292,6 +305,54 @@ impl NodeAgent for Host {
         let id = request.into_inner().id;
         self.change(|state| state.volumes.remove(&id));
         Ok(Response::new(DeleteVolumeResponse {}))
+    }
+
+    async fn apply_network(
+        &self,
+        request: Request<ApplyNetworkRequest>,
+    ) -> Result<Response<NetworkStatus>, Status> {
+        let request = request.into_inner();
+        api::validate::apply_network_request(&request)?;
+        let spec = request.spec.unwrap();
+        let mut answer = Ok(());
+        self.change(|state| {
+            let refusal = state.network_refusal.clone();
+            let status = NetworkStatus {
+                id: spec.id.clone(),
+                observed_revision: spec.revision.clone(),
+                ready: refusal.is_none(),
+                error_code: refusal.as_ref().map_or(0, |status| status.code() as i32),
+                error: refusal
+                    .as_ref()
+                    .map(|status| status.message().to_owned())
+                    .unwrap_or_default(),
+                bridge: format!("mb-{}", spec.id),
+                ..Default::default()
+            };
+            answer = refusal.map_or(Ok(()), Err);
+            state.networks.insert(spec.id.clone(), (spec, status));
+        });
+        answer.map(|()| Response::new(NetworkStatus::default()))
+    }
+
+    async fn delete_network(
+        &self,
+        request: Request<DeleteNetworkRequest>,
+    ) -> Result<Response<DeleteNetworkResponse>, Status> {
+        let id = request.into_inner().id;
+        self.change(|state| drop(state.networks.remove(&id)));
+        Ok(Response::new(DeleteNetworkResponse {}))
+    }
+
+    async fn list_networks(
+        &self,
+        _: Request<ListNetworksRequest>,
+    ) -> Result<Response<ListNetworksResponse>, Status> {
+        let state = self.state.lock().unwrap();
+        let networks = state.networks.values().map(|(_, status)| status.clone());
+        Ok(Response::new(ListNetworksResponse {
+            networks: networks.collect(),
+        }))
     }
 
     async fn list_volumes(
