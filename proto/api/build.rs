@@ -12,10 +12,12 @@ const PROTOS: &[&str] = &[
     "mortise/device/v1/disks.proto",
     "mortise/node/v1/networks.proto",
     "mortise/node/v1/node.proto",
+    "mortise/node/v1/nics.proto",
     "mortise/controller/v1/vms.proto",
     "mortise/controller/v1/volumes.proto",
     "mortise/controller/v1/networks.proto",
     "mortise/controller/v1/disks.proto",
+    "mortise/controller/v1/nics.proto",
     "mortise/controller/v1/hosts.proto",
     "mortise/controller/v1/operations.proto",
     "mortise/controller/v1/events.proto",
@@ -28,7 +30,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out, descriptors.encode_to_vec())?;
     tonic_prost_build::configure()
         // Seeds hold passwords: `validate::cloud_init` says how they are printed.
-        .skip_debug(["mortise.node.v1.CloudInit", "mortise.controller.v1.CloudInit"])
+        .skip_debug([
+            "mortise.node.v1.CloudInit",
+            "mortise.controller.v1.CloudInit",
+        ])
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -14,26 +14,40 @@ pub mod rate;
 pub mod serve;
 pub mod validate;
 
-/// Generated from `mortise/vmm/v1/vmm.proto`: the control socket of `vmm-core`.
-#[allow(missing_docs, clippy::all)]
-pub mod vmm {
-    tonic::include_proto!("mortise.vmm.v1");
+/// Generated, one module for each part of the packages' names: messages of one package refer to those of
+/// another by these.
+#[allow(missing_docs, clippy::all, unreachable_pub)]
+mod mortise {
+    pub mod vmm {
+        pub mod v1 {
+            tonic::include_proto!("mortise.vmm.v1");
+        }
+    }
+    pub mod device {
+        pub mod v1 {
+            tonic::include_proto!("mortise.device.v1");
+        }
+    }
+    pub mod node {
+        pub mod v1 {
+            tonic::include_proto!("mortise.node.v1");
+        }
+    }
+    pub mod controller {
+        pub mod v1 {
+            tonic::include_proto!("mortise.controller.v1");
+        }
+    }
 }
-/// Generated from `mortise/device/v1/device.proto`: the control socket of a device daemon.
-#[allow(missing_docs, clippy::all)]
-pub mod device {
-    tonic::include_proto!("mortise.device.v1");
-}
-/// Generated from `mortise/node/v1/node.proto`: the node agent.
-#[allow(missing_docs, clippy::all)]
-pub mod node {
-    tonic::include_proto!("mortise.node.v1");
-}
-/// Generated from `mortise/controller/v1/*.proto`: what users talk to.
-#[allow(missing_docs, clippy::all)]
-pub mod controller {
-    tonic::include_proto!("mortise.controller.v1");
-}
+
+/// Of `mortise/controller/v1/*.proto`: what users talk to.
+pub use mortise::controller::v1 as controller;
+/// Of `mortise/device/v1/*.proto`: the control socket of a device daemon.
+pub use mortise::device::v1 as device;
+/// Of `mortise/node/v1/*.proto`: the node agent.
+pub use mortise::node::v1 as node;
+/// Of `mortise/vmm/v1/vmm.proto`: the control socket of `vmm-core`.
+pub use mortise::vmm::v1 as vmm;
 
 /// All services' descriptors, for reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/mortise.bin"));

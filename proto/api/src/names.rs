@@ -1,4 +1,4 @@
-//! Resource names: `projects/{project}/vms/{vm}` and its `…/disks/{disk}`,
+//! Resource names: `projects/{project}/vms/{vm}` and its `…/disks/{disk}` and `…/nics/{nic}`,
 //! `projects/{project}/volumes/{volume}`, `projects/{project}/uploads/{upload}`,
 //! `projects/{project}/networks/{network}`, `projects/{project}/securityGroups/{group}`,
 //! `hosts/{host}`, `operations/{operation}`.
@@ -129,6 +129,20 @@ impl Name {
             .ok_or_else(|| NameError {
                 name: name.to_owned(),
                 pattern: "projects/{project}/vms/{vm}/disks/{disk}",
+            })
+    }
+
+    /// Parses the name of a VM's NIC: the VM, and the NIC's own name.
+    ///
+    /// # Errors
+    /// When `name` is not `projects/{project}/vms/{vm}/nics/{nic}`.
+    pub fn parse_nic(name: &str) -> Result<(Self, String), NameError> {
+        name.rsplit_once("/nics/")
+            .filter(|(_, nic)| is_id(nic))
+            .and_then(|(vm, nic)| Some((Self::parse_vm(vm).ok()?, nic.to_owned())))
+            .ok_or_else(|| NameError {
+                name: name.to_owned(),
+                pattern: "projects/{project}/vms/{vm}/nics/{nic}",
             })
     }
 

@@ -11,6 +11,7 @@ mod machine;
 mod net;
 mod networks;
 mod nic_policy;
+mod nics;
 mod user_network;
 mod vm_disks;
 mod volumes;
@@ -32,6 +33,10 @@ pub use networks::*;
 pub use nic_policy::{
     MAX_GROUP_ADDRESSES, MAX_LISTED_FLOWS, MAX_SECURITY_RULES, capture_request, list_flows_request,
     nic_request, set_net_limits_request, set_policy_request,
+};
+pub use nics::{
+    capture_nic_request, node_capture_nic_request, node_nic_flows_request, update_nic_request,
+    updated_nic, vm_nic_flows_request, vm_nic_request,
 };
 pub use vm_disks::*;
 pub use volumes::*;
@@ -171,6 +176,9 @@ pub fn apply_vm_request(request: &node::ApplyVmRequest) -> Result<(), Status> {
             },
         );
         networks::node_nic_network(machine.found, &at, nic);
+        if let Some(limits) = &nic.limits {
+            nic_policy::net_limits(machine.found, &format!("{at}.limits"), limits);
+        }
         if let Some(user) = &nic.user {
             user_network::node(&mut machine, &at, nic, user);
         }
@@ -253,6 +261,7 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
             },
         );
         networks::nic_network(machine.found, &at, nic);
+        nics::changeable(machine.found, &at, nic);
         if let Some(user) = &nic.user {
             user_network::controller(&mut machine, &at, nic, user);
         }

@@ -288,7 +288,7 @@ fn cidr(found: &mut Violations, at: &str, text: &str) -> Option<IpNet> {
     Some(cidr)
 }
 
-fn filter(found: &mut Violations, text: &str) {
+pub(super) fn filter(found: &mut Violations, text: &str) {
     found.require(text.len() <= MAX_FILTER_BYTES, "filter", || {
         format!("is longer than {MAX_FILTER_BYTES} bytes")
     });

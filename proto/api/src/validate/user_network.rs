@@ -32,7 +32,12 @@ pub(super) fn controller(
             port => port,
         },
     });
-    network(machine, at, &forwards.collect::<Vec<_>>(), &user.host_loopback);
+    network(
+        machine,
+        at,
+        &forwards.collect::<Vec<_>>(),
+        &user.host_loopback,
+    );
 }
 
 pub(super) fn node(
@@ -49,7 +54,12 @@ pub(super) fn node(
         host_port: forward.host_port,
         guest_port: forward.guest_port,
     });
-    network(machine, at, &forwards.collect::<Vec<_>>(), &user.host_loopback);
+    network(
+        machine,
+        at,
+        &forwards.collect::<Vec<_>>(),
+        &user.host_loopback,
+    );
 }
 
 fn alone(machine: &mut Machine<'_>, at: &str, other: &[&String], queue_pairs: u32) {
