@@ -65,6 +65,8 @@ pub(crate) struct Frame<'a> {
     /// All of it; only looked at by captures, behind the head.
     pub(crate) bytes: &'a dyn FrameBytes,
     pub(crate) len_bytes: usize,
+    /// Where somebody is to put a checksum into it, from the frame's beginning on.
+    pub(crate) checksum_at: Option<usize>,
 }
 
 impl Guard {
@@ -104,6 +106,10 @@ impl Guard {
             return Ok(());
         }
         let packet = Packet::parse(frame.head, frame.len_bytes);
+        let packet = match frame.checksum_at {
+            Some(offset) => packet.map(|packet| packet.with_checksum_at(offset)),
+            None => packet,
+        };
         let verdict = match &packet {
             _ if watches & POLICY == 0 => Verdict::Pass,
             Some(packet) => self.gate.check(packet, direction, now_ns),

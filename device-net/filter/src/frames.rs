@@ -84,7 +84,7 @@ pub(crate) fn ip_from(
 /// Makes a packet of IPv4 a fragment.
 pub(crate) fn fragment(mut frame: Vec<u8>, id: u16, offset_bytes: u16, has_more: bool) -> Vec<u8> {
     frame[18..20].copy_from_slice(&id.to_be_bytes());
-    let flags = offset_bytes / 8 | if has_more { 0x2000 } else { 0 };
+    let flags = (offset_bytes / 8) | if has_more { 0x2000 } else { 0 };
     frame[20..22].copy_from_slice(&flags.to_be_bytes());
     frame
 }

@@ -105,6 +105,8 @@ pub(crate) struct Ip {
     /// Behind extension headers.
     pub(crate) protocol: u8,
     pub(crate) fragment: Fragment,
+    /// Where `transport` begins, from the beginning of the IP header on.
+    pub(crate) transport_at: usize,
     pub(crate) transport: Transport,
 }
 
@@ -251,6 +253,37 @@ impl Packet {
             packet.network = packet.parse_network(payload, len_bytes.saturating_sub(before));
         }
         Some(packet)
+    }
+
+    /// The same frame if whoever sends it on is to put the transport's checksum at this place: any
+    /// other place would be one that was looked at already, or is nobody's business. Such a frame
+    /// is malformed.
+    #[must_use]
+    pub fn with_checksum_at(self, offset: usize) -> Self {
+        if self.checksum_at() == Some(offset) {
+            return self;
+        }
+        Self {
+            network: Network::Malformed,
+            ..self
+        }
+    }
+
+    /// Where the transport's checksum is.
+    fn checksum_at(&self) -> Option<usize> {
+        let Network::Ip(ip) = &self.network else {
+            return None;
+        };
+        let in_transport = match (ip.fragment, ip.protocol) {
+            (Fragment::Later { .. }, _) => return None,
+            (_, TCP) => 16,
+            (_, UDP | UDP_LITE | DCCP) => 6,
+            (_, ICMP | ICMPV6) => 2,
+            _ => return None,
+        };
+        let tags = usize::from(self.vlans.count);
+        let ip_at = ETHERNET_LEN_BYTES + tags * VLAN_TAG_LEN_BYTES;
+        Some(ip_at + ip.transport_at + in_transport)
     }
 
     /// None when there are too many.

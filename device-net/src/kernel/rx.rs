@@ -158,7 +158,7 @@ impl RxQueue {
             match self.window.room(ring, len_bytes) {
                 Room::Enough => {
                     if let Some(now_ns) = watch {
-                        match pass(&self.nic.guard, frame, self.is_held, now_ns) {
+                        match pass(&self.nic.guard, &header, frame, self.is_held, now_ns) {
                             Passage::Free => self.is_held = false,
                             Passage::Refused => {
                                 self.counters().count_drop(DropReason::Guarded);
@@ -407,12 +407,13 @@ enum Passage {
 }
 
 /// Asks the guard about a frame for the driver; one that was held has been looked at.
-fn pass(guard: &Guard, frame: &[u8], was_held: bool, now_ns: u64) -> Passage {
+fn pass(guard: &Guard, header: &Header, frame: &[u8], was_held: bool, now_ns: u64) -> Passage {
     if !was_held {
         let shown = guard::Frame {
             head: &frame[..frame.len().min(HEAD_LEN_BYTES)],
             bytes: &frame,
             len_bytes: frame.len(),
+            checksum_at: header.checksum_at(),
         };
         if guard.check(Way::Ingress, &shown, now_ns).is_err() {
             return Passage::Refused;

@@ -182,6 +182,7 @@ impl TxQueue {
                 head: &frame[..frame.len().min(HEAD_LEN_BYTES)],
                 bytes: &frame,
                 len_bytes: frame.len(),
+                checksum_at: header.checksum_at(),
             };
             let verdict = self.nic.guard.check(Way::Egress, &shown, now_ns);
             verdict.map_err(|_| DropReason::Guarded)?;
@@ -211,6 +212,7 @@ impl TxQueue {
                     header_len_bytes: self.header_len_bytes,
                 },
                 len_bytes: frame_len_bytes,
+                checksum_at: large.header.checksum_at(),
             };
             let verdict = self.nic.guard.check(Way::Egress, &shown, now_ns);
             verdict.map_err(|_| DropReason::Guarded)?;

@@ -185,6 +185,12 @@ impl Header {
         self
     }
 
+    /// Where the other side is to put a checksum into the frame.
+    pub(crate) fn checksum_at(&self) -> Option<usize> {
+        let u16_at = |offset: usize| u16::from_le_bytes([self.0[offset], self.0[offset + 1]]);
+        (self.0[0] & FLAG_NEEDS_CSUM != 0).then(|| usize::from(u16_at(6)) + usize::from(u16_at(8)))
+    }
+
     /// All twelve bytes; legacy drivers get the first ten.
     pub(crate) fn as_bytes(&self) -> &[u8; MAX_HEADER_LEN_BYTES] {
         &self.0

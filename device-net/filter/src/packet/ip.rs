@@ -47,6 +47,7 @@ impl Ip {
             hop_limit: header[8],
             protocol,
             fragment,
+            transport_at: header_len,
             transport: Transport::parse(protocol, fragment, payload, total_len - header_len, true),
         })
     }
@@ -70,6 +71,7 @@ impl Ip {
             hop_limit: header[7],
             protocol: upper.protocol,
             fragment: upper.fragment,
+            transport_at: IPV6_LEN_BYTES + payload_len - upper.len_bytes,
             transport: Transport::parse(
                 upper.protocol,
                 upper.fragment,
