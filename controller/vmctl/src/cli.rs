@@ -6,6 +6,8 @@ use api::controller as pb;
 use api::listen::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) mod network;
+
 use crate::spec::{DiskArg, NetArg, ShareArg, VhostUserArg, parse_size};
 
 /// Runs virtual machines made of separate processes
@@ -77,6 +79,16 @@ pub(crate) enum Command {
     Disk {
         #[command(subcommand)]
         command: DiskCommand,
+    },
+    /// Create, look at, change and delete networks that VMs' NICs are in
+    Network {
+        #[command(subcommand)]
+        command: network::NetworkCommand,
+    },
+    /// Say what may reach VMs and what they may reach
+    SecurityGroup {
+        #[command(subcommand)]
+        command: network::SecurityGroupCommand,
     },
     /// Look at hosts
     Host {
@@ -223,11 +235,13 @@ pub(crate) struct MachineArgs {
     /// write-iops=N, write-bps=SIZE (each also with -burst), tls=FILE, tls-hostname=NAME (of nbd)
     #[arg(long = "disk", value_name = "IMAGE[,OPTION..]")]
     pub(crate) disks: Vec<DiskArg>,
-    /// A NIC on a new tap, or of a network that needs no privileges if the first word is user. Options:
-    /// tap=NAME (an existing one), host-cidr=ADDRESS/BITS, bridge=NAME, queues=N; of user networks
-    /// port-forward=tcp|udp:[ADDRESS:]HOST-PORT[:GUEST-PORT] (repeat for more) and
-    /// host-loopback=ADDRESS; of both mac=ADDRESS, mtu=N, name=NAME
-    #[arg(long = "net", value_name = "OPTION[,OPTION..]", num_args = 0..=1, default_missing_value = "")]
+    /// A NIC: in a network of `vmctl network` if the first word is its name, without privileges if that
+    /// is user, else on a new tap. Options: of networks ip=ADDRESS, sg=SECURITY-GROUP (repeat for
+    /// more), allow-spoofing, and as of user networks
+    /// port-forward=tcp|udp:[ADDRESS:]HOST-PORT[:GUEST-PORT] (repeat for more); of user networks
+    /// host-loopback=ADDRESS; of taps tap=NAME (an existing one), host-cidr=ADDRESS/BITS, bridge=NAME;
+    /// of all mac=ADDRESS, mtu=N, queues=N, name=NAME
+    #[arg(long = "net", value_name = "[NETWORK,]OPTION[,OPTION..]", num_args = 0..=1, default_missing_value = "")]
     pub(crate) nets: Vec<NetArg>,
     /// A device of a third-party daemon: type=blk|net|fs|vsock|rng|NUMBER,socket=PATH, then any of
     /// queues=N, queue-size=N, name=NAME, config=hex:DIGITS or config=str:TEXT (the configuration

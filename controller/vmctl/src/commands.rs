@@ -4,8 +4,10 @@ pub(crate) mod disk;
 pub(crate) mod events;
 pub(crate) mod host;
 pub(crate) mod import;
+pub(crate) mod network;
 pub(crate) mod op;
 pub(crate) mod run;
+pub(crate) mod security_group;
 pub(crate) mod vm;
 pub(crate) mod volume;
 

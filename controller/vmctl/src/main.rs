@@ -21,6 +21,7 @@ mod console;
 mod json;
 mod output;
 mod port_forward;
+mod security_rule;
 mod seed;
 mod spec;
 mod standalone;
@@ -60,6 +61,8 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Vm { command } => commands::vm::run(&global, command).await,
         Command::Volume { command } => commands::volume::run(&global, command).await,
         Command::Disk { command } => commands::disk::run(&global, command).await,
+        Command::Network { command } => commands::network::run(&global, command).await,
+        Command::SecurityGroup { command } => commands::security_group::run(&global, command).await,
         Command::Host { command } => commands::host::run(&global, command).await,
         Command::Op { command } => commands::op::run(&global, command).await,
         Command::Events(args) => commands::events::run(&global, args).await,

@@ -188,7 +188,8 @@ impl FromStr for NetArg {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut nic = pb::Nic::default();
-        for word in text.split(',').filter(|word| !word.is_empty()) {
+        for (index, word) in text.split(',').filter(|word| !word.is_empty()).enumerate() {
+            let is_first = index == 0;
             match word.split_once('=') {
                 Some(("tap", name)) => nic.tap = name.to_owned(),
                 Some(("host-cidr", cidr)) => nic.host_cidr = cidr.to_owned(),
@@ -202,13 +203,21 @@ impl FromStr for NetArg {
                 Some(("host-loopback", address)) => {
                     nic.user.get_or_insert_default().host_loopback = address.to_owned();
                 }
+                None if word == "allow-spoofing" => nic.allow_spoofing = true,
+                None if is_first => nic.network = word.to_owned(),
+                Some(("network", name)) => nic.network = name.to_owned(),
+                Some(("ip", address)) if address.contains(':') => {
+                    nic.ipv6_address = address.to_owned();
+                }
+                Some(("ip", address)) => nic.ipv4_address = address.to_owned(),
+                Some(("sg", group)) => nic.security_groups.push(group.to_owned()),
                 Some(("mac", mac)) => nic.mac = mac.to_owned(),
                 Some(("queues", number)) => nic.queue_pairs = parse_number("queues", number)?,
                 Some(("mtu", number)) => nic.mtu = parse_number("mtu", number)?,
                 Some(("name", name)) => nic.name = name.to_owned(),
                 _ => {
                     return Err(format!(
-                        "{word:?} is no option of a NIC; there are user, port-forward=, host-loopback=, tap=, host-cidr=, bridge=, mac=, queues=, mtu= and name="
+                        "{word:?} is no option of a NIC; there are NETWORK (first), ip=, sg=, allow-spoofing, user, port-forward=, host-loopback=, tap=, host-cidr=, bridge=, mac=, queues=, mtu= and name="
                     ));
                 }
             }
@@ -338,7 +347,9 @@ pub(crate) fn vm_spec(
         spec.disks.push(api_disk(disk, project)?);
     }
     seed::add(&args.seed, &mut spec)?;
-    spec.nics.extend(args.nets.into_iter().map(|net| net.0));
+    for net in args.nets {
+        spec.nics.push(api_nic(net.0, project)?);
+    }
     let shares = args.shares.into_iter().map(|share| share.0);
     let others = args.vhost_user.into_iter().map(|device| device.0);
     for mut device in others.chain(shares) {
@@ -346,6 +357,43 @@ pub(crate) fn vm_spec(
         spec.vhost_user.push(device);
     }
     Ok(spec)
+}
+
+/// Gives networks and security groups their full names.
+fn api_nic(mut nic: pb::Nic, project: &str) -> anyhow::Result<pb::Nic> {
+    if !nic.network.is_empty() {
+        nic.network = network_name(&nic.network, project)?.to_string();
+    }
+    for group in &mut nic.security_groups {
+        *group = security_group_name(group, project)?.to_string();
+    }
+    Ok(nic)
+}
+
+/// A network by its short or its full name.
+///
+/// # Errors
+/// When it is neither.
+pub(crate) fn network_name(text: &str, project: &str) -> anyhow::Result<Name> {
+    let name = if text.contains('/') {
+        Name::parse_network(text)
+    } else {
+        Name::parse_network(&Name::network(project, text).to_string())
+    };
+    Ok(name?)
+}
+
+/// A security group by its short or its full name.
+///
+/// # Errors
+/// When it is neither.
+pub(crate) fn security_group_name(text: &str, project: &str) -> anyhow::Result<Name> {
+    let name = if text.contains('/') {
+        Name::parse_security_group(text)
+    } else {
+        Name::parse_security_group(&Name::security_group(project, text).to_string())
+    };
+    Ok(name?)
 }
 
 fn api_disk(disk: DiskArg, project: &str) -> anyhow::Result<pb::Disk> {
@@ -492,6 +540,17 @@ mod tests {
         let net: NetArg = "host-cidr=10.0.0.1/24,mtu=9000".parse().unwrap();
         assert_eq!((net.0.host_cidr.as_str(), net.0.mtu), ("10.0.0.1/24", 9000));
         assert!("speed=1".parse::<NetArg>().is_err());
+        let net: NetArg = "front,ip=10.0.0.5,ip=fd00::5,sg=web,port-forward=tcp:8080:80"
+            .parse()
+            .unwrap();
+        let nic = api_nic(net.0, "p").unwrap();
+        assert_eq!(nic.network, "projects/p/networks/front");
+        assert_eq!(
+            (nic.ipv4_address.as_str(), nic.ipv6_address.as_str()),
+            ("10.0.0.5", "fd00::5")
+        );
+        assert_eq!(nic.security_groups, ["projects/p/securityGroups/web"]);
+        assert_eq!(nic.port_forwards[0].guest_port, 80);
         let fs: VhostUserArg = "type=fs,socket=/s,queues=1".parse().unwrap();
         assert_eq!((fs.0.r#type.as_str(), fs.0.num_queues), ("fs", 1));
         assert!("type=fs".parse::<VhostUserArg>().is_err());
