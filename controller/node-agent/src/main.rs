@@ -27,7 +27,12 @@ mod volumes;
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context;
-use api::{listen::Listener, metrics::serve_http, node::node_agent_server::NodeAgentServer, serve};
+use api::{
+    listen::Listener,
+    metrics::serve_http,
+    node::{nics_server::NicsServer, node_agent_server::NodeAgentServer},
+    serve,
+};
 use clap::Parser;
 use tokio::runtime::Handle;
 
@@ -79,7 +84,10 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         tokio::spawn(serve_http(listener, render));
     }
     tracing::info!(%address, state = %dirs.state.display(), run = %dirs.run.display(), "serving");
-    let services = serve::Services::new().with(NodeAgentServer::new(Service::new(agent)));
+    let service = Service::new(agent);
+    let services = serve::Services::new()
+        .with(NicsServer::new(service.clone()))
+        .with(NodeAgentServer::new(service));
     serve::on(listener, services, serve::terminated()).await?;
     tracing::info!("ending; VMs go on running");
     Ok(())

@@ -1,6 +1,7 @@
 //! The gRPC handlers: they translate, and nothing else.
 
 mod disks;
+mod nics;
 mod uploads;
 mod volumes;
 

@@ -182,6 +182,36 @@ pub(crate) struct Nic {
     /// Id of the network that it is in, which then knows the bridge.
     #[serde(default)]
     pub(crate) network: Option<String>,
+    /// Keep a table of flows, whatever the policy says.
+    #[serde(default)]
+    pub(crate) track_flows: bool,
+    /// What may change while the VM runs.
+    #[serde(default)]
+    pub(crate) tuning: NicTuning,
+}
+
+/// What may change of a NIC while its VM runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NicTuning {
+    /// Of what the guest receives.
+    pub(crate) ingress: NicRate,
+    /// Of what it sends.
+    pub(crate) egress: NicRate,
+    /// The cable is out.
+    pub(crate) link_down: bool,
+}
+
+/// A limit of one direction; 0 for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NicRate {
+    /// Bits a second.
+    pub(crate) bits_per_second: u64,
+    /// Packets a second.
+    pub(crate) packets_per_second: u64,
+    /// Bits at once after a pause.
+    pub(crate) burst_bits: u64,
+    /// Packets at once after a pause.
+    pub(crate) burst_packets: u64,
 }
 
 /// A network without privileges.
@@ -266,6 +296,9 @@ impl Spec {
         other.power = self.power;
         other.shutdown_grace_ms = self.shutdown_grace_ms;
         for (other, own) in other.disks.iter_mut().zip(&self.disks) {
+            other.tuning = own.tuning;
+        }
+        for (other, own) in other.nics.iter_mut().zip(&self.nics) {
             other.tuning = own.tuning;
         }
         *self == other
@@ -396,6 +429,48 @@ impl Nic {
             mtu: api.mtu,
             user: api.user.as_ref().map(UserNetwork::from_api),
             network: not_empty(&api.network).map(str::to_owned),
+            track_flows: api.track_flows,
+            tuning: NicTuning::from_api(api),
+        }
+    }
+}
+
+impl NicTuning {
+    fn from_api(api: &api::node::NicSpec) -> Self {
+        let limits = api.limits.unwrap_or_default();
+        Self {
+            ingress: NicRate::from_api(limits.ingress),
+            egress: NicRate::from_api(limits.egress),
+            link_down: api.link_down,
+        }
+    }
+
+    /// For the daemon.
+    pub(crate) fn limits(&self) -> api::device::NetLimits {
+        api::device::NetLimits {
+            ingress: Some(self.ingress.to_device()),
+            egress: Some(self.egress.to_device()),
+        }
+    }
+}
+
+impl NicRate {
+    fn from_api(api: Option<api::device::NetLimit>) -> Self {
+        let api = api.unwrap_or_default();
+        Self {
+            bits_per_second: api.bits_per_second,
+            packets_per_second: api.packets_per_second,
+            burst_bits: api.burst_bits,
+            burst_packets: api.burst_packets,
+        }
+    }
+
+    fn to_device(self) -> api::device::NetLimit {
+        api::device::NetLimit {
+            bits_per_second: self.bits_per_second,
+            packets_per_second: self.packets_per_second,
+            burst_bits: self.burst_bits,
+            burst_packets: self.burst_packets,
         }
     }
 }
@@ -504,6 +579,7 @@ pub(crate) mod tests {
         off.generation = 2;
         off.power = Power::Off;
         off.disks[0].tuning.read.iops = 100;
+        off.nics[0].tuning.link_down = true;
         assert!(spec.same_machine(&off));
         off.vcpus = 2;
         assert!(!spec.same_machine(&off));

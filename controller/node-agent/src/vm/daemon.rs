@@ -20,7 +20,7 @@ use api::{
     connect,
     device::{
         AttachRequest, FdRef, GetDaemonRequest, GetMetricsRequest, ListDevicesRequest, NetConfig,
-        attach_request, device_daemon_client::DeviceDaemonClient,
+        Policy, attach_request, device_daemon_client::DeviceDaemonClient,
     },
     fds, listen,
 };
@@ -29,14 +29,16 @@ use tonic::{Code, transport::Channel};
 use super::{
     disk::{self, DiskError},
     disks::Disks,
-    ending, passt,
+    ending,
+    nics::Nics,
+    passt,
 };
 use crate::{
     cloud_init,
     network::Networks,
     process::{Guard, Process, ProcessError},
     record::DaemonKind,
-    spec::{Disk, DiskSource, Nic, Spec, UserNetwork},
+    spec::{Disk, DiskSource, Nic, NicTuning, Spec, UserNetwork},
     tap::{self, TapError},
     volumes::Pool,
 };
@@ -84,6 +86,8 @@ enum Backing {
         mac: String,
         mtu: u32,
         network: Option<String>,
+        track_flows: bool,
+        tuning: NicTuning,
     },
     User {
         network: UserNetwork,
@@ -200,7 +204,7 @@ pub(super) fn tap_name(spec: &Spec, index: usize) -> String {
 }
 
 /// The address of a spec's NIC: the one it names, or one that follows from its name.
-pub(super) fn mac(spec: &Spec, nic: &Nic) -> String {
+pub(crate) fn mac(spec: &Spec, nic: &Nic) -> String {
     match nic.mac.as_str() {
         "" => tap::derived_mac(&spec.id, &nic.name),
         mac => mac.to_owned(),
@@ -232,6 +236,8 @@ pub(super) fn plans(
             mac: mac(spec, nic),
             mtu: nic.mtu,
             network: nic.network.clone(),
+            track_flows: nic.track_flows,
+            tuning: nic.tuning,
         },
     });
     let users = nics.filter_map(|(index, nic)| {
@@ -271,24 +277,35 @@ impl Plan {
     pub(super) fn tune(&mut self, spec: &Spec) -> bool {
         let mut changed = false;
         for device in &mut self.devices {
-            let Backing::Disk(disk) = &mut device.backing else {
-                continue;
-            };
-            let wanted = spec.disks.iter().find(|wanted| wanted.name == disk.name);
-            if let Some(wanted) = wanted.filter(|wanted| wanted.tuning != disk.tuning) {
-                disk.tuning = wanted.tuning;
-                changed = true;
+            match &mut device.backing {
+                Backing::Disk(disk) => {
+                    let wanted = spec.disks.iter().find(|wanted| wanted.name == disk.name);
+                    if let Some(wanted) = wanted.filter(|wanted| wanted.tuning != disk.tuning) {
+                        disk.tuning = wanted.tuning;
+                        changed = true;
+                    }
+                }
+                Backing::Tap { tuning, .. } => {
+                    let wanted = spec.nics.iter().find(|wanted| wanted.name == device.name);
+                    if let Some(wanted) = wanted.filter(|wanted| wanted.tuning != *tuning) {
+                        *tuning = wanted.tuning;
+                        changed = true;
+                    }
+                }
+                Backing::User { .. } => {}
             }
         }
         changed
     }
 
-    /// Tells the daemon the limits and the polling of all its disks.
+    /// Tells the daemon what may change of all its devices.
     pub(super) async fn push_tuning(&self) -> Result<(), DaemonError> {
-        let disks = Disks::of(&self.dir);
+        let (disks, nics) = (Disks::of(&self.dir), Nics::of(&self.dir));
         for device in &self.devices {
-            if let Backing::Disk(disk) = &device.backing {
-                disks.tune(&device.name, &disk.tuning).await?;
+            match &device.backing {
+                Backing::Disk(disk) => disks.tune(&device.name, &disk.tuning).await?,
+                Backing::Tap { tuning, .. } => nics.tune(&device.name, tuning).await?,
+                Backing::User { .. } => {}
             }
         }
         Ok(())
@@ -456,7 +473,19 @@ impl Plan {
                     mac,
                     mtu,
                     network,
+                    track_flows,
+                    tuning,
                 } => {
+                    let policy = network
+                        .as_ref()
+                        .and_then(|network| networks.policy(network, &vm, &device.name));
+                    let policy = match track_flows {
+                        true => Some(Policy {
+                            track_flows: true,
+                            ..policy.unwrap_or_default()
+                        }),
+                        false => policy,
+                    };
                     let queues = open_tap(&device.name, name, *queue_pairs)?;
                     let sent: Result<Vec<FdRef>, DaemonError> =
                         queues.iter().map(|queue| send(queue.as_fd())).collect();
@@ -465,9 +494,9 @@ impl Plan {
                         mac: mac.clone(),
                         mtu: *mtu,
                         tap_name: name.clone(),
-                        policy: network
-                            .as_ref()
-                            .and_then(|network| networks.policy(network, &vm, &device.name)),
+                        policy,
+                        limits: Some(tuning.limits()),
+                        link_down: tuning.link_down,
                         ..NetConfig::default()
                     })
                 }

@@ -100,7 +100,7 @@ impl Daemon {
     ) -> Self {
         Self {
             // The last agent may have ended between keeping a limit and telling it.
-            untold: plan.kind == DaemonKind::Blk && process.is_some(),
+            untold: process.is_some(),
             plan,
             process,
             restarts,
@@ -204,7 +204,7 @@ impl Machine {
                 daemon.sandbox = up.sandbox;
                 daemon.restarts += 1;
                 // They may have been changed while it was on its way.
-                daemon.untold = daemon.plan.kind == DaemonKind::Blk;
+                daemon.untold = true;
                 daemon.up_since = Instant::now();
                 true
             }
@@ -229,7 +229,7 @@ impl Machine {
         });
     }
 
-    /// Takes over what may change of the disks while the VM runs, and tells the daemon.
+    /// Takes over what may change of disks and NICs while the VM runs, and tells the daemon.
     pub(super) async fn tune(&mut self, spec: &Spec) {
         for daemon in &mut self.daemons {
             daemon.untold |= daemon.plan.tune(spec);
@@ -250,7 +250,7 @@ impl Machine {
                     tracing::warn!(dir = %self.dir.display(), "setting limits: {}", error_chain(&error));
                 }
                 Err(_) => {
-                    tracing::warn!(dir = %self.dir.display(), "device-blk does not answer; its limits are set later");
+                    tracing::warn!(dir = %self.dir.display(), "{} does not answer; its limits are set later", daemon.plan.kind.program());
                 }
             }
         }

@@ -21,6 +21,7 @@ mod daemon;
 pub(crate) mod disk;
 pub(crate) mod disks;
 mod machine;
+pub(crate) mod nics;
 mod passt;
 mod start;
 mod status;
@@ -37,7 +38,11 @@ use api::node::VmStatus;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tonic::Code;
 
-pub(crate) use self::{command::Refusal, daemon::DaemonError, vmm::refresh_device};
+pub(crate) use self::{
+    command::Refusal,
+    daemon::{DaemonError, mac},
+    vmm::refresh_device,
+};
 use self::{
     command::{Answer, Command, reply},
     machine::Machine,
