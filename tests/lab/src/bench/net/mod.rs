@@ -4,8 +4,10 @@
 //! Most of these poll, so each contender's processes ([`rig`]) are stopped except in its turn.
 
 mod namespace;
+mod open_vswitch;
 mod rig;
 mod serving;
+mod switch;
 mod tap;
 mod testpmd;
 
@@ -17,6 +19,9 @@ use serving::{Bay, Cpus};
 
 const OURS: &str = "ours";
 const VHOST_PMD: &str = "vhost-pmd";
+/// Puts packets into the rings that then circulate: half of what a ring holds, so that none is
+/// lost for want of a place.
+const CIRCULATE: &str = "start tx_first 16";
 
 pub(super) fn run(session: &mut Session) -> Result<()> {
     if let Some(ground) = &session.ground {
@@ -25,6 +30,7 @@ pub(super) fn run(session: &mut Session) -> Result<()> {
         Dpdk::obtain()?;
         namespace::enter()?;
     }
+    switch::run(session)?;
     tap::run(session)
 }
 

@@ -2,7 +2,9 @@
 //! nothing of a bench is left on the machine.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
@@ -36,18 +38,35 @@ fn enter_as_user() -> Result<()> {
     Ok(())
 }
 
-/// What came to the host through the tap's descriptor, in packets.
-pub(super) fn packets_to_host(tap: &str) -> Result<u64> {
-    let counters = fs::read_to_string("/proc/thread-self/net/dev")?;
-    received(&counters, tap).with_context(|| format!("there is no tap {tap}"))
+/// Gives a command a namespace of its own within that.
+pub(super) fn own(command: &mut Command) {
+    let leave = || Ok(unshare(CloneFlags::CLONE_NEWNET)?);
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(leave) };
 }
 
-/// `NAME: BYTES PACKETS ...`, of what the interface received.
-fn received(counters: &str, interface: &str) -> Option<u64> {
-    let mut lines = counters.lines();
-    let fields =
-        lines.find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
-    fields.split_whitespace().nth(1)?.parse().ok()
+/// What came to the host through a tap's descriptor, in packets.
+pub(super) fn packets_to_host(tap: &str) -> Result<u64> {
+    counters(tap, 1)
+}
+
+/// What the host sent out through a tap, in packets: what was read from its descriptor.
+pub(super) fn packets_from_host(tap: &str) -> Result<u64> {
+    counters(tap, 9)
+}
+
+fn counters(tap: &str, column: usize) -> Result<u64> {
+    let table = fs::read_to_string("/proc/thread-self/net/dev")?;
+    field(&table, tap, column).with_context(|| format!("there is no tap {tap}"))
+}
+
+/// `NAME: BYTES PACKETS ...`: eight columns of what the interface received, then as many of what
+/// it sent.
+fn field(table: &str, interface: &str, column: usize) -> Option<u64> {
+    let fields = table
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
+    fields.split_whitespace().nth(column)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -55,11 +74,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn received_packets_are_the_second_number() {
+    fn packets_are_counted_in_both_directions() {
         let text = "Inter-|   Receive  |  Transmit\n face |bytes packets errs|bytes packets\n\
                 tap0: 640 10 0 0 0 0 0 0 90 1\n  tap: 64 7 0 0 0 0 0 0 0 0\n";
-        assert_eq!(received(text, "tap"), Some(7));
-        assert_eq!(received(text, "tap0"), Some(10));
-        assert_eq!(received(text, "lo"), None);
+        assert_eq!(field(text, "tap", 1), Some(7));
+        assert_eq!(field(text, "tap0", 9), Some(1));
+        assert_eq!(field(text, "lo", 1), None);
     }
 }

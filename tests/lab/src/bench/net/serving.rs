@@ -1,9 +1,11 @@
 //! How each contender is started, and how it is loaded.
+//!
+//! A contender gets one CPU and its frontend the other.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 
@@ -72,7 +74,7 @@ impl Bay<'_> {
         sockets: &[PathBuf],
         further: &[String],
         mode: &str,
-    ) -> Result<Testpmd> {
+    ) -> Result<Daemon> {
         let ports = sockets
             .iter()
             .enumerate()
@@ -94,14 +96,14 @@ impl Bay<'_> {
             sockets.to_vec(),
         )?;
         testpmd.tell("start")?;
-        Ok(testpmd)
+        Ok(testpmd.process)
     }
 
     /// The frontend: virtio NICs on these sockets, and a forwarding mode. It does not begin yet.
     pub(super) fn frontend(
         &self,
         name: &str,
-        sockets: &[&Path],
+        sockets: &[PathBuf],
         options: &[String],
     ) -> Result<Testpmd> {
         let devices: Vec<String> = sockets
@@ -161,10 +163,4 @@ fn pin(command: &mut Command, cpu: usize) {
     };
     // SAFETY: the closure makes one system call and allocates nothing.
     unsafe { command.pre_exec(bind) };
-}
-
-/// A path as a device's argument.
-pub(super) fn text(path: &Path) -> Result<&str> {
-    path.to_str()
-        .with_context(|| format!("{} is not UTF-8", path.display()))
 }

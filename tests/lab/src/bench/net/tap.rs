@@ -5,9 +5,9 @@ use anyhow::Result;
 use super::super::Session;
 use super::super::report::Better;
 use super::super::rounds::{Contender, Metric, RowSpec, Samples, Verdict};
-use super::rig::Rig;
+use super::rig::{Count, Rig};
 use super::serving::Bay;
-use super::{OURS, VHOST_PMD, namespace};
+use super::{OURS, VHOST_PMD};
 use crate::progress::step;
 
 /// The limit: one thread that writes to a tap and does nothing else.
@@ -67,65 +67,66 @@ fn rows(len: usize, has_target: bool) -> Vec<RowSpec> {
 }
 
 fn compare(bay: &Bay, session: &Session, len: usize) -> Result<Samples> {
-    let txpkts = format!("--txpkts={len}");
-    let options = ["--forward-mode=txonly".to_owned(), txpkts];
+    let effort = &session.effort;
+    let ours = ours(bay, len)?;
+    let vhost_pmd = vhost_pmd(bay, len)?;
+    let limit = limit(bay, len)?;
+    let contenders = [
+        Contender::new(OURS, || ours.measure(effort)),
+        Contender::new(VHOST_PMD, || vhost_pmd.measure(effort)),
+        Contender::new(LIMIT, || limit.measure(effort)),
+    ];
+    Samples::take(&contenders, effort.rounds)
+}
 
-    let our_socket = bay.socket("tap-ours");
-    let nic = format!("id=nic,tap=ours,socket={}", our_socket.display());
-    let ours = bay.device_net("tap-ours", &[nic], &[our_socket.clone()])?;
-    let mut our_frontend = bay.frontend("tap-ours-front", &[&our_socket], &options)?;
-    our_frontend.tell("start")?;
-    let ours = Rig {
-        daemons: vec![ours.pid()],
-        load: vec![our_frontend.process.pid()],
+fn ours(bay: &Bay, len: usize) -> Result<Rig> {
+    let sockets = [bay.socket("tap-ours")];
+    let nic = format!("id=nic,tap=ours,socket={}", sockets[0].display());
+    let mut rig = Rig {
+        daemons: vec![bay.device_net("tap-ours", &[nic], &sockets)?],
         daemons_rest: true,
-        packets: Box::new(|| namespace::packets_to_host("ours")),
-        last_words: Box::new(|| {
-            format!(
-                "{}; {}",
-                ours.last_words(),
-                our_frontend.process.last_words()
-            )
-        }),
+        frontend: Some(bay.frontend("tap-ours-front", &sockets, &sending(len))?),
+        generators: Vec::new(),
+        count: Count::AtTap("ours"),
+        others: Vec::new(),
     };
-    ours.settle()?;
+    rig.begin("start")?;
+    Ok(rig)
+}
 
-    let socket = bay.socket("tap-vhost");
+fn vhost_pmd(bay: &Bay, len: usize) -> Result<Rig> {
+    let sockets = [bay.socket("tap-vhost")];
     let tap = "net_tap0,iface=vhost".to_owned();
-    let backend = bay.vhost_pmd("tap-vhost", &[socket.clone()], &[tap], "io")?;
-    let mut frontend = bay.frontend("tap-vhost-front", &[&socket], &options)?;
-    frontend.tell("start")?;
-    let vhost_pmd = Rig {
-        daemons: vec![backend.process.pid()],
-        load: vec![frontend.process.pid()],
+    let mut rig = Rig {
+        daemons: vec![bay.vhost_pmd("tap-vhost", &sockets, &[tap], "io")?],
         daemons_rest: false,
-        packets: Box::new(|| namespace::packets_to_host("vhost")),
-        last_words: Box::new(|| {
-            format!(
-                "{}; {}",
-                backend.process.last_words(),
-                frontend.process.last_words()
-            )
-        }),
+        frontend: Some(bay.frontend("tap-vhost-front", &sockets, &sending(len))?),
+        generators: Vec::new(),
+        count: Count::AtTap("vhost"),
+        others: Vec::new(),
     };
-    vhost_pmd.settle()?;
+    rig.begin("start")?;
+    Ok(rig)
+}
 
+fn limit(bay: &Bay, len: usize) -> Result<Rig> {
     let bytes = len.to_string();
     let args = ["tap-write", "--tap", LIMIT, "--bytes", &bytes];
-    let writer = bay.load("tap-writev", bay.cpus.daemon, &args)?;
-    let limit = Rig {
-        daemons: vec![writer.pid()],
-        load: Vec::new(),
+    let mut rig = Rig {
+        daemons: vec![bay.load("tap-writev", bay.cpus.daemon, &args)?],
         daemons_rest: false,
-        packets: Box::new(|| namespace::packets_to_host(LIMIT)),
-        last_words: Box::new(|| writer.last_words()),
+        frontend: None,
+        generators: Vec::new(),
+        count: Count::AtTap(LIMIT),
+        others: Vec::new(),
     };
-    limit.settle()?;
+    rig.begin("")?;
+    Ok(rig)
+}
 
-    let contenders = [
-        Contender::new(OURS, || ours.measure(&session.effort)),
-        Contender::new(VHOST_PMD, || vhost_pmd.measure(&session.effort)),
-        Contender::new(LIMIT, || limit.measure(&session.effort)),
-    ];
-    Samples::take(&contenders, session.effort.rounds)
+fn sending(len: usize) -> [String; 2] {
+    [
+        "--forward-mode=txonly".to_owned(),
+        format!("--txpkts={len}"),
+    ]
 }
