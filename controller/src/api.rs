@@ -7,6 +7,7 @@ use ::api::controller::disks_server::DisksServer;
 use ::api::controller::events_server::EventsServer;
 use ::api::controller::hosts_server::HostsServer;
 use ::api::controller::networks_server::NetworksServer;
+use ::api::controller::nics_server::NicsServer;
 use ::api::controller::operations_server::OperationsServer;
 use ::api::controller::security_groups_server::SecurityGroupsServer;
 use ::api::controller::uploads_server::UploadsServer;
@@ -27,6 +28,7 @@ mod disks;
 mod events;
 mod hosts;
 mod networks;
+mod nics;
 mod operations;
 mod security_groups;
 mod uploads;
@@ -54,6 +56,7 @@ impl Api {
             .with(UploadsServer::new(self.clone()))
             .with(DisksServer::new(self.clone()))
             .with(NetworksServer::new(self.clone()))
+            .with(NicsServer::new(self.clone()))
             .with(SecurityGroupsServer::new(self.clone()))
             .with(HostsServer::new(self.clone()))
             .with(OperationsServer::new(self.clone()))
@@ -230,6 +233,10 @@ fn command_status(error: CommandError) -> Status {
         CommandError::NoDisk { vm, disk, .. } => {
             let metadata = [("vm", vm.as_str()), ("disk", disk)];
             status(Code::NotFound, "NO_DISK", message, &metadata)
+        }
+        CommandError::NoNic { vm, nic, .. } => {
+            let metadata = [("vm", vm.as_str()), ("nic", nic)];
+            status(Code::NotFound, "NO_NIC", message, &metadata)
         }
         CommandError::NotAVolume { vm, disk, .. } => {
             let metadata = [("vm", vm.as_str()), ("disk", disk)];

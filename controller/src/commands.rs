@@ -17,12 +17,14 @@ use crate::store::{SharedStore, StoreError, Transaction};
 mod addresses;
 mod disks;
 mod networks;
+mod nics;
 mod security_groups;
 mod vms;
 mod volumes;
 
 pub use disks::{DiskOnHost, complete_mirror, disk_job, find_disk, update_disk};
 pub use networks::{create_network, delete_network, get_network, update_network, visible_network};
+pub use nics::{find_nic, update_nic};
 pub use security_groups::{
     create_security_group, delete_security_group, get_security_group, update_security_group,
     visible_security_group,
@@ -435,6 +437,16 @@ pub enum CommandError {
         group: String,
         /// Those that name it.
         users: String,
+    },
+    /// The VM has no such NIC.
+    #[error("vm {vm} has no NIC {nic}; it has {nics}")]
+    NoNic {
+        /// Its id.
+        vm: String,
+        /// As given.
+        nic: String,
+        /// Those that it has.
+        nics: String,
     },
     /// The VM has no such disk.
     #[error("vm {vm} has no disk {disk}; it has {disks}")]

@@ -25,11 +25,13 @@ use prost_types::Timestamp;
 
 mod convert;
 mod network;
+mod nic;
 mod seed;
 
 pub use convert::{
     complete_spec, disk_status, node_create_volume, node_vm_spec, vm_status, volume_status,
 };
+pub use nic::{capture, flow, nic_status};
 pub use seed::{seed_key, take_seed};
 
 pub use network::{

@@ -7,7 +7,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::device::{CaptureChunk, ListFlowsResponse};
 use api::listen::Address;
+use api::node::nics_client::NicsClient;
 use api::node::node_agent_client::NodeAgentClient;
 use api::node::*;
 use tokio::sync::{Mutex, watch};
@@ -279,6 +281,40 @@ impl Node {
         Ok(answer.disks)
     }
 
+    /// A VM's NICs as they are now.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn get_nics(&self, vm_id: String) -> Result<Vec<NicStatus>, Status> {
+        let mut client = self.nics_client()?;
+        let answer = call("GetNics", client.get_nics(GetNicsRequest { vm_id })).await?;
+        Ok(answer.nics)
+    }
+
+    /// The flows of a NIC.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn list_flows(
+        &self,
+        request: ListNicFlowsRequest,
+    ) -> Result<ListFlowsResponse, Status> {
+        let mut client = self.nics_client()?;
+        call("ListFlows", client.list_flows(request)).await
+    }
+
+    /// Begins a capture, which ends when its stream is dropped.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn capture(
+        &self,
+        request: CaptureNicRequest,
+    ) -> Result<tonic::Streaming<CaptureChunk>, Status> {
+        let mut client = self.nics_client()?;
+        call("Capture", client.capture(request)).await
+    }
+
     /// Begins work, then looks.
     ///
     /// # Errors
@@ -380,13 +416,20 @@ impl Node {
     }
 
     fn client(&self) -> Result<NodeAgentClient<Channel>, Status> {
-        let channel = self.channel.borrow().clone().ok_or_else(|| {
+        self.connected().map(NodeAgentClient::new)
+    }
+
+    fn nics_client(&self) -> Result<NicsClient<Channel>, Status> {
+        self.connected().map(NicsClient::new)
+    }
+
+    fn connected(&self) -> Result<Channel, Status> {
+        self.channel.borrow().clone().ok_or_else(|| {
             Status::unavailable(format!(
                 "the node agent at {} does not answer",
                 self.address
             ))
-        })?;
-        Ok(NodeAgentClient::new(channel))
+        })
     }
 }
 

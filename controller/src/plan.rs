@@ -507,8 +507,12 @@ fn outcome(
             None => Some(Some(gone(target))),
             Some(stored) => volume_outcome(&stored.record),
         },
-        pb::OperationKind::UpdateDisk => {
-            let vm = target.split("/disks/").next().unwrap_or(target);
+        kind @ (pb::OperationKind::UpdateDisk | pb::OperationKind::UpdateNic) => {
+            let devices = match kind {
+                pb::OperationKind::UpdateNic => "/nics/",
+                _ => "/disks/",
+            };
+            let vm = target.split(devices).next().unwrap_or(target);
             match desired.vms.get(vm) {
                 None => Some(Some(gone(vm))),
                 Some(stored) => vm_outcome(metadata, &stored.record, observed),
@@ -572,7 +576,9 @@ fn vm_outcome(
         .filter(|_| observed.connected);
     let settled = seen.filter(|seen| seen.observed_generation >= generation);
     match metadata.kind() {
-        pb::OperationKind::CreateVm | pb::OperationKind::UpdateDisk => settled.map(|_| None),
+        pb::OperationKind::CreateVm
+        | pb::OperationKind::UpdateDisk
+        | pb::OperationKind::UpdateNic => settled.map(|_| None),
         pb::OperationKind::StartVm if record.vm.generation > generation => {
             Some(Some(superseded(metadata)))
         }

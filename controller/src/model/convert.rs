@@ -178,6 +178,9 @@ fn node_nic(nic: pb::Nic, network_node_id: impl Fn(&str) -> Option<String>) -> n
             port_forwards: nic.port_forwards.into_iter().map(port_forward).collect(),
             host_loopback: user.host_loopback,
         }),
+        limits: nic.limits.as_ref().map(super::nic::node_limits),
+        link_down: nic.link_down,
+        track_flows: nic.track_flows,
         ..Default::default()
     }
 }
