@@ -11,5 +11,6 @@ mod process;
 mod qemu;
 mod qemu_formats;
 mod qemu_frontend;
+mod qemu_switch;
 mod reflection;
 mod site;

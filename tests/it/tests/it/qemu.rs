@@ -55,20 +55,35 @@ impl Qemu {
     }
 
     /// A NIC served at `socket`.
-    pub(crate) fn nic(mut self, socket: &Path) -> Self {
+    pub(crate) fn nic(self, socket: &Path) -> Self {
+        self.nic_with(socket, "mac=52:54:00:12:34:56")
+    }
+
+    /// The same, with properties of the device.
+    pub(crate) fn nic_with(mut self, socket: &Path, properties: &str) -> Self {
         let chardev = self.chardev(socket);
         // QEMU 7.2 dies in msix_set_vector_notifiers when vhost-user-net has MSI-X and no irqfd.
         self.command
             .args(["-netdev", &format!("vhost-user,id=n0,chardev={chardev}")])
             .args([
                 "-device",
-                "virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:12:34:56,vectors=0",
+                &format!("virtio-net-pci,netdev=n0,romfile=,vectors=0,{properties}"),
             ]);
         self
     }
 
-    pub(crate) fn start(mut self, dir: &Path) -> Process {
-        Process::spawn(dir, "qemu", &mut self.command)
+    pub(crate) fn start(self, dir: &Path) -> Process {
+        self.start_as(dir, "qemu")
+    }
+
+    /// One of several, with a name for its log.
+    pub(crate) fn start_as(mut self, dir: &Path, name: &str) -> Process {
+        Process::spawn(dir, name, &mut self.command)
+    }
+
+    /// For a guest that takes plans from its console.
+    pub(crate) fn start_listening(mut self, dir: &Path) -> Process {
+        Process::spawn_listening(dir, "qemu", &mut self.command)
     }
 
     fn chardev(&mut self, socket: &Path) -> String {
