@@ -222,6 +222,7 @@ fn endpoints_of(
             port_forwards: nic.port_forwards.into_iter().map(port_forward).collect(),
             allow_spoofing: nic.allow_spoofing,
             filtered: !nic.security_groups.is_empty(),
+            track_flows: nic.track_flows,
             rules,
         });
     }

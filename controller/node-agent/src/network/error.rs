@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use tonic::Code;
 
-use crate::{process::ProcessError, record::RecordError};
+use crate::{process::ProcessError, record::RecordError, vm::DaemonError};
 
 /// See the module.
 #[derive(Debug, thiserror::Error)]
@@ -162,6 +162,19 @@ pub(crate) enum NetworkError {
     /// What is to be done has no place in this version.
     #[error("spec.datapath: {0}")]
     Datapath(&'static str),
+    /// A running NIC did not take its policy.
+    #[error("network {id}: telling NIC {nic} of VM {vm} what it may let pass")]
+    Policy {
+        /// The network.
+        id: String,
+        /// The VM.
+        vm: String,
+        /// The NIC.
+        nic: String,
+        /// Why not.
+        #[source]
+        source: Box<DaemonError>,
+    },
     /// It cannot be kept.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -175,6 +188,7 @@ impl NetworkError {
             Self::NotPermitted { .. } => Code::PermissionDenied,
             Self::Exists { .. } => Code::AlreadyExists,
             Self::NotABridge { .. } | Self::NoUnderlay => Code::InvalidArgument,
+            Self::Policy { .. } => Code::Unavailable,
             Self::Record(_) => Code::Internal,
             Self::Datapath(_) => Code::Unimplemented,
             _ => Code::FailedPrecondition,

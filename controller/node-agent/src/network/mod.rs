@@ -30,7 +30,10 @@ use std::{
     time::Duration,
 };
 
-use api::node::{NetworkKind, NetworkSpec, NetworkStatus};
+use api::{
+    device::Policy,
+    node::{NetworkKind, NetworkSpec, NetworkStatus},
+};
 use ipnet::IpNet;
 use tokio::sync::watch;
 
@@ -42,7 +45,10 @@ use self::{
     links::{Links, Vxlan},
     server::Server,
 };
-use crate::{tap::fnv1a, vm::error_chain};
+use crate::{
+    tap::fnv1a,
+    vm::{DaemonError, error_chain, nics::Nics},
+};
 
 /// IFNAMSIZ less the NUL.
 const MAX_NAME_BYTES: usize = 15;
@@ -60,6 +66,8 @@ pub(crate) struct Networks {
 struct Inner {
     state_dir: PathBuf,
     run_dir: PathBuf,
+    /// Where the VMs' sockets are.
+    vms_dir: PathBuf,
     host_id: String,
     underlay: Option<IpAddr>,
     forwarding: Forwarding,
@@ -79,6 +87,8 @@ struct Made {
     /// As recorded; `None` when nothing of it may exist.
     spec: Option<NetworkSpec>,
     server: Option<Server>,
+    /// What running NICs were told by this agent, by VM and NIC.
+    policies: BTreeMap<(String, String), Policy>,
 }
 
 /// What others may know of it without waiting for the work.
@@ -118,6 +128,7 @@ impl Networks {
         host_id: &str,
         underlay: Option<IpAddr>,
     ) -> Result<Self, NetworkError> {
+        let vms_dir = run_dir.join("vms");
         let state_dir = state_dir.join("networks");
         let run_dir = run_dir.join("networks");
         for dir in [&state_dir, &run_dir] {
@@ -129,7 +140,7 @@ impl Networks {
             let id = spec.id.clone();
             let network = Network::new(Made {
                 spec: Some(spec),
-                server: None,
+                ..Made::default()
             });
             table.insert(id, Arc::new(network));
         }
@@ -138,6 +149,7 @@ impl Networks {
                 forwarding: Forwarding::open(&state_dir)?,
                 state_dir,
                 run_dir,
+                vms_dir,
                 host_id: host_id.to_owned(),
                 underlay,
                 table: Mutex::new(table),
@@ -254,7 +266,7 @@ impl Networks {
     }
 
     /// What a NIC may let pass now; `None` when its network does not know it.
-    pub(crate) fn policy(&self, id: &str, vm: &str, nic: &str) -> Option<api::device::Policy> {
+    pub(crate) fn policy(&self, id: &str, vm: &str, nic: &str) -> Option<Policy> {
         let network = self.table().get(id).cloned()?;
         let seen = network.seen.borrow();
         policy::of(&seen.spec, vm, nic)
@@ -274,6 +286,12 @@ impl Networks {
                 tracing::warn!(network = spec.id, "{}", error_chain(&error));
             }
         }
+        // NICs that start from now on get this one.
+        network.seen.send_modify(|seen| seen.spec = spec.clone());
+        let result = match result {
+            Ok(()) => self.tell_policies(made, &spec).await,
+            failed => failed,
+        };
         network.seen.send_replace(Seen {
             problem: result
                 .as_ref()
@@ -284,6 +302,36 @@ impl Networks {
             spec,
         });
         result
+    }
+
+    /// Tells the NICs that run already. One whose daemon is not there gets its policy with its start.
+    async fn tell_policies(&self, made: &mut Made, spec: &NetworkSpec) -> Result<(), NetworkError> {
+        let mut told = std::mem::take(&mut made.policies);
+        for endpoint in &spec.endpoints {
+            let (vm, nic) = (&endpoint.vm_id, &endpoint.nic);
+            let nics = Nics::of(&self.inner.vms_dir.join(vm));
+            let Some(policy) = policy::of(spec, vm, nic).filter(|_| nics.are_served()) else {
+                continue;
+            };
+            let key = (vm.clone(), nic.clone());
+            if told.remove(&key).as_ref() != Some(&policy) {
+                match nics.set_policy(nic, policy.clone()).await {
+                    Ok(()) => {}
+                    // It died; its successor asks for the policy.
+                    Err(DaemonError::Connect { .. }) => continue,
+                    Err(source) => {
+                        return Err(NetworkError::Policy {
+                            id: spec.id.clone(),
+                            vm: vm.clone(),
+                            nic: nic.clone(),
+                            source: Box::new(source),
+                        });
+                    }
+                }
+            }
+            made.policies.insert(key, policy);
+        }
+        Ok(())
     }
 
     /// Checks first, then records what will exist, then makes it.

@@ -51,7 +51,7 @@ pub(super) fn of(spec: &NetworkSpec, vm: &str, nic: &str) -> Option<Policy> {
     Some(Policy {
         anti_spoofing,
         security,
-        track_flows: false,
+        track_flows: endpoint.track_flows,
     })
 }
 

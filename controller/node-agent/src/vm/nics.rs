@@ -10,7 +10,7 @@ use api::{
     connect,
     device::{
         CaptureChunk, CaptureRequest, GetNicRequest, ListFlowsRequest, ListFlowsResponse, Nic,
-        SetLinkRequest, SetNetLimitsRequest, nics_client::NicsClient,
+        Policy, SetLinkRequest, SetNetLimitsRequest, SetPolicyRequest, nics_client::NicsClient,
     },
 };
 use tonic::{Status, Streaming, transport::Channel};
@@ -36,6 +36,13 @@ impl Nics {
         }
     }
 
+    /// A daemon serves, or is about to.
+    pub(crate) fn are_served(&self) -> bool {
+        self.dir
+            .join(format!("{}.sock", DaemonKind::Net.stem()))
+            .exists()
+    }
+
     /// Sets limits and the cable.
     pub(super) async fn tune(&self, nic: &str, tuning: &NicTuning) -> Result<(), DaemonError> {
         let mut client = self.client().await?;
@@ -53,6 +60,19 @@ impl Nics {
         };
         let answer = client.set_link(with_deadline(link, CALL_DEADLINE)).await;
         answer.map(drop).map_err(refused("to set the link"))
+    }
+
+    /// Replaces what a NIC lets pass.
+    pub(crate) async fn set_policy(&self, nic: &str, policy: Policy) -> Result<(), DaemonError> {
+        let request = SetPolicyRequest {
+            id: nic.to_owned(),
+            policy: Some(policy),
+        };
+        let mut client = self.client().await?;
+        let answer = client
+            .set_policy(with_deadline(request, CALL_DEADLINE))
+            .await;
+        answer.map(drop).map_err(refused("to set the policy"))
     }
 
     /// What is set, and figures.

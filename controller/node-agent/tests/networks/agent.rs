@@ -46,6 +46,18 @@ impl Agent {
         }
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn client(&self) -> NodeAgentClient<Channel> {
+        self.client.clone()
+    }
+
+    pub(crate) fn block_on<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(work)
+    }
+
     /// Kills the agent and starts another.
     pub(crate) fn replace(&mut self) {
         self.end(Signal::SIGKILL);
@@ -162,6 +174,19 @@ fn connect(runtime: &Runtime, dir: &Path) -> NodeAgentClient<Channel> {
         .block_on(api::connect::unix(&socket, PATIENCE))
         .unwrap();
     NodeAgentClient::new(channel)
+}
+
+/// The process that has this among its arguments.
+pub(crate) fn pid_of(argument: &str) -> Option<i32> {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter(|entry| {
+            let cmdline = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            cmdline
+                .split(|byte| *byte == 0)
+                .any(|arg| arg == argument.as_bytes())
+        })
+        .find_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
 /// 10.20.0.0/24 and fd00:20::/64 with one guest, `web`, at .5.

@@ -2,8 +2,12 @@
 //! network namespaces. Needs root, nft, dnsmasq and ip, and BUSYBOX for its DHCP client.
 
 mod agent;
+#[path = "../processes/guest.rs"]
+#[allow(dead_code)]
+mod guest;
 mod isolation;
 mod namespace;
 mod nat;
 mod overlay;
+mod policy;
 mod refusals;
