@@ -7,6 +7,7 @@ use api::listen::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) mod network;
+pub(crate) mod nic;
 
 use crate::spec::{DiskArg, NetArg, ShareArg, VhostUserArg, parse_size};
 
@@ -79,6 +80,11 @@ pub(crate) enum Command {
     Disk {
         #[command(subcommand)]
         command: DiskCommand,
+    },
+    /// Look at, limit, unplug and listen to VMs' NICs
+    Nic {
+        #[command(subcommand)]
+        command: nic::NicCommand,
     },
     /// Create, look at, change and delete networks that VMs' NICs are in
     Network {

@@ -5,6 +5,7 @@ pub(crate) mod events;
 pub(crate) mod host;
 pub(crate) mod import;
 pub(crate) mod network;
+pub(crate) mod nic;
 pub(crate) mod op;
 pub(crate) mod run;
 pub(crate) mod security_group;

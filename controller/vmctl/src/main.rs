@@ -61,6 +61,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Vm { command } => commands::vm::run(&global, command).await,
         Command::Volume { command } => commands::volume::run(&global, command).await,
         Command::Disk { command } => commands::disk::run(&global, command).await,
+        Command::Nic { command } => commands::nic::run(&global, command).await,
         Command::Network { command } => commands::network::run(&global, command).await,
         Command::SecurityGroup { command } => commands::security_group::run(&global, command).await,
         Command::Host { command } => commands::host::run(&global, command).await,

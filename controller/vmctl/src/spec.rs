@@ -204,6 +204,7 @@ impl FromStr for NetArg {
                     nic.user.get_or_insert_default().host_loopback = address.to_owned();
                 }
                 None if word == "allow-spoofing" => nic.allow_spoofing = true,
+                None if word == "track-flows" => nic.track_flows = true,
                 None if is_first => nic.network = word.to_owned(),
                 Some(("network", name)) => nic.network = name.to_owned(),
                 Some(("ip", address)) if address.contains(':') => {
@@ -217,7 +218,7 @@ impl FromStr for NetArg {
                 Some(("name", name)) => nic.name = name.to_owned(),
                 _ => {
                     return Err(format!(
-                        "{word:?} is no option of a NIC; there are NETWORK (first), ip=, sg=, allow-spoofing, user, port-forward=, host-loopback=, tap=, host-cidr=, bridge=, mac=, queues=, mtu= and name="
+                        "{word:?} is no option of a NIC; there are NETWORK (first), ip=, sg=, allow-spoofing, track-flows, user, port-forward=, host-loopback=, tap=, host-cidr=, bridge=, mac=, queues=, mtu= and name="
                     ));
                 }
             }
