@@ -54,6 +54,15 @@ impl Nics for Api {
             .map_err(command_status)?;
         let spec = stored.record.vm.spec.unwrap_or_default();
         let found = commands::find_nic(&spec, &name.0, &name.1).map_err(command_status)?;
+        let of_networks = ["spec.port_forwards", "spec.security_groups"];
+        if found.network.is_empty() && mask.iter().any(|path| of_networks.contains(&path.as_str()))
+        {
+            let problem = format!(
+                "{} change of NICs in networks only",
+                of_networks.join(" and ")
+            );
+            return Err(invalid_field("update_mask", problem));
+        }
         let mut changed = found.clone();
         apply_mask(&mut changed, &wanted, &mask);
         validate::updated_nic(&changed)?;
@@ -157,6 +166,8 @@ fn apply_mask(nic: &mut Nic, wanted: &Nic, mask: &[String]) {
         match path.as_str() {
             "spec.link_down" => nic.link_down = wanted.link_down,
             "spec.limits" => nic.limits = wanted.limits,
+            "spec.port_forwards" => nic.port_forwards.clone_from(&wanted.port_forwards),
+            "spec.security_groups" => nic.security_groups.clone_from(&wanted.security_groups),
             _ => {
                 let own = nic.limits.get_or_insert_default();
                 let Some(path) = path.strip_prefix("spec.limits.") else {

@@ -29,7 +29,7 @@ pub(super) async fn claim(
         if !nic.network.is_empty() {
             let (name, network) = network_of(store, vm, &at, &nic.network).await?;
             transaction = transaction.if_unchanged(key(&name), network.revision);
-            choose_mac(store, &at, uid, nic, &mut taken).await?;
+            choose_mac(store, uid, nic, &mut taken).await?;
             let spec = network.record.network.spec.unwrap_or_default();
             choose_ipv4(store, &at, &name, &spec, nic, &mut taken).await?;
             choose_ipv6(&at, &spec, nic)?;
@@ -49,6 +49,44 @@ pub(super) async fn claim(
                 .if_absent(wanted.clone())
                 .put(wanted, owner.into_bytes());
         }
+    }
+    Ok(transaction)
+}
+
+/// A transaction that gives a NIC what it has after a change and takes what it had before. Its
+/// addresses stay.
+pub(super) async fn reclaim(
+    store: &SharedStore,
+    vm: &Name,
+    before: &pb::Nic,
+    after: &pb::Nic,
+) -> Result<Transaction, CommandError> {
+    let at = "nic.spec";
+    let mut transaction = Transaction::new();
+    if after.port_forwards != before.port_forwards && !after.port_forwards.is_empty() {
+        let (name, network) = network_of(store, vm, at, &after.network).await?;
+        let spec = network.record.network.spec.unwrap_or_default();
+        if spec.kind() != pb::NetworkKind::Nat {
+            return Err(CommandError::NoForwards {
+                field: format!("{at}.port_forwards"),
+                network: name.id,
+            });
+        }
+    }
+    if after.security_groups != before.security_groups {
+        transaction = require_groups(store, vm, at, after, transaction).await?;
+    }
+    let had: BTreeSet<String> = claim::all_of(before).into_iter().collect();
+    let has: BTreeSet<String> = claim::all_of(after).into_iter().collect();
+    for key in had.difference(&has) {
+        transaction = transaction.delete(key);
+    }
+    for wanted in has.difference(&had) {
+        require_free(store, at, after, wanted, &BTreeSet::new()).await?;
+        let owner = format!("{}, NIC {}", short(vm), after.name);
+        transaction = transaction
+            .if_absent(wanted)
+            .put(wanted, owner.into_bytes());
     }
     Ok(transaction)
 }
@@ -83,7 +121,6 @@ async fn network_of(
 /// Made of the uid, so that it is another one for the next VM of the same name.
 async fn choose_mac(
     store: &SharedStore,
-    _at: &str,
     uid: &str,
     nic: &mut pb::Nic,
     taken: &mut BTreeSet<String>,

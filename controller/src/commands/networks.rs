@@ -13,8 +13,8 @@ use crate::plan::{Desired, Observed, Stored};
 use crate::reconciler::decode;
 use crate::store::{Range, SharedStore, Transaction};
 
-/// Where networks without a subnet of their own get one: in the shared address space's size, but of
-/// RFC 1918, and away from what routers of homes and container engines take.
+/// Where networks without a subnet of their own get one: away from what routers at home and container
+/// engines take.
 const AUTOMATIC: (Ipv4Addr, u32) = (Ipv4Addr::new(10, 64, 0, 0), 1 << 14);
 
 /// One network.
@@ -265,7 +265,7 @@ async fn complete(
         others.push((record.network.name, spec));
     }
     let has_host = model::has_host(spec.kind());
-    if has_host && spec.ipv4_cidr.is_empty() && spec.ipv6_prefix.is_empty() {
+    if has_host && spec.ipv4_cidr.is_empty() {
         spec.ipv4_cidr = free_subnet(&others)?.to_string();
     }
     let subnets = [

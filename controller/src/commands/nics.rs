@@ -4,10 +4,10 @@ use api::controller as pb;
 use api::names::Name;
 use prost::Message;
 
-use super::{CommandError, RequestKey, get_vm, with_retry};
+use super::{CommandError, RequestKey, addresses, get_vm, with_retry};
 use crate::model::{self, key, short};
 use crate::plan::Stored;
-use crate::store::{SharedStore, Transaction};
+use crate::store::SharedStore;
 
 /// Changes what may change of a NIC.
 ///
@@ -41,11 +41,13 @@ pub async fn update_nic(
             return Err(CommandError::Deleting { what: short(vm) });
         }
         let spec = record.vm.spec.get_or_insert_default();
-        find_nic(spec, vm, nic)?;
+        let before = find_nic(spec, vm, nic)?.clone();
         spec.nics
             .iter_mut()
             .filter(|found| found.name == *nic)
             .for_each(&change);
+        let after = find_nic(spec, vm, nic)?;
+        let transaction = addresses::reclaim(store, vm, &before, after).await?;
         record.vm.generation += 1;
         let target = format!("{vm}/nics/{nic}");
         let kind = pb::OperationKind::UpdateNic;
@@ -58,7 +60,7 @@ pub async fn update_nic(
             });
         }
         let transaction = request
-            .begin(Transaction::new(), &mut operation)
+            .begin(transaction, &mut operation)
             .if_unchanged(key(vm), revision)
             .put(key(vm), record.encode_to_vec());
         store.commit(transaction).await?;

@@ -304,6 +304,62 @@ async fn each_clash_names_the_field_and_the_owner() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn port_forwards_move_while_the_vm_lives_and_are_free_again() {
+    let site = Site::new().await;
+    let c = &site.controller;
+    make_network(c, "front", nat()).await;
+    for id in ["web", "db"] {
+        make_vm(c, vm_with(id, nic_in("front"))).await.unwrap();
+    }
+    let forward = |vm: &str, ports: &[u32]| {
+        let port_forwards = ports.iter().map(|port| pb::PortForward {
+            protocol: "tcp".into(),
+            host_port: *port,
+            guest_port: 80,
+            ..Default::default()
+        });
+        pb::UpdateNicRequest {
+            nic: Some(pb::VmNic {
+                name: format!("{}/nics/nic0", vm_name(vm)),
+                spec: Some(pb::Nic {
+                    port_forwards: port_forwards.collect(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            update_mask: Some(prost_types::FieldMask {
+                paths: vec!["spec.port_forwards".into()],
+            }),
+            ..Default::default()
+        }
+    };
+    let mut nics = pb::nics_client::NicsClient::new(c.channel.clone());
+    nics.update_nic(forward("web", &[8080, 8081]))
+        .await
+        .unwrap();
+    let refused = nics.update_nic(forward("db", &[8080])).await.unwrap_err();
+    assert_eq!(refused.code(), Code::AlreadyExists);
+    assert!(
+        refused.message().contains("vm web"),
+        "{}",
+        refused.message()
+    );
+    nics.update_nic(forward("web", &[8081])).await.unwrap();
+    nics.update_nic(forward("db", &[8080])).await.unwrap();
+    poll("both forwards", || {
+        let spec = site.host.network("front")?;
+        let ports = |vm: &str| {
+            let mut of_vm = spec
+                .endpoints
+                .iter()
+                .filter(|endpoint| endpoint.vm_id == vm);
+            Some(of_vm.next()?.port_forwards.first()?.host_port)
+        };
+        (ports("web") == Some(8081) && ports("db") == Some(8080)).then_some(())
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn network_that_a_host_cannot_make_says_why_and_is_tried_again() {
     let site = Site::new().await;
     let c = &site.controller;

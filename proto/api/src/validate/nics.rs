@@ -6,7 +6,9 @@ use super::*;
 use crate::controller as pb;
 
 /// What UpdateNic can change.
-const NIC_MASK: [&str; 12] = [
+const NIC_MASK: [&str; 14] = [
+    "spec.port_forwards",
+    "spec.security_groups",
     "spec.link_down",
     "spec.limits",
     "spec.limits.ingress",
@@ -61,6 +63,7 @@ pub fn update_nic_request(request: &pb::UpdateNicRequest) -> Result<(names::Name
 pub fn updated_nic(nic: &pb::Nic) -> Result<(), Status> {
     let mut found = Violations::new();
     changeable(&mut found, "nic.spec", nic);
+    super::networks::nic_network(&mut found, "nic.spec", nic);
     found.into_result()
 }
 
