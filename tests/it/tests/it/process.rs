@@ -1,7 +1,7 @@
 //! A child process that does not outlive its test, and waiting with a deadline.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,10 +17,19 @@ pub(crate) struct Process {
 impl Process {
     /// Starts `command`; both outputs are written to `DIR/NAME.log`.
     pub(crate) fn spawn(dir: &Path, name: &str, command: &mut Command) -> Process {
+        Self::spawn_with(dir, name, command, Stdio::null())
+    }
+
+    /// The same, for one that is [told](Self::tell) something later.
+    pub(crate) fn spawn_listening(dir: &Path, name: &str, command: &mut Command) -> Process {
+        Self::spawn_with(dir, name, command, Stdio::piped())
+    }
+
+    fn spawn_with(dir: &Path, name: &str, command: &mut Command, input: Stdio) -> Process {
         let log = dir.join(format!("{name}.log"));
         let output = File::create(&log).expect("the log can be created");
         let child = command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(output.try_clone().expect("a second descriptor"))
             .stderr(output)
             .spawn()
@@ -34,6 +43,12 @@ impl Process {
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Writes a line to its standard input.
+    pub(crate) fn tell(&mut self, line: &str) {
+        let input = self.child.stdin.as_mut().expect("it listens");
+        writeln!(input, "{line}").expect("it takes its input");
     }
 
     /// All that it printed until now.
