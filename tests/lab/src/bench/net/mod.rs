@@ -3,12 +3,16 @@
 //!
 //! Most of these poll, so each contender's processes ([`rig`]) are stopped except in its turn.
 
+mod dropping;
+mod idle;
+mod loads;
 mod namespace;
 mod open_vswitch;
 mod rig;
 mod serving;
 mod switch;
 mod tap;
+mod tap_receive;
 mod testpmd;
 
 use anyhow::Result;
@@ -31,7 +35,11 @@ pub(super) fn run(session: &mut Session) -> Result<()> {
         namespace::enter()?;
     }
     switch::run(session)?;
-    tap::run(session)
+    loads::run(session)?;
+    dropping::run(session)?;
+    tap::run(session)?;
+    tap_receive::run(session)?;
+    idle::run(session)
 }
 
 impl<'a> Bay<'a> {

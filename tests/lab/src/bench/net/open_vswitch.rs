@@ -69,8 +69,6 @@ pub(super) fn start(
 struct Place<'a> {
     bay: &'a Bay<'a>,
     dir: PathBuf,
-    /// For DPDK's files.
-    prefix: String,
 }
 
 impl<'a> Place<'a> {
@@ -79,11 +77,7 @@ impl<'a> Place<'a> {
         // Of a contender before.
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;
-        Ok(Self {
-            bay,
-            dir,
-            prefix: name.to_owned(),
-        })
+        Ok(Self { bay, dir })
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -132,8 +126,7 @@ impl<'a> Place<'a> {
     fn configure(&self) -> Result<()> {
         let cpus = self.bay.cpus;
         let extra = format!(
-            "--no-pci --no-huge --legacy-mem -m 1024 --no-shconf --file-prefix {} -d {}",
-            self.prefix,
+            "--no-pci --no-huge --legacy-mem -m 1024 --no-shconf --file-prefix pmd -d {}",
             self.bay.dpdk.driver_dir.display()
         );
         self.control(&["--no-wait", "init"])?;

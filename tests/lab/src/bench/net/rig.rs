@@ -33,7 +33,7 @@ pub(super) struct Rig {
     pub(super) generators: Vec<Daemon>,
     /// Packets that arrived so far.
     pub(super) count: Count,
-    /// Alive as long as the contender is.
+    /// Alive as long as the contender is, to be killed after it.
     pub(super) others: Vec<Daemon>,
 }
 
@@ -51,6 +51,18 @@ pub(super) enum Count {
 }
 
 impl Rig {
+    /// Of a daemon that polls.
+    pub(super) fn new(daemon: Daemon, count: Count) -> Self {
+        Self {
+            daemons: vec![daemon],
+            daemons_rest: false,
+            frontend: None,
+            generators: Vec::new(),
+            count,
+            others: Vec::new(),
+        }
+    }
+
     /// Tells the frontend to begin, waits until packets arrive, and brings everything to rest.
     pub(super) fn begin(&mut self, command: &str) -> Result<()> {
         let running = self.run()?;
@@ -133,7 +145,7 @@ impl Rig {
     }
 
     fn last_words(&self) -> String {
-        let all = self.daemons.iter().chain(self.load());
+        let all = self.daemons.iter().chain(self.load()).chain(&self.others);
         let words: Vec<String> = all.map(Daemon::last_words).collect();
         words.join("; ")
     }

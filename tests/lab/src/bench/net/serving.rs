@@ -153,6 +153,14 @@ pub(super) fn mac(port: usize) -> String {
     format!("52:54:00:00:00:{:02x}", port + 1)
 }
 
+/// Options of a frontend that sends packets as fast as it can.
+pub(super) fn sending(len: usize) -> [String; 2] {
+    [
+        "--forward-mode=txonly".to_owned(),
+        format!("--txpkts={len}"),
+    ]
+}
+
 fn pin(command: &mut Command, cpu: usize) {
     use std::os::unix::process::CommandExt;
     let bind = move || {

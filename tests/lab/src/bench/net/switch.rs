@@ -4,6 +4,8 @@
 //! a fixed number of packets circulates, each with the address of the guest at the other end. The
 //! peers' best is to turn packets back at one port, which needs no look at addresses.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 
 use super::super::Session;
@@ -15,12 +17,12 @@ use super::serving::{self, Bay};
 use super::{CIRCULATE, OURS, VHOST_PMD};
 use crate::progress::step;
 
-/// Ours, told to poll, as the others always do.
+/// Ours, told to poll without pause, as the others always do.
 const POLLING: &str = "ours-polling";
 /// The vhost PMD with one port that sends everything back.
 const VHOST_PMD_BACK: &str = "vhost-pmd-back";
 /// Open vSwitch, which learns addresses.
-const OVS: &str = "ovs-dpdk";
+pub(super) const OVS: &str = "ovs-dpdk";
 /// Open vSwitch told to send everything back.
 const OVS_HAIRPIN: &str = "ovs-dpdk-hairpin";
 
@@ -60,25 +62,17 @@ fn rows(len: usize, has_target: bool) -> Vec<RowSpec> {
         },
         false => Verdict::Info,
     };
-    let polling = format!("{case}/polling");
-    let mut rows = vec![row(
-        polling.clone(),
-        POLLING,
-        target(OVS_TARGET, OVS_HAIRPIN),
-    )];
+    let mut rows = vec![row(case.clone(), OURS, target(OVS_TARGET, OVS_HAIRPIN))];
     if has_target {
-        for (peer, value) in [
-            (VHOST_PMD, VHOST_PMD_TARGET),
-            (VHOST_PMD_BACK, VHOST_PMD_TARGET),
-        ] {
+        for peer in [VHOST_PMD, VHOST_PMD_BACK] {
             rows.push(row(
-                format!("{polling}/beside-{peer}"),
-                POLLING,
-                target(value, peer),
+                format!("{case}/beside-{peer}"),
+                OURS,
+                target(VHOST_PMD_TARGET, peer),
             ));
         }
     }
-    rows.push(row(case.clone(), OURS, Verdict::Info));
+    rows.push(row(format!("{case}/polling"), POLLING, Verdict::Info));
     rows.push(RowSpec {
         unit: "CPU s per million packets",
         better: Better::Lower,
@@ -90,12 +84,13 @@ fn rows(len: usize, has_target: bool) -> Vec<RowSpec> {
 
 fn compare(bay: &Bay, session: &Session, len: usize) -> Result<Samples> {
     let effort = &session.effort;
-    let polling = ours(bay, POLLING, "always", len)?;
-    let adaptive = ours(bay, OURS, "adaptive", len)?;
-    let vhost_pmd = vhost_pmd(bay, VHOST_PMD, 2, len)?;
-    let vhost_pmd_back = vhost_pmd_rig(bay, len)?;
-    let ovs = open_vswitch(bay, OVS, Forwarding::Learning, len)?;
-    let hairpin = open_vswitch(bay, OVS_HAIRPIN, Forwarding::Back, len)?;
+    let guests = |ports| Guests::forwarding(ports, len);
+    let polling = ours(bay, POLLING, "always", &guests(2))?;
+    let adaptive = ours(bay, OURS, "adaptive", &guests(2))?;
+    let vhost_pmd = vhost_pmd(bay, VHOST_PMD, &guests(2))?;
+    let vhost_pmd_back = self::vhost_pmd(bay, VHOST_PMD_BACK, &guests(1))?;
+    let ovs = open_vswitch(bay, OVS, Forwarding::Learning, &guests(2))?;
+    let hairpin = open_vswitch(bay, OVS_HAIRPIN, Forwarding::Back, &guests(1))?;
     let contenders = [
         Contender::new(POLLING, || polling.measure(effort)),
         Contender::new(OURS, || adaptive.measure(effort)),
@@ -107,8 +102,9 @@ fn compare(bay: &Bay, session: &Session, len: usize) -> Result<Samples> {
     Samples::take(&contenders, effort.rounds)
 }
 
-fn ours(bay: &Bay, name: &str, polling: &str, len: usize) -> Result<Rig> {
-    let sockets = [0, 1].map(|port| bay.socket(&format!("{name}-{port}")));
+/// A process of ours whose switch has a port for each guest.
+pub(super) fn ours(bay: &Bay, name: &str, polling: &str, guests: &Guests) -> Result<Rig> {
+    let sockets = guests.sockets(bay, name);
     let nics: Vec<String> = sockets
         .iter()
         .enumerate()
@@ -120,63 +116,101 @@ fn ours(bay: &Bay, name: &str, polling: &str, len: usize) -> Result<Rig> {
             )
         })
         .collect();
-    let mut rig = Rig {
-        daemons: vec![bay.device_net(name, &nics, &sockets)?],
+    let daemon = bay.device_net(name, &nics, &sockets)?;
+    let rig = Rig {
         daemons_rest: polling != "always",
-        frontend: Some(bay.frontend(&format!("{name}-front"), &sockets, &forwarding(len))?),
-        generators: Vec::new(),
-        count: Count::AtFrontend { ports: 2 },
-        others: Vec::new(),
+        ..Rig::new(
+            daemon,
+            Count::AtFrontend {
+                ports: guests.ports,
+            },
+        )
     };
-    rig.begin(CIRCULATE)?;
-    Ok(rig)
+    guests.connect(bay, name, rig, &sockets)
 }
 
-fn vhost_pmd_rig(bay: &Bay, len: usize) -> Result<Rig> {
-    vhost_pmd(bay, VHOST_PMD_BACK, 1, len)
+/// DPDK's vhost PMD with a port for each guest.
+pub(super) fn vhost_pmd(bay: &Bay, name: &str, guests: &Guests) -> Result<Rig> {
+    let sockets = guests.sockets(bay, name);
+    let daemon = bay.vhost_pmd(name, &sockets, &[], "io")?;
+    let rig = Rig::new(
+        daemon,
+        Count::AtFrontend {
+            ports: guests.ports,
+        },
+    );
+    guests.connect(bay, name, rig, &sockets)
 }
 
-fn vhost_pmd(bay: &Bay, name: &str, ports: usize, len: usize) -> Result<Rig> {
-    let sockets: Vec<_> = (0..ports)
-        .map(|port| bay.socket(&format!("{name}-{port}")))
-        .collect();
-    let mut rig = Rig {
-        daemons: vec![bay.vhost_pmd(name, &sockets, &[], "io")?],
-        daemons_rest: false,
-        frontend: Some(bay.frontend(&format!("{name}-front"), &sockets, &forwarding(len))?),
-        generators: Vec::new(),
-        count: Count::AtFrontend { ports },
-        others: Vec::new(),
-    };
-    rig.begin(CIRCULATE)?;
-    Ok(rig)
-}
-
-fn open_vswitch(bay: &Bay, name: &str, forwarding_of: Forwarding, len: usize) -> Result<Rig> {
-    let ports = match forwarding_of {
-        Forwarding::Learning => 2,
-        Forwarding::Back => 1,
-    };
-    let switch = open_vswitch::start(bay, name, ports, forwarding_of)?;
-    let frontend = bay.frontend(&format!("{name}-front"), &switch.sockets, &forwarding(len))?;
-    let mut rig = Rig {
-        daemons: vec![switch.daemon],
-        daemons_rest: false,
-        frontend: Some(frontend),
-        generators: Vec::new(),
-        count: Count::AtFrontend { ports },
+/// Open vSwitch with a port for each guest.
+pub(super) fn open_vswitch(
+    bay: &Bay,
+    name: &str,
+    forwarding: Forwarding,
+    guests: &Guests,
+) -> Result<Rig> {
+    let switch = open_vswitch::start(bay, name, guests.ports, forwarding)?;
+    let rig = Rig {
         others: vec![switch.database],
+        ..Rig::new(
+            switch.daemon,
+            Count::AtFrontend {
+                ports: guests.ports,
+            },
+        )
     };
-    rig.begin(CIRCULATE)?;
-    Ok(rig)
+    guests.connect(bay, name, rig, &switch.sockets)
 }
 
-/// A frontend whose ports address one another.
-fn forwarding(len: usize) -> [String; 4] {
-    [
-        "--forward-mode=io".to_owned(),
-        format!("--txpkts={len}"),
-        format!("--eth-peer=0,{}", serving::mac(1)),
-        format!("--eth-peer=1,{}", serving::mac(0)),
-    ]
+/// A frontend whose ports, two and two, address one another.
+pub(super) struct Guests {
+    ports: usize,
+    options: Vec<String>,
+}
+
+impl Guests {
+    /// Who does nothing else.
+    pub(super) fn forwarding(ports: usize, len: usize) -> Self {
+        Self::with_mode(ports, len, &["--forward-mode=io".to_owned()])
+    }
+
+    /// Who looks up memory so often for each packet, as a guest that has something to do: it is
+    /// slower than what it is connected to.
+    pub(super) fn working(ports: usize, len: usize, lookups: u32) -> Self {
+        let mode = [
+            "--forward-mode=noisy".to_owned(),
+            "--noisy-lkup-memory=64".to_owned(),
+            format!("--noisy-lkup-num-reads={lookups}"),
+        ];
+        Self::with_mode(ports, len, &mode)
+    }
+
+    fn with_mode(ports: usize, len: usize, mode: &[String]) -> Self {
+        // A port alone addresses one that is not there.
+        let peers = (0..ports.max(2)).map(|port| {
+            let peer = serving::mac(port ^ 1);
+            format!("--eth-peer={port},{peer}")
+        });
+        let len = format!("--txpkts={len}");
+        Self {
+            ports,
+            options: mode.iter().cloned().chain([len]).chain(peers).collect(),
+        }
+    }
+
+    fn sockets(&self, bay: &Bay, name: &str) -> Vec<PathBuf> {
+        (0..self.ports)
+            .map(|port| bay.socket(&format!("{name}-{port}")))
+            .collect()
+    }
+
+    fn connect(&self, bay: &Bay, name: &str, rig: Rig, sockets: &[PathBuf]) -> Result<Rig> {
+        let frontend = bay.frontend(&format!("{name}-front"), sockets, &self.options)?;
+        let mut rig = Rig {
+            frontend: Some(frontend),
+            ..rig
+        };
+        rig.begin(CIRCULATE)?;
+        Ok(rig)
+    }
 }

@@ -6,7 +6,7 @@ use super::super::Session;
 use super::super::report::Better;
 use super::super::rounds::{Contender, Metric, RowSpec, Samples, Verdict};
 use super::rig::{Count, Rig};
-use super::serving::Bay;
+use super::serving::{self, Bay};
 use super::{OURS, VHOST_PMD};
 use crate::progress::step;
 
@@ -82,13 +82,11 @@ fn compare(bay: &Bay, session: &Session, len: usize) -> Result<Samples> {
 fn ours(bay: &Bay, len: usize) -> Result<Rig> {
     let sockets = [bay.socket("tap-ours")];
     let nic = format!("id=nic,tap=ours,socket={}", sockets[0].display());
+    let daemon = bay.device_net("tap-ours", &[nic], &sockets)?;
     let mut rig = Rig {
-        daemons: vec![bay.device_net("tap-ours", &[nic], &sockets)?],
         daemons_rest: true,
-        frontend: Some(bay.frontend("tap-ours-front", &sockets, &sending(len))?),
-        generators: Vec::new(),
-        count: Count::AtTap("ours"),
-        others: Vec::new(),
+        frontend: Some(bay.frontend("tap-ours-front", &sockets, &serving::sending(len))?),
+        ..Rig::new(daemon, Count::AtTap("ours"))
     };
     rig.begin("start")?;
     Ok(rig)
@@ -97,13 +95,10 @@ fn ours(bay: &Bay, len: usize) -> Result<Rig> {
 fn vhost_pmd(bay: &Bay, len: usize) -> Result<Rig> {
     let sockets = [bay.socket("tap-vhost")];
     let tap = "net_tap0,iface=vhost".to_owned();
+    let daemon = bay.vhost_pmd("tap-vhost", &sockets, &[tap], "io")?;
     let mut rig = Rig {
-        daemons: vec![bay.vhost_pmd("tap-vhost", &sockets, &[tap], "io")?],
-        daemons_rest: false,
-        frontend: Some(bay.frontend("tap-vhost-front", &sockets, &sending(len))?),
-        generators: Vec::new(),
-        count: Count::AtTap("vhost"),
-        others: Vec::new(),
+        frontend: Some(bay.frontend("tap-vhost-front", &sockets, &serving::sending(len))?),
+        ..Rig::new(daemon, Count::AtTap("vhost"))
     };
     rig.begin("start")?;
     Ok(rig)
@@ -112,21 +107,8 @@ fn vhost_pmd(bay: &Bay, len: usize) -> Result<Rig> {
 fn limit(bay: &Bay, len: usize) -> Result<Rig> {
     let bytes = len.to_string();
     let args = ["tap-write", "--tap", LIMIT, "--bytes", &bytes];
-    let mut rig = Rig {
-        daemons: vec![bay.load("tap-writev", bay.cpus.daemon, &args)?],
-        daemons_rest: false,
-        frontend: None,
-        generators: Vec::new(),
-        count: Count::AtTap(LIMIT),
-        others: Vec::new(),
-    };
+    let daemon = bay.load("tap-writev", bay.cpus.daemon, &args)?;
+    let mut rig = Rig::new(daemon, Count::AtTap(LIMIT));
     rig.begin("")?;
     Ok(rig)
-}
-
-fn sending(len: usize) -> [String; 2] {
-    [
-        "--forward-mode=txonly".to_owned(),
-        format!("--txpkts={len}"),
-    ]
 }

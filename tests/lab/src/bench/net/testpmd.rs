@@ -9,18 +9,25 @@ use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr};
 use nix::sys::time::{TimeVal, TimeValLike};
 use serde_json::Value;
 
+use super::super::interrupt;
 use super::super::process::Daemon;
 use crate::artifacts::dpdk::Dpdk;
+use crate::inside::child;
 
+/// Of DPDK's files; short, since a socket's path is bounded. Directories keep processes apart.
+const PREFIX: &str = "pmd";
 /// The largest answer of telemetry.
 const ANSWER_BYTES: usize = 16 << 10;
 const PATIENCE_SECONDS: i64 = 10;
+/// For ports to come up.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The CPU that forwards packets, and the one for everything else.
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +71,7 @@ impl Testpmd {
             .arg(format!("{},{}", cores.forwarding, cores.other))
             .args(["--main-lcore", &cores.other.to_string()])
             .args(["--no-pci", "--no-huge", "-m", "512", "--no-shconf"])
-            .args(["--file-prefix", name])
+            .args(["--file-prefix", PREFIX])
             .arg("-d")
             .arg(&dpdk.driver_dir);
         for device in devices {
@@ -88,6 +95,20 @@ impl Testpmd {
         writeln!(input, "{line}").with_context(|| self.process.last_words())
     }
 
+    /// Waits until the link of each of its ports is up, which it is when they are started.
+    pub(super) fn await_ports(&self, ports: usize) -> Result<()> {
+        child::poll(&format!("the link of {ports} ports"), PATIENCE, || {
+            interrupt::check()?;
+            // Telemetry comes up before the ports do.
+            let is_up = |port| {
+                let answer = self.ask("/ethdev/link_status", port);
+                answer.is_ok_and(|link| link["status"] == "UP")
+            };
+            Ok((0..ports).all(is_up).then_some(()))
+        })
+        .with_context(|| self.process.last_words())
+    }
+
     /// The sum over the first ports.
     pub(super) fn counters(&self, ports: usize) -> Result<Counters> {
         let mut sum = Counters::default();
@@ -101,6 +122,11 @@ impl Testpmd {
     }
 
     fn port_counters(&self, port: usize) -> Result<Counters> {
+        parse_counters(&self.ask("/ethdev/stats", port)?)
+    }
+
+    /// Telemetry's answer about a port.
+    fn ask(&self, what: &str, port: usize) -> Result<Value> {
         let socket = match self.telemetry.get() {
             Some(socket) => socket,
             None => {
@@ -108,14 +134,15 @@ impl Testpmd {
                 self.telemetry.get_or_init(|| socket)
             }
         };
-        let request = format!("/ethdev/stats,{port}");
+        let request = format!("{what},{port}");
         socket::send(socket.as_raw_fd(), request.as_bytes(), MsgFlags::empty())?;
-        parse_counters(&receive(socket)?)
+        let mut answer: Value =
+            serde_json::from_slice(&receive(socket)?).context("telemetry sent no JSON")?;
+        Ok(answer[what].take())
     }
 
     fn telemetry_path(&self) -> PathBuf {
-        let name = self.dir.file_name().unwrap_or_default();
-        self.dir.join("dpdk").join(name).join("dpdk_telemetry.v2")
+        self.dir.join("dpdk").join(PREFIX).join("dpdk_telemetry.v2")
     }
 }
 
@@ -143,27 +170,28 @@ fn receive(socket: &OwnedFd) -> Result<Vec<u8>> {
     Ok(answer)
 }
 
-fn parse_counters(answer: &[u8]) -> Result<Counters> {
-    let answer: Value = serde_json::from_slice(answer).context("telemetry sent no JSON")?;
-    let count = |key: &str| answer["/ethdev/stats"][key].as_u64();
+fn parse_counters(answer: &Value) -> Result<Counters> {
+    let count = |key: &str| answer[key].as_u64().context("testpmd has no such port");
     Ok(Counters {
-        received: count("ipackets").context("testpmd has no such port")?,
-        sent: count("opackets").context("testpmd has no such port")?,
+        received: count("ipackets")?,
+        sent: count("opackets")?,
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
-    fn answers_are_understood() {
-        let text = br#"{"/ethdev/stats":{"ipackets":7,"opackets":9,"ibytes":448,"q_errors":[0]}}"#;
+    fn counters_are_found_among_others() {
+        let answer = json!({"ipackets": 7, "opackets": 9, "ibytes": 448, "q_errors": [0]});
         let expected = Counters {
             received: 7,
             sent: 9,
         };
-        assert_eq!(parse_counters(text).unwrap(), expected);
-        assert!(parse_counters(br#"{"/ethdev/stats":null}"#).is_err());
+        assert_eq!(parse_counters(&answer).unwrap(), expected);
+        assert!(parse_counters(&Value::Null).is_err());
     }
 }
