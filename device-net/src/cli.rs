@@ -13,7 +13,7 @@ use api::names;
 use clap::Parser;
 use vhost_user::backend;
 
-use crate::kernel::Tap;
+use crate::kernel::{PacketSockets, Tap};
 use crate::nic::{MAX_QUEUE_PAIRS, MacAddress};
 
 /// Serves virtio-net devices over vhost-user, each backed by a tap.
@@ -30,11 +30,19 @@ pub(crate) struct Args {
     ///
     /// id=ID,tap=NAME,socket=PATH[,mac=aa:bb:cc:dd:ee:ff][,queue-pairs=N][,mtu=N]
     /// [,polling=never|adaptive|always].
+    /// Packet sockets on an interface of the host instead of a tap: packet=NAME.
     /// A port of a switch inside the process instead of a tap: switch=NAME[,vlan=N][,trunk=N], trunk
     /// repeated for each VLAN that comes and goes tagged.
-    /// Inherited descriptors instead of names: fd=N (repeated for each queue pair), socket-fd=N.
+    /// Inherited descriptors instead of names: fd=N for a tap's, packet-fd=N (repeated for each queue
+    /// pair), socket-fd=N.
     #[arg(long = "nic", value_name = "SPEC")]
     pub(crate) nics: Vec<Nic>,
+    /// A tap that is a port of a switch: the way to the host; may be repeated
+    ///
+    /// switch=NAME,tap=NAME[,vlan=N][,trunk=N], or fd=N instead of tap. Without VLANs, tags pass as
+    /// they are.
+    #[arg(long = "uplink", value_name = "SPEC")]
+    pub(crate) uplinks: Vec<Uplink>,
     /// Address to answer GET /metrics on
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) metrics_listen: Option<String>,
@@ -46,7 +54,9 @@ impl Args {
     /// # Errors
     /// One of them is given twice.
     pub(crate) fn inherited_fds(&self) -> anyhow::Result<Vec<RawFd>> {
-        let mut fds: Vec<RawFd> = self.nics.iter().flat_map(Nic::inherited).collect();
+        let uplinks = self.uplinks.iter().filter_map(Uplink::inherited);
+        let nics = self.nics.iter().flat_map(Nic::inherited);
+        let mut fds: Vec<RawFd> = nics.chain(uplinks).collect();
         fds.sort_unstable();
         if let Some(pair) = fds.windows(2).find(|pair| pair[0] == pair[1]) {
             bail!("descriptor {} is given twice", pair[0]);
@@ -66,6 +76,68 @@ impl Args {
     }
 }
 
+/// One `--uplink`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Uplink {
+    pub(crate) port: SwitchPort,
+    tap: OtherEnd,
+}
+
+impl Uplink {
+    fn inherited(&self) -> Option<RawFd> {
+        match &self.tap {
+            OtherEnd::Fds(fds) => fds.first().copied(),
+            _ => None,
+        }
+    }
+
+    /// Opens the tap.
+    ///
+    /// # Errors
+    /// It cannot be had, and the remedy.
+    pub(crate) fn open(&self) -> anyhow::Result<OwnedFd> {
+        match (&self.tap, self.inherited()) {
+            (OtherEnd::Name(name), _) => {
+                let mut queues = Tap::open(name, 1)?;
+                queues.pop().context("the tap has no queue")
+            }
+            (_, Some(fd)) => Ok(inherited(fd)),
+            (_, None) => bail!("an uplink has a tap or a descriptor"),
+        }
+    }
+}
+
+impl FromStr for Uplink {
+    type Err = NicError;
+
+    fn from_str(text: &str) -> Result<Self, NicError> {
+        let (mut switch, mut tap, mut vlan) = (None, None, None);
+        let mut trunk_vlans = Vec::new();
+        for field in text.split(',') {
+            let (key, value) = field
+                .split_once('=')
+                .ok_or_else(|| NicError::NoValue(field.to_owned()))?;
+            match key {
+                "switch" if !names::is_id(value) => return Err(bad(key, value, ID_SHAPE)),
+                "switch" => set(&mut switch, key, value.to_owned())?,
+                "tap" => set(&mut tap, key, OtherEnd::Name(value.to_owned()))?,
+                "fd" => set(&mut tap, key, OtherEnd::Fds(vec![descriptor(key, value)?]))?,
+                "vlan" => set(&mut vlan, key, vlan_number(key, value)?)?,
+                "trunk" => trunk_vlans.push(vlan_number(key, value)?),
+                _ => return Err(NicError::UnknownUplinkKey(key.to_owned())),
+            }
+        }
+        Ok(Self {
+            port: SwitchPort {
+                switch: switch.ok_or(NicError::Missing("switch"))?,
+                vlan: vlan.unwrap_or(0),
+                trunk_vlans,
+            },
+            tap: tap.ok_or(NicError::Missing("tap"))?,
+        })
+    }
+}
+
 /// One `--nic`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Nic {
@@ -82,6 +154,8 @@ pub(crate) struct Nic {
 enum OtherEnd {
     Name(String),
     Fds(Vec<RawFd>),
+    Packet(String),
+    PacketFds(Vec<RawFd>),
     Switch(SwitchPort),
 }
 
@@ -94,8 +168,8 @@ enum SocketSource {
 impl Nic {
     fn inherited(&self) -> Vec<RawFd> {
         let mut fds = match &self.other_end {
-            OtherEnd::Name(_) | OtherEnd::Switch(_) => Vec::new(),
-            OtherEnd::Fds(fds) => fds.clone(),
+            OtherEnd::Name(_) | OtherEnd::Packet(_) | OtherEnd::Switch(_) => Vec::new(),
+            OtherEnd::Fds(fds) | OtherEnd::PacketFds(fds) => fds.clone(),
         };
         if let SocketSource::Fd(fd) = self.socket {
             fds.push(fd);
@@ -103,16 +177,28 @@ impl Nic {
         fds
     }
 
-    /// Opens the tap and binds the socket.
+    /// Opens the tap or the packet sockets, and binds the socket.
     fn open(&self) -> anyhow::Result<OpenNic> {
         let (tap_name, fds) = match &self.other_end {
             OtherEnd::Name(name) => (name.clone(), Tap::open(name, self.queue_pairs)?),
-            OtherEnd::Fds(fds) => (String::new(), fds.iter().copied().map(inherited).collect()),
+            OtherEnd::Packet(name) => {
+                let sockets = PacketSockets::open(name, self.queue_pairs)?;
+                (name.clone(), sockets)
+            }
+            OtherEnd::Fds(fds) | OtherEnd::PacketFds(fds) => {
+                (String::new(), fds.iter().copied().map(inherited).collect())
+            }
             OtherEnd::Switch(_) => (String::new(), Vec::new()),
         };
         let (switch_port, queue_pairs) = match &self.other_end {
             OtherEnd::Switch(port) => (Some(port.clone()), u32::from(self.queue_pairs)),
             _ => (None, 0),
+        };
+        let is_packet = matches!(self.other_end, OtherEnd::Packet(_) | OtherEnd::PacketFds(_));
+        let references = vec![FdRef::default(); fds.len()];
+        let (tap_fds, packet_fds) = match is_packet {
+            true => (Vec::new(), references),
+            false => (references, Vec::new()),
         };
         let (listener, socket_file, socket_path) = match &self.socket {
             SocketSource::Path(path) => {
@@ -129,7 +215,8 @@ impl Nic {
                 id: self.id.clone(),
                 listener: Some(ListenerConfig::SocketPath(socket_path)),
                 device: Some(DeviceConfig::Net(NetConfig {
-                    tap_fds: vec![FdRef::default(); fds.len()],
+                    tap_fds,
+                    packet_fds,
                     mac: self.mac.clone(),
                     mtu: self.mtu,
                     tap_name,
@@ -167,6 +254,7 @@ impl FromStr for Nic {
         let (mut id, mut tap, mut socket) = (None, None, None);
         let (mut mac, mut queue_pairs, mut mtu) = (None, None, None);
         let (mut switch, mut vlan, mut polling) = (None, None, None);
+        let (mut packet, mut packet_fds) = (None, Vec::new());
         let (mut tap_fds, mut trunk_vlans) = (Vec::new(), Vec::new());
         for field in text.split(',') {
             let (key, value) = field
@@ -177,6 +265,8 @@ impl FromStr for Nic {
                 "id" => set(&mut id, key, value.to_owned())?,
                 "tap" => set(&mut tap, key, value.to_owned())?,
                 "fd" => tap_fds.push(descriptor(key, value)?),
+                "packet" => set(&mut packet, key, value.to_owned())?,
+                "packet-fd" => packet_fds.push(descriptor(key, value)?),
                 "socket" => set(&mut socket, key, SocketSource::Path(value.into()))?,
                 "socket-fd" => {
                     set(&mut socket, key, SocketSource::Fd(descriptor(key, value)?))?;
@@ -218,29 +308,37 @@ impl FromStr for Nic {
             }
         }
         let is_vlan_port = vlan.is_some() || !trunk_vlans.is_empty();
-        let (other_end, queue_pairs) = match (tap, tap_fds.len(), switch, queue_pairs) {
-            (Some(_), _, None, _) | (None, 1.., None, _) if is_vlan_port => {
-                return Err(NicError::VlanWithoutSwitch);
-            }
-            (Some(name), 0, None, pairs) => (OtherEnd::Name(name), pairs.unwrap_or(1)),
-            (None, 1.., None, None) => (OtherEnd::Fds(tap_fds), 1),
-            (None, 1.., None, Some(_)) => return Err(NicError::PairsWithFds),
-            (None, 0, Some(switch), pairs) => {
-                let port = SwitchPort {
+        let ends = [
+            tap.map(OtherEnd::Name),
+            (!tap_fds.is_empty()).then_some(OtherEnd::Fds(tap_fds)),
+            packet.map(OtherEnd::Packet),
+            (!packet_fds.is_empty()).then_some(OtherEnd::PacketFds(packet_fds)),
+            switch.map(|switch| {
+                OtherEnd::Switch(SwitchPort {
                     switch,
                     vlan: vlan.unwrap_or(0),
                     trunk_vlans,
-                };
-                (OtherEnd::Switch(port), pairs.unwrap_or(1))
-            }
-            _ => return Err(NicError::OneOtherEnd),
+                })
+            }),
+        ];
+        let mut ends = ends.into_iter().flatten();
+        let (Some(other_end), None) = (ends.next(), ends.next()) else {
+            return Err(NicError::OneOtherEnd);
         };
+        match other_end {
+            OtherEnd::Switch(_) => {}
+            _ if is_vlan_port => return Err(NicError::VlanWithoutSwitch),
+            OtherEnd::Fds(_) | OtherEnd::PacketFds(_) if queue_pairs.is_some() => {
+                return Err(NicError::PairsWithFds);
+            }
+            _ => {}
+        }
         Ok(Self {
             id: id.ok_or(NicError::Missing("id"))?,
             other_end,
             socket: socket.ok_or(NicError::Missing("socket"))?,
             mac: mac.unwrap_or_default(),
-            queue_pairs,
+            queue_pairs: queue_pairs.unwrap_or(1),
             mtu: mtu.unwrap_or(0),
             polling: polling.unwrap_or_default(),
         })
@@ -287,14 +385,18 @@ pub(crate) enum NicError {
     #[error("{0:?} has no value; write key=value")]
     NoValue(String),
     #[error(
-        "unknown key {0:?}; known are id, tap, fd, switch, vlan, trunk, socket, socket-fd, mac, queue-pairs, mtu, polling"
+        "unknown key {0:?}; known are id, tap, fd, packet, packet-fd, switch, vlan, trunk, socket, socket-fd, mac, queue-pairs, mtu, polling"
     )]
     UnknownKey(String),
+    #[error("unknown key {0:?}; known are switch, tap, fd, vlan, trunk")]
+    UnknownUplinkKey(String),
     #[error("{0} is given twice")]
     Twice(String),
     #[error("{0}= is missing")]
     Missing(&'static str),
-    #[error("give one of tap=NAME, switch=NAME, or fd=N for each queue pair")]
+    #[error(
+        "give one of tap=NAME, packet=NAME, switch=NAME, or fd=N or packet-fd=N for each queue pair"
+    )]
     OneOtherEnd,
     #[error("vlan= and trunk= are for ports of a switch; give switch=NAME with them")]
     VlanWithoutSwitch,
@@ -352,6 +454,24 @@ mod tests {
         };
         assert_eq!(nic.other_end, OtherEnd::Switch(port));
         assert_eq!((nic.queue_pairs, nic.polling), (2, Polling::Always));
+    }
+
+    #[test]
+    fn uplink_is_a_switch_and_a_tap() {
+        let uplink: Uplink = "switch=s0,tap=t0,trunk=5".parse().unwrap();
+        assert_eq!(uplink.tap, OtherEnd::Name("t0".into()));
+        assert_eq!(uplink.port.trunk_vlans, [5]);
+        let uplink: Uplink = "switch=s0,fd=7".parse().unwrap();
+        assert_eq!(uplink.inherited(), Some(7));
+        for (spec, named) in [
+            ("tap=t0", "switch= is missing"),
+            ("switch=s0", "tap= is missing"),
+            ("switch=s0,tap=t0,fd=7", "given twice"),
+            ("switch=s0,tap=t0,mac=x", "\"mac\""),
+        ] {
+            let error = spec.parse::<Uplink>().unwrap_err().to_string();
+            assert!(error.contains(named), "{spec}: {error}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod switch;
 
 use std::process::ExitCode;
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use api::daemon::{self, DeviceTable};
 use api::device::nics_server::NicsServer;
 use api::fds::Inbox;
@@ -57,6 +57,11 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
         .map(listen::tcp)
         .transpose()?;
     let nics = args.open_nics()?;
+    let uplinks = args
+        .uplinks
+        .iter()
+        .map(|uplink| Ok((uplink.port.clone(), uplink.open()?)))
+        .collect::<anyhow::Result<Vec<_>>>()?;
 
     let achieved = confinement::enter()?;
     kernel::uring::start_maker()?;
@@ -72,6 +77,10 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
         .map(|(listener, file)| Inbox::on(listener, file))
         .transpose()?;
     let table = DeviceTable::new("device-net", achieved.into_names(), inbox, nic::attach);
+    for (port, tap) in uplinks {
+        switch::connect_uplink(&port, tap)
+            .with_context(|| format!("uplink of switch {:?}", port.switch))?;
+    }
     let mut socket_files = Vec::new();
     for OpenNic { parts, socket_file } in nics {
         let id = parts.request.id.clone();

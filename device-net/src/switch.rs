@@ -1,6 +1,7 @@
 //! A switch inside the process: NICs of many VMs, from one guest's memory to another's.
 //!
-//! - [`port`]: a NIC's end; [`forward`]: from its transmit rings; [`deliver`]: into receive rings
+//! - [`port`]: a NIC's end; [`forward`]: from its transmit rings; [`deliver`]: into receive rings;
+//!   [`uplink`]: a tap as a port
 //! - [`frame`]: what is known of a frame; [`mac_table`]: where addresses are; [`vlan`], [`storm`]:
 //!   who may send what to whom; [`flow`]: which ring of several
 //! - [`offload`]: what a receiver's driver cannot finish
@@ -15,13 +16,15 @@ mod flow;
 mod forward;
 mod frame;
 mod mac_table;
-mod offload;
+pub(crate) mod offload;
 mod port;
 mod storm;
+mod uplink;
 mod vlan;
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
@@ -36,10 +39,12 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO,
 };
 
+use crate::kernel::TapError;
 use crate::nic::MacAddress;
 use crate::nic::backend::Backend;
 use mac_table::{Key, MacTable, PinError, PortNumber};
 use port::{Port, RingReceiver};
+use uplink::Uplink;
 pub(crate) use vlan::VlanError;
 use vlan::{NO_VLAN, Vlans};
 
@@ -78,6 +83,17 @@ pub(crate) enum ConnectError {
     Threads(#[source] io::Error),
 }
 
+/// An uplink that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UplinkError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Tap(TapError),
+    #[error("the kernel refuses to set up the uplink")]
+    Io(#[source] io::Error),
+}
+
 impl From<ConnectError> for Status {
     fn from(error: ConnectError) -> Self {
         let text = format!("net.switch_port: {error}");
@@ -104,7 +120,7 @@ pub(crate) fn connect(
     let seat = group()?.seat();
     let switch = Switch::named(&config.switch);
     let vlans = Arc::new(vlans);
-    let number = switch.add(Arc::clone(&vlans), num_pairs, mac)?;
+    let number = switch.add(Arc::clone(&vlans), num_pairs, Some(mac))?;
     Ok(Arc::new(Port {
         switch,
         number,
@@ -113,6 +129,21 @@ pub(crate) fn connect(
         seat,
         polling,
     }))
+}
+
+/// Makes a tap a port of the switch that `config` names, for good.
+///
+/// # Errors
+/// [`UplinkError`].
+pub(crate) fn connect_uplink(config: &device::SwitchPort, tap: OwnedFd) -> Result<(), UplinkError> {
+    let vlans = Vlans::new(config.vlan, &config.trunk_vlans).map_err(ConnectError::Vlan)?;
+    let vlans = Arc::new(vlans);
+    let switch = Switch::named(&config.switch);
+    let number = switch.add(Arc::clone(&vlans), 0, None)?;
+    let uplink =
+        Uplink::start(&switch, number, &vlans, tap).inspect_err(|_| switch.remove(number))?;
+    switch.change(number, |port| port.uplink = Some(uplink));
+    Ok(())
 }
 
 /// The threads of all switches of the process.
@@ -152,6 +183,7 @@ struct PortState {
     vlans: Arc<Vlans>,
     receivers: Vec<Option<Arc<RingReceiver>>>,
     active_pairs: u16,
+    uplink: Option<Arc<Uplink>>,
 }
 
 /// All ports, as threads that send look at them.
@@ -172,6 +204,7 @@ struct ViewPort {
 #[derive(Clone, Debug)]
 enum Outlet {
     Ring(Arc<RingReceiver>),
+    Uplink(Arc<Uplink>),
 }
 
 impl Switch {
@@ -209,7 +242,7 @@ impl Switch {
         &self,
         vlans: Arc<Vlans>,
         num_pairs: u16,
-        mac: MacAddress,
+        mac: Option<MacAddress>,
     ) -> Result<PortNumber, ConnectError> {
         let mut ports = self.ports();
         let free = ports.slots.iter().position(Option::is_none);
@@ -221,20 +254,22 @@ impl Switch {
         let number = index as PortNumber;
         // Where untagged frames of that address come from; those with a tag are learnt.
         let vlan = vlans.ingress(None).unwrap_or(NO_VLAN);
-        match self.macs.pin(Key::new(mac.0, vlan), number) {
-            Ok(()) => {}
-            Err(PinError::Taken) => {
-                return Err(ConnectError::DuplicateMac {
-                    mac,
-                    switch: self.name.clone(),
-                });
-            }
-            Err(PinError::Full) => return Err(full()),
+        if let Some(mac) = mac {
+            self.macs
+                .pin(Key::new(mac.0, vlan), number)
+                .map_err(|error| match error {
+                    PinError::Taken => ConnectError::DuplicateMac {
+                        mac,
+                        switch: self.name.clone(),
+                    },
+                    PinError::Full => full(),
+                })?;
         }
         let state = PortState {
             vlans,
             receivers: vec![None; usize::from(num_pairs)],
             active_pairs: num_pairs,
+            uplink: None,
         };
         match ports.slots.get_mut(index) {
             Some(slot) => *slot = Some(state),
@@ -308,7 +343,12 @@ impl PortState {
         let active = self.receivers.iter().take(usize::from(self.active_pairs));
         ViewPort {
             vlans: Arc::clone(&self.vlans),
-            outlets: active.flatten().cloned().map(Outlet::Ring).collect(),
+            outlets: active
+                .flatten()
+                .cloned()
+                .map(Outlet::Ring)
+                .chain(self.uplink.clone().map(Outlet::Uplink))
+                .collect(),
         }
     }
 }

@@ -104,12 +104,12 @@ impl Tap {
     }
 
     /// The descriptor of one queue.
-    pub(super) fn queue(&self, pair: u16) -> &OwnedFd {
+    pub(crate) fn queue(&self, pair: u16) -> &OwnedFd {
         &self.queues[usize::from(pair)]
     }
 
     /// What frames that come out of the tap may leave unfinished.
-    pub(super) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+    pub(crate) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         self.set_offload_flags(offloads.tun_flags())
     }
 

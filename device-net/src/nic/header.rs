@@ -126,6 +126,11 @@ impl Offloads {
 pub(crate) struct Header([u8; MAX_HEADER_LEN_BYTES]);
 
 impl Header {
+    /// Of a frame that leaves nothing to be finished.
+    pub(crate) fn empty() -> Self {
+        Self([0; MAX_HEADER_LEN_BYTES])
+    }
+
     /// Checks `bytes`, the header of a frame of `frame_len_bytes`; fields that mean nothing in
     /// it are cleared.
     ///

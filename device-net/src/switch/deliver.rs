@@ -4,6 +4,7 @@ use std::ptr;
 
 use vhost_user::ring::{Batch, BatchChain, Ring, RingError};
 
+use super::frame::ETHERNET_LEN_BYTES;
 use super::port::RingReceiver;
 use crate::nic::header::{Header, MAX_HEADER_LEN_BYTES};
 use crate::nic::stats::DropReason;
@@ -32,14 +33,37 @@ impl Body<'_> {
         }
     }
 
+    /// Copies bytes from `offset` on into `target`; returns how many there were.
+    pub(super) fn read_at(&self, offset: usize, target: &mut [u8]) -> usize {
+        let len = target.len().min(self.len().saturating_sub(offset));
+        match self {
+            Self::Own(bytes) => target[..len].copy_from_slice(&bytes[offset..offset + len]),
+            Self::Chain { chain, skip_bytes } => {
+                chain.read_at(skip_bytes + offset, &mut target[..len]);
+            }
+        }
+        len
+    }
+
+    /// What comes after the first `len` bytes.
+    pub(super) fn after(self, len: usize) -> Self {
+        match self {
+            Self::Own(bytes) => Self::Own(&bytes[len..]),
+            Self::Chain { chain, skip_bytes } => Self::Chain {
+                chain,
+                skip_bytes: skip_bytes + len,
+            },
+        }
+    }
+
     /// Copies all of it.
     pub(super) fn copy_into(&self, target: &mut Vec<u8>) {
         match self {
             Self::Own(bytes) => target.extend_from_slice(bytes),
-            Self::Chain { chain, skip_bytes } => {
+            Self::Chain { .. } => {
                 let filled = target.len();
                 target.resize(filled + self.len(), 0);
-                chain.read_at(*skip_bytes, &mut target[filled..]);
+                self.read_at(0, &mut target[filled..]);
             }
         }
     }
@@ -113,9 +137,22 @@ impl<'a> Delivery<'a> {
         // header, head and body, which `put_body` is told of; what is copied is ours.
         unsafe {
             let target = segment.as_ptr();
-            ptr::copy_nonoverlapping(header.as_ptr(), target, header_len_bytes);
+            // Usual lengths are copied without a call.
+            match header_len_bytes {
+                MAX_HEADER_LEN_BYTES => {
+                    target
+                        .cast::<[u8; MAX_HEADER_LEN_BYTES]>()
+                        .write_unaligned(header);
+                }
+                _ => ptr::copy_nonoverlapping(header.as_ptr(), target, header_len_bytes),
+            }
             let target = target.add(header_len_bytes);
-            ptr::copy_nonoverlapping(head.as_ptr(), target, head.len());
+            match <[u8; ETHERNET_LEN_BYTES]>::try_from(head) {
+                Ok(head) => target
+                    .cast::<[u8; ETHERNET_LEN_BYTES]>()
+                    .write_unaligned(head),
+                Err(_) => ptr::copy_nonoverlapping(head.as_ptr(), target, head.len()),
+            }
             copy_body(body, target.add(head.len()));
         }
         self.ring.complete_next(self.buffers, total_bytes as u32);

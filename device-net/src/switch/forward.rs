@@ -7,6 +7,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use filter::Direction as Way;
+use filter::capture::FrameBytes;
 use vhost_user::backend::{Polling, QueueHandler, Wake};
 use vhost_user::ring::{Batch, Ring, RingError};
 
@@ -17,14 +19,19 @@ use super::mac_table::{Key, PortNumber};
 use super::offload;
 use super::port::{Port, RingReceiver};
 use super::storm::{Storm, StormLimits};
-use super::vlan::Vlans;
+use super::uplink::Uplink;
+use super::vlan::{TAG_LEN_BYTES, Vlans};
 use super::{Outlet, Switch, View, ViewPort};
+use crate::guard::{self, Guard, HEAD_LEN_BYTES};
 use crate::nic::header::{Header, Offloads, header_len_bytes};
 use crate::nic::state::NicState;
 use crate::nic::stats::{Direction, DropReason};
 
 /// Frames taken at once. Their beginnings and the buffers for them stay in the first-level cache.
 const BATCH: usize = 64;
+
+/// Addresses learnt of a guest's port at most: more than a bridge inside a guest has.
+const GUEST_SHARE: usize = 256;
 
 const BROADCAST: [u8; 6] = [0xff; 6];
 
@@ -36,32 +43,68 @@ pub(super) struct TxQueue {
     header_len_bytes: usize,
     offloads: Offloads,
     batch: Batch,
-    frames: Vec<Incoming>,
     sender: Sender,
 }
 
-/// A frame and its chain's place in the batch.
+/// A frame and its place in the batch.
 struct Incoming {
     frame: Frame,
-    chain: usize,
+    index: usize,
+    /// The copy of its beginning that the sender's guard looked at; empty if it did not.
+    shown: Shown,
 }
 
-/// Who sends, and what is at hand to do so.
-struct Sender {
+/// The beginning of a frame as it came. A guard's verdict is about a copy, and the copy is what
+/// receivers get.
+type Shown = Vec<u8>;
+
+/// What guards look at, and a tag that may be taken off.
+const SHOWN_LEN_BYTES: usize = HEAD_LEN_BYTES + TAG_LEN_BYTES;
+
+/// Who sends, what it sends, and what is at hand to do so.
+pub(super) struct Sender {
     switch: Arc<Switch>,
     number: PortNumber,
-    vlans: Arc<Vlans>,
+    pub(super) vlans: Arc<Vlans>,
+    /// Addresses that may be learnt of this port.
+    share: usize,
     view: Arc<View>,
-    storm: StormLimits,
+    storm: Option<StormLimits>,
+    frames: Vec<Incoming>,
     /// The receivers' buffers; empty between frames of one receiver and the next.
     buffers: Batch,
+    /// The beginning of a frame as it leaves, if it was shown to a guard.
+    shown: Vec<u8>,
     /// Frames that are finished in software.
     scratch: Vec<u8>,
     segment: Vec<u8>,
 }
 
+/// Whole frames, without virtio-net headers, of a batch.
+pub(super) trait Bodies {
+    fn body(&self, index: usize) -> Body<'_>;
+}
+
+/// Frames in a transmit ring's chains.
+struct Chains<'a> {
+    batch: &'a Batch,
+    header_len_bytes: usize,
+}
+
+impl Bodies for Chains<'_> {
+    #[inline]
+    fn body(&self, index: usize) -> Body<'_> {
+        Body::Chain {
+            chain: self.batch.chain(index),
+            skip_bytes: self.header_len_bytes,
+        }
+    }
+}
+
 impl TxQueue {
     pub(super) fn new(port: &Port, nic: &Arc<NicState>, pair: u16, features: u64) -> Self {
+        let mut sender = Sender::new(&port.switch, port.number, &port.vlans, GUEST_SHARE);
+        sender.storm = Some(StormLimits::new(Instant::now()));
         Self {
             nic: Arc::clone(nic),
             pair,
@@ -69,166 +112,34 @@ impl TxQueue {
             header_len_bytes: header_len_bytes(features),
             offloads: Offloads::to_device(features),
             batch: Batch::new(),
-            frames: Vec::with_capacity(BATCH),
-            sender: Sender {
-                switch: Arc::clone(&port.switch),
-                number: port.number,
-                vlans: Arc::clone(&port.vlans),
-                view: port.switch.view(),
-                storm: StormLimits::new(Instant::now()),
-                buffers: Batch::new(),
-                scratch: Vec::new(),
-                segment: Vec::new(),
-            },
+            sender,
         }
     }
 
-    /// Looks at the frames of the batch.
-    fn read_frames(&mut self) {
+    /// Sends the frames of the batch.
+    fn send_batch(&mut self) {
         let counters = &self.nic.stats[usize::from(self.pair)].tx.0;
-        let is_link_up = self.nic.is_link_up();
-        let now = Instant::now();
-        let mut last = None;
-        let (mut frames, mut bytes) = (0, 0);
-        for chain in 0..self.batch.len() {
-            if !is_link_up {
-                counters.count_drop(DropReason::LinkDown);
-                continue;
-            }
-            let sender = &mut self.sender;
-            let frame = Frame::of(
-                self.batch.chain(chain),
-                self.header_len_bytes,
-                self.offloads,
-                &sender.vlans,
-            );
-            let frame = frame.and_then(|frame| sender.route(frame, &mut last, now));
-            match frame {
-                Ok(frame) => {
-                    frames += 1;
-                    bytes += u64::from(frame.len_bytes);
-                    self.frames.push(Incoming { frame, chain });
-                }
-                Err(reason) => counters.count_drop(reason),
-            }
-        }
-        counters.count_many(frames, bytes);
-    }
-
-    fn counters(&self) -> &Direction {
-        &self.nic.stats[usize::from(self.pair)].tx.0
-    }
-
-    /// Delivers what was read.
-    fn send_frames(&mut self) {
-        let view = Arc::clone(&self.sender.view);
-        let floods = |incoming: &Incoming| incoming.frame.destination == Destination::Flood;
-        if self.frames.iter().any(floods) {
-            for (number, port) in (0..).zip(&view.ports) {
-                if let Some(port) = port.as_ref().filter(|_| number != self.sender.number) {
-                    self.send_to(number, port);
-                }
-            }
-        }
-        // Usually one port gets all.
-        while let Some(Destination::Port(number)) = self
-            .frames
-            .iter()
-            .map(|incoming| incoming.frame.destination)
-            .find(|destination| matches!(destination, Destination::Port(_)))
-        {
-            match view.ports.get(usize::from(number)) {
-                Some(Some(port)) => self.send_to(number, port),
-                _ => self.drop_for(number),
-            }
-        }
-        self.frames.clear();
-    }
-
-    /// Delivers what goes to one port.
-    fn send_to(&mut self, number: PortNumber, port: &ViewPort) {
-        let [outlet] = &port.outlets[..] else {
-            return self.send_spread(number, port);
+        let bodies = Chains {
+            batch: &self.batch,
+            header_len_bytes: self.header_len_bytes,
         };
-        let is_meant = |incoming: &Incoming| incoming.frame.destination.includes(number);
-        let count = self.frames.iter().filter(|frame| is_meant(frame)).count();
-        if count == 0 {
-            return;
-        }
-        let (frames, batch) = (&mut self.frames, &self.batch);
-        let skip = self.header_len_bytes;
-        let lost = self.sender.send(
-            outlet,
-            &port.vlans,
-            count,
-            frames.iter().filter(|frame| is_meant(frame)),
-            |incoming| Body::Chain {
-                chain: batch.chain(incoming.chain),
-                skip_bytes: skip + incoming.frame.head_len_bytes(),
+        let guard = self.nic.guard.is_active().then_some(&*self.nic.guard);
+        let is_link_up = self.nic.is_link_up();
+        let (sender, offloads) = (&mut self.sender, self.offloads);
+        sender.read(
+            self.batch.len(),
+            &bodies,
+            guard,
+            counters,
+            |index, vlans| {
+                if !is_link_up {
+                    return Err(DropReason::LinkDown);
+                }
+                let chain = bodies.batch.chain(index);
+                Frame::of(chain, bodies.header_len_bytes, offloads, vlans)
             },
         );
-        self.count_foreign(lost);
-        self.settle(number);
-    }
-
-    /// As [`TxQueue::send_to`], to a port with several receive rings, or none.
-    fn send_spread(&mut self, number: PortNumber, port: &ViewPort) {
-        if port.outlets.is_empty() {
-            return self.drop_for(number);
-        }
-        let mut lost = 0;
-        for (ring, outlet) in port.outlets.iter().enumerate() {
-            let (frames, batch) = (&self.frames, &self.batch);
-            let skip = self.header_len_bytes;
-            let is_meant = |incoming: &&Incoming| {
-                incoming.frame.destination.includes(number) && {
-                    let mut start = [0; LOOKED_AT_BYTES];
-                    let len = batch.chain(incoming.chain).read_up_to(skip, &mut start);
-                    flow_hash(&start[..len]) as usize % port.outlets.len() == ring
-                }
-            };
-            let meant: Vec<&Incoming> = frames.iter().filter(is_meant).collect();
-            if meant.is_empty() {
-                continue;
-            }
-            lost += self.sender.send(
-                outlet,
-                &port.vlans,
-                meant.len(),
-                meant.iter().copied(),
-                |incoming| Body::Chain {
-                    chain: batch.chain(incoming.chain),
-                    skip_bytes: skip + incoming.frame.head_len_bytes(),
-                },
-            );
-        }
-        self.count_foreign(lost);
-        self.settle(number);
-    }
-
-    /// The port has no ring that runs.
-    fn drop_for(&mut self, number: PortNumber) {
-        for incoming in &self.frames {
-            if incoming.frame.destination == Destination::Port(number) {
-                self.counters().count_drop(DropReason::NoPort);
-            }
-        }
-        self.settle(number);
-    }
-
-    /// What goes to this port alone was delivered.
-    fn settle(&mut self, number: PortNumber) {
-        for incoming in &mut self.frames {
-            if incoming.frame.destination == Destination::Port(number) {
-                incoming.frame.destination = Destination::Nowhere;
-            }
-        }
-    }
-
-    fn count_foreign(&self, frames: usize) {
-        for _ in 0..frames {
-            self.counters().count_drop(DropReason::Vlan);
-        }
+        sender.send(&bodies, counters);
     }
 }
 
@@ -236,9 +147,7 @@ impl QueueHandler for TxQueue {
     fn process(&mut self, ring: &mut Ring, _wake: Wake) -> Result<(), RingError> {
         let popped = ring.pop_batch(&mut self.batch, BATCH);
         if !self.batch.is_empty() {
-            self.sender.refresh();
-            self.read_frames();
-            self.send_frames();
+            self.send_batch();
             ring.complete_all(&mut self.batch);
         }
         popped.map(|_| ())
@@ -261,11 +170,155 @@ impl Destination {
 }
 
 impl Sender {
-    /// Hears of ports that came and went.
+    pub(super) fn new(
+        switch: &Arc<Switch>,
+        number: PortNumber,
+        vlans: &Arc<Vlans>,
+        share: usize,
+    ) -> Self {
+        Self {
+            switch: Arc::clone(switch),
+            number,
+            vlans: Arc::clone(vlans),
+            share,
+            view: switch.view(),
+            storm: None,
+            frames: Vec::with_capacity(BATCH),
+            buffers: Batch::new(),
+            shown: Vec::new(),
+            scratch: Vec::new(),
+            segment: Vec::new(),
+        }
+    }
+
+    /// Looks at a batch of `count` frames and finds out where they go.
     #[inline]
-    fn refresh(&mut self) {
+    pub(super) fn read(
+        &mut self,
+        count: usize,
+        bodies: &impl Bodies,
+        guard: Option<&Guard>,
+        counters: &Direction,
+        frame_at: impl Fn(usize, &Vlans) -> Result<Frame, DropReason>,
+    ) {
+        // Ports may have come and gone.
         if self.view.generation != self.switch.generation() {
             self.view = self.switch.view();
+        }
+        let now = Instant::now();
+        let guard = guard.map(|guard| (guard, guard::monotonic_ns()));
+        let mut last = None;
+        let (mut frames, mut bytes) = (0, 0);
+        for index in 0..count {
+            let mut shown = Vec::new();
+            let checked = frame_at(index, &self.vlans).and_then(|frame| {
+                if let Some((guard, now_ns)) = guard {
+                    let body = bodies.body(index);
+                    shown = beginning(&frame, body);
+                    let rest = body.after(shown.len());
+                    let checksum_at = checksum_at(&frame, 0);
+                    if !passes(guard, Way::Egress, &shown, rest, checksum_at, now_ns) {
+                        return Err(DropReason::Guarded);
+                    }
+                }
+                self.route(frame, &mut last, now)
+            });
+            match checked {
+                Ok(frame) => {
+                    frames += 1;
+                    bytes += u64::from(frame.len_bytes);
+                    self.frames.push(Incoming {
+                        frame,
+                        index,
+                        shown,
+                    });
+                }
+                Err(reason) => counters.count_drop(reason),
+            }
+        }
+        counters.count_many(frames, bytes);
+    }
+
+    /// Delivers what was read.
+    #[inline]
+    pub(super) fn send(&mut self, bodies: &impl Bodies, counters: &Direction) {
+        let view = Arc::clone(&self.view);
+        let floods = |incoming: &Incoming| incoming.frame.destination == Destination::Flood;
+        if self.frames.iter().any(floods) {
+            for (number, port) in (0..).zip(&view.ports) {
+                if let Some(port) = port.as_ref().filter(|_| number != self.number) {
+                    self.send_to(number, port, bodies, counters);
+                }
+            }
+        }
+        // Usually one port gets all.
+        while let Some(Destination::Port(number)) = self
+            .frames
+            .iter()
+            .map(|incoming| incoming.frame.destination)
+            .find(|destination| matches!(destination, Destination::Port(_)))
+        {
+            match view.ports.get(usize::from(number)) {
+                Some(Some(port)) if !port.outlets.is_empty() => {
+                    self.send_to(number, port, bodies, counters);
+                }
+                _ => {
+                    self.settle(number, |_| counters.count_drop(DropReason::NoPort));
+                }
+            }
+        }
+        self.frames.clear();
+    }
+
+    /// Delivers what goes to one port.
+    fn send_to(
+        &mut self,
+        number: PortNumber,
+        port: &ViewPort,
+        bodies: &impl Bodies,
+        counters: &Direction,
+    ) {
+        let frames = std::mem::take(&mut self.frames);
+        let meant = |incoming: &&Incoming| incoming.frame.destination.includes(number);
+        match &port.outlets[..] {
+            [] => {}
+            [outlet] => {
+                let count = frames.iter().filter(meant).count();
+                if count > 0 {
+                    let meant = frames.iter().filter(meant);
+                    self.put_into(outlet, &port.vlans, count, meant, bodies, counters);
+                }
+            }
+            outlets => {
+                for (ring, outlet) in outlets.iter().enumerate() {
+                    let mine: Vec<&Incoming> = frames
+                        .iter()
+                        .filter(meant)
+                        .filter(|incoming| {
+                            let mut start = [0; LOOKED_AT_BYTES];
+                            let len = bodies.body(incoming.index).read_at(0, &mut start);
+                            flow_hash(&start[..len]) as usize % outlets.len() == ring
+                        })
+                        .collect();
+                    if !mine.is_empty() {
+                        let (count, mine) = (mine.len(), mine.into_iter());
+                        self.put_into(outlet, &port.vlans, count, mine, bodies, counters);
+                    }
+                }
+            }
+        }
+        self.frames = frames;
+        self.settle(number, |_| ());
+    }
+
+    /// What goes to this port alone is done with.
+    #[inline]
+    fn settle(&mut self, number: PortNumber, mut each: impl FnMut(&Incoming)) {
+        for incoming in &mut self.frames {
+            if incoming.frame.destination == Destination::Port(number) {
+                incoming.frame.destination = Destination::Nowhere;
+                each(incoming);
+            }
         }
     }
 
@@ -288,7 +341,12 @@ impl Sender {
         }
         let macs = &self.switch.macs;
         let now_s = self.switch.seconds(now);
-        if !macs.learn(Key::new(frame.source(), frame.vlan), self.number, now_s) {
+        if !macs.learn(
+            Key::new(frame.source(), frame.vlan),
+            self.number,
+            now_s,
+            self.share,
+        ) {
             return Err(DropReason::TakenAddress);
         }
         let target = frame.destination_mac();
@@ -305,53 +363,90 @@ impl Sender {
                 None => Storm::UnknownUnicast,
             },
         };
-        if !self.storm.admit(storm, now) {
+        if let Some(limits) = &mut self.storm
+            && !limits.admit(storm, now)
+        {
             return Err(DropReason::Storm);
         }
         frame.destination = Destination::Flood;
         Ok(frame)
     }
 
-    /// Puts frames into one ring. Returns how many were meant for this port alone, which is not in
-    /// their VLAN.
+    /// Puts frames into one ring, or sends them out.
     #[inline]
-    fn send<'f, 'b>(
+    fn put_into<'f>(
         &mut self,
         outlet: &Outlet,
         vlans: &Vlans,
         expected: usize,
-        frames: impl Iterator<Item = &'f Incoming>,
-        body_of: impl Fn(&Incoming) -> Body<'b>,
-    ) -> usize {
-        let Outlet::Ring(receiver) = outlet;
+        mut frames: impl Iterator<Item = &'f Incoming>,
+        bodies: &impl Bodies,
+        sent: &Direction,
+    ) {
+        let receiver = match outlet {
+            Outlet::Ring(receiver) => receiver,
+            Outlet::Uplink(uplink) => {
+                return self.put_out(uplink, vlans, frames, bodies, sent);
+            }
+        };
         let counters = receiver.counters();
         let drop_all = |frames: &mut dyn Iterator<Item = &'f Incoming>, reason| {
             frames.for_each(|_| counters.count_drop(reason));
         };
-        let mut frames = frames;
         if !receiver.nic.is_link_up() {
             drop_all(&mut frames, DropReason::LinkDown);
-            return 0;
+            return;
         }
         let Some(mut ring) = receiver.ring.lock() else {
             drop_all(&mut frames, DropReason::NoBuffers);
-            return 0;
+            return;
         };
+        let filter = receiver.filter();
+        let guarded_at_ns = receiver.nic.guard.is_active().then(guard::monotonic_ns);
         let mut delivery = Delivery::begin(receiver, &mut ring, &mut self.buffers, expected);
-        let mut foreign = 0;
         for incoming in frames {
             let frame = &incoming.frame;
             let Some(egress) = vlans.egress(frame.vlan, frame.looks_tagged()) else {
-                foreign += usize::from(frame.destination != Destination::Flood);
+                if frame.destination != Destination::Flood {
+                    sent.count_drop(DropReason::Vlan);
+                }
                 continue;
             };
             let (head, head_len) = frame.head_for(egress);
-            let head = &head[..head_len];
-            let body = body_of(incoming);
+            if filter.as_ref().is_some_and(|filter| !filter.accepts(&head)) {
+                counters.count_drop(DropReason::Unwanted);
+                continue;
+            }
+            let shift = head_len as isize - frame.head_len_bytes() as isize;
+            let (mut head, mut body) = (
+                &head[..head_len],
+                bodies.body(incoming.index).after(frame.head_len_bytes()),
+            );
+            if guarded_at_ns.is_some() || !incoming.shown.is_empty() {
+                self.shown.clear();
+                self.shown.extend_from_slice(head);
+                let mut start = beginning_after(incoming, body);
+                self.shown.append(&mut start);
+                body = body.after(self.shown.len() - head_len);
+                head = &self.shown;
+                let guard = &receiver.nic.guard;
+                if let Some(now_ns) = guarded_at_ns
+                    && !passes(
+                        guard,
+                        Way::Ingress,
+                        head,
+                        body,
+                        checksum_at(frame, shift),
+                        now_ns,
+                    )
+                {
+                    counters.count_drop(DropReason::Guarded);
+                    continue;
+                }
+            }
             let put = match &frame.header {
                 None => delivery.put(None, head, body),
                 Some(header) => {
-                    let shift = head_len as isize - frame.head_len_bytes() as isize;
                     let (scratch, segment) = (&mut self.scratch, &mut self.segment);
                     put_unfinished(
                         &mut delivery,
@@ -375,7 +470,104 @@ impl Sender {
         if let Some(error) = delivered.error {
             receiver.ring.report(error);
         }
-        foreign
+    }
+
+    /// Sends frames out by an uplink, which finishes what is left to be.
+    fn put_out<'f>(
+        &self,
+        uplink: &Uplink,
+        vlans: &Vlans,
+        frames: impl Iterator<Item = &'f Incoming>,
+        bodies: &impl Bodies,
+        sent: &Direction,
+    ) {
+        for incoming in frames {
+            let frame = &incoming.frame;
+            let Some(egress) = vlans.egress(frame.vlan, frame.looks_tagged()) else {
+                if frame.destination != Destination::Flood {
+                    sent.count_drop(DropReason::Vlan);
+                }
+                continue;
+            };
+            let (head, head_len) = frame.head_for(egress);
+            let head_len_in = frame.head_len_bytes();
+            let shown = incoming.shown.get(head_len_in..).unwrap_or_default();
+            let body = bodies.body(incoming.index);
+            let body = body.after(head_len_in + shown.len());
+            let shift = head_len as isize - head_len_in as isize;
+            let len_bytes = head_len + shown.len() + body.len();
+            let header = match &frame.header {
+                None => Some(Header::empty()),
+                Some(header) => offload::shifted(header, shift, len_bytes),
+            };
+            let put = header
+                .ok_or(DropReason::Malformed)
+                .and_then(|header| uplink.send(&header, [&head[..head_len], shown], body));
+            if let Err(reason) = put {
+                sent.count_drop(reason);
+            }
+        }
+    }
+}
+
+/// A copy of what a frame begins with, for a guard. `body` is all of the frame.
+fn beginning(frame: &Frame, body: Body<'_>) -> Shown {
+    let mut shown = vec![0; SHOWN_LEN_BYTES.min(body.len())];
+    body.read_at(0, &mut shown);
+    frame.overlay(&mut shown);
+    shown
+}
+
+/// As [`beginning`], of what comes behind addresses, tag and ethertype, which `body` is without.
+fn beginning_after(incoming: &Incoming, body: Body<'_>) -> Shown {
+    match incoming.shown.get(incoming.frame.head_len_bytes()..) {
+        Some(shown) if !incoming.shown.is_empty() => shown.to_vec(),
+        _ => {
+            let mut shown = vec![0; SHOWN_LEN_BYTES.min(body.len())];
+            body.read_at(0, &mut shown);
+            shown
+        }
+    }
+}
+
+/// Where a checksum is left to be put, in a frame whose beginning became `shift` bytes longer.
+fn checksum_at(frame: &Frame, shift: isize) -> Option<usize> {
+    let at = frame.header.as_ref()?.checksum_at()?;
+    Some(at.saturating_add_signed(shift))
+}
+
+/// Asks a guard about a frame that is `head` and `body`.
+fn passes(
+    guard: &Guard,
+    way: Way,
+    head: &[u8],
+    body: Body<'_>,
+    checksum_at: Option<usize>,
+    now_ns: u64,
+) -> bool {
+    let len_bytes = head.len() + body.len();
+    let frame = guard::Frame {
+        head: &head[..head.len().min(HEAD_LEN_BYTES)],
+        bytes: &Whole { head, body },
+        len_bytes,
+        checksum_at,
+    };
+    guard.check(way, &frame, now_ns).is_ok() && guard.police(way, len_bytes, now_ns).is_ok()
+}
+
+/// A frame of which the switch has the beginning.
+struct Whole<'a> {
+    head: &'a [u8],
+    body: Body<'a>,
+}
+
+impl FrameBytes for Whole<'_> {
+    fn read_at(&self, offset: usize, target: &mut [u8]) -> usize {
+        let own = self.head.get(offset..).unwrap_or_default();
+        let (first, rest) = target.split_at_mut(own.len().min(target.len()));
+        first.copy_from_slice(&own[..first.len()]);
+        let body_offset = (offset + first.len()).saturating_sub(self.head.len());
+        first.len() + self.body.read_at(body_offset, rest)
     }
 }
 

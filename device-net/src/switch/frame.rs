@@ -109,6 +109,12 @@ impl Frame {
         }
     }
 
+    /// Lays what was looked at over `start`, a later copy of the frame's first bytes as it came.
+    pub(super) fn overlay(&self, start: &mut [u8]) {
+        let len = start.len().min(MAX_HEAD_LEN_BYTES);
+        start[..len].copy_from_slice(&self.head[..len]);
+    }
+
     #[inline]
     pub(super) fn destination_mac(&self) -> [u8; 6] {
         let [a, b, c, d, e, f, ..] = self.head;

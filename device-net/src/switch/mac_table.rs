@@ -20,9 +20,6 @@ const WAYS: usize = 4;
 /// Room for 8192 addresses: some eight for each of as many NICs as a host has memory for.
 const NUM_BUCKETS: usize = 2048;
 
-/// Addresses that one port may have learnt: more than a bridge inside a guest has.
-const MAX_PER_PORT: usize = 256;
-
 const OCCUPIED: u64 = 1 << 63;
 const PINNED: u64 = 1 << 63;
 
@@ -116,9 +113,10 @@ impl MacTable {
         (!value.is_aged(now_s)).then_some(value.port)
     }
 
-    /// A frame from `key` came in by `port`. False when the address belongs to another one.
+    /// A frame from `key` came in by `port`, of which `share` addresses may be known. False when the
+    /// address belongs to another one.
     #[inline]
-    pub(super) fn learn(&self, key: Key, port: PortNumber, now_s: u32) -> bool {
+    pub(super) fn learn(&self, key: Key, port: PortNumber, now_s: u32, share: usize) -> bool {
         match self.find(key) {
             Some((_, value))
                 if value.port == port && (value.is_pinned || value.seen_s == now_s) =>
@@ -126,9 +124,8 @@ impl MacTable {
                 true
             }
             Some((_, value)) if value.is_pinned && value.port != port => false,
-            found => {
-                let is_known = found.is_some_and(|(_, value)| value.port == port);
-                self.note(key, port, now_s, is_known);
+            _ => {
+                self.note(key, port, now_s, share);
                 true
             }
         }
@@ -156,17 +153,6 @@ impl MacTable {
         Ok(())
     }
 
-    /// `key` is no longer given to `port`.
-    pub(super) fn unpin(&self, key: Key, port: PortNumber) {
-        let mut counts = self.lock();
-        if let Some((slot, value)) = self.find(key)
-            && value.is_pinned
-            && value.port == port
-        {
-            self.remove(slot, &mut counts);
-        }
-    }
-
     /// Forgets all that is known of `port`.
     pub(super) fn forget(&self, port: PortNumber) {
         let mut counts = self.lock();
@@ -175,7 +161,7 @@ impl MacTable {
 
     /// Writes down where `key` was seen.
     #[cold]
-    fn note(&self, key: Key, port: PortNumber, now_s: u32, is_known: bool) {
+    fn note(&self, key: Key, port: PortNumber, now_s: u32, share: usize) {
         let mut counts = self.lock();
         let value = Value {
             port,
@@ -189,15 +175,14 @@ impl MacTable {
             }
             return;
         }
-        if !is_known
-            && counts
-                .get(usize::from(port))
-                .is_some_and(|&n| n >= MAX_PER_PORT)
+        if counts
+            .get(usize::from(port))
+            .is_some_and(|&count| count >= share)
         {
             self.remove_all(&mut counts, |value| {
                 value.port == port && value.is_aged(now_s)
             });
-            if counts[usize::from(port)] >= MAX_PER_PORT {
+            if counts[usize::from(port)] >= share {
                 return;
             }
         }

@@ -47,7 +47,7 @@ pub(super) fn shifted(header: &Header, shift: isize, frame_len_bytes: usize) -> 
 ///
 /// # Errors
 /// The frame does not fit what its header says, or `put` refused part of it.
-pub(super) fn finish(
+pub(crate) fn finish(
     header: &Header,
     frame: &mut [u8],
     segment: &mut Vec<u8>,

@@ -1,7 +1,7 @@
 //! A NIC's port: what its queues are served by.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vhost_user::backend::{Polling, QueueHandler, Seat, SharedRing, Wake};
 use vhost_user::ring::{Ring, RingError};
@@ -13,6 +13,7 @@ use super::vlan::Vlans;
 use super::{OFFLOADS, Switch};
 use crate::nic::backend::Backend;
 use crate::nic::header::{Offloads, has, header_len_bytes, mask};
+use crate::nic::receive_filter::ReceiveFilter;
 use crate::nic::state::NicState;
 use crate::nic::stats::Direction;
 
@@ -36,9 +37,41 @@ pub(super) struct RingReceiver {
     pub(super) header_len_bytes: usize,
     pub(super) offloads: Offloads,
     pub(super) is_mergeable: bool,
+    filter: Mutex<KnownFilter>,
+}
+
+/// The driver's receive filter as it was last looked at.
+#[derive(Debug)]
+struct KnownFilter {
+    filter: Arc<ReceiveFilter>,
+    version: u64,
 }
 
 impl RingReceiver {
+    fn new(ring: &Arc<SharedRing>, nic: &Arc<NicState>, pair: u16) -> Self {
+        let features = ring.features();
+        let (filter, version) = nic.receive_filter();
+        Self {
+            ring: Arc::clone(ring),
+            nic: Arc::clone(nic),
+            pair,
+            header_len_bytes: header_len_bytes(features),
+            offloads: Offloads::to_driver(features),
+            is_mergeable: has(features, VIRTIO_NET_F_MRG_RXBUF),
+            filter: Mutex::new(KnownFilter { filter, version }),
+        }
+    }
+
+    /// Which frames the driver wants; None for all. For who has locked the ring.
+    #[inline]
+    pub(super) fn filter(&self) -> Option<Arc<ReceiveFilter>> {
+        let mut known = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.version != self.nic.filter_version() {
+            (known.filter, known.version) = self.nic.receive_filter();
+        }
+        (!known.filter.is_open()).then(|| Arc::clone(&known.filter))
+    }
+
     pub(super) fn counters(&self) -> &Direction {
         &self.nic.stats[usize::from(self.pair)].rx.0
     }
@@ -74,15 +107,7 @@ impl Backend for Port {
         pair: u16,
         ring: &Arc<SharedRing>,
     ) -> io::Result<Box<dyn QueueHandler>> {
-        let features = ring.features();
-        let receiver = RingReceiver {
-            ring: Arc::clone(ring),
-            nic: Arc::clone(nic),
-            pair,
-            header_len_bytes: header_len_bytes(features),
-            offloads: Offloads::to_driver(features),
-            is_mergeable: has(features, VIRTIO_NET_F_MRG_RXBUF),
-        };
+        let receiver = RingReceiver::new(ring, nic, pair);
         self.switch
             .set_receiver(self.number, pair, Some(Arc::new(receiver)));
         Ok(Box::new(RxQueue {

@@ -13,7 +13,8 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use crate::daemon::{DEADLINE, Daemon, await_true};
 use crate::frame::{self, UDP_CSUM_OFFSET, UDP_START};
 use crate::guest::{Guest, HEADER_LEN, Received, USUAL};
-use crate::traffic::payload;
+use crate::host::{create_tap, enter_namespace};
+use crate::traffic::{GUEST_PORT, datagram, guest_address, host_socket, payload};
 
 /// Buffers of the size that Linux uses where they are mergeable.
 const MERGEABLE_LEN: u32 = 1536;
@@ -404,4 +405,70 @@ fn duplicate_address_is_refused_with_its_name() {
         said.contains("52:54:00:00:00:01 is the address of another port of switch \"s0\""),
         "{said}"
     );
+}
+
+#[test]
+fn uplink_leads_to_the_host_and_back() {
+    if !enter_namespace() {
+        return;
+    }
+    create_tap("tap0", 1, 65521);
+    let dir = tempfile::tempdir().unwrap();
+    let sockets = [0, 1].map(|number| dir.path().join(format!("port{number}.vu")));
+    let nics = sockets.each_ref().map(|socket| {
+        // The guest that talks to the host has the address that its frames name.
+        let mac = match socket == &sockets[0] {
+            true => "52:54:00:12:34:56".to_owned(),
+            false => text(mac(1)),
+        };
+        let number = usize::from(socket == &sockets[1]);
+        format!(
+            "id=port{number},switch=s0,mac={mac},socket={}",
+            socket.display()
+        )
+    });
+    let args = [
+        "--nic",
+        &nics[0],
+        "--nic",
+        &nics[1],
+        "--uplink",
+        "switch=s0,tap=tap0",
+    ];
+    let daemon = Daemon::start(dir, &args);
+    let mut other = Guest::connect(&sockets[1], 1);
+    other.supply(0, 100, MERGEABLE_LEN);
+    let mut guest = Guest::connect(&sockets[0], 1);
+    guest.supply(0, 200, MERGEABLE_LEN);
+    let host_mac = guest.find_host();
+    let host = host_socket();
+    let host_port = host.local_addr().unwrap().port();
+    // From the host with what it left to be finished, and whole.
+    for (round, len) in [100, 1400, 20_000, 60_000].into_iter().enumerate() {
+        let data = payload(round as u8, len);
+        let small = &data[..len.min(1400)];
+        guest.send(0, &frame::udp(host_mac, (GUEST_PORT, host_port), small));
+        let mut buffer = [0; 2000];
+        let (len, from) = host.recv_from(&mut buffer).unwrap();
+        assert_eq!((&buffer[..len], from), (small, guest_address()));
+        host.send_to(&data, from).unwrap();
+        let (_, back) = guest.receive(datagram);
+        assert_eq!(back, data, "round {round}");
+    }
+    // The other guest saw the question for everybody, and nothing that was for one of them.
+    let question = next(&mut other);
+    assert_eq!(question.frame[..6], BROADCAST);
+    let frame = ethernet(mac(1), [0x52, 0x54, 0, 0x12, 0x34, 0x56], b"guest to guest");
+    guest.send(0, &frame);
+    loop {
+        let received = next(&mut other);
+        if received.frame == frame {
+            break;
+        }
+        assert!(
+            received.frame[0] & 1 != 0,
+            "{received:?} was not for this guest"
+        );
+    }
+    assert!(daemon.terminate().success());
 }

@@ -14,7 +14,7 @@ use crate::frame::{self, Parsed, UDP_CSUM_OFFSET, UDP_START};
 use crate::guest::{Guest, HEADER_LEN, Received, USUAL};
 use crate::host::{GUEST_IP, HOST_IP, configure, create_tap, enter_namespace, is_up};
 
-const GUEST_PORT: u16 = 4000;
+pub(crate) const GUEST_PORT: u16 = 4000;
 const NEEDS_CSUM: u8 = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
 const NIC: &str = "tap=tap0,mac=52:54:00:12:34:56";
 

@@ -176,7 +176,7 @@ impl GroupThread {
     fn run(mut self) {
         let mut rounds = 0;
         loop {
-            if self.waker.take_news() && !self.hear_news() {
+            if self.waker.has_news() && self.waker.take_news() && !self.hear_news() {
                 return;
             }
             let mut is_busy = self.serve_awake();
@@ -416,8 +416,11 @@ impl Member {
     }
 
     fn add_kick(&mut self, epoll: &Epoll, position: usize) {
-        if self.serving.is_broken || !self.takes_kicks() {
+        if self.serving.is_broken {
             return;
+        }
+        if !self.takes_kicks() {
+            return self.serving.refuse_kicks();
         }
         if let Some(kick) = &self.serving.kick
             && let Err(error) =

@@ -174,6 +174,11 @@ impl Serving {
         self.ring.get().has_new().unwrap_or(true)
     }
 
+    /// Tells the driver not to kick, ever.
+    pub(super) fn refuse_kicks(&mut self) {
+        self.ring.get().disable_notification();
+    }
+
     /// Makes everything that happens from now on wake the thread; true when something has
     /// happened already.
     pub(super) fn prepare_sleep(&mut self, handler: &mut dyn QueueHandler) -> bool {

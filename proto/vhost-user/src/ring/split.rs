@@ -264,8 +264,10 @@ impl SplitRing {
     }
 
     pub(super) fn disable_notification(&mut self) {
-        if !self.event_idx {
-            self.areas.set_used_flags(VRING_USED_F_NO_NOTIFY as u16);
+        // The driver looks at the same cache line: it is written when that changes something.
+        let no_notify = VRING_USED_F_NO_NOTIFY as u16;
+        if !self.event_idx && self.areas.used_flags() != no_notify {
+            self.areas.set_used_flags(no_notify);
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod config_change;
 mod fuzz;
+mod groups;
 mod hostile;
 mod peers;
 mod sessions;
@@ -45,6 +46,8 @@ struct EchoDevice {
     queues_started: AtomicU32,
     /// First byte of each request, in the order taken, over all sessions.
     taken: Mutex<Vec<u8>>,
+    /// The ring that others fill, once it has started.
+    shared: Mutex<Option<Arc<SharedRing>>>,
 }
 
 impl EchoDevice {
@@ -88,12 +91,38 @@ impl Device for EchoHandle {
         }))
     }
 
+    fn group(&self) -> Option<Seat> {
+        self.1.clone()
+    }
+
+    fn shares_ring(&self, index: u16, _features: u64) -> bool {
+        self.2.contains(&index)
+    }
+
+    fn start_shared_queue(&self, ring: &Arc<SharedRing>) -> io::Result<Box<dyn QueueHandler>> {
+        *self.0.shared.lock().unwrap() = Some(Arc::clone(ring));
+        Ok(Box::new(LeftToOthers))
+    }
+
     fn reset(&self) {
         self.0.resets.fetch_add(1, Ordering::SeqCst);
     }
 }
 
-struct EchoHandle(Arc<EchoDevice>);
+/// The device, where its rings are served, and which of them others fill.
+struct EchoHandle(Arc<EchoDevice>, Option<Seat>, Vec<u16>);
+
+struct LeftToOthers;
+
+impl QueueHandler for LeftToOthers {
+    fn takes_kicks(&self) -> bool {
+        false
+    }
+
+    fn process(&mut self, _ring: &mut Ring, _wake: Wake) -> Result<(), RingError> {
+        Ok(())
+    }
+}
 
 struct EchoQueue {
     device: Arc<EchoDevice>,
@@ -151,10 +180,14 @@ struct Served {
 
 impl Served {
     fn new() -> Served {
+        Served::on(None, &[])
+    }
+
+    fn on(seat: Option<Seat>, shared: &[u16]) -> Served {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("echo.sock");
         let device = Arc::new(EchoDevice::default());
-        let handle: Arc<dyn Device> = Arc::new(EchoHandle(Arc::clone(&device)));
+        let handle: Arc<dyn Device> = Arc::new(EchoHandle(Arc::clone(&device), seat, shared.to_vec()));
         let server = Server::spawn("echo", bind(&path).unwrap(), handle).unwrap();
         Served {
             device,

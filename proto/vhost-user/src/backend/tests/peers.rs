@@ -95,6 +95,11 @@ impl Guest {
             .unwrap()
     }
 
+    /// Offers a buffer of `len` bytes to be written.
+    pub(super) fn offer_writable(&mut self, queue: usize, len: u32) {
+        self.rings[queue].add(&[], &[(DATA_GPA, len)]).unwrap();
+    }
+
     pub(super) fn answer(&self, slot: u64, len: usize) -> Vec<u8> {
         self.memory.read(DATA_GPA + slot * 256 + 128, len)
     }

@@ -193,6 +193,11 @@ impl SplitAreas {
         )
     }
 
+    #[inline]
+    pub(super) fn used_flags(&self) -> u16 {
+        u16::from_le(self.used_field(0).load(Ordering::Relaxed))
+    }
+
     pub(super) fn set_used_flags(&self, flags: u16) {
         self.used_field(0).store(flags.to_le(), Ordering::Relaxed);
     }
