@@ -6,10 +6,13 @@
 
 mod control;
 mod daemon;
+mod features;
 mod frame;
+mod guarded;
 mod guest;
 mod host;
 mod hostile;
+mod packet;
 mod queues;
 mod start;
 mod switch;
