@@ -91,6 +91,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: network::NetworkCommand,
     },
+    /// Have ports of the host lead to VMs in nat networks
+    PortForward {
+        #[command(subcommand)]
+        command: network::PortForwardCommand,
+    },
     /// Say what may reach VMs and what they may reach
     SecurityGroup {
         #[command(subcommand)]

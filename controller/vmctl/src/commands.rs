@@ -7,6 +7,7 @@ pub(crate) mod import;
 pub(crate) mod network;
 pub(crate) mod nic;
 pub(crate) mod op;
+pub(crate) mod port_forward;
 pub(crate) mod run;
 pub(crate) mod security_group;
 pub(crate) mod vm;

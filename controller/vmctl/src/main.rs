@@ -63,6 +63,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Disk { command } => commands::disk::run(&global, command).await,
         Command::Nic { command } => commands::nic::run(&global, command).await,
         Command::Network { command } => commands::network::run(&global, command).await,
+        Command::PortForward { command } => commands::port_forward::run(&global, command).await,
         Command::SecurityGroup { command } => commands::security_group::run(&global, command).await,
         Command::Host { command } => commands::host::run(&global, command).await,
         Command::Op { command } => commands::op::run(&global, command).await,

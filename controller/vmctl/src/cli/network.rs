@@ -193,6 +193,46 @@ fn parse_pool(text: &str) -> Result<(String, String), String> {
     Ok((first.trim().to_owned(), last.trim().to_owned()))
 }
 
+/// `vmctl port-forward ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum PortForwardCommand {
+    /// List the host's ports that lead to VMs
+    List {
+        /// Of all projects
+        #[arg(long)]
+        all_projects: bool,
+    },
+    /// Have a port of the host lead to a VM in a nat network, running or not
+    #[command(after_help = "Examples:
+  vmctl port-forward add web tcp:8080:80
+  vmctl port-forward add web udp:192.0.2.1:5353:53 --nic nic1")]
+    Add {
+        /// The VM
+        vm: String,
+        /// What leads where
+        #[arg(value_name = "tcp|udp:[ADDRESS:]HOST-PORT[:GUEST-PORT]", value_parser = crate::port_forward::parse)]
+        forward: pb::PortForward,
+        /// Its NIC [default: the first that is in a network]
+        #[arg(long)]
+        nic: Option<String>,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Take a port of the host back
+    Remove {
+        /// The VM
+        vm: String,
+        /// Which one
+        #[arg(value_name = "tcp|udp:HOST-PORT", value_parser = crate::port_forward::parse)]
+        forward: pb::PortForward,
+        /// Its NIC [default: the first that is in a network]
+        #[arg(long)]
+        nic: Option<String>,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+}
+
 /// `vmctl security-group ...`
 #[derive(Debug, Subcommand)]
 pub(crate) enum SecurityGroupCommand {

@@ -311,7 +311,20 @@ fn show_devices(spec: &pb::VmSpec, status: &pb::VmStatus) {
         (disk.name.clone(), "disk", format!("{source}{mode}"))
     });
     let nics = spec.nics.iter().map(|nic| {
+        let network = nic
+            .network
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        let groups = nic.security_groups.iter();
+        let groups: Vec<String> = groups.map(|group| output::id(group)).collect();
+        let groups = groups.join(" ");
         let words = [
+            ("network", &network),
+            ("ipv4", &nic.ipv4_address),
+            ("ipv6", &nic.ipv6_address),
+            ("groups", &groups),
             ("tap", &nic.tap),
             ("bridge", &nic.bridge),
             ("host-cidr", &nic.host_cidr),
