@@ -310,11 +310,12 @@ impl Allocator {
     }
 
     fn count_up(&self, counts: &mut Counts, run: Run) -> io::Result<()> {
-        let mut due = vec![run];
+        let due = vec![run];
         #[cfg(debug_assertions)]
-        if let Some(late) = &mut *self.late.lock().unwrap_or_else(PoisonError::into_inner) {
-            due = std::mem::replace(late, due);
-        }
+        let due = match &mut *self.late.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(late) => std::mem::replace(late, due),
+            None => due,
+        };
         for run in due {
             self.change(counts, run.first, run.count, |count| Some(count + 1))?;
         }
