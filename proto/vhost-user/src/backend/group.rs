@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::poller::{Look, Poller};
 use super::serving::{Serving, event_fds};
@@ -33,6 +33,9 @@ const BUSY_ROUNDS: u32 = 64;
 
 /// Looks at rings between two looks at descriptors, for a thread that never sleeps.
 const LOOKS: u32 = 1024;
+
+/// How long drivers are left alone once there is nothing to do: some ten small packets' time.
+const LULL: Duration = Duration::from_micros(1);
 
 /// The threads. They end when nobody holds the group or a seat in it any more, and all rings have
 /// ended.
@@ -238,6 +241,11 @@ impl GroupThread {
         let Some(polling) = polling.filter(|&polling| polling != Polling::Never) else {
             return false;
         };
+        // Looking at once would find the first of what is coming, and take the cache lines away from
+        // the driver that is writing the rest.
+        while idle_since.elapsed() < LULL && !waker.has_news() {
+            std::hint::spin_loop();
+        }
         let mut looks = 0;
         let look = poller.look(polling, idle_since, || {
             looks += 1;

@@ -165,6 +165,10 @@ impl DerefMut for SharedRingGuard<'_> {
 
 /// A ring as its own thread has it.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one for each ring, and a pointer less where nothing is shared"
+)]
 pub(super) enum OwnRing {
     Alone(Ring),
     Shared(Arc<SharedRing>),
