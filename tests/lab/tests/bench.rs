@@ -86,6 +86,27 @@ fn cases_are_listed_without_measuring() {
 }
 
 #[test]
+fn cases_of_nics_are_listed_without_privileges() {
+    let output = lab(&["bench", "net", "--list"]);
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let cases: BTreeSet<&str> = text.lines().collect();
+    for case in [
+        "switch/64",
+        "tap/tx-64",
+        "tap/rx-64",
+        "idle/100-taps/wake-ups",
+    ] {
+        assert!(cases.contains(case), "{case} is not in {text}");
+    }
+    assert_eq!(
+        cases.len(),
+        text.lines().count(),
+        "a name stands twice: {text}"
+    );
+}
+
+#[test]
 fn a_pattern_that_matches_nothing_is_an_error() {
     let dir = bin_dir().to_str().unwrap();
     let output = lab(&["bench", "blk", "--case", "nonsense", "--bin-dir", dir]);

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use ::bench::meter::Snapshot;
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use rand::RngCore;
@@ -165,6 +166,14 @@ fn await_lock(lock: &File) -> Result<()> {
         interrupt::check()?;
         Ok(lock.try_lock().is_ok().then_some(()))
     })
+}
+
+/// The share of all CPUs' time that others take while the bench does nothing.
+pub(super) fn foreign_cpu() -> Result<f64> {
+    const LOOK: Duration = Duration::from_secs(1);
+    let before = Snapshot::take(&[], &[])?;
+    std::thread::sleep(LOOK);
+    Ok(before.usage_until(&Snapshot::take(&[], &[])?).foreign_cpu)
 }
 
 /// Writes a file of random bytes and takes it out of the page cache.

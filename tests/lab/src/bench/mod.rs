@@ -219,11 +219,17 @@ impl Session {
             interrupt::catch()?;
             Some(Ground::prepare(artifacts, &bin_dir, dir)?)
         };
+        let mut report = Report::new(plan.name, ground.as_ref().map(Ground::machine));
+        if !options.list {
+            report.foreign_before = ground::foreign_cpu()?;
+            let share = report.foreign_before * 100.0;
+            step(format_args!("others take {share:.0} % of the CPUs"));
+        }
         Ok(Self {
             effort: Effort::new(options),
             cases: options.cases.clone(),
             list_only: options.list,
-            report: Report::new(plan.name, ground.as_ref().map(Ground::machine)),
+            report,
             ground,
         })
     }

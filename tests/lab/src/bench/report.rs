@@ -16,6 +16,8 @@ pub(super) struct Report {
     bench: String,
     commit: String,
     machine: String,
+    /// Share of all CPUs' time that went elsewhere before anything was measured.
+    pub(super) foreign_before: f64,
     pub(super) rows: Vec<Row>,
 }
 
@@ -83,6 +85,7 @@ impl Report {
             bench: bench.to_owned(),
             commit: super::ground::commit(),
             machine: machine.unwrap_or_default(),
+            foreign_before: 0.0,
             rows: Vec::new(),
         }
     }
@@ -264,6 +267,13 @@ impl fmt::Display for Report {
             "{met} of {judged} targets met at {} on {}",
             self.commit, self.machine
         )?;
+        if self.foreign_before > NOISE {
+            let share = self.foreign_before * 100.0;
+            writeln!(
+                f,
+                "the machine was not quiet to begin with: others took {share:.0} % of the CPUs"
+            )?;
+        }
         if noisy > 0 {
             let share = NOISE * 100.0;
             writeln!(
