@@ -299,10 +299,10 @@ fn parse_leases(text: &str) -> Vec<DhcpLease> {
                 return None;
             };
             Some(DhcpLease {
-                mac: mac
-                    .contains(':')
-                    .then(|| mac.to_owned())
-                    .unwrap_or_default(),
+                mac: match mac.contains(':') {
+                    true => mac.to_owned(),
+                    false => String::new(),
+                },
                 address: address.parse::<std::net::IpAddr>().ok()?.to_string(),
                 hostname: hostname.trim_start_matches('*').to_owned(),
                 expires_at: expires_at.parse().ok()?,
