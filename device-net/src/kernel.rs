@@ -1,15 +1,18 @@
 //! NICs onto interfaces of the host: each queue pair has a descriptor that takes and gives one
 //! frame, behind a virtio-net header, with each call.
 //!
-//! - [`interface`]: the descriptors; [`tap`]: a tap's
+//! - [`interface`]: the descriptors; [`tap`]: a tap's; [`packet`]: packet sockets
 //! - [`steering`]: which of a tap's queues take part
-//! - [`rx`], [`tx`]: what serves the rings; [`window`]: buffers that wait for frames
+//! - [`rx`], [`tx`]: what serves the rings; [`window`]: buffers that wait for frames, [`inbox`]: frames
+//!   that wait for buffers
 //! - [`alarm`]: when frames that had to wait go on
 //! - [`batch`], [`uring`], [`slots`]: many frames with one system call
 
 mod alarm;
 mod batch;
+mod inbox;
 mod interface;
+mod packet;
 mod rx;
 mod slots;
 mod steering;
@@ -33,6 +36,7 @@ use crate::nic::backend::Backend;
 use crate::nic::header::{Offloads, mask};
 use crate::nic::state::NicState;
 use interface::Interface;
+pub(crate) use packet::{PacketError, PacketSockets};
 use steering::Steering;
 pub(crate) use tap::{Tap, TapError};
 
@@ -71,8 +75,21 @@ impl KernelBackend {
     /// # Errors
     /// [`TapError`] when they are something else.
     pub(crate) fn tap(fds: Vec<OwnedFd>, polling: Polling) -> Result<Self, TapError> {
-        let interface = Interface::Tap(Tap::from_fds(fds)?);
-        let steering = Steering::new(&interface).map_err(TapError::Event)?;
+        let tap = Tap::from_fds(fds)?;
+        Self::new(Interface::Tap(tap), polling).map_err(TapError::Event)
+    }
+
+    /// Takes packet sockets on one interface, one for each queue pair.
+    ///
+    /// # Errors
+    /// [`PacketError`] when they are something else.
+    pub(crate) fn packet(fds: Vec<OwnedFd>, polling: Polling) -> Result<Self, PacketError> {
+        let sockets = PacketSockets::from_fds(fds)?;
+        Self::new(Interface::Packet(sockets), polling).map_err(PacketError::Event)
+    }
+
+    fn new(interface: Interface, polling: Polling) -> io::Result<Self> {
+        let steering = Steering::new(&interface)?;
         Ok(Self(Arc::new(Shared {
             interface,
             steering,
@@ -85,6 +102,7 @@ impl Backend for KernelBackend {
     fn kind(&self) -> &'static str {
         match self.0.interface {
             Interface::Tap(_) => "tap",
+            Interface::Packet(_) => "packet",
         }
     }
 

@@ -97,7 +97,9 @@ fn connect(
         return Ok(switch::connect(port, pairs, mac, polling(config))?);
     }
     if !config.packet_fds.is_empty() {
-        return Err(Status::unimplemented("net: packet_fds is not served"));
+        let sockets = KernelBackend::packet(fds, polling(config))
+            .map_err(|error| Status::invalid_argument(format!("net.packet_fds: {error}")))?;
+        return Ok(Arc::new(sockets));
     }
     let tap = KernelBackend::tap(fds, polling(config))
         .map_err(|error| Status::invalid_argument(format!("net.tap_fds: {error}")))?;

@@ -85,12 +85,8 @@ impl SendBatch {
             lens_bytes,
             ..
         } = self;
-        let mut told = 0;
-        let mut tell = |index: usize, result: i32| {
-            let frame = &slots.slot(index)[..usize::from(lens_bytes[index])];
-            sent(frame, check(result).map(drop));
-            told += 1;
-        };
+        let mut results = [-libc::EAGAIN; SEND_SLOTS];
+        let is_usable;
         match uring {
             Some(uring) if count > 1 => {
                 for (index, &len_bytes) in lens_bytes[..count].iter().enumerate() {
@@ -108,24 +104,28 @@ impl SendBatch {
                     // SAFETY: the slots are ours and stay as they are until `run` returns.
                     unsafe { uring.push(&entry.user_data(index as u64)) };
                 }
-                let ran = uring.run(|index, result| tell(index as usize, result));
-                if let Err(error) = ran {
-                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                    for index in told..count {
-                        let frame = &slots.slot(index)[..usize::from(lens_bytes[index])];
-                        sent(frame, Err(io::Error::from_raw_os_error(errno)));
-                    }
-                }
+                let ran = uring.run(|index, result| results[index as usize] = result);
+                is_usable = ran.is_ok() && results[0] != -libc::EOPNOTSUPP;
             }
-            _ => {
-                for (index, &len_bytes) in lens_bytes[..count].iter().enumerate() {
-                    let at = slots.as_ptr(index);
-                    // SAFETY: the slot is live memory of that length.
-                    let written =
-                        unsafe { libc::write(fd.as_raw_fd(), at.cast(), usize::from(len_bytes)) };
-                    tell(index, as_result(written));
+            _ => is_usable = false,
+        }
+        if !is_usable {
+            // One by one: no ring, a single frame, or a kernel that does not know RWF_NOWAIT here.
+            for (index, &len_bytes) in lens_bytes[..count].iter().enumerate() {
+                if results[index] >= 0 {
+                    continue;
                 }
+                let (at, len) = (slots.as_ptr(index), usize::from(len_bytes));
+                // SAFETY: the slot is live memory of that length.
+                results[index] = as_result(unsafe { libc::write(fd.as_raw_fd(), at.cast(), len) });
             }
+            if count > 1 {
+                *uring = None;
+            }
+        }
+        for (index, &len_bytes) in lens_bytes[..count].iter().enumerate() {
+            let frame = &slots.slot(index)[..usize::from(len_bytes)];
+            sent(frame, check(results[index]).map(drop));
         }
     }
 }
@@ -188,6 +188,7 @@ impl ReceiveBatch {
         (self.next, self.end) = (0, 0);
         let wanted = (2 * self.found).clamp(MIN_READS, RECEIVE_SLOTS);
         let mut failure = 0;
+        let mut is_cut_short = false;
         match &mut self.uring {
             Some(uring) => {
                 for index in 0..wanted {
@@ -206,13 +207,20 @@ impl ReceiveBatch {
                 }
                 self.lens_bytes[..wanted].fill(0);
                 let (lens_bytes, end) = (&mut self.lens_bytes, &mut self.end);
-                uring.run(|index, result| match u32::try_from(result) {
+                let ran = uring.run(|index, result| match u32::try_from(result) {
                     Ok(len_bytes) => {
                         lens_bytes[index as usize] = len_bytes;
                         *end = (*end).max(index as usize + 1);
                     }
                     Err(_) => failure = result,
-                })?;
+                });
+                if ran.is_err() || failure == -libc::EOPNOTSUPP {
+                    // Short of memory, or a kernel that does not know RWF_NOWAIT here: one by one
+                    // from now on.
+                    self.uring = None;
+                    failure = -libc::EAGAIN;
+                    is_cut_short = true;
+                }
             }
             None => {
                 while self.end < wanted {
@@ -235,7 +243,7 @@ impl ReceiveBatch {
         if self.end == 0 && failure != -libc::EAGAIN {
             check(failure)?;
         }
-        Ok(self.end == wanted)
+        Ok(self.end == wanted || is_cut_short)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use super::packet::{self, PacketSockets};
 use super::tap::Tap;
 use crate::nic::header::{MAX_HEADER_LEN_BYTES, Offloads};
 
@@ -11,6 +12,7 @@ use crate::nic::header::{MAX_HEADER_LEN_BYTES, Offloads};
 #[derive(Debug)]
 pub(super) enum Interface {
     Tap(Tap),
+    Packet(PacketSockets),
 }
 
 impl Interface {
@@ -18,6 +20,7 @@ impl Interface {
     pub(super) fn num_queues(&self) -> u16 {
         match self {
             Self::Tap(tap) => tap.num_queues(),
+            Self::Packet(sockets) => sockets.num_queues(),
         }
     }
 
@@ -25,6 +28,7 @@ impl Interface {
     pub(super) fn queue(&self, pair: u16) -> &OwnedFd {
         match self {
             Self::Tap(tap) => tap.queue(pair),
+            Self::Packet(sockets) => sockets.queue(pair),
         }
     }
 
@@ -32,6 +36,7 @@ impl Interface {
     pub(super) fn header_len_bytes(&self) -> usize {
         match self {
             Self::Tap(_) => MAX_HEADER_LEN_BYTES,
+            Self::Packet(_) => packet::HEADER_LEN_BYTES,
         }
     }
 
@@ -39,13 +44,17 @@ impl Interface {
     pub(super) fn has_uso(&self) -> bool {
         match self {
             Self::Tap(tap) => tap.has_uso(),
+            // Whether a socket does is not told before the first frame.
+            Self::Packet(_) => false,
         }
     }
 
-    /// What frames for the driver may leave unfinished.
+    /// What frames for the driver may leave unfinished. Packet sockets know no such limit: what the
+    /// driver cannot take is finished here.
     pub(super) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         match self {
             Self::Tap(tap) => tap.set_offloads(offloads),
+            Self::Packet(_) => Ok(()),
         }
     }
 
@@ -53,6 +62,7 @@ impl Interface {
     pub(super) fn set_queue_attached(&self, pair: u16, attached: bool) -> io::Result<()> {
         match self {
             Self::Tap(tap) => tap.set_queue_attached(pair, attached),
+            Self::Packet(_) => Ok(()),
         }
     }
 }

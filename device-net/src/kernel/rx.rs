@@ -1,7 +1,7 @@
 //! Frames from the kernel to the driver.
 //!
 //! Small frames come in batches: one system call puts many into slots of ours, from which they are
-//! copied to the driver's buffers. Once they are large, copying would cost more than calling, and
+//! copied to the driver's buffers; what the driver cannot finish is finished in between. Once they are large, copying would cost more than calling, and
 //! one `readv` puts each right into a window of popped chains, with an overflow buffer of our own
 //! behind them for what does not fit.
 //!
@@ -28,7 +28,7 @@ use filter::Direction as Way;
 
 use super::Shared;
 use super::alarm::Alarm;
-use super::batch::ReceiveBatch;
+use super::inbox::Inbox;
 use super::interface;
 use super::window::{Room, Window};
 use crate::guard::{self, Guard, HEAD_LEN_BYTES};
@@ -64,7 +64,7 @@ pub(super) struct RxQueue {
     filter: Arc<ReceiveFilter>,
     filter_version: u64,
     window: Window,
-    batch: ReceiveBatch,
+    inbox: Inbox,
     /// The last frame was large, so the next one may be as well.
     expects_large: bool,
     overflow: Box<[u8]>,
@@ -108,17 +108,18 @@ impl RxQueue {
         features: u64,
     ) -> io::Result<Self> {
         let header_len_bytes = header_len_bytes(features);
+        let offloads = Offloads::to_driver(features);
         let (filter, filter_version) = nic.receive_filter();
         Ok(Self {
-            shared,
             nic,
             pair,
             header_len_bytes,
-            offloads: Offloads::to_driver(features),
+            offloads,
             filter,
             filter_version,
             window: Window::new(header_len_bytes, has(features, VIRTIO_NET_F_MRG_RXBUF)),
-            batch: ReceiveBatch::new()?,
+            inbox: Inbox::new(shared.interface.header_len_bytes(), offloads)?,
+            shared,
             expects_large: false,
             overflow: vec![0; MAX_FRAME_LEN_BYTES].into_boxed_slice(),
             large: None,
@@ -141,12 +142,16 @@ impl RxQueue {
         let (mut frames, mut bytes) = (0, 0);
         let mut progress = Progress::Made;
         let watch = self.nic.guard.is_active().then(guard::monotonic_ns);
-        while let Some(received) = self.batch.front() {
-            let (header, frame) = match self.inspect(received) {
-                Ok(sound) => sound,
+        while let Some(prepared) = self.inbox.prepare() {
+            let frame = self.inbox.frame();
+            let header = match prepared.and_then(|header| {
+                self.check_wanted(frame)?;
+                Ok(header)
+            }) {
+                Ok(header) => header,
                 Err(reason) => {
                     self.counters().count_drop(reason);
-                    self.batch.pop_front();
+                    self.inbox.pop();
                     continue;
                 }
             };
@@ -162,7 +167,7 @@ impl RxQueue {
                             Passage::Free => self.is_held = false,
                             Passage::Refused => {
                                 self.counters().count_drop(DropReason::Guarded);
-                                self.batch.pop_front();
+                                self.inbox.pop();
                                 continue;
                             }
                             Passage::NotBefore(at_ns) => {
@@ -178,7 +183,7 @@ impl RxQueue {
                     bytes += frame.len() as u64;
                     self.expects_large = len_bytes > LARGE_BYTES;
                     self.window.complete(ring, &header, len_bytes);
-                    self.batch.pop_front();
+                    self.inbox.pop();
                 }
                 Room::NotYet => {
                     self.is_starved = true;
@@ -187,28 +192,13 @@ impl RxQueue {
                 }
                 Room::Never => {
                     self.counters().count_drop(DropReason::NoBuffers);
-                    self.batch.pop_front();
+                    self.inbox.pop();
                 }
             }
         }
         self.counters().count_many(frames, bytes);
         self.note_buffers();
         Ok(progress)
-    }
-
-    /// Header and frame of what was received.
-    fn inspect<'a>(&self, received: &'a [u8]) -> Result<(Header, &'a [u8]), DropReason> {
-        let len_bytes = self.shared.interface.header_len_bytes();
-        let (header, frame) = received
-            .split_at_checked(len_bytes)
-            .filter(|(_, frame)| (1..=MAX_FRAME_LEN_BYTES).contains(&frame.len()))
-            .ok_or(DropReason::Malformed)?;
-        let mut bytes = [0; MAX_HEADER_LEN_BYTES];
-        bytes[..len_bytes].copy_from_slice(header);
-        let header = Header::checked(&bytes, frame.len(), self.offloads)
-            .map_err(|_| DropReason::Malformed)?;
-        self.check_wanted(frame)?;
-        Ok((header, frame))
     }
 
     fn check_wanted(&self, head: &[u8]) -> Result<(), DropReason> {
@@ -261,7 +251,7 @@ impl RxQueue {
         let received = if self.expects_large && !self.nic.guard.is_active() {
             self.receive_large()
         } else {
-            self.batch.receive(self.shared.interface.queue(self.pair))
+            self.inbox.receive(self.shared.interface.queue(self.pair))
         };
         match received {
             Ok(true) => Ok(Progress::Made),
@@ -377,11 +367,11 @@ impl RxQueue {
     }
 
     fn put_window_back(&mut self, ring: &mut Ring) {
-        let waiting = self.batch.len() + usize::from(self.large.take().is_some());
+        let waiting = self.inbox.len() + usize::from(self.large.take().is_some());
         for _ in 0..waiting {
             self.counters().count_drop(DropReason::NoBuffers);
         }
-        self.batch.clear();
+        self.inbox.clear();
         self.is_held = false;
         self.window.put_back(ring);
         self.is_starved = true;

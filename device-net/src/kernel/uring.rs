@@ -92,7 +92,7 @@ impl Uring {
     /// Carries out what was pushed, in that order, and tells `user_data` and result of each.
     ///
     /// # Errors
-    /// The kernel is short of memory; what was not carried out is forgotten.
+    /// The kernel is short of memory; the ring is of no use any more.
     pub(super) fn run(&mut self, mut done: impl FnMut(u64, i32)) -> io::Result<()> {
         while self.pushed > 0 {
             match self.ring.submit_and_wait(self.pushed) {

@@ -93,6 +93,69 @@ pub(crate) fn is_up(name: &str) -> bool {
     }
 }
 
+/// Sends raw frames over an interface, as the host.
+pub(crate) struct Wire {
+    socket: OwnedFd,
+    address: libc::sockaddr_ll,
+}
+
+impl Wire {
+    pub(crate) fn new(name: &str) -> Wire {
+        // SAFETY: socket takes no pointers. With protocol 0 it receives nothing.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        check(fd);
+        // SAFETY: `fd` was just returned by the kernel and is owned by nobody else.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        let mut get = request(name);
+        // SAFETY: plain data, valid when all zero.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        // SAFETY: each writes one live ifreq, whose union member is read as it was written.
+        unsafe {
+            check(libc::ioctl(
+                socket.as_raw_fd(),
+                libc::SIOCGIFINDEX,
+                &mut get,
+            ));
+            address.sll_ifindex = get.ifr_ifru.ifru_ifindex;
+            check(libc::ioctl(
+                socket.as_raw_fd(),
+                libc::SIOCGIFHWADDR,
+                &mut get,
+            ));
+            for (target, byte) in address
+                .sll_addr
+                .iter_mut()
+                .zip(get.ifr_ifru.ifru_hwaddr.sa_data)
+            {
+                *target = byte as u8;
+            }
+        }
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_halen = 6;
+        Wire { socket, address }
+    }
+
+    /// The interface's own address.
+    pub(crate) fn mac(&self) -> [u8; 6] {
+        self.address.sll_addr[..6].try_into().unwrap()
+    }
+
+    pub(crate) fn send(&self, frame: &[u8]) {
+        // SAFETY: frame and address are live and of those lengths.
+        let sent = unsafe {
+            libc::sendto(
+                self.socket.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const self.address).cast(),
+                size_of_val(&self.address) as libc::socklen_t,
+            )
+        };
+        check(sent as libc::c_int);
+    }
+}
+
 fn open_tun() -> io::Result<File> {
     File::options().read(true).write(true).open("/dev/net/tun")
 }

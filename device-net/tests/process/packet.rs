@@ -1,0 +1,217 @@
+//! A NIC on packet sockets. The interface is a tap whose other end, the wire, is the test's.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_UDP_L4,
+};
+
+use crate::daemon::{Daemon, await_true};
+use crate::frame::{self, Parsed, UDP_CSUM_OFFSET, UDP_START};
+use crate::guest::{Guest, HEADER_LEN};
+use crate::host::{Wire, configure, enter_namespace, open_tap};
+use crate::traffic::payload;
+
+const NIC: &str = "packet=tap0,mac=52:54:00:12:34:56";
+const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+const PEER_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 9];
+const PORTS: (u16, u16) = (4000, 5000);
+
+/// Before each frame on the wire: the tap's header.
+const WIRE_HEADER: usize = 10;
+
+/// The wire's end.
+fn wire() -> File {
+    let fd = open_tap("tap0", 1).remove(0);
+    // SAFETY: F_SETFL takes an integer.
+    unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+    configure("tap0", 1500);
+    File::from(fd)
+}
+
+/// A frame of the peer for the guest: what [`frame::udp`] sends, the other way round.
+fn to_guest(mut frame: Vec<u8>) -> Vec<u8> {
+    frame[..6].copy_from_slice(&GUEST_MAC);
+    frame[6..12].copy_from_slice(&PEER_MAC);
+    // No sum changes with the order of the addresses.
+    let (source, destination) = frame[26..34].split_at_mut(4);
+    source.swap_with_slice(destination);
+    frame
+}
+
+fn put(wire: &mut File, header: [u8; WIRE_HEADER], frame: &[u8]) {
+    let bytes = [&header[..], frame].concat();
+    assert_eq!(wire.write(&bytes).unwrap(), bytes.len());
+}
+
+/// The next frame with an address of the peer.
+fn take(wire: &mut File) -> Vec<u8> {
+    let mut buffer = vec![0; 70_000];
+    let mut found = None;
+    await_true("a frame comes over the wire", || {
+        match wire.read(&mut buffer) {
+            Ok(len) if buffer[WIRE_HEADER..].starts_with(&PEER_MAC) => {
+                found = Some(buffer[WIRE_HEADER..len].to_vec());
+            }
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+        }
+        found.is_some()
+    });
+    found.unwrap()
+}
+
+fn udp_payload(parsed: Parsed) -> Option<Vec<u8>> {
+    match parsed {
+        Parsed::Udp {
+            destination_port: 5000,
+            payload,
+            ..
+        } => Some(payload),
+        _ => None,
+    }
+}
+
+#[test]
+fn guest_and_wire_exchange_frames() {
+    if !enter_namespace() {
+        return;
+    }
+    let mut wire = wire();
+    let daemon = Daemon::with_nic(NIC);
+    let mut guest = Guest::connect(&daemon.socket(), 1);
+    guest.supply(0, 64, 1536);
+    for round in 0..100 {
+        let data = payload(round, 1200);
+        let sent = frame::udp(PEER_MAC, PORTS, &data);
+        guest.send(0, &sent);
+        assert_eq!(take(&mut wire), sent);
+        put(&mut wire, [0; WIRE_HEADER], &to_guest(sent));
+        let got = guest.receive(|_, parsed| udp_payload(parsed));
+        assert_eq!(got, data, "round {round}");
+    }
+    // A frame whose checksum is left to the kernel.
+    let data = payload(7, 1000);
+    let mut header = [0; HEADER_LEN];
+    header[..WIRE_HEADER].copy_from_slice(&unfinished(0));
+    let unsummed = frame::udp_to_be_summed(PEER_MAC, PORTS, &data);
+    guest.send_with(0, header, &unsummed);
+    let sent = take(&mut wire);
+    assert!(frame::has_right_udp_checksum(&sent));
+    assert_eq!(sent[42..], data);
+    assert!(daemon.terminate().success());
+}
+
+/// The header of a frame of UDP without checksum, to be cut into pieces of `segment_bytes` unless
+/// that is 0.
+fn unfinished(segment_bytes: u16) -> [u8; WIRE_HEADER] {
+    let mut header = [0; WIRE_HEADER];
+    header[0] = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
+    if segment_bytes > 0 {
+        header[1] = VIRTIO_NET_HDR_GSO_UDP_L4 as u8;
+    }
+    header[2..4].copy_from_slice(&42_u16.to_le_bytes());
+    header[4..6].copy_from_slice(&segment_bytes.to_le_bytes());
+    header[6..8].copy_from_slice(&UDP_START.to_le_bytes());
+    header[8..10].copy_from_slice(&UDP_CSUM_OFFSET.to_le_bytes());
+    header
+}
+
+#[test]
+fn frame_that_the_driver_cannot_finish_is_finished_for_it() {
+    if !enter_namespace() {
+        return;
+    }
+    let mut wire = wire();
+    let daemon = Daemon::with_nic(NIC);
+    let plain = [VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF];
+    let mut guest = Guest::connect_with(&daemon.socket(), 1, &plain);
+    guest.supply(0, 64, 1536);
+    let data = payload(3, 4500);
+    let large = to_guest(frame::udp_to_be_summed(PEER_MAC, PORTS, &data));
+    put(&mut wire, unfinished(1000), &large);
+    let mut received: Vec<u8> = Vec::new();
+    while received.len() < data.len() {
+        let part = guest.receive(|received, parsed| {
+            let part = udp_payload(parsed)?;
+            assert_eq!(received.header[..WIRE_HEADER], [0; WIRE_HEADER]);
+            assert!(frame::has_right_udp_checksum(&received.frame));
+            Some(part)
+        });
+        received.extend(part);
+    }
+    assert_eq!(received, data);
+}
+
+#[test]
+fn guest_does_not_see_what_the_host_sends_and_receives() {
+    if !enter_namespace() {
+        return;
+    }
+    let mut wire = wire();
+    let daemon = Daemon::with_nic(NIC);
+    let mut guest = Guest::connect(&daemon.socket(), 1);
+    guest.supply(0, 64, 1536);
+    let host = Wire::new("tap0");
+    let of = |to: [u8; 6], seed| {
+        let mut frame = to_guest(frame::udp(PEER_MAC, PORTS, &payload(seed, 100)));
+        frame[..6].copy_from_slice(&to);
+        frame
+    };
+    host.send(&of(GUEST_MAC, 1));
+    put(&mut wire, [0; WIRE_HEADER], &of(host.mac(), 2));
+    put(&mut wire, [0; WIRE_HEADER], &of([0xff; 6], 3));
+    let first = guest.receive(|_, parsed| udp_payload(parsed));
+    assert_eq!(
+        first,
+        payload(3, 100),
+        "the broadcast, and nothing before it"
+    );
+}
+
+#[test]
+fn interface_that_does_not_exist_is_named() {
+    if !enter_namespace() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("net0.vu");
+    let output = crate::daemon::command(dir.path())
+        .arg("--nic")
+        .arg(format!(
+            "id=net0,packet=nowhere,socket={}",
+            socket.display()
+        ))
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("no interface \"nowhere\""), "{text}");
+    assert!(!socket.exists());
+}
+
+#[test]
+fn sockets_of_another_kind_are_refused() {
+    if !enter_namespace() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // SAFETY: socket takes no pointers, and its descriptor is owned by nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0)) };
+    let fd = socket.as_raw_fd();
+    let listening = dir.path().join("net0.vu");
+    let output = crate::daemon::command(dir.path())
+        .arg("--nic")
+        .arg(format!(
+            "id=net0,packet-fd={fd},socket={}",
+            listening.display()
+        ))
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("no packet socket"), "{text}");
+}
