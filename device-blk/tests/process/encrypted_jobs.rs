@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use api::device::{CompleteJobRequest, FdRef, JobState, SnapshotRequest, Target};
+use api::device::{FdRef, JobState, SnapshotRequest, Target};
 use luks::{FormatOptions, Limits, NewKdf, Volume};
 use nix::sys::signal::Signal;
 use tonic::Code;
@@ -14,7 +14,7 @@ use crate::control::Manager;
 use crate::daemon::{Daemon, Place};
 use crate::jobs::{
     DISK_BLOCKS, DISK_BYTES, Writer, assert_is_an_instant, assert_is_final, await_job, backup,
-    mirror, target,
+    complete, mirror, target,
 };
 
 const PAYLOAD_OFFSET_BYTES: u64 = 16 << 20;
@@ -94,14 +94,7 @@ fn mirror_of_an_encrypted_disk_goes_on_encrypted_with_another_key() {
     mirror(&mut manager, "m", to, false).unwrap();
     await_job(&mut manager, "m", JobState::Ready);
     writer.await_more(50);
-    let complete = CompleteJobRequest {
-        id: "a".into(),
-        job_id: "m".into(),
-    };
-    manager
-        .disks(async |disks| disks.complete_job(complete).await)
-        .unwrap();
-    await_job(&mut manager, "m", JobState::Done);
+    complete(&mut manager, "m");
     writer.await_more(200);
     let log = writer.stop();
     assert!(manager.get("a").blk.unwrap().encrypted);

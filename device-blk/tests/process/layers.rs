@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use api::device::{
-    CompleteJobRequest, FdRef, GetImageRequest, Image, Job, JobState, SnapshotRequest,
-    StartCheckRequest, StartCommitRequest,
+    FdRef, GetImageRequest, Image, Job, JobState, SnapshotRequest, StartCheckRequest,
+    StartCommitRequest,
 };
 use nix::sys::signal::Signal;
 use tonic::{Code, Status};
@@ -18,7 +18,7 @@ use crate::daemon::{Daemon, Place, read_image};
 use crate::driver::Client;
 use crate::jobs::{
     BLOCK, DISK_BLOCKS, DISK_BYTES, Writer, assert_is_an_instant, assert_is_final, await_job,
-    backup, disk, image_of, mirror, target,
+    backup, complete, disk, image_of, mirror, target,
 };
 use crate::locks::has_tool;
 
@@ -168,14 +168,7 @@ fn mirror_to_qcow2_is_what_qemu_reads() {
     let to = target(&manager, "copy.qcow2", "qcow2");
     mirror(&mut manager, "m", to, false).unwrap();
     await_job(&mut manager, "m", JobState::Ready);
-    let complete = CompleteJobRequest {
-        id: "a".into(),
-        job_id: "m".into(),
-    };
-    manager
-        .disks(async |disks| disks.complete_job(complete).await)
-        .unwrap();
-    await_job(&mut manager, "m", JobState::Done);
+    complete(&mut manager, "m");
     writer.await_more(500);
     let check = StartCheckRequest {
         id: "a".into(),

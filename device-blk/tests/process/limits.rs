@@ -62,12 +62,15 @@ fn requests_a_second_hold_for_each_direction() {
     let (_daemon, mut manager) = limited("write-iops=200,write-iops-burst=20,read-iops=500");
     let mut client = Client::connect(&manager.place.socket("a"));
     assert_about(time(&mut client, true, 180, 16, 4096), 0.8, "writes");
+    let began = Instant::now();
     let reads = time(&mut client, false, 500, 16, 4096);
     assert!(
         reads < Duration::from_secs(5),
         "the burst of reads: {reads:?}"
     );
-    assert_about(time(&mut client, false, 300, 1, 4096), 0.5, "reads");
+    time(&mut client, false, 300, 1, 4096);
+    // From the burst's begin on: what is unused during it is there afterwards.
+    assert_about(began.elapsed(), 0.6, "reads");
     let stats = manager.get("a").blk.unwrap();
     assert!(stats.throttled > 100, "{}", stats.throttled);
     assert_eq!(stats.errors, 0);

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::time::Instant;
 
-use api::device::{CompleteJobRequest, GetImageRequest, JobState, NbdSource, Target};
+use api::device::{GetImageRequest, JobState, NbdSource, Target};
 use nix::sys::signal::Signal;
 use tonic::Code;
 
@@ -12,7 +12,7 @@ use crate::daemon::{DEADLINE, Daemon, Place, await_true, read_image};
 use crate::driver::Client;
 use crate::jobs::{
     BLOCK, DISK_BLOCKS, DISK_BYTES, Writer, assert_is_an_instant, assert_is_final, await_job,
-    backup, cancel, image_of, job, mirror,
+    backup, cancel, complete, image_of, job, mirror,
 };
 use crate::remote::{Server, remote_disk};
 
@@ -51,14 +51,7 @@ fn mirror_to_another_host_goes_on_there_without_losing_a_write() {
     let to = target(&manager);
     mirror(&mut manager, "m", to, false).unwrap();
     await_job(&mut manager, "m", JobState::Ready);
-    let complete = CompleteJobRequest {
-        id: "a".into(),
-        job_id: "m".into(),
-    };
-    manager
-        .disks(async |disks| disks.complete_job(complete).await)
-        .unwrap();
-    await_job(&mut manager, "m", JobState::Done);
+    complete(&mut manager, "m");
     let image =
         manager.disks(async |disks| disks.get_image(GetImageRequest { id: "a".into() }).await);
     assert_eq!(image.unwrap().format, "nbd");
