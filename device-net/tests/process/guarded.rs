@@ -262,7 +262,9 @@ fn security_rules_hold_from_the_next_frame_on() {
         remote: Some(Remote::Cidr("10.99.0.0/24".into())),
         ..SecurityRule::default()
     };
-    scene.set_policy(secured(&[port.clone()])).unwrap();
+    scene
+        .set_policy(secured(std::slice::from_ref(&port)))
+        .unwrap();
     let other = host_socket();
     other.send_to(b"permitted now", guest_address()).unwrap();
     scene.guest_receives(b"permitted now");
