@@ -1,7 +1,7 @@
 //! A controller with its agent, and `vmctl` to talk to it.
 
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use guest::plan::Plan;
@@ -50,9 +50,28 @@ impl Fleet {
 
     /// Creates the VM; `more` are further options.
     pub(super) fn create_vm(&self, plan: &Plan, more: &[&str]) {
+        self.create_vm_named("web", plan, more);
+    }
+
+    /// Creates a VM that the test stops itself, unless it is `web`.
+    pub(super) fn create_vm_named(&self, vm: &str, plan: &Plan, more: &[&str]) {
         let machine = machine_options(plan);
         let machine: Vec<&str> = machine.iter().map(String::as_str).collect();
-        self.done(&[&["vm", "create", "web"], &machine[..], more].concat());
+        self.done(&[&["vm", "create", vm], &machine[..], more].concat());
+    }
+
+    /// Attaches to a VM's console, from its beginning; prints it to a file.
+    pub(super) fn console_of(&self, vm: &str, log: &Path) -> (Child, ChildStdin) {
+        let output = std::fs::File::create(log).expect("a log");
+        let mut vmctl = Command::new(site::program("vmctl"))
+            .args(["--endpoint", &format!("http://127.0.0.1:{}", self.port)])
+            .args(["vm", "console", vm])
+            .stdin(Stdio::piped())
+            .stdout(output)
+            .spawn()
+            .expect("vmctl runs");
+        let input = vmctl.stdin.take().expect("a pipe");
+        (vmctl, input)
     }
 
     pub(super) fn kill_and_restart_controller(&mut self) {
@@ -110,19 +129,7 @@ impl Fleet {
     pub(super) fn wait_for_console(&self, text: &str) {
         let deadline = Instant::now() + BOOT_LIMIT;
         let log = self.dir.path().join("console");
-        let output = std::fs::File::create(&log).expect("a log");
-        let mut reader = Command::new(site::program("vmctl"))
-            .args([
-                "--endpoint",
-                &format!("http://127.0.0.1:{}", self.port),
-                "vm",
-                "console",
-                "web",
-            ])
-            .stdin(Stdio::piped())
-            .stdout(output)
-            .spawn()
-            .expect("vmctl runs");
+        let (mut reader, _input) = self.console_of("web", &log);
         let seen = loop {
             let console = std::fs::read_to_string(&log).unwrap_or_default();
             if console.contains(text) || Instant::now() > deadline {
@@ -141,7 +148,12 @@ impl Fleet {
 
     /// (name, pid) of the VM's processes.
     pub(super) fn processes(&self) -> Vec<(String, u64)> {
-        let vm = self.json(&["vm", "show", "web"]);
+        self.processes_of("web")
+    }
+
+    /// The same of a VM of another name.
+    pub(super) fn processes_of(&self, vm: &str) -> Vec<(String, u64)> {
+        let vm = self.json(&["vm", "show", vm]);
         let list = find(&vm, "processes")
             .and_then(Value::as_array)
             .expect("processes are shown");
@@ -173,7 +185,12 @@ impl Fleet {
     }
 
     pub(super) fn phase(&self) -> String {
-        let vm = self.json(&["vm", "show", "web"]);
+        self.phase_of("web")
+    }
+
+    /// The same of a VM of another name.
+    pub(super) fn phase_of(&self, vm: &str) -> String {
+        let vm = self.json(&["vm", "show", vm]);
         find(&vm, "phase")
             .and_then(Value::as_str)
             .unwrap_or_default()

@@ -4,6 +4,7 @@ mod boot;
 mod control;
 mod fleet;
 mod managed;
+mod network;
 mod outage;
 mod third_party;
 
