@@ -296,6 +296,10 @@ enum Accepted {
 }
 
 /// A frame on its way.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "passed on, or held one at a time; a box would cost an allocation for each frame"
+)]
 enum Frame {
     /// As [`Accepted::Small`].
     Small { len_bytes: usize },
