@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::artifacts::Artifacts;
+use crate::artifacts::{Artifacts, passt};
 use crate::{initramfs, workspace};
 
 /// Where the scripts are.
@@ -47,6 +47,9 @@ pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, OsSt
             "VIRTIOFSD",
             script("virtiofsd", &virtiofsd.command())?.into(),
         ));
+    }
+    if let Some(passt) = passt::obtain(&workspace::lab_subdir("artifacts")?) {
+        found.push(("PASST", passt.into()));
     }
     Ok(found)
 }

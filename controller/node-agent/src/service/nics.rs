@@ -1,5 +1,7 @@
 //! The service `Nics`: what is asked of a VM's NICs goes on to the daemon that serves them.
 
+use std::pin::Pin;
+
 use api::{
     device::{CaptureChunk, ListFlowsResponse},
     node::{
@@ -8,7 +10,8 @@ use api::{
     },
     validate,
 };
-use tonic::{Request, Response, Status, Streaming};
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status};
 
 use super::Service;
 use crate::{
@@ -56,7 +59,7 @@ impl Nics for Service {
         Ok(Response::new(listed))
     }
 
-    type CaptureStream = Streaming<CaptureChunk>;
+    type CaptureStream = Pin<Box<dyn Stream<Item = Result<CaptureChunk, Status>> + Send>>;
 
     async fn capture(
         &self,
@@ -66,8 +69,16 @@ impl Nics for Service {
         validate::node_capture_nic_request(&request)?;
         let capture = request.capture.unwrap_or_default();
         let nics = self.served(&request.vm_id, &capture.id).await?;
+        let nic = capture.id.clone();
         let chunks = nics.capture(capture).await.map_err(status)?;
-        Ok(Response::new(chunks))
+        // What the transport says of a process that ended is no help.
+        Ok(Response::new(Box::pin(chunks.map(move |chunk| {
+            chunk.map_err(|_| {
+                Status::unavailable(format!(
+                    "the device-net that serves NIC {nic} ended; capture again"
+                ))
+            })
+        }))))
     }
 }
 

@@ -6,6 +6,7 @@
 mod apt;
 pub(crate) mod dpdk;
 pub(crate) mod modules;
+pub(crate) mod passt;
 mod vmlinux;
 
 use std::collections::BTreeSet;
