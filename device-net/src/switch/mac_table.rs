@@ -198,7 +198,7 @@ impl MacTable {
         }
     }
 
-    fn remove_all(&self, counts: &mut Vec<usize>, mut is_meant: impl FnMut(Value) -> bool) {
+    fn remove_all(&self, counts: &mut [usize], mut is_meant: impl FnMut(Value) -> bool) {
         for bucket in 0..NUM_BUCKETS {
             for way in 0..WAYS {
                 if self.value((bucket, way)).is_some_and(&mut is_meant) {

@@ -187,7 +187,8 @@ impl Served {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("echo.sock");
         let device = Arc::new(EchoDevice::default());
-        let handle: Arc<dyn Device> = Arc::new(EchoHandle(Arc::clone(&device), seat, shared.to_vec()));
+        let handle: Arc<dyn Device> =
+            Arc::new(EchoHandle(Arc::clone(&device), seat, shared.to_vec()));
         let server = Server::spawn("echo", bind(&path).unwrap(), handle).unwrap();
         Served {
             device,
