@@ -224,9 +224,25 @@ pub(super) fn kill(pid: i32, signal: i32) {
 impl Drop for Fleet {
     /// The agent outlives its controller by design, so it is ended here.
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            print_vmm_logs(self.dir.path());
+        }
         let _ = self.vmctl(&["vm", "stop", "web", "--force"]);
         if let Some(pid) = pid_of("node-agent", self.dir.path()) {
             kill(pid, libc::SIGTERM);
+        }
+    }
+}
+
+/// Says what every `vmm-core` said of its guest, in folders below `dir`.
+fn print_vmm_logs(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            print_vmm_logs(&path);
+        } else if path.ends_with("vmm.log") {
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            eprintln!("{}:\n{text}", path.display());
         }
     }
 }
