@@ -26,12 +26,15 @@ pub(super) async fn claim(
     let mut taken = BTreeSet::new();
     for (index, nic) in spec.nics.iter_mut().enumerate() {
         let at = format!("vm.spec.nics[{index}]");
+        // Free when it was chosen: if somebody took it since, the transaction fails and is tried
+        // again with another one.
+        let mut chosen = BTreeSet::new();
         if !nic.network.is_empty() {
             let (name, network) = network_of(store, vm, &at, &nic.network).await?;
             transaction = transaction.if_unchanged(key(&name), network.revision);
-            choose_mac(store, uid, nic, &mut taken).await?;
+            choose_mac(store, uid, nic, &taken, &mut chosen).await?;
             let spec = network.record.network.spec.unwrap_or_default();
-            choose_ipv4(store, &at, &name, &spec, nic, &mut taken).await?;
+            choose_ipv4(store, &at, &name, &spec, nic, &taken, &mut chosen).await?;
             choose_ipv6(&at, &spec, nic)?;
             if !nic.port_forwards.is_empty() && spec.kind() != pb::NetworkKind::Nat {
                 return Err(CommandError::NoForwards {
@@ -42,7 +45,9 @@ pub(super) async fn claim(
             transaction = require_groups(store, vm, &at, nic, transaction).await?;
         }
         for wanted in claim::all_of(nic) {
-            require_free(store, &at, nic, &wanted, &taken).await?;
+            if !chosen.contains(&wanted) {
+                require_free(store, &at, nic, &wanted, &taken).await?;
+            }
             taken.insert(wanted.clone());
             let owner = format!("{}, NIC {}", short(vm), nic.name);
             transaction = transaction
@@ -123,7 +128,8 @@ async fn choose_mac(
     store: &SharedStore,
     uid: &str,
     nic: &mut pb::Nic,
-    taken: &mut BTreeSet<String>,
+    taken: &BTreeSet<String>,
+    chosen: &mut BTreeSet<String>,
 ) -> Result<(), CommandError> {
     if !nic.mac.is_empty() {
         nic.mac = nic.mac.to_ascii_lowercase();
@@ -139,6 +145,7 @@ async fn choose_mac(
         let wanted = claim::mac(&mac);
         if !taken.contains(&wanted) && store.get(&wanted).await?.is_none() {
             nic.mac = mac;
+            chosen.insert(wanted);
             break;
         }
     }
@@ -151,7 +158,8 @@ async fn choose_ipv4(
     network: &Name,
     spec: &pb::NetworkSpec,
     nic: &mut pb::Nic,
-    taken: &mut BTreeSet<String>,
+    taken: &BTreeSet<String>,
+    chosen: &mut BTreeSet<String>,
 ) -> Result<(), CommandError> {
     let Some(subnet) = model::ipv4_subnet(spec) else {
         return Ok(());
@@ -191,7 +199,9 @@ async fn choose_ipv4(
             last: Ipv4Addr::from(last).to_string(),
         });
     };
-    nic.ipv4_address = Ipv4Addr::from(free).to_string();
+    let address = Ipv4Addr::from(free);
+    nic.ipv4_address = address.to_string();
+    chosen.insert(claim::ipv4(network, address));
     Ok(())
 }
 
