@@ -183,15 +183,32 @@ pub(crate) fn stream_socket() -> io::Result<OwnedFd> {
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
+    identity: Identity,
+}
+
+/// Which file of a name: inode numbers alone are used again at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
     inode: u64,
+    modified: (i64, i64),
+}
+
+impl Identity {
+    fn of(path: &Path) -> io::Result<Self> {
+        let meta = std::fs::symlink_metadata(path)?;
+        Ok(Self {
+            inode: meta.ino(),
+            // Nobody writes to the file of a socket.
+            modified: (meta.mtime(), meta.mtime_nsec()),
+        })
+    }
 }
 
 impl SocketFile {
     fn adopt(path: &Path) -> io::Result<Self> {
-        let inode = std::fs::symlink_metadata(path)?.ino();
         Ok(Self {
             path: path.to_owned(),
-            inode,
+            identity: Identity::of(path)?,
         })
     }
 
@@ -199,13 +216,13 @@ impl SocketFile {
     fn again(&self) -> Self {
         Self {
             path: self.path.clone(),
-            inode: self.inode,
+            identity: self.identity,
         }
     }
 
     fn remove(&self) {
         // A sandboxed process may not be allowed to; then the next one to bind finds it stale.
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode) {
+        if Identity::of(&self.path).is_ok_and(|found| found == self.identity) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
