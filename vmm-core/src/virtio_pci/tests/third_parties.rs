@@ -117,7 +117,11 @@ fn virtiofsd_answers_with_the_tag_that_the_request_gave() {
     assert_eq!(answer[16..20], 7u32.to_le_bytes(), "major version");
 }
 
+/// Not in the fast tier: passt that gets a frame before its receive ring is enabled ("Got packet, but RX
+/// virtqueue not usable yet") does not answer later ones either, and on a busy machine the driver is
+/// that fast more often than not.
 #[test]
+#[ignore = "passt may miss the first frame for good when the machine is busy"]
 fn passt_answers_a_nic_whose_address_only_the_transport_knows() {
     const NET_F_MAC: u64 = 1 << 5;
     const HEADER_LEN: usize = 12;
