@@ -103,6 +103,28 @@ impl RequestKey {
     }
 }
 
+/// Refuses a change to what is not as the caller last saw it; an empty etag wants any.
+fn check_etag(name: &Name, uid: &str, generation: u64, given: &str) -> Result<(), CommandError> {
+    let etag = model::etag(uid, generation);
+    if given.is_empty() || given == etag {
+        return Ok(());
+    }
+    Err(CommandError::EtagMismatch {
+        what: short(name),
+        given: given.to_owned(),
+        etag,
+    })
+}
+
+/// The answer to a request that was only to be checked: done, and kept nowhere.
+fn validated(operation: pb::Operation) -> pb::Operation {
+    pb::Operation {
+        name: String::new(),
+        done: true,
+        ..operation
+    }
+}
+
 /// Runs `attempt` until nobody else interferes.
 async fn with_retry<T, F>(mut attempt: impl FnMut() -> F) -> Result<T, CommandError>
 where

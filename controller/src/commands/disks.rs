@@ -5,7 +5,9 @@ use api::names::Name;
 use api::node::{StartJobRequest, start_job_request::Work};
 use prost::Message;
 
-use super::{CommandError, RequestKey, get_operation, get_vm, get_volume, with_retry};
+use super::{
+    CommandError, RequestKey, check_etag, get_operation, get_vm, get_volume, validated, with_retry,
+};
 use crate::model::{self, JobRecord, VmRecord, key, short};
 use crate::plan::Stored;
 use crate::reconciler::decode;
@@ -107,14 +109,7 @@ pub async fn update_disk(
             mut record,
             revision,
         } = get_vm(store, vm).await?;
-        let current = model::etag(&record.vm.uid, record.vm.generation);
-        if !etag.is_empty() && etag != current {
-            return Err(CommandError::EtagMismatch {
-                what: short(vm),
-                given: etag.to_owned(),
-                etag: current,
-            });
-        }
+        check_etag(vm, &record.vm.uid, record.vm.generation, etag)?;
         if record.vm.deleting {
             return Err(CommandError::Deleting { what: short(vm) });
         }
@@ -123,11 +118,7 @@ pub async fn update_disk(
         let kind = pb::OperationKind::UpdateDisk;
         let mut operation = model::new_operation(kind, &target, record.vm.generation);
         if validate_only {
-            return Ok(pb::Operation {
-                name: String::new(),
-                done: true,
-                ..operation
-            });
+            return Ok(validated(operation));
         }
         let transaction = request
             .begin(Transaction::new(), &mut operation)

@@ -7,7 +7,7 @@ use api::names::Name;
 use ipnet::{IpNet, Ipv4Net};
 use prost::Message;
 
-use super::{CommandError, RequestKey, with_retry};
+use super::{CommandError, RequestKey, check_etag, validated, with_retry};
 use crate::model::{self, NetworkRecord, VmRecord, claim, key, prefix, short};
 use crate::plan::{Desired, Observed, Stored};
 use crate::reconciler::decode;
@@ -59,11 +59,7 @@ pub async fn create_network(
         complete(store, name, &mut spec).await?;
         let mut operation = model::new_operation(pb::OperationKind::CreateNetwork, name, 1);
         if validate_only {
-            return Ok(pb::Operation {
-                name: String::new(),
-                done: true,
-                ..operation
-            });
+            return Ok(validated(operation));
         }
         let uid = model::new_uid();
         let node_id = model::node_id(name, &uid);
@@ -119,7 +115,7 @@ pub async fn update_network(
             mut record,
             revision,
         } = get_network(store, name).await?;
-        check_etag(name, &record, etag)?;
+        check_etag(name, &record.network.uid, record.network.generation, etag)?;
         if record.network.deleting {
             return Err(CommandError::Deleting { what: short(name) });
         }
@@ -129,11 +125,7 @@ pub async fn update_network(
         let kind = pb::OperationKind::UpdateNetwork;
         let mut operation = model::new_operation(kind, name, generation);
         if validate_only {
-            return Ok(pb::Operation {
-                name: String::new(),
-                done: true,
-                ..operation
-            });
+            return Ok(validated(operation));
         }
         let transaction = request
             .begin(Transaction::new(), &mut operation)
@@ -164,7 +156,7 @@ pub async fn delete_network(
             mut record,
             revision,
         } = get_network(store, name).await?;
-        check_etag(name, &record, etag)?;
+        check_etag(name, &record.network.uid, record.network.generation, etag)?;
         let users = vms_in(store, name).await?;
         if !users.is_empty() {
             return Err(CommandError::NetworkInUse {
@@ -222,18 +214,6 @@ pub fn visible_network(
     status.stale = !observed.connected;
     network.status = Some(status);
     network
-}
-
-fn check_etag(name: &Name, record: &NetworkRecord, given: &str) -> Result<(), CommandError> {
-    let etag = model::etag(&record.network.uid, record.network.generation);
-    if given.is_empty() || given == etag {
-        return Ok(());
-    }
-    Err(CommandError::EtagMismatch {
-        what: short(name),
-        given: given.to_owned(),
-        etag,
-    })
 }
 
 async fn vms_in(store: &SharedStore, name: &Name) -> Result<Vec<String>, CommandError> {

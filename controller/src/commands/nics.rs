@@ -4,7 +4,7 @@ use api::controller as pb;
 use api::names::Name;
 use prost::Message;
 
-use super::{CommandError, RequestKey, addresses, get_vm, with_retry};
+use super::{CommandError, RequestKey, addresses, check_etag, get_vm, validated, with_retry};
 use crate::model::{self, key, short};
 use crate::plan::Stored;
 use crate::store::SharedStore;
@@ -29,14 +29,7 @@ pub async fn update_nic(
             mut record,
             revision,
         } = get_vm(store, vm).await?;
-        let current = model::etag(&record.vm.uid, record.vm.generation);
-        if !etag.is_empty() && etag != current {
-            return Err(CommandError::EtagMismatch {
-                what: short(vm),
-                given: etag.to_owned(),
-                etag: current,
-            });
-        }
+        check_etag(vm, &record.vm.uid, record.vm.generation, etag)?;
         if record.vm.deleting {
             return Err(CommandError::Deleting { what: short(vm) });
         }
@@ -53,11 +46,7 @@ pub async fn update_nic(
         let kind = pb::OperationKind::UpdateNic;
         let mut operation = model::new_operation(kind, &target, record.vm.generation);
         if validate_only {
-            return Ok(pb::Operation {
-                name: String::new(),
-                done: true,
-                ..operation
-            });
+            return Ok(validated(operation));
         }
         let transaction = request
             .begin(transaction, &mut operation)

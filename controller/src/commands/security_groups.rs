@@ -5,7 +5,7 @@ use api::controller as pb;
 use api::names::Name;
 use prost::Message;
 
-use super::{CommandError, with_retry};
+use super::{CommandError, check_etag, with_retry};
 use crate::model::{self, SecurityGroupRecord, VmRecord, key, prefix, short};
 use crate::plan::Stored;
 use crate::reconciler::decode;
@@ -77,7 +77,12 @@ pub async fn update_security_group(
             mut record,
             revision,
         } = get_security_group(store, name).await?;
-        check_etag(name, &record, &group.etag)?;
+        check_etag(
+            name,
+            &record.group.uid,
+            record.group.generation,
+            &group.etag,
+        )?;
         record.group.description = group.description.clone();
         record.group.rules = group.rules.clone();
         record.group.generation += 1;
@@ -105,7 +110,7 @@ pub async fn delete_security_group(
     with_retry(|| async {
         // Whoever comes to name it compares this revision, so nobody can between here and the commit.
         let Stored { record, revision } = get_security_group(store, name).await?;
-        check_etag(name, &record, etag)?;
+        check_etag(name, &record.group.uid, record.group.generation, etag)?;
         let mut users = members(store, name).await?;
         let wanted = name.to_string();
         let range = Range::all(format!("{}{}/", prefix::SECURITY_GROUPS, name.project));
@@ -200,16 +205,4 @@ async fn require_groups(
         transaction = transaction.if_unchanged(key(&name), item.revision);
     }
     Ok(transaction)
-}
-
-fn check_etag(name: &Name, record: &SecurityGroupRecord, given: &str) -> Result<(), CommandError> {
-    let etag = model::etag(&record.group.uid, record.group.generation);
-    if given.is_empty() || given == etag {
-        return Ok(());
-    }
-    Err(CommandError::EtagMismatch {
-        what: short(name),
-        given: given.to_owned(),
-        etag,
-    })
 }

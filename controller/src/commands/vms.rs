@@ -4,7 +4,9 @@ use api::controller as pb;
 use api::names::Name;
 use prost::Message;
 
-use super::{CommandError, RequestKey, addresses, get_vm, visible_vm, with_retry};
+use super::{
+    CommandError, RequestKey, addresses, check_etag, get_vm, validated, visible_vm, with_retry,
+};
 use crate::model::{self, VmRecord, VolumeRecord, key, short};
 use crate::plan::{Observed, Stored};
 use crate::reconciler::decode;
@@ -38,11 +40,7 @@ pub async fn create_vm(
         let transaction = addresses::claim(store, name, &uid, &mut spec, transaction).await?;
         let mut operation = model::new_operation(pb::OperationKind::CreateVm, name, 1);
         if validate_only {
-            return Ok(pb::Operation {
-                name: String::new(),
-                done: true,
-                ..operation
-            });
+            return Ok(validated(operation));
         }
         let node_id = model::node_id(name, &uid);
         let seed = model::take_seed(&mut spec, name, &uid);
@@ -163,7 +161,7 @@ async fn set_power(
             mut record,
             revision,
         } = get_vm(store, name).await?;
-        check_etag(name, &record, etag)?;
+        check_etag(name, &record.vm.uid, record.vm.generation, etag)?;
         if record.vm.deleting {
             return Err(CommandError::Deleting { what: short(name) });
         }
@@ -218,7 +216,7 @@ pub async fn delete_vm(
             mut record,
             revision,
         } = get_vm(store, name).await?;
-        check_etag(name, &record, etag)?;
+        check_etag(name, &record.vm.uid, record.vm.generation, etag)?;
         let phase = visible_vm(&record, observed)
             .status
             .unwrap_or_default()
@@ -250,18 +248,6 @@ pub async fn delete_vm(
         Ok(operation)
     })
     .await
-}
-
-fn check_etag(name: &Name, record: &VmRecord, given: &str) -> Result<(), CommandError> {
-    let etag = model::etag(&record.vm.uid, record.vm.generation);
-    if given.is_empty() || given == etag {
-        return Ok(());
-    }
-    Err(CommandError::EtagMismatch {
-        what: short(name),
-        given: given.to_owned(),
-        etag,
-    })
 }
 
 /// `VM_PHASE_RUNNING` as people write it.

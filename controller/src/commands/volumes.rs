@@ -5,7 +5,7 @@ use api::names::{Name, VOLUMES};
 use api::node::{self, start_job_request::Work};
 use prost::Message;
 
-use super::{CommandError, RequestKey, disks, get_volume, with_retry};
+use super::{CommandError, RequestKey, check_etag, disks, get_volume, validated, with_retry};
 use crate::model::{self, VmRecord, VolumeRecord, key, prefix, short};
 use crate::plan::Stored;
 use crate::reconciler::decode;
@@ -37,11 +37,7 @@ pub async fn create_volume(
         let transaction = require_base(store, spec).await?;
         let mut operation = model::new_operation(pb::OperationKind::CreateVolume, name, 1);
         if validate_only {
-            return Ok(pb::Operation {
-                name: String::new(),
-                done: true,
-                ..operation
-            });
+            return Ok(validated(operation));
         }
         let node_id = model::node_id(name, uid);
         let record = VolumeRecord {
@@ -90,7 +86,12 @@ pub async fn delete_volume(
             mut record,
             revision,
         } = get_volume(store, name).await?;
-        check_etag(&record, name, etag)?;
+        check_etag(
+            name,
+            &record.volume.uid,
+            record.volume.generation.max(1),
+            etag,
+        )?;
         let users = users_of(store, name).await?;
         if !users.is_empty() {
             return Err(CommandError::VolumeInUse {
@@ -151,7 +152,12 @@ pub async fn resize_volume(
             mut record,
             revision,
         } = get_volume(store, name).await?;
-        check_etag(&record, name, etag)?;
+        check_etag(
+            name,
+            &record.volume.uid,
+            record.volume.generation.max(1),
+            etag,
+        )?;
         let status = ready_status(&record, name)?;
         if size_bytes < status.size_bytes {
             return Err(CommandError::Shrink {
@@ -164,11 +170,7 @@ pub async fn resize_volume(
         let kind = pb::OperationKind::ResizeVolume;
         let mut operation = model::new_operation(kind, name, generation);
         if validate_only {
-            return Ok(pb::Operation {
-                name: String::new(),
-                done: true,
-                ..operation
-            });
+            return Ok(validated(operation));
         }
         let work = Work::Resize(node::ResizeVolume {
             volume: record.node_id.clone(),
@@ -231,18 +233,6 @@ fn ready_status(record: &VolumeRecord, name: &Name) -> Result<pb::VolumeStatus, 
                 .to_lowercase(),
         }),
     }
-}
-
-fn check_etag(record: &VolumeRecord, name: &Name, etag: &str) -> Result<(), CommandError> {
-    let current = model::etag(&record.volume.uid, record.volume.generation.max(1));
-    if etag.is_empty() || etag == current {
-        return Ok(());
-    }
-    Err(CommandError::EtagMismatch {
-        what: short(name),
-        given: etag.to_owned(),
-        etag: current,
-    })
 }
 
 /// `vm web` for each VM, and `volume a` for each volume, of the same project whose spec names the
