@@ -9,9 +9,8 @@ use prost_types::FieldMask;
 use tonic::transport::Channel;
 
 use super::{conclude, op, volume};
-use crate::cli::{
-    BackupArgs, DiskCommand, Format, Global, MirrorArgs, MirrorCommand, SetLimitsArgs,
-};
+use crate::cli::disk::{BackupArgs, DiskCommand, MirrorArgs, MirrorCommand, SetLimitsArgs};
+use crate::cli::{Format, Global};
 use crate::{client, json, output, spec};
 
 /// Runs one command.

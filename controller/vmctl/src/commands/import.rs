@@ -23,7 +23,8 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::{conclude, parent};
-use crate::cli::{ForeignFormat, Global, ImageFormat, WaitArgs};
+use crate::cli::volume::{ForeignFormat, ImageFormat};
+use crate::cli::{Global, WaitArgs};
 use crate::{client, spec};
 
 mod parts;

@@ -12,7 +12,8 @@ use prost_types::FieldMask;
 use tonic::transport::Channel;
 
 use super::{PAGE_SIZE, conclude, import, parent};
-use crate::cli::{Format, Global, KeyCommand, Preallocation, VolumeCommand, WaitArgs};
+use crate::cli::volume::{KeyCommand, Preallocation, VolumeCommand};
+use crate::cli::{Format, Global, WaitArgs};
 use crate::{client, json, output, spec};
 
 /// Runs one command.

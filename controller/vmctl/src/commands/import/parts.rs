@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 
 use super::{Foreign, Part, head};
-use crate::cli::ForeignFormat;
+use crate::cli::volume::ForeignFormat;
 
 /// Descriptors of VMDKs are a few KiB.
 const MAX_DESCRIPTOR_BYTES: u64 = 1 << 20;
