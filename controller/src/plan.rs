@@ -507,9 +507,12 @@ fn outcome(
             None => Some(Some(gone(target))),
             Some(stored) => volume_outcome(&stored.record),
         },
-        kind @ (pb::OperationKind::UpdateDisk | pb::OperationKind::UpdateNic) => {
+        kind @ (pb::OperationKind::UpdateDisk
+        | pb::OperationKind::UpdateNic
+        | pb::OperationKind::UpdateDevice) => {
             let devices = match kind {
                 pb::OperationKind::UpdateNic => "/nics/",
+                pb::OperationKind::UpdateDevice => "/devices/",
                 _ => "/disks/",
             };
             let vm = target.split(devices).next().unwrap_or(target);
@@ -578,7 +581,8 @@ fn vm_outcome(
     match metadata.kind() {
         pb::OperationKind::CreateVm
         | pb::OperationKind::UpdateDisk
-        | pb::OperationKind::UpdateNic => settled.map(|_| None),
+        | pb::OperationKind::UpdateNic
+        | pb::OperationKind::UpdateDevice => settled.map(|_| None),
         pb::OperationKind::StartVm if record.vm.generation > generation => {
             Some(Some(superseded(metadata)))
         }

@@ -12,6 +12,7 @@ const PROTOS: &[&str] = &[
     "mortise/device/v1/disks.proto",
     "mortise/device/v1/faults.proto",
     "mortise/node/v1/networks.proto",
+    "mortise/node/v1/upgrade.proto",
     "mortise/node/v1/node.proto",
     "mortise/node/v1/nics.proto",
     "mortise/node/v1/devices.proto",
@@ -22,9 +23,11 @@ const PROTOS: &[&str] = &[
     "mortise/controller/v1/disks.proto",
     "mortise/controller/v1/nics.proto",
     "mortise/controller/v1/devices.proto",
+    "mortise/controller/v1/upgrades.proto",
     "mortise/controller/v1/hosts.proto",
     "mortise/controller/v1/operations.proto",
     "mortise/controller/v1/events.proto",
+    "mortise/controller/v1/faults.proto",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

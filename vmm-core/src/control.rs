@@ -10,7 +10,8 @@ use api::listen::Listener;
 use api::serve::{self, Services};
 use api::vmm::vmm_server::{Vmm, VmmServer};
 use api::vmm::{
-    ConsoleInput, ConsoleOutput, DeviceConnection, DeviceHealth, GetVmmRequest, PauseRequest,
+    ConsoleInput, ConsoleOutput, DeviceConnection, DeviceHealth, GetDevicesRequest,
+    GetDevicesResponse, GetVmmRequest, PauseRequest,
     PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StartRequest,
     StopRequest, VmmInfo, VmmState,
 };
@@ -207,6 +208,18 @@ impl Vmm for Controls {
         Ok(Response::new(self.info()))
     }
 
+    async fn get_devices(
+        &self,
+        request: Request<GetDevicesRequest>,
+    ) -> Result<Response<GetDevicesResponse>, Status> {
+        let _ = request;
+        let info = self.info();
+        Ok(Response::new(GetDevicesResponse {
+            devices: info.devices,
+            state: info.state,
+        }))
+    }
+
     async fn start(&self, _: Request<StartRequest>) -> Result<Response<VmmInfo>, Status> {
         self.perform(Lifecycle::Start).await
     }
@@ -359,5 +372,6 @@ fn proto_device(health: virtio_pci::DeviceHealth) -> DeviceHealth {
         last_error: health.last_error,
         driver_ok: health.driver_ok,
         inflight_tracking: health.inflight_tracking,
+        ..DeviceHealth::default()
     }
 }

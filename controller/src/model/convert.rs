@@ -40,6 +40,16 @@ pub fn node_vm_spec(
         shutdown_grace_ms: spec.shutdown_grace_ms,
         // Its content is added on the way to the host.
         cloud_init: spec.cloud_init.map(|_| node::CloudInit::default()),
+        outage_policies: spec.outage_policies.iter().map(node_outage_policy).collect(),
+    }
+}
+
+fn node_outage_policy(policy: &pb::OutagePolicy) -> node::OutagePolicy {
+    node::OutagePolicy {
+        device: policy.device.clone(),
+        // Both enumerations are the same.
+        action: policy.action,
+        error_after_ms: policy.error_after_ms,
     }
 }
 
@@ -293,6 +303,11 @@ fn device(seen: &node::DeviceStatus) -> pb::DeviceHealth {
         incarnations: seen.incarnations,
         last_error: seen.last_error.clone(),
         driver_ok: seen.driver_ok,
+        failing_requests: seen.failing_requests,
+        stalled_since: seen.stalled_since,
+        outages_total: seen.outages_total,
+        last_recovery_us: seen.last_recovery_us,
+        last_outage_in_flight: seen.last_outage_in_flight,
     }
 }
 

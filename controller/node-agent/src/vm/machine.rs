@@ -322,6 +322,7 @@ impl Health {
                     incarnations: device.incarnations,
                     last_error: device.last_error,
                     driver_ok: device.driver_ok,
+                    ..DeviceStatus::default()
                 })
                 .collect(),
         }
