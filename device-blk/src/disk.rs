@@ -21,11 +21,9 @@ use crate::jobs::Jobs;
 use crate::latency::{Distribution, SlowThreshold};
 use crate::limiter::Limiter;
 use crate::remote;
-use crate::request::OpKind;
+use request::OpKind;
 use crate::tracking::Tracker;
 
-/// How long a detach or shutdown waits for requests in flight.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a job has to end before its disk does: a block to slow storage, and a switch.
 const JOB_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -206,7 +204,7 @@ impl ServedDevice for Disk {
     }
 
     /// Ends the jobs first: they would exchange the image of a disk that is gone.
-    fn stop(&self) -> Result<(), Status> {
+    fn stop(&self, drain: Duration) -> Result<(), Status> {
         if !self.jobs.end(Instant::now() + JOB_TIMEOUT) {
             return Err(Status::deadline_exceeded(
                 "a job of the disk does not end; its target may hang. Try again later",
@@ -227,7 +225,7 @@ impl ServedDevice for Disk {
         let Serving::Running(server) = running else {
             unreachable!("it was running a moment ago");
         };
-        let stopped = server.stop(DRAIN_TIMEOUT);
+        let stopped = server.stop(drain);
         // Whether or not all was completed: nothing of this disk may reach its server later, when
         // it is somebody else's.
         self.device.image().abandon();

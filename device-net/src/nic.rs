@@ -168,13 +168,13 @@ impl ServedDevice for ServedNic {
         }
     }
 
-    fn stop(&self) -> Result<(), Status> {
+    fn stop(&self, drain: Duration) -> Result<(), Status> {
         let server = self
             .server
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        let stopped = server.map(|server| server.stop(STOP_TIMEOUT));
+        let stopped = server.map(|server| server.stop(drain.min(STOP_TIMEOUT)));
         self.device.backend().detach();
         self.state().guard.close();
         match stopped {

@@ -70,7 +70,10 @@ impl Manager {
     }
 
     pub(crate) fn detach(&mut self, id: &str) -> Result<(), Status> {
-        let request = DetachRequest { id: id.to_owned() };
+        let request = DetachRequest {
+            id: id.to_owned(),
+            drain_ms: 0,
+        };
         self.runtime.block_on(self.client.detach(request)).map(drop)
     }
 

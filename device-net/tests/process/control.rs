@@ -43,7 +43,10 @@ impl Manager {
     }
 
     fn detach(&mut self, id: &str) -> Result<(), Status> {
-        let detaching = self.client.detach(DetachRequest { id: id.to_owned() });
+        let detaching = self.client.detach(DetachRequest {
+            id: id.to_owned(),
+            drain_ms: 0,
+        });
         self.runtime.block_on(detaching).map(drop)
     }
 

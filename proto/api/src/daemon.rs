@@ -20,6 +20,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt,
@@ -42,6 +43,9 @@ use crate::validate;
 /// Devices of one daemon process at most. A host's NICs; far below the descriptor limit.
 const MAX_DEVICES: usize = 256;
 
+/// How long requests in flight have to complete when a device is detached or the daemon ends.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Threads for attaches and detaches in progress.
 const MAX_BLOCKING_THREADS: usize = 8;
 
@@ -54,12 +58,13 @@ pub trait ServedDevice: Any + Send + Sync {
     fn histograms(&self) -> Vec<DeviceHistogram> {
         Vec::new()
     }
-    /// Drains its rings, ends its session and stops its threads; blocks until that is done.
+    /// Lets what is in flight complete within `drain`, ends its session and stops its threads; blocks until
+    /// that is done.
     ///
     /// # Errors
     /// Requests were not completed in time, or a thread does not end. The device keeps its place
     /// in the table; a second call says whether it has come to an end since.
-    fn stop(&self) -> Result<(), Status>;
+    fn stop(&self, drain: Duration) -> Result<(), Status>;
 }
 
 /// A distribution that a device measured since it was attached.
@@ -167,7 +172,7 @@ impl DeviceTable {
         let failed: Vec<String> = thread::scope(|scope| {
             let stopping: Vec<_> = devices
                 .into_iter()
-                .map(|(id, device)| (id, scope.spawn(move || device.stop())))
+                .map(|(id, device)| (id, scope.spawn(move || device.stop(DRAIN_TIMEOUT))))
                 .collect();
             stopping
                 .into_iter()
@@ -367,7 +372,7 @@ impl DeviceTable {
             }
             (Ok(device), None) => {
                 drop(slots);
-                device.stop()?;
+                device.stop(DRAIN_TIMEOUT)?;
                 Err(Status::unavailable("the daemon is shutting down"))
             }
             (Err(status), _) => {
@@ -377,7 +382,7 @@ impl DeviceTable {
         }
     }
 
-    fn detach(&self, id: &str) -> Result<(), Status> {
+    fn detach(&self, id: &str, drain: Duration) -> Result<(), Status> {
         let device = {
             let mut slots = self.slots();
             let slot = slots.get_mut(id).ok_or_else(|| not_found(id))?;
@@ -388,7 +393,7 @@ impl DeviceTable {
             slot.state = SlotState::Detaching(device.clone());
             device
         };
-        let stopped = device.stop();
+        let stopped = device.stop(drain);
         let mut slots = self.slots();
         match (&stopped, slots.get_mut(id)) {
             (Ok(()), _) => drop(slots.remove(id)),
@@ -511,7 +516,11 @@ impl DeviceDaemon for Control {
         blocking(&self.0, move |table| {
             let request = request.into_inner();
             validate::detach_request(&request)?;
-            table.detach(&request.id)?;
+            let drain = match request.drain_ms {
+                0 => DRAIN_TIMEOUT,
+                wanted => Duration::from_millis(wanted.into()),
+            };
+            table.detach(&request.id, drain)?;
             Ok(DetachResponse {})
         })
         .await

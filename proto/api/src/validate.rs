@@ -6,12 +6,14 @@
 
 mod cloud_init;
 mod disk;
+mod fault_experiments;
 mod fields;
 mod machine;
 mod net;
 mod networks;
 mod nic_policy;
 mod nics;
+mod upgrades;
 mod user_network;
 mod vm_disks;
 mod volumes;
@@ -27,6 +29,9 @@ pub use disk::{
     disk_request, job_request, resize_request, set_limits_request, set_polling_request,
     snapshot_request, start_backup_request, start_mirror_request,
 };
+pub use fault_experiments::{
+    MAX_CAMPAIGN_BYTES, create_fault_experiment_request, fault_experiment_request,
+};
 use fields::*;
 use machine::{Machine, NicFields, VhostUserFields};
 pub use networks::*;
@@ -38,6 +43,7 @@ pub use nics::{
     capture_nic_request, node_capture_nic_request, node_nic_flows_request, update_nic_request,
     updated_nic, vm_nic_flows_request, vm_nic_request,
 };
+pub use upgrades::{DEVICE_PROGRAMS, UpgradeTarget, upgrade_devices_request};
 pub use vm_disks::*;
 pub use volumes::*;
 

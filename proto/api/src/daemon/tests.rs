@@ -43,7 +43,7 @@ impl ServedDevice for Dummy {
             ..Device::default()
         }
     }
-    fn stop(&self) -> Result<(), Status> {
+    fn stop(&self, _: Duration) -> Result<(), Status> {
         self.counts.stopped.fetch_add(1, Ordering::SeqCst);
         if self.is_stubborn.swap(false, Ordering::SeqCst) {
             return Err(Status::deadline_exceeded("not drained"));
@@ -152,7 +152,10 @@ async fn attach_is_idempotent_and_detach_frees_the_id() {
     let status = daemon.client.attach(other).await.unwrap_err();
     assert_eq!(status.code(), Code::AlreadyExists, "{status}");
 
-    let detach = |id: &str| DetachRequest { id: id.into() };
+    let detach = |id: &str| DetachRequest {
+        id: id.into(),
+        drain_ms: 0,
+    };
     daemon.client.detach(detach("net0")).await.unwrap();
     assert_eq!(daemon.counts.stopped.load(Ordering::SeqCst), 1);
     let status = daemon.client.detach(detach("net0")).await.unwrap_err();
@@ -229,6 +232,7 @@ async fn device_that_can_not_be_drained_is_not_detached_with_success() {
     daemon.client.attach(request("stubborn")).await.unwrap();
     let detach = || DetachRequest {
         id: "stubborn".into(),
+        drain_ms: 1,
     };
     let error = daemon.client.detach(detach()).await.unwrap_err();
     assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");

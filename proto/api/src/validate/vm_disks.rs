@@ -373,6 +373,7 @@ pub fn start_job_request(request: &node::StartJobRequest) -> Result<(), Status> 
         }
         Some(Work::Commit(work)) => id(&mut found, "commit.volume", &work.volume),
         Some(Work::Check(work)) => id(&mut found, "check.volume", &work.volume),
+        Some(Work::Upgrade(work)) => super::upgrades::upgrade_daemons(&mut found, work),
         None => found.add("work", "is missing"),
     }
     found.into_result()
