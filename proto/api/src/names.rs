@@ -1,6 +1,7 @@
 //! Resource names: `projects/{project}/vms/{vm}` and its `…/disks/{disk}` and `…/nics/{nic}`,
 //! `projects/{project}/volumes/{volume}`, `projects/{project}/uploads/{upload}`,
 //! `projects/{project}/networks/{network}`, `projects/{project}/securityGroups/{group}`,
+//! `projects/{project}/faultExperiments/{experiment}`,
 //! `hosts/{host}`, `operations/{operation}`.
 
 use std::fmt;
@@ -47,6 +48,8 @@ pub const UPLOADS: &str = "uploads";
 pub const NETWORKS: &str = "networks";
 /// Collection of security groups.
 pub const SECURITY_GROUPS: &str = "securityGroups";
+/// Collection of fault experiments.
+pub const FAULT_EXPERIMENTS: &str = "faultExperiments";
 
 impl Name {
     /// A VM's name.
@@ -92,6 +95,23 @@ impl Name {
             collection: SECURITY_GROUPS,
             id: id.to_owned(),
         }
+    }
+
+    /// A fault experiment's name.
+    pub fn fault_experiment(project: &str, id: &str) -> Self {
+        Self {
+            project: project.to_owned(),
+            collection: FAULT_EXPERIMENTS,
+            id: id.to_owned(),
+        }
+    }
+
+    /// Parses a fault experiment's name.
+    ///
+    /// # Errors
+    /// When `name` is not `projects/{project}/faultExperiments/{experiment}`.
+    pub fn parse_fault_experiment(name: &str) -> Result<Self, NameError> {
+        Self::parse(name, FAULT_EXPERIMENTS)
     }
 
     /// Parses a network's name.
@@ -259,6 +279,7 @@ fn pattern(collection: &str) -> &'static str {
         UPLOADS => "projects/{project}/uploads/{upload}",
         NETWORKS => "projects/{project}/networks/{network}",
         SECURITY_GROUPS => "projects/{project}/securityGroups/{group}",
+        FAULT_EXPERIMENTS => "projects/{project}/faultExperiments/{experiment}",
         "hosts" => "hosts/{host}",
         "operations" => "operations/{operation}",
         _ => "{collection}/{id}",
