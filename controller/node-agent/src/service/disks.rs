@@ -99,6 +99,7 @@ async fn add_figures(disks: &Disks, disk: &Disk, status: &mut DiskStatus) {
     status.latency_p99_us = latency.p99_us;
     status.latency_p999_us = latency.p999_us;
     status.latency_max_us = latency.max_us;
+    status.latency_buckets = blk.latency_buckets;
     if let Ok(bitmaps) = disks.bitmaps(&disk.name).await {
         status.bitmaps = bitmaps
             .into_iter()
