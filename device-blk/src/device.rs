@@ -10,7 +10,7 @@ use crate::confinement;
 use crate::engine::backend::ServeOptions;
 use crate::engine::{Backend, BlkQueue, CacheMode, MAX_QUEUE_SIZE, affinity};
 use crate::image::{Image, SECTOR_BYTES};
-use crate::request::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES};
+use request::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::stats::{QueueStats, Snapshot};
 
 /// `VIRTIO_BLK_F_*`, as bit numbers (Virtio 1.2 section 5.2.3).

@@ -15,7 +15,7 @@
 //! | [`disk`], [`disks`], [`jobs`] | an attached disk, and what is asked of it while it is served |
 //! | [`limiter`], [`tracking`] | which requests may begin, and what they wrote |
 //! | [`device`] | features, configuration space, queues |
-//! | [`request`] | what drivers ask for, checked; no I/O |
+//! | `request` (a crate) | what drivers ask for, checked; no I/O |
 //! | [`engine`] | doing it with io_uring, one ring for each queue's thread |
 //! | [`image`] | files, their alignment and their locks |
 //! | [`nbd_serve`] | the other way round: an image for other hosts |
@@ -36,7 +36,6 @@ mod latency;
 mod limiter;
 mod nbd_serve;
 mod remote;
-mod request;
 mod stats;
 mod tracking;
 

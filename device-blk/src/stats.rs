@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::latency::{Distribution, Histogram, SlowLog, SlowRequest, SlowThreshold};
-use crate::request::OpKind;
+use request::OpKind;
 
 /// Counters of one queue; they outlive sessions.
 #[derive(Debug)]

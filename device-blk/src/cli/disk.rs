@@ -11,7 +11,7 @@ use api::names;
 use api::validate::MAX_BACKING_IMAGES;
 
 use super::MAX_QUEUES;
-use crate::request::ID_BYTES;
+use request::ID_BYTES;
 
 const KNOWN: &str = "\
     id=, path= or fd= or nbd=, socket= or socket-fd=, format=, backing=, readonly, queues=, \

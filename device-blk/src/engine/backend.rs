@@ -19,7 +19,7 @@ use super::ghosts::Ghosts;
 use super::workers::Workers;
 use crate::image::{Access, Image, SECTOR_BYTES};
 use crate::latency::SlowThreshold;
-use crate::request::{ID_BYTES, Limits};
+use request::{ID_BYTES, Limits};
 
 /// Decides when reads and writes may begin: rate limits.
 pub(crate) trait Admission: Send + Sync {

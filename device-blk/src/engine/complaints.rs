@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::request::OpKind;
+use request::OpKind;
 
 /// Between two complaints about the same error of the same kind of request on one queue.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);

@@ -26,7 +26,7 @@ use super::sync::Nowait;
 use super::transfer::Transfer;
 use super::workers::Operation;
 use crate::image::{Access, DirectIo, Image, SECTOR_BYTES};
-use crate::request::{ByteRange, Limits, OpKind, RangeOp, Status};
+use request::{ByteRange, Limits, OpKind, RangeOp, Status};
 
 /// How often an operation that was interrupted or found no resources is tried again.
 const MAX_RETRIES: u32 = 1000;

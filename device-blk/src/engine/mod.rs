@@ -1,7 +1,7 @@
 //! Serving one virtqueue of a disk: requests from the ring to the image and back.
 //!
 //! [`BlkQueue`] belongs to its ring's thread, which alone touches it. It takes requests off
-//! the ring, checks them ([`crate::request`]), runs them as [`job`]s through the thread's own
+//! the ring, checks them ([`request`]), runs them as [`job`]s through the thread's own
 //! io_uring ([`uring`]) or the disk's [`workers`], and answers each as soon as it is done, in any
 //! order:
 //!
@@ -47,7 +47,7 @@ use vhost_user::ring::{DescChain, Ring, RingError};
 
 use crate::image::{Access, SECTOR_BYTES};
 use crate::latency::SlowRequest;
-use crate::request::{
+use request::{
     self, ByteRange, HEADER_BYTES, ID_BYTES, LIFETIME_BYTES, Limits, MAX_RANGES, OpKind,
     RANGE_BYTES, RangeOp, Request, Status,
 };

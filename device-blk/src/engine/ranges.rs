@@ -11,7 +11,7 @@ use io_uring::{opcode, squeue, types};
 use super::buffer::AlignedBuffer;
 use super::job::{Backing, Next, check, check_flush, check_progress, flush};
 use super::workers::Operation;
-use crate::request::{ByteRange, RangeOp, Status};
+use request::{ByteRange, RangeOp, Status};
 
 /// Zeroes written where the file system cannot zero by itself.
 const ZEROES_BYTES: usize = 64 << 10;

@@ -9,7 +9,7 @@ use super::job::{Backing, Next, Served, check_flush, check_progress, flush};
 use super::sync;
 use super::workers::Operation;
 use crate::image::{Access, Place, Ticket};
-use crate::request::{HEADER_BYTES, Status};
+use request::{HEADER_BYTES, Status};
 
 /// `UIO_MAXIOV`.
 const MAX_IOVECS: usize = 1024;

@@ -44,11 +44,10 @@ pub(crate) use self::qcow2::Qcow2Image;
 pub(crate) use direct::DirectIo;
 pub(crate) use error::ImageError;
 pub(crate) use place::{Access, Place, Ticket, TicketIssuer};
+pub(crate) use request::SECTOR_BYTES;
 pub(crate) use raw::{OpenOptions, RawImage};
 pub(crate) use task::{Buffers, Executor, PendingTask, Task};
 
-/// Bytes of a sector, the unit of every virtio-blk request (Virtio 1.2 section 5.2.2).
-pub(crate) const SECTOR_BYTES: u64 = 512;
 
 /// Threads that wait for one image at most, unless it says otherwise.
 const DEFAULT_MAX_WORKERS: usize = 4;

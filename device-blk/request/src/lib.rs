@@ -6,20 +6,21 @@
 //! works on copies and lengths: [`parse`] takes the copied header, [`parse_ranges`] the copied
 //! payload of a discard. The I/O itself is the engine's.
 
-use crate::image::SECTOR_BYTES;
+/// Bytes of a sector, the unit of every request (section 5.2.2).
+pub const SECTOR_BYTES: u64 = 512;
 
 /// `struct virtio_blk_req` up to its data.
-pub(crate) const HEADER_BYTES: usize = 16;
+pub const HEADER_BYTES: usize = 16;
 /// `struct virtio_blk_discard_write_zeroes`.
-pub(crate) const RANGE_BYTES: usize = 16;
+pub const RANGE_BYTES: usize = 16;
 /// `VIRTIO_BLK_ID_BYTES`.
-pub(crate) const ID_BYTES: usize = 20;
+pub const ID_BYTES: usize = 20;
 /// `struct virtio_blk_lifetime`.
-pub(crate) const LIFETIME_BYTES: usize = 6;
+pub const LIFETIME_BYTES: usize = 6;
 /// Ranges in one discard or write-zeroes request; `max_discard_seg` in the configuration.
-pub(crate) const MAX_RANGES: usize = 32;
+pub const MAX_RANGES: usize = 32;
 /// Sectors in one such range (2 GiB); `max_discard_sectors` in the configuration.
-pub(crate) const MAX_RANGE_SECTORS: u32 = 1 << 22;
+pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 
 const VIRTIO_BLK_T_IN: u32 = 0;
 const VIRTIO_BLK_T_OUT: u32 = 1;
@@ -34,7 +35,7 @@ const FLAG_UNMAP: u32 = 1;
 /// The last byte that the device writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(crate) enum Status {
+pub enum Status {
     /// `VIRTIO_BLK_S_OK`
     Ok = 0,
     /// `VIRTIO_BLK_S_IOERR`
@@ -45,20 +46,28 @@ pub(crate) enum Status {
 
 /// What kind of request; one line each in the metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum OpKind {
+pub enum OpKind {
+    /// `VIRTIO_BLK_T_IN`
     Read,
+    /// `VIRTIO_BLK_T_OUT`
     Write,
+    /// `VIRTIO_BLK_T_FLUSH`
     Flush,
+    /// `VIRTIO_BLK_T_DISCARD`
     Discard,
+    /// `VIRTIO_BLK_T_WRITE_ZEROES`
     WriteZeroes,
+    /// `VIRTIO_BLK_T_GET_ID`
     GetId,
+    /// `VIRTIO_BLK_T_GET_LIFETIME`
     GetLifetime,
     /// A type that is not known, or a request too broken to have one.
     Unknown,
 }
 
 impl OpKind {
-    pub(crate) const ALL: [Self; 8] = [
+    /// Each of them once.
+    pub const ALL: [Self; 8] = [
         Self::Read,
         Self::Write,
         Self::Flush,
@@ -70,7 +79,7 @@ impl OpKind {
     ];
 
     /// The type a header names.
-    pub(crate) fn of(header: &[u8; HEADER_BYTES]) -> Self {
+    pub fn of(header: &[u8; HEADER_BYTES]) -> Self {
         match le_u32(header, 0) {
             VIRTIO_BLK_T_IN => Self::Read,
             VIRTIO_BLK_T_OUT => Self::Write,
@@ -84,7 +93,7 @@ impl OpKind {
     }
 
     /// As in metrics and logs.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Read => "read",
             Self::Write => "write",
@@ -100,24 +109,31 @@ impl OpKind {
 
 /// A checked request. Byte ranges lie inside the disk and are whole blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Request {
+pub enum Request {
     /// Into the writable bytes from the first on.
     Read {
+        /// Of the image.
         offset_bytes: u64,
+        /// Of the data.
         len_bytes: u32,
     },
     /// From the readable bytes behind the header.
     Write {
+        /// Of the image.
         offset_bytes: u64,
+        /// Of the data.
         len_bytes: u32,
     },
+    /// What was completed before is to be durable.
     Flush,
     /// Ranges are in the readable bytes behind the header: see [`parse_ranges`].
     Discard {
+        /// A multiple of [`RANGE_BYTES`], at most [`MAX_RANGES`] of them.
         payload_bytes: usize,
     },
     /// As for a discard.
     WriteZeroes {
+        /// A multiple of [`RANGE_BYTES`], at most [`MAX_RANGES`] of them.
         payload_bytes: usize,
     },
     /// The serial number, into the writable bytes from the first on.
@@ -128,13 +144,15 @@ pub(crate) enum Request {
 
 /// What requests are checked against.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Limits {
-    pub(crate) capacity_sectors: u64,
+pub struct Limits {
+    /// The disk's size.
+    pub capacity_sectors: u64,
     /// What offsets and lengths are multiples of; a power of two.
-    pub(crate) block_sectors: u64,
-    pub(crate) read_only: bool,
+    pub block_sectors: u64,
+    /// Nothing may change the disk.
+    pub read_only: bool,
     /// `VIRTIO_BLK_F_DISCARD` is offered.
-    pub(crate) discard: bool,
+    pub discard: bool,
 }
 
 /// Checks a request whose data is `data_out_bytes` for the device and `data_in_bytes` for the
@@ -142,7 +160,7 @@ pub(crate) struct Limits {
 ///
 /// # Errors
 /// The status to answer with.
-pub(crate) fn parse(
+pub fn parse(
     header: &[u8; HEADER_BYTES],
     data_out_bytes: u32,
     data_in_bytes: u32,
@@ -225,7 +243,7 @@ fn ranges_payload(data_out_bytes: u32) -> Result<usize, Status> {
 
 /// What a discard or write-zeroes does to its ranges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum RangeOp {
+pub enum RangeOp {
     /// The content no longer matters.
     Discard,
     /// Reads zeroes from now on.
@@ -234,11 +252,13 @@ pub(crate) enum RangeOp {
 
 /// Bytes of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ByteRange {
-    pub(crate) offset_bytes: u64,
-    pub(crate) len_bytes: u64,
+pub struct ByteRange {
+    /// Where it begins.
+    pub offset_bytes: u64,
+    /// How long it is; may be 0.
+    pub len_bytes: u64,
     /// The driver allows blocks to be given back.
-    pub(crate) unmap: bool,
+    pub unmap: bool,
 }
 
 /// Checks the ranges of a discard or write-zeroes (section 5.2.6.2). All are checked before
@@ -246,7 +266,7 @@ pub(crate) struct ByteRange {
 ///
 /// # Errors
 /// The status to answer with.
-pub(crate) fn parse_ranges(
+pub fn parse_ranges(
     op: RangeOp,
     payload: &[u8],
     limits: &Limits,
