@@ -13,19 +13,23 @@
 //! there, as often as backends come and go.
 
 mod keeper;
+mod outage;
 
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::eventfd::{EfdFlags, EventFd as WakeFd};
 
 use self::keeper::Keeper;
+pub use self::outage::Outage;
+use self::outage::OutageLog;
 use super::connection::{ConnectError, Connection, HangUp};
 use super::memory::MemoryTable;
+use super::progress::{QueueProgress, Watched};
 use super::session::{self, Activation, Offer, QueueEvents, SessionError};
 
 /// Writes to configuration space that wait for a backend. Drivers write a field now and then, so
@@ -110,6 +114,16 @@ pub struct LinkHealth {
     pub last_error: String,
     /// Requests in flight survive a crash of the backend.
     pub inflight_tracking: bool,
+    /// A backend is there and is being told what the last one knew.
+    pub replaying: bool,
+    /// Since when nobody serves; `None` while somebody does.
+    pub stalled_since: Option<SystemTime>,
+    /// Losses of a backend since the start.
+    pub outages_total: u64,
+    /// Of the last outage that is over, until the first completion after it.
+    pub last_recovery: Option<Duration>,
+    /// Requests in flight when the last outage began.
+    pub last_outage_in_flight: u32,
 }
 
 /// No backend could be used.
@@ -170,6 +184,7 @@ impl Endpoint {
 /// Handle to the thread that keeps one device's connection. Dropping it ends both.
 pub struct Link {
     shared: Arc<Shared>,
+    memory: Arc<MemoryTable>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -195,6 +210,9 @@ struct Control {
     /// The rings of the activation with this number are, or may be, served.
     running: Option<u64>,
     health: LinkHealth,
+    outages: OutageLog,
+    /// The rings that were started last for the present driver.
+    watched: Option<Watched>,
     hang_up: Option<HangUp>,
 }
 
@@ -232,12 +250,14 @@ impl Link {
             changed: Condvar::new(),
             wake: WakeFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         });
+        let memory = Arc::clone(&wiring.memory);
         let keeper = Keeper::new(Arc::clone(&shared), endpoint, first, wiring)?;
         let thread = thread::Builder::new()
             .name(format!("vu-{name}"))
             .spawn(move || keeper.run())?;
         Ok(Self {
             shared,
+            memory,
             thread: Some(thread),
         })
     }
@@ -322,7 +342,28 @@ impl Link {
     /// How the link is.
     #[must_use]
     pub fn health(&self) -> LinkHealth {
-        self.shared.lock().health.clone()
+        let control = self.shared.lock();
+        let newest = control.outages.newest(1);
+        LinkHealth {
+            stalled_since: control.outages.stalled_since(),
+            outages_total: control.outages.total(),
+            last_recovery: control.outages.last_recovery(),
+            last_outage_in_flight: newest.first().map_or(0, |outage| outage.in_flight),
+            ..control.health.clone()
+        }
+    }
+
+    /// How far the rings are. Never waits for the backend.
+    #[must_use]
+    pub fn progress(&self) -> Vec<QueueProgress> {
+        let watched = self.shared.lock().watched.clone();
+        watched.map_or_else(Vec::new, |watched| watched.progress(&self.memory))
+    }
+
+    /// The newest `count` outages, oldest first; 256 are kept.
+    #[must_use]
+    pub fn outages(&self, count: usize) -> Vec<Outage> {
+        self.shared.lock().outages.newest(count)
     }
 
     /// What would be replayed to the next backend; exact while paused.

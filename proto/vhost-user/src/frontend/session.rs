@@ -12,6 +12,7 @@
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -99,9 +100,10 @@ impl Offer {
 }
 
 /// The shared region in which a backend notes what it works on. Outlives backends.
+#[derive(Clone)]
 pub struct InflightRegion {
     description: VhostUserInflight,
-    file: File,
+    file: Arc<File>,
 }
 
 /// A session could not be set up or taken down.
@@ -222,8 +224,10 @@ pub fn start(
         }
         *told_memory = true;
     }
-    if offer.tracks_inflight() {
-        share_inflight(connection, activation, inflight)?;
+    match offer.tracks_inflight() {
+        true => share_inflight(connection, activation, inflight)?,
+        // What an earlier backend noted says nothing once one has served that notes nothing.
+        false => *inflight = None,
     }
     let format = RingFormat::of(activation.features);
     for queue in &mut activation.queues {
@@ -373,11 +377,32 @@ impl InflightRegion {
                 "its file is shorter than the region",
             ));
         }
-        if seal(&file).is_ok() {
-            return Ok(Self { description, file });
-        }
-        let file = sealed_copy(&file, end).map_err(SessionError::SealInflight)?;
-        Ok(Self { description, file })
+        let file = match seal(&file) {
+            Ok(()) => file,
+            Err(_) => sealed_copy(&file, end).map_err(SessionError::SealInflight)?,
+        };
+        Ok(Self {
+            description,
+            file: Arc::new(file),
+        })
+    }
+
+    /// Descriptors of each queue that it has room for.
+    pub(super) fn queue_size(&self) -> u16 {
+        self.description.queue_size
+    }
+
+    pub(super) fn len_bytes(&self) -> u64 {
+        self.description.mmap_size
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where it starts in its file.
+    pub(super) fn file_offset(&self) -> u64 {
+        self.description.mmap_offset
     }
 }
 

@@ -15,11 +15,15 @@ use super::{BACKOFF, Connected, Endpoint, Shared, Wiring};
 use crate::eventfd;
 use crate::frontend::channel::RequestChannel;
 use crate::frontend::connection::RequestError;
+use crate::frontend::progress::{QueueProgress, Watched};
 use crate::frontend::session::{self, Activation, InflightRegion, Resources};
 use crate::log_limit::LogLimit;
 
 /// A connection that lived this long shows a backend that works: the next attempt is at once.
 const STABLE_AFTER: Duration = Duration::from_secs(1);
+
+/// Between two looks whether a new backend has completed something.
+const LONGEST_LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(super) struct Keeper {
     shared: Arc<Shared>,
@@ -31,8 +35,17 @@ pub(super) struct Keeper {
     served: Option<Served>,
     retry_at: Instant,
     backoff: Duration,
+    /// After a replay, until a ring moves.
+    awaited: Option<Awaited>,
     /// About what drivers do at will.
     complaints: LogLimit,
+}
+
+/// The first completion after a replay.
+struct Awaited {
+    since: Instant,
+    /// Where each ring was before it.
+    marks: Vec<QueueProgress>,
 }
 
 struct Served {
@@ -58,6 +71,7 @@ impl Keeper {
             served: None,
             retry_at: Instant::now(),
             backoff: BACKOFF.0,
+            awaited: None,
             complaints: LogLimit::new(),
         };
         keeper.shared.lock().hang_up = Some(first.connection.hang_up_handle());
@@ -99,6 +113,7 @@ impl Keeper {
             if self.connected.is_some() && running.is_none() {
                 self.start_rings();
             }
+            self.look_for_completion();
             self.wait();
         }
     }
@@ -122,7 +137,13 @@ impl Keeper {
         let config = connected.offer.config.take();
         let mut control = self.shared.lock();
         control.health.connected = control.activation.is_none() || control.paused;
+        control.health.replaying = !control.health.connected;
         control.health.incarnations += 1;
+        control.outages.connected();
+        if control.health.connected {
+            let incarnation = control.health.incarnations;
+            control.outages.replayed(incarnation);
+        }
         control.health.inflight_tracking = connected.offer.tracks_inflight();
         control.repeat_config_writes();
         drop(control);
@@ -152,7 +173,10 @@ impl Keeper {
             }),
         };
         control.running = Some(id);
+        let is_replay = control.outages.stalled_since().is_some();
+        let watched = control.watched.clone().filter(|_| is_replay);
         drop(control);
+        let marks = watched.map(|watched| watched.progress(&self.wiring.memory));
         let resources = Resources {
             memory: &self.wiring.memory,
             queues: &self.wiring.queues,
@@ -174,7 +198,43 @@ impl Keeper {
             self.wiring.renew_events(&served.activation);
         }
         connected.rings_started = true;
-        self.shared.lock().health.connected = true;
+        let watched = Watched::new(&served.activation, served.inflight.clone());
+        let mut control = self.shared.lock();
+        control.watched = Some(watched);
+        control.health.connected = true;
+        control.health.replaying = false;
+        let incarnation = control.health.incarnations;
+        control.outages.replayed(incarnation);
+        drop(control);
+        self.awaited = marks
+            .filter(|marks| marks.iter().any(|queue| queue.due > 0))
+            .map(|marks| Awaited {
+                since: Instant::now(),
+                marks,
+            });
+    }
+
+    /// Whether the new backend completed something.
+    fn look_for_completion(&mut self) {
+        let Some(awaited) = &self.awaited else {
+            return;
+        };
+        let mut control = self.shared.lock();
+        let Some(watched) = control.watched.clone() else {
+            self.awaited = None;
+            return;
+        };
+        drop(control);
+        let now = watched.progress(&self.wiring.memory);
+        let has_moved = |mark: &QueueProgress| {
+            let queue = now.iter().find(|queue| queue.index == mark.index);
+            queue.is_some_and(|queue| queue.used_idx != mark.used_idx)
+        };
+        if awaited.marks.iter().any(has_moved) {
+            control = self.shared.lock();
+            control.outages.completed();
+            self.awaited = None;
+        }
     }
 
     fn stop_rings(&mut self) {
@@ -210,6 +270,8 @@ impl Keeper {
     /// The driver reset the device: nothing of its session may reach the next one.
     fn forget_driver(&mut self) {
         self.served = None;
+        self.awaited = None;
+        self.shared.lock().watched = None;
         let _ = eventfd::take(&self.err);
         let Some(connected) = &mut self.connected else {
             return;
@@ -297,6 +359,8 @@ impl Keeper {
             self.backoff = (self.backoff * 2).min(BACKOFF.1);
         }
         let message = with_causes(error);
+        self.awaited = None;
+        let in_flight = self.in_flight();
         let mut control = self.shared.lock();
         // Dropping the link hangs up: that is no failure of anybody's.
         if control.shutdown {
@@ -305,11 +369,30 @@ impl Keeper {
         if control.health.last_error != message || control.health.connected {
             tracing::warn!(socket = %self.endpoint.socket.display(), error = message, "no backend, connecting again");
         }
-        control.health.connected = false;
+        if std::mem::take(&mut control.health.connected) {
+            control.outages.begin(&message, in_flight);
+        }
+        control.health.replaying = false;
         control.health.last_error = message;
         control.hang_up = None;
         drop(control);
         self.tell_stopped();
+    }
+
+    /// Requests that whoever served the rings leaves behind.
+    fn in_flight(&self) -> u32 {
+        let control = self.shared.lock();
+        let watched = control.watched.clone();
+        let was_serving = control.health.connected;
+        drop(control);
+        let Some(watched) = watched.filter(|_| was_serving) else {
+            return 0;
+        };
+        watched
+            .progress(&self.wiring.memory)
+            .iter()
+            .map(|queue| u32::from(queue.in_flight.unwrap_or(queue.due)))
+            .sum()
     }
 
     /// Says that the rings stand still, to whom it concerns.
@@ -335,6 +418,8 @@ impl Keeper {
             Some(_) => quiet_until,
             None => Some(self.retry_at),
         };
+        let look_at = self.awaited.as_ref().map(Awaited::look_at);
+        let deadline = deadline.into_iter().chain(look_at).min();
         let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             // One millisecond more, lest the poll ends a little early and spins.
@@ -397,6 +482,14 @@ enum Ended {
     HungUp,
     #[error("the backend sent a message that nobody asked for")]
     SpokeUnasked,
+}
+
+impl Awaited {
+    /// The longer it takes, the less it matters when exactly it ends.
+    fn look_at(&self) -> Instant {
+        let waited = self.since.elapsed();
+        Instant::now() + (waited / 16).clamp(Duration::ZERO, LONGEST_LOOK_INTERVAL)
+    }
 }
 
 impl Wiring {
