@@ -5,6 +5,7 @@ pub mod connect;
 pub mod daemon;
 pub mod dirs;
 pub mod errors;
+pub mod fault_control;
 pub mod fds;
 pub mod limits;
 pub mod listen;

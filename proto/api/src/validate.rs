@@ -7,6 +7,7 @@
 mod cloud_init;
 mod disk;
 mod fault_experiments;
+mod fault_rules;
 mod fields;
 mod machine;
 mod net;
@@ -32,6 +33,7 @@ pub use disk::{
 pub use fault_experiments::{
     MAX_CAMPAIGN_BYTES, create_fault_experiment_request, fault_experiment_request,
 };
+pub use fault_rules::{MAX_FAULT_TTL_MS, arm_faults_request, fault_id, fault_rule, fault_ttl};
 use fields::*;
 use machine::{Machine, NicFields, VhostUserFields};
 pub use networks::*;
