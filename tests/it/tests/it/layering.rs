@@ -32,6 +32,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("request", &[]),
     ("bench", &[]),
     ("faultfs", &[]),
+    ("recovery", &["api", "guest"]),
     ("device-net", &["api", "faults", "filter", "sandbox", "vhost-user"]),
     ("filter", &[]),
     ("controller", &["api"]),

@@ -1,0 +1,16 @@
+//! Daemons that are killed under verified load, and how they come back.
+//!
+//! - [`guest`]: a driver that keeps rings full and verifies everything; outlives backends.
+//! - [`transport`]: its connection, made again and replayed.
+//! - [`host`]: who starts daemons and holds what outlives them.
+//! - [`fence`]: when the last request of a dead process is over.
+//! - [`storm`]: kills at random instants, and what each of them cost.
+
+pub mod fence;
+pub mod guest;
+pub mod host;
+pub mod memory;
+pub mod random;
+pub mod ring;
+pub mod storm;
+pub mod transport;
