@@ -1,6 +1,8 @@
 //! The control socket: `mortise.vmm.v1.Vmm` on one small runtime on a thread of its own, which
 //! also turns SIGTERM into a Stop request.
 
+mod health;
+
 use std::io;
 use std::sync::Arc;
 use std::thread;
@@ -10,10 +12,9 @@ use api::listen::Listener;
 use api::serve::{self, Services};
 use api::vmm::vmm_server::{Vmm, VmmServer};
 use api::vmm::{
-    ConsoleInput, ConsoleOutput, DeviceConnection, DeviceHealth, GetDevicesRequest,
-    GetDevicesResponse, GetVmmRequest, PauseRequest,
-    PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StartRequest,
-    StopRequest, VmmInfo, VmmState,
+    ConsoleInput, ConsoleOutput, GetDevicesRequest, GetDevicesResponse, GetVmmRequest,
+    PauseRequest, PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, ResumeRequest,
+    StartRequest, StopRequest, VmmInfo, VmmState,
 };
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,7 +28,6 @@ use crate::console::Console;
 use crate::lifecycle::{Handle, Refusal, Request as Lifecycle, State};
 use crate::machine::Devices;
 use crate::serial::SerialPort;
-use crate::virtio_pci;
 
 /// Longest piece of output in one message.
 const CONSOLE_CHUNK_BYTES: usize = 32 << 10;
@@ -175,12 +175,7 @@ impl Controls {
             vcpus: self.vcpus,
             memory_bytes: self.memory_bytes,
             resets: status.resets(),
-            devices: self
-                .devices
-                .health()
-                .into_iter()
-                .map(proto_device)
-                .collect(),
+            devices: health::devices(&self.devices, 0),
             // A console that spoke within the first millisecond has spoken.
             first_console_byte_ms: first_byte.map_or(0, |after| (after.as_millis() as u64).max(1)),
             exits: status.exits(),
@@ -212,11 +207,10 @@ impl Vmm for Controls {
         &self,
         request: Request<GetDevicesRequest>,
     ) -> Result<Response<GetDevicesResponse>, Status> {
-        let _ = request;
-        let info = self.info();
+        let max_outages = request.into_inner().max_outages as usize;
         Ok(Response::new(GetDevicesResponse {
-            devices: info.devices,
-            state: info.state,
+            devices: health::devices(&self.devices, max_outages),
+            state: proto_state(self.handle.status().state()).into(),
         }))
     }
 
@@ -355,23 +349,5 @@ fn proto_state(state: State) -> VmmState {
         State::Running => VmmState::Running,
         State::Paused => VmmState::Paused,
         State::Stopped => VmmState::Stopped,
-    }
-}
-
-fn proto_device(health: virtio_pci::DeviceHealth) -> DeviceHealth {
-    let connection = match health.connected {
-        true => DeviceConnection::Connected,
-        false => DeviceConnection::Reconnecting,
-    };
-    DeviceHealth {
-        tag: health.tag,
-        r#type: health.device_type,
-        socket: health.socket,
-        connection: connection.into(),
-        incarnations: health.incarnations,
-        last_error: health.last_error,
-        driver_ok: health.driver_ok,
-        inflight_tracking: health.inflight_tracking,
-        ..DeviceHealth::default()
     }
 }

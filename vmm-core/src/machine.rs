@@ -188,12 +188,12 @@ impl Devices {
         Self(configs.iter().map(slot).collect())
     }
 
-    /// How they are.
-    pub fn health(&self) -> Vec<DeviceHealth> {
+    /// How they are, with the last `max_outages` outages of each.
+    pub fn health(&self, max_outages: usize) -> Vec<DeviceHealth> {
         self.0
             .iter()
             .map(|slot| match slot.device.get() {
-                Some(device) => device.health(),
+                Some(device) => device.health(max_outages),
                 None => DeviceHealth::awaited(&slot.config),
             })
             .collect()

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | vCPU | the vCPU's KVM calls, interrupt routes and doorbells, hanging up on backends |
 //! | devices | Unix sockets to backends, shared memory, interrupt routes and doorbells |
-//! | control | Unix sockets, removing the control socket's file |
+//! | control | Unix sockets, reading guest memory's file, removing the control socket's file |
 //! | stdio | nothing |
 //! | main | interrupt controllers and routes, guest memory, hanging up on backends, the exit file |
 
@@ -52,9 +52,14 @@ impl ThreadKind {
             Self::Control => {
                 let socket_file =
                     Syscalls::new().allow(&[libc::SYS_unlink, libc::SYS_lstat, libc::SYS_statx]);
+                // How far rings are is read from guest memory's file.
+                let memory = Syscalls::new().allow(&[libc::SYS_pread64]);
                 (
                     "vmm-core-control",
-                    sets::base().with(sets::tokio()).with(socket_file),
+                    sets::base()
+                        .with(sets::tokio())
+                        .with(socket_file)
+                        .with(memory),
                 )
             }
             Self::Stdio => ("vmm-core-stdio", sets::base()),

@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use vhost_user::frontend::{Events, Link, MemoryTable};
+use vhost_user::frontend::{Events, Link, LinkHealth, MemoryTable, Outage, QueueProgress};
 use vhost_user::log_limit::LogLimit;
 
 pub use attach::AttachError;
@@ -56,17 +56,14 @@ pub struct DeviceHealth {
     pub device_type: String,
     /// The backend's socket.
     pub socket: String,
-    /// Whether a backend is connected and was told everything.
-    pub connected: bool,
-    /// Connections made since the start.
-    pub incarnations: u64,
-    /// The last error of the connection, empty if there was none.
-    pub last_error: String,
+    /// How the connection to it is.
+    pub link: LinkHealth,
     /// The guest's driver set DRIVER_OK.
     pub driver_ok: bool,
-    /// In-flight requests are kept in shared memory, so a crash of the backend loses none.
-    /// Without it, recovery from a crash is not guaranteed.
-    pub inflight_tracking: bool,
+    /// How far its rings are.
+    pub queues: Vec<QueueProgress>,
+    /// Its last outages, oldest first.
+    pub outages: Vec<Outage>,
 }
 
 impl DeviceHealth {
@@ -77,12 +74,20 @@ impl DeviceHealth {
             tag: config.tag.clone(),
             device_type: config.device_type.to_string(),
             socket: config.socket.display().to_string(),
-            connected: false,
-            incarnations: 0,
-            last_error: String::new(),
+            link: LinkHealth::default(),
             driver_ok: false,
-            inflight_tracking: false,
+            queues: Vec::new(),
+            outages: Vec::new(),
         }
+    }
+
+    /// Requests that the backend has, or with no in-flight region those that wait for one.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        let queues = self.queues.iter();
+        queues
+            .map(|queue| u64::from(queue.in_flight.unwrap_or(queue.due)))
+            .sum()
     }
 }
 
@@ -106,19 +111,17 @@ struct State {
 }
 
 impl VirtioPciDevice {
-    /// How the device is. Never waits for the backend.
+    /// How the device is, with its last `max_outages` outages. Never waits for the backend.
     #[must_use]
-    pub fn health(&self) -> DeviceHealth {
-        let link = self.link.health();
+    pub fn health(&self, max_outages: usize) -> DeviceHealth {
         DeviceHealth {
             tag: self.tag.clone(),
             device_type: self.device_type.to_string(),
             socket: self.socket.display().to_string(),
-            connected: link.connected,
-            incarnations: link.incarnations,
-            last_error: link.last_error,
+            link: self.link.health(),
             driver_ok: self.registers.lock().common.driver_ok(),
-            inflight_tracking: link.inflight_tracking,
+            queues: self.link.progress(),
+            outages: self.link.outages(max_outages),
         }
     }
 

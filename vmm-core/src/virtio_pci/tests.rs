@@ -2,6 +2,7 @@
 
 mod backends;
 mod guest;
+mod health;
 mod packed;
 mod peers;
 mod scripted;
@@ -43,12 +44,15 @@ fn request_is_served_and_raises_the_queues_interrupt() {
             "round {round}"
         );
     }
-    let health = guest.device.health();
+    let health = guest.device.health(8);
     assert!(
-        health.connected && health.driver_ok && health.inflight_tracking,
+        health.link.connected && health.driver_ok && health.link.inflight_tracking,
         "{health:?}"
     );
-    assert_eq!((health.incarnations, health.last_error.as_str()), (1, ""));
+    assert_eq!(
+        (health.link.incarnations, health.link.last_error.as_str()),
+        (1, "")
+    );
 }
 
 #[test]
@@ -70,7 +74,10 @@ fn requests_that_a_killed_backend_held_are_completed_by_the_next() {
         echo.hold.store(false, Ordering::SeqCst);
         server = serve(&listener, &echo);
         assert_eq!(driver.complete(head, 64), [round; 64], "round {round}");
-        assert_eq!(guest.device.health().incarnations, u64::from(round) + 1);
+        assert_eq!(
+            guest.device.health(8).link.incarnations,
+            u64::from(round) + 1
+        );
     }
 }
 
@@ -83,7 +90,9 @@ fn kick_during_an_outage_is_not_lost() {
     let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
     let mut driver = guest.drive();
     kill(server);
-    wait_until("the outage is noticed", || !guest.device.health().connected);
+    wait_until("the outage is noticed", || {
+        !guest.device.health(8).link.connected
+    });
     let head = driver.submit(b"while nobody listens");
     let _server = serve(&listener, &echo);
     assert_eq!(driver.complete(head, 20), b"while nobody listens");
@@ -97,7 +106,9 @@ fn driver_that_starts_during_an_outage_is_served_afterwards() {
     let server = serve(&listener, &echo);
     let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
     kill(server);
-    wait_until("the outage is noticed", || !guest.device.health().connected);
+    wait_until("the outage is noticed", || {
+        !guest.device.health(8).link.connected
+    });
     let mut driver = guest.drive();
     let head = driver.submit(b"patience");
     let _server = serve(&listener, &echo);
@@ -116,7 +127,7 @@ fn driver_can_reset_and_start_again_and_again() {
         assert_eq!(driver.complete(head, 32), [round; 32], "round {round}");
     }
     assert_eq!(
-        guest.device.health().incarnations,
+        guest.device.health(8).link.incarnations,
         1,
         "a reset keeps the connection"
     );
@@ -131,7 +142,9 @@ fn reset_during_an_outage_completes_at_once() {
     let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
     let driver = guest.drive();
     kill(server);
-    wait_until("the outage is noticed", || !guest.device.health().connected);
+    wait_until("the outage is noticed", || {
+        !guest.device.health(8).link.connected
+    });
     driver.set_status(0);
     assert_eq!(driver.status(), 0);
     let mut driver = guest.drive();
@@ -206,7 +219,9 @@ fn requests_held_before_a_reset_never_come_back() {
         echo.taken.load(Ordering::SeqCst) == 1
     });
     kill(server);
-    wait_until("the outage is noticed", || !guest.device.health().connected);
+    wait_until("the outage is noticed", || {
+        !guest.device.health(8).link.connected
+    });
     let mut driver = guest.drive();
     echo.hold.store(false, Ordering::SeqCst);
     let _server = serve(&listener, &echo);
@@ -257,7 +272,9 @@ fn backend_killed_while_paused_is_replaced_and_resumed() {
     driver.complete(head, 5);
     guest.device.pause(TIMEOUTS.stop);
     kill(server);
-    wait_until("the outage is noticed", || !guest.device.health().connected);
+    wait_until("the outage is noticed", || {
+        !guest.device.health(8).link.connected
+    });
     // Neither pausing nor resuming waits for a backend that is not there.
     let started = Instant::now();
     guest.device.pause(TIMEOUTS.stop);
@@ -285,7 +302,7 @@ fn machine_reset_returns_the_function_to_power_on() {
         assert_eq!(guest.fabric.doorbell_gpas(), Vec::<u64>::new());
         assert_eq!(guest.read(control, 2) & 0x8000, 0, "MSI-X is off");
         assert_eq!(Driver::find(&guest).status(), 0);
-        assert!(!guest.device.health().driver_ok);
+        assert!(!guest.device.health(8).driver_ok);
     }
 }
 
@@ -308,7 +325,9 @@ fn driver_writes_to_configuration_space_reach_the_backend() {
         echo.config.lock().unwrap()[4] == 0xaa
     });
     kill(server);
-    wait_until("the outage is noticed", || !guest.device.health().connected);
+    wait_until("the outage is noticed", || {
+        !guest.device.health(8).link.connected
+    });
     guest.write(driver.device_cfg + 5, 1, 0xbb);
     let _server = serve(&listener, &echo);
     wait_until("the next backend has what was written", || {
@@ -382,8 +401,12 @@ fn backend_without_an_acknowledged_feature_is_refused_until_one_has_it() {
     kill(server);
     let server = serve(&listener, &Echo::with_features(0));
     wait_until("the lesser backend is refused", || {
-        let health = guest.device.health();
-        !health.connected && health.last_error.contains("no longer offers features 0x20")
+        let health = guest.device.health(8);
+        !health.link.connected
+            && health
+                .link
+                .last_error
+                .contains("no longer offers features 0x20")
     });
     let head = driver.submit(b"later");
     kill(server);
@@ -467,14 +490,14 @@ fn device_and_guest_outlive_many_backends() {
     let mut server = serve(&listener, &echo);
     let guest = Guest::attach(TYPE, &socket, TIMEOUTS).unwrap();
     let mut driver = guest.drive();
-    let incarnations = Arc::new(guest.device.health().incarnations);
+    let incarnations = Arc::new(guest.device.health(8).link.incarnations);
     for round in 0..20u8 {
         let head = driver.submit(&[round; 16]);
         kill(server);
         server = serve(&listener, &echo);
         assert_eq!(driver.complete(head, 16), [round; 16], "round {round}");
     }
-    assert!(guest.device.health().incarnations > *incarnations);
+    assert!(guest.device.health(8).link.incarnations > *incarnations);
 }
 
 /// A filter cannot be taken off again, so a child process, this program once more, puts it on.

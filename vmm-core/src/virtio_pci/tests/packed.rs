@@ -62,13 +62,22 @@ fn packed_ring_is_served_over_pauses_and_dead_backends() {
         });
         assert_eq!(used, Some((id, 50)), "round {round}");
         assert_eq!(guest.memory.read(answer, 50), [round; 50]);
+        if round % 4 == 3 {
+            wait_until("the outage is told with its end", || {
+                let health = guest.device.health(1);
+                let outage = health.outages.last();
+                outage.is_some_and(|outage| {
+                    outage.in_flight == 1 && outage.first_completion_after.is_some()
+                })
+            });
+        }
         if round % 4 == 1 {
             guest.device.pause(PATIENCE);
             guest.device.resume();
         }
     }
-    let health = guest.device.health();
-    assert!(health.incarnations >= 7, "{health:?}");
+    let health = guest.device.health(8);
+    assert!(health.link.incarnations >= 7, "{health:?}");
 }
 
 #[test]

@@ -153,9 +153,14 @@ fn guest_never_waits_for_a_backend_that_does_not_stop_its_rings() {
         driver.status() == 0
     });
     assert!(
-        guest.device.health().last_error.contains("GET_VRING_BASE"),
+        guest
+            .device
+            .health(8)
+            .link
+            .last_error
+            .contains("GET_VRING_BASE"),
         "{:?}",
-        guest.device.health()
+        guest.device.health(8)
     );
 }
 
@@ -235,8 +240,8 @@ fn backend_that_breaks_off_while_rings_start_is_tried_again_as_a_whole() {
     let guest = Guest::attach(TYPE, &socket, SHORT).unwrap();
     let _driver = guest.drive();
     wait_until("the fourth attempt succeeds", || {
-        let health = guest.device.health();
-        health.connected && health.incarnations == 4
+        let health = guest.device.health(8);
+        health.link.connected && health.link.incarnations == 4
     });
     let handshakes = seen
         .lock()
@@ -262,9 +267,9 @@ fn message_that_nobody_asked_for_ends_the_session() {
     });
     let guest = Guest::attach(TYPE, &socket, SHORT).unwrap();
     wait_until("the session ends and the next is sound", || {
-        let health = guest.device.health();
-        health.last_error.contains("nobody asked for")
-            && health.incarnations == 2
-            && health.connected
+        let health = guest.device.health(8);
+        health.link.last_error.contains("nobody asked for")
+            && health.link.incarnations == 2
+            && health.link.connected
     });
 }

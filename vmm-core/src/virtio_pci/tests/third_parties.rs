@@ -64,8 +64,8 @@ fn qemu_storage_daemon_is_killed_and_replaced_under_a_driver() {
             "round {round}"
         );
         wait_until("the next daemon is connected", || {
-            let health = guest.device.health();
-            health.connected && health.incarnations == u64::from(round) + 1
+            let health = guest.device.health(8);
+            health.link.connected && health.link.incarnations == u64::from(round) + 1
         });
     }
     guest.device.pause(TIMEOUTS.stop);
