@@ -1,3 +1,5 @@
+//! [`fuzz::frames`] for libFuzzer.
+
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::frames::run(data));

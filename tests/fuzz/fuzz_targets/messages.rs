@@ -1,3 +1,5 @@
+//! [`fuzz::messages`] for libFuzzer.
+
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::messages::run(data));

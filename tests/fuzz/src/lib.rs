@@ -1,7 +1,7 @@
 //! What untrusted bytes may not do to us, one function a target: it panics when a promise is broken.
 //!
-//! `cargo lab fuzz` lets libFuzzer look for such bytes; `cargo-fuzz` does with `--fuzz-dir tests/fuzz
-//! --sanitizer none --features libfuzzer`. The corpus is run by this crate's own test as well.
+//! `cargo lab fuzz` lets libFuzzer look for such bytes. The corpus is run by this crate's own test as
+//! well.
 
 pub mod block_request;
 pub mod frames;

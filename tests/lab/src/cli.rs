@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::artifacts::Artifacts;
 use crate::bench::Bench;
 use crate::demo::Demo;
+use crate::fuzz::Fuzz;
 use crate::initramfs::Tool;
 use crate::inside::{self, Events};
 use crate::job::{Event, Job};
@@ -33,6 +34,8 @@ enum Verb {
     Test(Suite),
     /// Measure, beside the limit and other implementations.
     Bench(Bench),
+    /// Look for inputs that break what takes untrusted bytes: messages, rings, images, frames.
+    Fuzz(Fuzz),
     /// Fetch the kernel, QEMU and tools, and print where they are.
     Artifacts,
     /// Print the variables that integration tests need, to run them by cargo alone.
@@ -78,6 +81,7 @@ impl Cli {
             Verb::Demo(demo) => demo.run(),
             Verb::Test(suite) => suite.run(),
             Verb::Bench(bench) => bench.run(),
+            Verb::Fuzz(fuzz) => fuzz.run(),
             Verb::Env => {
                 let kit = Kit::prepare()?;
                 let variables = kit.site().variables().into_iter();

@@ -7,6 +7,7 @@ mod bench;
 mod cli;
 mod cpio;
 mod demo;
+mod fuzz;
 mod initramfs;
 mod inside;
 mod job;

@@ -67,7 +67,12 @@ pub(crate) fn build(args: &[&str]) -> Result<Vec<Binary>> {
 
 /// The same whatever `LAB_NO_BUILD` says: what it means by binaries as they are is not optimised.
 pub(crate) fn build_always(args: &[&str]) -> Result<Vec<Binary>> {
-    let output = cargo()
+    build_with(cargo(), args)
+}
+
+/// The same with a [`cargo`] that has an environment of its own.
+pub(crate) fn build_with(mut cargo: Command, args: &[&str]) -> Result<Vec<Binary>> {
+    let output = cargo
         .args(args)
         .args(["--quiet", "--message-format=json-render-diagnostics"])
         .stdin(Stdio::null())
