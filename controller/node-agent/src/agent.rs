@@ -152,9 +152,8 @@ impl Agent {
         };
         let imports = Imports::open(&dirs.state, dirs.qemu_img.clone()).map_err(uploads)?;
         let host = Host::open(&dirs.state, underlay)?;
-        // Before the VMs, which may want to start in them.
-        let networks = Networks::open(&dirs.state, &dirs.run, &host.id, underlay)?;
-        networks.adopt();
+        // Before the VMs, which may want to start in them, or run in them.
+        let networks = Networks::open(&dirs.state, &dirs.run, &dirs.bin, &host.id, underlay)?;
         let (changes, _) = broadcast::channel(CHANGE_BACKLOG);
         let env = Arc::new(Env {
             store: Store::open(&dirs.state)?,
@@ -175,6 +174,8 @@ impl Agent {
             .into_iter()
             .map(|record| (record.spec.id.clone(), Vm::adopt(env.clone(), record)))
             .collect();
+        // After the VMs, which say what NICs a switch has.
+        env.networks.adopt();
         Ok(Self {
             host,
             env,

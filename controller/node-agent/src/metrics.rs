@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fmt::Write, sync::Arc};
 
-use api::node::{VmPhase, VmStatus};
+use api::node::{NetworkStatus, ProcessStatus, VmPhase, VmStatus};
 
 use crate::{agent::Agent, vm};
 
@@ -26,6 +26,11 @@ pub(crate) async fn collect(agent: &Arc<Agent>) -> String {
     let vms = agent.all().await;
     let statuses: Vec<VmStatus> = vms.iter().map(vm::Vm::status).collect();
     exposition.add_text(None, &own_metrics(&statuses));
+    let networks = &agent.env.networks;
+    exposition.add_text(None, &network_metrics(&networks.list()));
+    for (network, text) in networks.switch_metrics().await {
+        exposition.add_text(Some(("network", &network)), &text);
+    }
     let asking: Vec<_> = statuses
         .iter()
         .filter(|status| !status.processes.is_empty())
@@ -38,7 +43,7 @@ pub(crate) async fn collect(agent: &Arc<Agent>) -> String {
     for answer in asking {
         if let Ok((id, texts)) = answer.await {
             for text in texts {
-                exposition.add_text(Some(&id), &text);
+                exposition.add_text(Some(("vm", &id)), &text);
             }
         }
     }
@@ -72,7 +77,8 @@ fn own_metrics(statuses: &[VmStatus]) -> String {
          # TYPE mortise_process_restarts counter\n",
     );
     for status in statuses {
-        for process in &status.processes {
+        let own = |process: &&ProcessStatus| process.network.is_empty();
+        for process in status.processes.iter().filter(own) {
             let _ = writeln!(
                 text,
                 "mortise_process_restarts_total{{vm=\"{}\",process=\"{}\"}} {}",
@@ -83,9 +89,26 @@ fn own_metrics(statuses: &[VmStatus]) -> String {
     text
 }
 
+fn network_metrics(networks: &[NetworkStatus]) -> String {
+    let mut text = String::from(
+        "# HELP mortise_network_process_restarts Times a network's process was restarted.\n\
+         # TYPE mortise_network_process_restarts counter\n",
+    );
+    for network in networks {
+        for process in &network.processes {
+            let _ = writeln!(
+                text,
+                "mortise_network_process_restarts_total{{network=\"{}\",process=\"{}\"}} {}",
+                network.id, process.name, process.restarts
+            );
+        }
+    }
+    text
+}
+
 impl Exposition {
-    /// Adds a source's text. Its samples get a `vm` label if one is given.
-    fn add_text(&mut self, vm: Option<&str>, text: &str) {
+    /// Adds a source's text. Its samples get a label if one is given.
+    fn add_text(&mut self, label: Option<(&str, &str)>, text: &str) {
         let mut current = String::new();
         for line in text
             .lines()
@@ -102,7 +125,7 @@ impl Exposition {
                 }
             } else {
                 let family = self.families.entry(current.clone()).or_default();
-                family.samples.push(labelled(vm, line));
+                family.samples.push(labelled(label, line));
             }
         }
     }
@@ -123,16 +146,16 @@ impl std::fmt::Display for Exposition {
     }
 }
 
-/// VM names need no escaping: they are letters, digits and hyphens.
-fn labelled(vm: Option<&str>, sample: &str) -> String {
-    let Some(vm) = vm else {
+/// Names need no escaping: they are letters, digits and hyphens.
+fn labelled(label: Option<(&str, &str)>, sample: &str) -> String {
+    let Some((label, value)) = label else {
         return sample.to_owned();
     };
     let end = sample.find(['{', ' ']).unwrap_or(sample.len());
     let (name, rest) = sample.split_at(end);
     match rest.strip_prefix('{') {
-        Some(labels) => format!("{name}{{vm=\"{vm}\",{labels}"),
-        None => format!("{name}{{vm=\"{vm}\"}}{rest}"),
+        Some(labels) => format!("{name}{{{label}=\"{value}\",{labels}"),
+        None => format!("{name}{{{label}=\"{value}\"}}{rest}"),
     }
 }
 
@@ -145,10 +168,10 @@ mod tests {
         let text =
             "# HELP reads Reads.\n# TYPE reads counter\nreads_total{disk=\"a b\"} 1\n# EOF\n";
         let mut exposition = Exposition::default();
-        exposition.add_text(Some("web"), text);
-        exposition.add_text(Some("db"), text);
+        exposition.add_text(Some(("vm", "web")), text);
+        exposition.add_text(Some(("vm", "db")), text);
         exposition.add_text(
-            Some("db"),
+            Some(("vm", "db")),
             "# HELP idle Nothing.\n# TYPE idle gauge\n# EOF\n",
         );
         assert_eq!(
@@ -160,6 +183,6 @@ mod tests {
 
     #[test]
     fn sample_without_labels_gets_one() {
-        assert_eq!(labelled(Some("web"), "up 1"), "up{vm=\"web\"} 1");
+        assert_eq!(labelled(Some(("vm", "web")), "up 1"), "up{vm=\"web\"} 1");
     }
 }

@@ -11,7 +11,7 @@ use std::{
     io::{self, Read, Seek, SeekFrom},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::process::CommandExt,
+        unix::{ffi::OsStringExt, process::CommandExt},
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -350,6 +350,14 @@ pub(crate) fn pids_serving(dir: &Path) -> Vec<i32> {
             })
         })
         .collect()
+}
+
+/// The arguments of a process, without its own name.
+pub(crate) fn args(pid: i32) -> Option<Vec<OsString>> {
+    let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let cmdline = cmdline.strip_suffix(b"\0").unwrap_or(&cmdline);
+    let words = cmdline.split(|&byte| byte == 0).skip(1);
+    Some(words.map(|word| OsString::from_vec(word.to_vec())).collect())
 }
 
 /// This boot's id: pids and start times mean nothing in another one.

@@ -182,6 +182,9 @@ pub(crate) struct Nic {
     /// Id of the network that it is in, which then knows the bridge.
     #[serde(default)]
     pub(crate) network: Option<String>,
+    /// A port of its network's switch, without a tap: as the network says when the VM starts.
+    #[serde(skip)]
+    pub(crate) switched: bool,
     /// Keep a table of flows, whatever the policy says.
     #[serde(default)]
     pub(crate) track_flows: bool,
@@ -429,6 +432,7 @@ impl Nic {
             mtu: api.mtu,
             user: api.user.as_ref().map(UserNetwork::from_api),
             network: not_empty(&api.network).map(str::to_owned),
+            switched: false,
             track_flows: api.track_flows,
             tuning: NicTuning::from_api(api),
         }

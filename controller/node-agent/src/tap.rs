@@ -160,7 +160,19 @@ pub(crate) async fn create(name: &str, nic: &Nic) -> Result<(), TapError> {
     // A tap that has one queue only works with drivers and tools that know no more.
     let queue = attach_queue(name, nic.queue_pairs > 1)?;
     set_persistent(name, &queue)?;
-    configure(name, nic).await
+    configure(name, nic.bridge.as_deref(), nic.mtu, nic.host_cidr).await
+}
+
+/// Makes a persistent tap of one queue in `bridge`, or sets up the one that is there.
+///
+/// # Errors
+/// When any of it fails; the tap may then exist and is the caller's to [`remove`].
+pub(crate) async fn ensure(name: &str, bridge: &str, mtu: u32) -> Result<(), TapError> {
+    if !exists(name) {
+        let queue = attach_queue(name, false)?;
+        set_persistent(name, &queue)?;
+    }
+    configure(name, Some(bridge), mtu, None).await
 }
 
 /// Opens one queue for each queue pair of an existing tap.
@@ -286,19 +298,24 @@ fn interface_request(name: &str, flags: libc::c_int) -> libc::ifreq {
     request
 }
 
-async fn configure(name: &str, nic: &Nic) -> Result<(), TapError> {
+async fn configure(
+    name: &str,
+    bridge: Option<&str>,
+    mtu: u32,
+    host_cidr: Option<Cidr>,
+) -> Result<(), TapError> {
     let index = index_of(name).ok_or_else(|| TapError::Missing {
         name: name.to_owned(),
     })?;
-    let bridge = match &nic.bridge {
+    let bridge = match bridge {
         None => None,
         Some(bridge) => Some(index_of(bridge).ok_or_else(|| TapError::NoBridge {
             name: name.to_owned(),
-            bridge: bridge.clone(),
+            bridge: bridge.to_owned(),
         })?),
     };
     let (handle, connection) = netlink(name)?;
-    let done = configure_link(&handle, name, index, bridge, nic.mtu, nic.host_cidr).await;
+    let done = configure_link(&handle, name, index, bridge, mtu, host_cidr).await;
     connection.abort();
     done
 }

@@ -292,6 +292,7 @@ fn process(seen: &node::ProcessStatus) -> pb::Process {
         sandbox: seen.sandbox.clone(),
         log: seen.log.clone(),
         last_error: seen.last_error.clone(),
+        network: seen.network.clone(),
     }
 }
 

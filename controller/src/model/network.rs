@@ -299,7 +299,20 @@ pub fn network_status(seen: &node::NetworkStatus, wanted: &str, host: &str) -> p
                 }),
             })
             .collect(),
+        processes: seen.processes.iter().map(process).collect(),
         ..Default::default()
+    }
+}
+
+fn process(seen: &node::NetworkProcess) -> pb::NetworkProcess {
+    pb::NetworkProcess {
+        name: seen.name.clone(),
+        pid: seen.pid,
+        restarts: seen.restarts,
+        sandbox: seen.sandbox.clone(),
+        last_error: seen.last_error.clone(),
+        log: seen.log.clone(),
+        nics: seen.nics.clone(),
     }
 }
 

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use tonic::Code;
 
-use crate::{process::ProcessError, record::RecordError, vm::DaemonError};
+use crate::{process::ProcessError, record::RecordError, tap::TapError, vm::DaemonError};
 
 /// See the module.
 #[derive(Debug, thiserror::Error)]
@@ -34,12 +34,12 @@ pub(crate) enum NetworkError {
         nic: String,
     },
     /// NICs are in it.
-    #[error("network {id} is in use by {}; stop their VMs first", taps.join(", "))]
+    #[error("network {id} is in use by {}; stop their VMs first", users.join(", "))]
     InUse {
         /// The network.
         id: String,
-        /// Interfaces in its bridge.
-        taps: Vec<String>,
+        /// Interfaces in its bridge, and NICs on its switch.
+        users: Vec<String>,
     },
     /// Not allowed.
     #[error("network {id}: {action}: not permitted; run node-agent as root or with CAP_NET_ADMIN")]
@@ -159,9 +159,45 @@ pub(crate) enum NetworkError {
         /// Its last words.
         message: String,
     },
-    /// What is to be done has no place in this version.
-    #[error("spec.datapath: {0}")]
-    Datapath(&'static str),
+    /// NICs cannot move from one datapath to another.
+    #[error("spec.datapath: network {id} has another; delete the network and create it anew")]
+    Datapath {
+        /// The network.
+        id: String,
+    },
+    /// The tap between its switch and its bridge.
+    #[error("network {id}: uplink of its switch")]
+    Tap {
+        /// The network.
+        id: String,
+        /// Why not.
+        #[source]
+        source: TapError,
+    },
+    /// Its switch does not run, or does not serve a NIC.
+    #[error("network {id}: its switch: {message}")]
+    Switch {
+        /// The network.
+        id: String,
+        /// What the API answers.
+        code: Code,
+        /// Why not.
+        message: String,
+    },
+    /// Its switch does not serve a NIC as it should.
+    #[error("network {id}: NIC {nic} of VM {vm}: {message}")]
+    Port {
+        /// The network.
+        id: String,
+        /// The VM.
+        vm: String,
+        /// The NIC.
+        nic: String,
+        /// What the API answers.
+        code: Code,
+        /// Why not.
+        message: String,
+    },
     /// A running NIC did not take its policy.
     #[error("network {id}: telling NIC {nic} of VM {vm} what it may let pass")]
     Policy {
@@ -190,7 +226,8 @@ impl NetworkError {
             Self::NotABridge { .. } | Self::NoUnderlay => Code::InvalidArgument,
             Self::Policy { .. } => Code::Unavailable,
             Self::Record(_) => Code::Internal,
-            Self::Datapath(_) => Code::Unimplemented,
+            Self::Tap { source, .. } => source.code(),
+            Self::Switch { code, .. } | Self::Port { code, .. } => *code,
             _ => Code::FailedPrecondition,
         }
     }

@@ -3,27 +3,35 @@
 //! what it needs after its own end is in STATE_DIR/networks.
 //!
 //! ```text
+//! make      all of it, in order, and its end
+//! names     what its interfaces are called
 //! links     interfaces, addresses, forwarding entries (netlink)
 //! firewall  NAT, port forwards, who may reach whom (nft)
 //! server    DHCP, DNS, router advertisements (dnsmasq)
 //! sysctl    settings of single interfaces
 //! record    what survives the agent
 //! policy    what NICs let pass
+//! switch    the device-net that serves the NICs of all VMs, where that is the network's datapath
+//! ports     which NICs those are
 //! ```
 
 mod error;
 mod firewall;
 mod forwarding;
 mod links;
+mod make;
+mod names;
 mod policy;
+mod ports;
 mod programs;
 mod record;
 mod server;
+mod switch;
 mod sysctl;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs, io,
+    collections::BTreeMap,
+    fs,
     net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -32,30 +40,29 @@ use std::{
 
 use api::{
     device::Policy,
-    node::{NetworkKind, NetworkSpec, NetworkStatus},
+    node::{Endpoint, NetworkKind, NetworkProcess, NetworkSpec, NetworkStatus, ProcessStatus},
 };
-use ipnet::IpNet;
 use tokio::sync::watch;
 
 pub(crate) use error::NetworkError;
+pub(crate) use ports::{PortPlan, port_id};
 
-use self::{
-    firewall::Ruleset,
-    forwarding::Forwarding,
-    links::{Links, Vxlan},
-    server::Server,
-};
+use self::{forwarding::Forwarding, ports::Ports, server::Server, switch::Switch};
 use crate::{
-    tap::fnv1a,
-    vm::{DaemonError, error_chain, nics::Nics},
+    spec::Spec,
+    vm::{DaemonError, daemon_metrics, error_chain, nics::Nics},
 };
 
-/// IFNAMSIZ less the NUL.
-const MAX_NAME_BYTES: usize = 15;
-/// VXLAN over IPv4 takes 50 bytes of Ethernet's 1500.
-const OVERLAY_MTU: u32 = 1450;
 /// A network that is being made when a VM wants to start is there in a moment.
 const SETTLED_WITHIN: Duration = Duration::from_secs(30);
+/// A switch that is being restarted is back in a moment.
+const ATTACHED_WITHIN: Duration = Duration::from_secs(20);
+/// Figures of a NIC are changed in memory; who asked is answered even if its daemon is not there.
+const TUNED_WITHIN: Duration = Duration::from_millis(500);
+/// A policy for each NIC, which its daemon reads at once.
+const TOLD_WITHIN: Duration = Duration::from_secs(10);
+/// NICs of a VM that ended have nothing to drain.
+const DETACHED_WITHIN: Duration = Duration::from_secs(10);
 
 /// All networks of the host. Cheap to clone.
 #[derive(Clone)]
@@ -68,6 +75,8 @@ struct Inner {
     run_dir: PathBuf,
     /// Where the VMs' sockets are.
     vms_dir: PathBuf,
+    /// Where device-net is.
+    bin_dir: PathBuf,
     host_id: String,
     underlay: Option<IpAddr>,
     forwarding: Forwarding,
@@ -79,6 +88,8 @@ struct Network {
     /// Held while it is worked on.
     work: tokio::sync::Mutex<Made>,
     seen: watch::Sender<Seen>,
+    /// NICs of running VMs, where it has a switch.
+    ports: Arc<Ports>,
 }
 
 /// What exists on its behalf.
@@ -87,6 +98,7 @@ struct Made {
     /// As recorded; `None` when nothing of it may exist.
     spec: Option<NetworkSpec>,
     server: Option<Server>,
+    switch: Option<Switch>,
     /// What running NICs were told by this agent, by VM and NIC.
     policies: BTreeMap<(String, String), Policy>,
 }
@@ -105,8 +117,8 @@ struct Seen {
 /// Where a NIC goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
-    /// The bridge that its tap joins.
-    pub(crate) bridge: String,
+    /// The bridge that its tap joins; `None` when it is a port of the network's switch.
+    pub(crate) bridge: Option<String>,
     /// 0 for the default.
     pub(crate) mtu: u32,
 }
@@ -125,6 +137,7 @@ impl Networks {
     pub(crate) fn open(
         state_dir: &Path,
         run_dir: &Path,
+        bin_dir: &Path,
         host_id: &str,
         underlay: Option<IpAddr>,
     ) -> Result<Self, NetworkError> {
@@ -150,6 +163,7 @@ impl Networks {
                 state_dir,
                 run_dir,
                 vms_dir,
+                bin_dir: bin_dir.to_owned(),
                 host_id: host_id.to_owned(),
                 underlay,
                 table: Mutex::new(table),
@@ -195,18 +209,21 @@ impl Networks {
     /// # Errors
     /// When NICs are in it, or the kernel refuses.
     pub(crate) async fn delete(&self, id: &str) -> Result<(), NetworkError> {
-        let Some(network) = self.table().get(id).cloned() else {
+        let Some(network) = self.find(id) else {
             return Ok(());
         };
         let mut made = network.work.lock().await;
         if let Some(spec) = made.spec.clone() {
-            let vxlan = vxlan_name(id);
-            let mut taps = links::ports(&self.bridge_name(&spec));
-            taps.retain(|port| *port != vxlan);
-            if spec.kind() != NetworkKind::Bridged && !taps.is_empty() {
+            let own = [names::vxlan(id), names::uplink(id)];
+            let mut users = network.ports.names();
+            if spec.kind() != NetworkKind::Bridged {
+                let taps = links::ports(&names::bridge(&spec)).into_iter();
+                users.extend(taps.filter(|port| !own.contains(port)));
+            }
+            if !users.is_empty() {
                 return Err(NetworkError::InUse {
                     id: id.to_owned(),
-                    taps,
+                    users,
                 });
             }
             self.unmake(&mut made, &spec).await?;
@@ -230,9 +247,7 @@ impl Networks {
     /// When the network is not there or does not know the NIC.
     pub(crate) async fn place(&self, id: &str, vm: &str, nic: &str) -> Result<Place, NetworkError> {
         let network = self
-            .table()
-            .get(id)
-            .cloned()
+            .find(id)
             .ok_or_else(|| NetworkError::NotFound { id: id.to_owned() })?;
         let mut seen = network.seen.subscribe();
         let settled = seen.wait_for(|seen| seen.settled);
@@ -251,25 +266,120 @@ impl Networks {
                 problem,
             });
         }
-        let known = |endpoint: &&api::node::Endpoint| endpoint.vm_id == vm && endpoint.nic == nic;
-        if !seen.spec.endpoints.iter().any(|endpoint| known(&endpoint)) {
-            return Err(NetworkError::UnknownNic {
-                id: id.to_owned(),
-                vm: vm.to_owned(),
-                nic: nic.to_owned(),
-            });
-        }
-        Ok(Place {
-            bridge: self.bridge_name(&seen.spec),
-            mtu: mtu(&seen.spec),
+        seen.place(vm, nic).ok_or_else(|| NetworkError::UnknownNic {
+            id: id.to_owned(),
+            vm: vm.to_owned(),
+            nic: nic.to_owned(),
         })
+    }
+
+    /// As [`Networks::place`], by what is known without waiting.
+    pub(crate) fn known_place(&self, id: &str, vm: &str, nic: &str) -> Option<Place> {
+        let network = self.find(id)?;
+        let seen = network.seen.borrow();
+        seen.place(vm, nic)
+    }
+
+    /// Makes a NIC a port of its network's switch; on return it can be connected to.
+    ///
+    /// # Errors
+    /// When the network is not there, or its switch does not take the NIC.
+    pub(crate) async fn attach(&self, id: &str, plan: PortPlan) -> Result<(), NetworkError> {
+        let network = self
+            .find(id)
+            .ok_or_else(|| NetworkError::NotFound { id: id.to_owned() })?;
+        let port = port_id(&plan.vm, &plan.nic);
+        network.ports.want(plan, false);
+        let served = network.ports.served(&port, ATTACHED_WITHIN).await;
+        served.map_err(|problem| NetworkError::Switch {
+            id: id.to_owned(),
+            code: problem.code,
+            message: problem.message,
+        })
+    }
+
+    /// A NIC of a VM that an earlier agent left running is a port of its network's switch.
+    pub(crate) fn expect(&self, id: &str, plan: PortPlan) {
+        if let Some(network) = self.find(id) {
+            network.ports.want(plan, true);
+        }
+    }
+
+    /// Takes over what may change of a running VM's NICs, as far as they are ports of switches.
+    pub(crate) async fn tune(&self, spec: &Spec) {
+        let mut tuned = Vec::new();
+        for nic in &spec.nics {
+            if let Some(network) = nic.network.as_deref().and_then(|id| self.find(id)) {
+                network
+                    .ports
+                    .tune(&port_id(&spec.id, &nic.name), nic.tuning);
+                tuned.push(network);
+            }
+        }
+        for network in tuned {
+            // What was not told in time is told later.
+            let _ = network.ports.told(TUNED_WITHIN).await;
+        }
+    }
+
+    /// A VM is gone, and with it all ports that its NICs were.
+    pub(crate) async fn withdraw(&self, vm: &str) {
+        let networks: Vec<_> = self.table().values().cloned().collect();
+        for network in networks {
+            network.ports.withdraw(vm, DETACHED_WITHIN).await;
+        }
+    }
+
+    /// Where the network's switch answers; `None` when it has none.
+    pub(crate) fn switch_socket(&self, id: &str) -> Option<PathBuf> {
+        let network = self.find(id)?;
+        let dir = self.inner.run_dir.join(id);
+        make::is_switched(&network.seen.borrow().spec).then(|| switch::Plan::control_socket(&dir))
+    }
+
+    /// The switches that serve NICs of a VM.
+    pub(crate) fn processes_of(&self, vm: &str) -> Vec<ProcessStatus> {
+        let table = self.table().clone();
+        let serving = table.iter().filter_map(|(id, network)| {
+            let nics = network.ports.of_vm(vm);
+            let switch = self
+                .switch_process(id, network)
+                .filter(|_| !nics.is_empty())?;
+            Some(ProcessStatus {
+                name: switch.name,
+                pid: switch.pid,
+                devices: nics,
+                restarts: switch.restarts,
+                sandbox: switch.sandbox,
+                last_error: switch.last_error,
+                log: switch.log,
+                network: id.clone(),
+                ..ProcessStatus::default()
+            })
+        });
+        serving.collect()
     }
 
     /// What a NIC may let pass now; `None` when its network does not know it.
     pub(crate) fn policy(&self, id: &str, vm: &str, nic: &str) -> Option<Policy> {
-        let network = self.table().get(id).cloned()?;
+        let network = self.find(id)?;
         let seen = network.seen.borrow();
         policy::of(&seen.spec, vm, nic)
+    }
+
+    /// The metrics of the networks' switches, by network. Their NICs are called as those of VMs' own
+    /// daemons are.
+    pub(crate) async fn switch_metrics(&self) -> Vec<(String, String)> {
+        let mut metrics = Vec::new();
+        for (id, network) in self.table().clone() {
+            if !make::is_switched(&network.seen.borrow().spec) {
+                continue;
+            }
+            for text in daemon_metrics(&self.inner.run_dir.join(&id)).await {
+                metrics.push((id.clone(), network.ports.with_names(text)));
+            }
+        }
+        metrics
     }
 
     async fn work_on(
@@ -279,7 +389,7 @@ impl Networks {
         spec: NetworkSpec,
     ) -> Result<(), NetworkError> {
         let is_new = made.spec.is_none();
-        let result = self.make(made, &spec).await;
+        let result = self.make(network, made, &spec).await;
         if result.is_err() && is_new {
             let undone = self.unmake(made, &spec).await;
             if let Err(error) = undone {
@@ -288,7 +398,9 @@ impl Networks {
         }
         // NICs that start from now on get this one.
         network.seen.send_modify(|seen| seen.spec = spec.clone());
+        network.ports.set_spec(&spec);
         let result = match result {
+            Ok(()) if make::is_switched(&spec) => tell_ports(network, &spec).await,
             Ok(()) => self.tell_policies(made, &spec).await,
             failed => failed,
         };
@@ -334,168 +446,6 @@ impl Networks {
         Ok(())
     }
 
-    /// Checks first, then records what will exist, then makes it.
-    async fn make(&self, made: &mut Made, spec: &NetworkSpec) -> Result<(), NetworkError> {
-        let id = &spec.id;
-        let bridge = self.bridge_name(spec);
-        if spec.kind() == NetworkKind::Bridged {
-            check_bridge(&bridge)?;
-            made.spec = Some(spec.clone());
-            return record::save(&self.inner.state_dir, spec);
-        }
-        if spec.datapath() == api::node::Datapath::Switch {
-            return Err(NetworkError::Datapath(
-                "DATAPATH_SWITCH is not served by this version of node-agent; use DATAPATH_KERNEL",
-            ));
-        }
-        programs::find(id, programs::NFT)?;
-        let dir = self.inner.run_dir.join(id);
-        let plan = server::is_wanted(spec)
-            .then(|| server::Plan::new(spec, &bridge, &dir))
-            .transpose()?;
-        if !spec.uplink.is_empty() && !links::exists(&spec.uplink) {
-            return Err(NetworkError::NoUplink {
-                uplink: spec.uplink.clone(),
-            });
-        }
-        let vxlan = self.vxlan(spec)?;
-        let links = Links::open(id)?;
-        for net in gateways(spec) {
-            if let Some((interface, other)) = links.overlapping(&bridge, net).await? {
-                return Err(NetworkError::Overlap {
-                    subnet: net.trunc().to_string(),
-                    other: other.to_string(),
-                    interface,
-                });
-            }
-        }
-        let names = [Some(&bridge), vxlan.as_ref().map(|vxlan| &vxlan.name)];
-        if made.spec.is_none()
-            && let Some(name) = names.into_iter().flatten().find(|name| links::exists(name))
-        {
-            return Err(NetworkError::Exists {
-                id: id.clone(),
-                name: name.clone(),
-            });
-        }
-        record::save(&self.inner.state_dir, spec)?;
-        made.spec = Some(spec.clone());
-        fs::create_dir_all(&dir).map_err(NetworkError::io(id, "making", &dir))?;
-        let mac = self.bridge_mac(id);
-        links.ensure_bridge(&bridge, mac, mtu(spec)).await?;
-        self.settings(spec, &bridge)?;
-        links.ensure_addresses(&bridge, &gateways(spec)).await?;
-        match &vxlan {
-            Some(vxlan) => links.ensure_vxlan(vxlan, &bridge, mtu(spec)).await?,
-            None => links.remove(&vxlan_name(id)).await?,
-        }
-        let ruleset = Ruleset {
-            spec,
-            bridge: &bridge,
-            vxlan: vxlan.as_ref().map(|vxlan| vxlan.name.as_str()),
-        };
-        firewall::apply(&ruleset).await?;
-        match plan {
-            Some(plan) => made.server = Some(plan.ensure(made.server.take()).await?),
-            None => self.stop_server(made, &dir).await,
-        }
-        Ok(())
-    }
-
-    /// Removes all that may exist of a network.
-    async fn unmake(&self, made: &mut Made, spec: &NetworkSpec) -> Result<(), NetworkError> {
-        if made.spec.is_none() {
-            return Ok(());
-        }
-        let id = &spec.id;
-        if spec.kind() != NetworkKind::Bridged {
-            let dir = self.inner.run_dir.join(id);
-            self.stop_server(made, &dir).await;
-            firewall::remove(id).await?;
-            let links = Links::open(id)?;
-            links.remove(&vxlan_name(id)).await?;
-            links.remove(&self.bridge_name(spec)).await?;
-            self.inner.forwarding.release(id)?;
-            match fs::remove_dir_all(&dir) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(NetworkError::io(id, "removing", &dir)(error));
-                }
-                _ => {}
-            }
-        }
-        record::remove(&self.inner.state_dir, id)?;
-        made.spec = None;
-        Ok(())
-    }
-
-    async fn stop_server(&self, made: &mut Made, dir: &Path) {
-        match made.server.take() {
-            Some(server) => server.stop().await,
-            None => server::stop_strays(dir).await,
-        }
-    }
-
-    /// The bridge's settings go with it; those of other interfaces are noted.
-    fn settings(&self, spec: &NetworkSpec, bridge: &str) -> Result<(), NetworkError> {
-        let id = &spec.id;
-        let nets = gateways(spec);
-        let has_ipv6 = nets.iter().any(|net| net.addr().is_ipv6());
-        let routes = spec.kind() == NetworkKind::Nat;
-        let flag = |on: bool| if on { "1" } else { "0" };
-        let ipv6 = |name: &str| sysctl::path("ipv6", bridge, name);
-        // What guests advertise is none of the host's business.
-        sysctl::set(id, &ipv6("accept_ra"), "0")?;
-        sysctl::set(id, &ipv6("autoconf"), "0")?;
-        // A bridge without ports would wait for ever to see whether others have its address.
-        sysctl::set(id, &ipv6("accept_dad"), "0")?;
-        sysctl::set(id, &ipv6("disable_ipv6"), flag(!has_ipv6))?;
-        let ipv4 = |name: &str| sysctl::path("ipv4", bridge, name);
-        sysctl::set(id, &ipv4("forwarding"), flag(routes))?;
-        sysctl::set(id, &ipv4("route_localnet"), flag(routes))?;
-        // 8: no ARP answers for any address of the host. 1: for the bridge's own only.
-        let arp_ignore = if nets.is_empty() { "8" } else { "1" };
-        sysctl::set(id, &ipv4("arp_ignore"), arp_ignore)?;
-        if routes {
-            let uplinks = match spec.uplink.as_str() {
-                "" => sysctl::uplinks(),
-                uplink => vec![uplink.to_owned()],
-            };
-            self.inner.forwarding.hold(id, bridge, &uplinks, has_ipv6)?;
-        } else {
-            self.inner.forwarding.release(id)?;
-        }
-        Ok(())
-    }
-
-    fn vxlan(&self, spec: &NetworkSpec) -> Result<Option<Vxlan>, NetworkError> {
-        let Some(overlay) = &spec.overlay else {
-            return Ok(None);
-        };
-        let given: Option<IpAddr> = overlay.underlay_address.parse().ok();
-        let local = given
-            .or(self.inner.underlay)
-            .ok_or(NetworkError::NoUnderlay)?;
-        let mut entries = BTreeSet::new();
-        for peer in &overlay.peers {
-            let Ok(host) = peer.underlay_address.parse::<IpAddr>() else {
-                continue;
-            };
-            entries.insert(Vxlan::flood_to(host));
-            entries.extend(
-                peer.macs
-                    .iter()
-                    .filter_map(|mac| Some((parse_mac(mac)?, host))),
-            );
-        }
-        Ok(Some(Vxlan {
-            name: vxlan_name(&spec.id),
-            vni: overlay.vni,
-            local,
-            port: overlay.port as u16,
-            entries,
-        }))
-    }
-
     fn status(&self, id: &str, network: &Network) -> NetworkStatus {
         let seen = network.seen.borrow().clone();
         // Without waiting for work that goes on; what was seen last will do then.
@@ -504,30 +454,49 @@ impl Networks {
             Err(_) => seen.dhcp,
         };
         let (error_code, error) = seen.problem.clone().unwrap_or_default();
+        let dnsmasq = (dhcp_pid != 0 || dhcp_restarts != 0).then(|| NetworkProcess {
+            name: programs::DNSMASQ.0.to_owned(),
+            pid: dhcp_pid,
+            restarts: dhcp_restarts,
+            log: server::log(&self.inner.run_dir.join(id))
+                .display()
+                .to_string(),
+            ..NetworkProcess::default()
+        });
+        let processes = self.switch_process(id, network).into_iter().chain(dnsmasq);
         NetworkStatus {
             id: id.to_owned(),
             ready: seen.settled && seen.problem.is_none(),
-            bridge: self.bridge_name(&seen.spec),
+            bridge: make::bridge_of(&seen.spec).unwrap_or_default(),
             observed_revision: seen.spec.revision,
             error_code,
             error,
             dhcp_pid,
             dhcp_restarts,
             leases: server::leases(&self.inner.run_dir.join(id)),
+            processes: processes.collect(),
         }
     }
 
-    fn bridge_name(&self, spec: &NetworkSpec) -> String {
-        match spec.bridge.as_str() {
-            "" => interface_name("mb", &spec.id),
-            bridge => bridge.to_owned(),
+    fn switch_process(&self, id: &str, network: &Network) -> Option<NetworkProcess> {
+        if !make::is_switched(&network.seen.borrow().spec) {
+            return None;
         }
+        let daemon = network.ports.daemon();
+        let log = switch::Plan::log(&self.inner.run_dir.join(id));
+        Some(NetworkProcess {
+            name: switch::PROGRAM.to_owned(),
+            pid: daemon.process.map_or(0, |process| process.pid() as u32),
+            restarts: daemon.restarts,
+            sandbox: daemon.sandbox,
+            last_error: daemon.last_error,
+            log: log.display().to_string(),
+            nics: network.ports.names(),
+        })
     }
 
-    /// Locally administered, and another one on each host of an overlay.
-    fn bridge_mac(&self, id: &str) -> [u8; 6] {
-        let hash = fnv1a(format!("{}/{id}", self.inner.host_id).as_bytes()).to_be_bytes();
-        [0x02, hash[0], hash[1], hash[2], hash[3], hash[4]]
+    fn find(&self, id: &str) -> Option<Arc<Network>> {
+        self.table().get(id).cloned()
     }
 
     fn table(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Network>>> {
@@ -541,7 +510,10 @@ impl Networks {
 impl Network {
     fn new(made: Made) -> Self {
         let spec = made.spec.clone().unwrap_or_default();
+        let ports = Arc::new(Ports::default());
+        ports.set_spec(&spec);
         Self {
+            ports,
             work: tokio::sync::Mutex::new(made),
             seen: watch::Sender::new(Seen {
                 spec,
@@ -551,77 +523,28 @@ impl Network {
     }
 }
 
-fn check_bridge(bridge: &str) -> Result<(), NetworkError> {
-    if !links::exists(bridge) {
-        return Err(NetworkError::NoBridge {
-            bridge: bridge.to_owned(),
-        });
-    }
-    if !links::is_bridge(bridge) {
-        return Err(NetworkError::NotABridge {
-            bridge: bridge.to_owned(),
-        });
-    }
-    Ok(())
-}
-
-fn gateways(spec: &NetworkSpec) -> Vec<IpNet> {
-    [&spec.ipv4_gateway, &spec.ipv6_gateway]
-        .into_iter()
-        .filter_map(|text| text.parse().ok())
-        .collect()
-}
-
-fn mtu(spec: &NetworkSpec) -> u32 {
-    match (spec.mtu, &spec.overlay) {
-        (0, Some(_)) => OVERLAY_MTU,
-        (mtu, _) => mtu,
+impl Seen {
+    /// Where one of its NICs goes.
+    fn place(&self, vm: &str, nic: &str) -> Option<Place> {
+        let is_it = |endpoint: &&Endpoint| endpoint.vm_id == vm && endpoint.nic == nic;
+        let _: &Endpoint = self.spec.endpoints.iter().find(is_it)?;
+        Some(Place {
+            bridge: match make::is_switched(&self.spec) {
+                true => None,
+                false => make::bridge_of(&self.spec),
+            },
+            mtu: make::mtu(&self.spec),
+        })
     }
 }
 
-fn vxlan_name(id: &str) -> String {
-    interface_name("mx", id)
-}
-
-/// Readable where it fits.
-fn interface_name(prefix: &str, id: &str) -> String {
-    let readable = format!("{prefix}-{id}");
-    if readable.len() <= MAX_NAME_BYTES {
-        return readable;
-    }
-    format!("{prefix}.{:012x}", fnv1a(id.as_bytes()) & 0xffff_ffff_ffff)
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut octets = text.split(':');
-    for octet in &mut mac {
-        *octet = u8::from_str_radix(octets.next()?, 16).ok()?;
-    }
-    octets.next().is_none().then_some(mac)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn interface_names_fit_and_do_not_collide() {
-        assert_eq!(interface_name("mb", "front"), "mb-front");
-        let long = "a".repeat(63);
-        assert_eq!(interface_name("mb", &long).len(), MAX_NAME_BYTES);
-        assert_ne!(
-            interface_name("mb", &long),
-            interface_name("mb", &long[..62])
-        );
-    }
-
-    #[test]
-    fn missing_bridge_and_other_interfaces_are_named_with_a_remedy() {
-        let error = check_bridge("mb-no-such").unwrap_err();
-        assert_eq!(error.code(), tonic::Code::NotFound);
-        assert!(error.to_string().contains("ip link add"), "{error}");
-        let error = check_bridge("lo").unwrap_err();
-        assert_eq!(error.code(), tonic::Code::InvalidArgument);
-    }
+async fn tell_ports(network: &Network, spec: &NetworkSpec) -> Result<(), NetworkError> {
+    let told = network.ports.told(TOLD_WITHIN).await;
+    told.map_err(|(port, problem)| NetworkError::Port {
+        id: spec.id.clone(),
+        vm: port.vm,
+        nic: port.nic,
+        code: problem.code,
+        message: problem.message,
+    })
 }

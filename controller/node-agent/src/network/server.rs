@@ -55,6 +55,11 @@ struct Shared {
     restarts: u64,
 }
 
+/// Its stderr.
+pub(super) fn log(dir: &Path) -> PathBuf {
+    dir.join("dnsmasq.log")
+}
+
 /// Whether the network has one.
 pub(super) fn is_wanted(spec: &NetworkSpec) -> bool {
     spec.dhcp || spec.dns
@@ -76,10 +81,6 @@ impl Plan {
 
     fn config_file(&self) -> PathBuf {
         self.dir.join("dnsmasq.conf")
-    }
-
-    fn log(&self) -> PathBuf {
-        self.dir.join("dnsmasq.log")
     }
 
     /// Keeps what runs if it is configured like this; else replaces it.
@@ -107,7 +108,7 @@ impl Plan {
     async fn start(&self) -> Result<Process, NetworkError> {
         let path = self.config_file();
         fs::write(&path, &self.config).map_err(NetworkError::io(&self.id, "writing", &path))?;
-        let log = self.log();
+        let log = log(&self.dir);
         let _ = process::bound_log(&log);
         let begin = fs::metadata(&log).map_or(0, |metadata| metadata.len());
         let mut config = OsString::from("--conf-file=");

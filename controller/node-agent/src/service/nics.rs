@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status};
 
 use super::Service;
 use crate::{
-    spec::Spec,
+    spec::{Nic, Spec},
     vm::{self, DaemonError, error_chain},
 };
 
@@ -30,7 +30,6 @@ impl Nics for Service {
         let vm = self.agent.find(&id).await?;
         let spec = vm.spec();
         let runs = matches!(vm.status().phase(), VmPhase::Running | VmPhase::Paused);
-        let served = vm::nics::Nics::of(&self.agent.env.vm_dir(&id));
         let mut nics = Vec::new();
         for nic in &spec.nics {
             let passt = nic.user.is_some();
@@ -39,7 +38,7 @@ impl Nics for Service {
                 mac: vm::mac(&spec, nic),
                 daemon: if passt { "passt" } else { "device-net" }.to_owned(),
                 nic: match runs && !passt {
-                    true => served.nic(&nic.name).await.ok(),
+                    true => self.agent.env.nics(&id, nic).nic(&nic.name).await.ok(),
                     false => None,
                 },
             });
@@ -86,7 +85,8 @@ impl Service {
     /// The daemon that serves a NIC of a running VM.
     async fn served(&self, vm: &str, nic: &str) -> Result<vm::nics::Nics, Status> {
         let found = self.agent.find(vm).await?;
-        check(&found.spec(), nic)?;
+        let spec = found.spec();
+        let nic = check(&spec, nic)?;
         if !matches!(
             found.status().phase(),
             VmPhase::Running | VmPhase::Paused | VmPhase::Stopping
@@ -94,11 +94,11 @@ impl Service {
             let text = format!("VM {vm} does not run, so nothing passes its NICs; start it first");
             return Err(Status::failed_precondition(text));
         }
-        Ok(vm::nics::Nics::of(&self.agent.env.vm_dir(vm)))
+        Ok(self.agent.env.nics(vm, nic))
     }
 }
 
-fn check(spec: &Spec, nic: &str) -> Result<(), Status> {
+fn check<'a>(spec: &'a Spec, nic: &str) -> Result<&'a Nic, Status> {
     match spec.nics.iter().find(|found| found.name == nic) {
         None => Err(Status::not_found(format!(
             "VM {} has no NIC {nic:?}",
@@ -107,7 +107,7 @@ fn check(spec: &Spec, nic: &str) -> Result<(), Status> {
         Some(found) if found.user.is_some() => Err(Status::failed_precondition(format!(
             "NIC {nic} is served by passt, which shows no frames and no flows; look at the host's sockets instead (ss -tupn)"
         ))),
-        Some(_) => Ok(()),
+        Some(found) => Ok(found),
     }
 }
 

@@ -6,7 +6,7 @@ use super::{
     daemon::{self, Plan},
     disk, error_chain,
     machine::{Daemon, Machine},
-    passt, remove_dir,
+    passt, ports, remove_dir,
     stop::{self, StopHow, sweep},
 };
 use crate::{
@@ -64,6 +64,7 @@ async fn undo_start(actor: &Actor, assets: &Assets) {
     let id = &actor.record.spec.id;
     let dir = actor.env.vm_dir(id);
     sweep(&dir, &[]).await;
+    actor.env.networks.withdraw(id).await;
     if assets.boot_id == actor.env.boot_id {
         stop::remove_taps(id, &assets.taps).await;
     }
@@ -83,7 +84,7 @@ fn settle(actor: &mut Actor, state: State) -> Next {
 /// The running machine, or what became of it (everything else is removed then).
 async fn adopt_machine(actor: &Actor, assets: &Assets) -> Result<Box<Machine>, State> {
     let env = &actor.env;
-    let spec = &actor.record.spec;
+    let spec = &ports::joined_as_known(env, &actor.record.spec);
     let dir = env.vm_dir(&spec.id);
     let known: Vec<Identity> = assets
         .daemons
@@ -118,6 +119,7 @@ async fn adopt_machine(actor: &Actor, assets: &Assets) -> Result<Box<Machine>, S
             .iter_mut()
             .filter_map(|daemon| daemon.process.take());
         stop::terminate(processes.collect()).await;
+        env.networks.withdraw(&spec.id).await;
         stop::remove_taps(&spec.id, &assets.taps).await;
         stop::remove_sockets(&dir);
         return Err(state);

@@ -227,7 +227,9 @@ pub(super) fn plans(
         backing: Backing::Disk(Box::new(disk)),
     });
     let nics = spec.nics.iter().enumerate();
-    let taps = nics.clone().filter(|(_, nic)| nic.user.is_none());
+    let taps = nics
+        .clone()
+        .filter(|(_, nic)| nic.user.is_none() && !nic.switched);
     let taps = taps.map(|(index, nic)| DevicePlan {
         name: nic.name.clone(),
         backing: Backing::Tap {
@@ -572,7 +574,7 @@ fn open_tap(nic: &str, name: &str, queue_pairs: u32) -> Result<Vec<OwnedFd>, Dae
     })
 }
 
-pub(super) fn with_deadline<T>(message: T, deadline: Duration) -> tonic::Request<T> {
+pub(crate) fn with_deadline<T>(message: T, deadline: Duration) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.set_timeout(deadline);
     request

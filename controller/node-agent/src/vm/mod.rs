@@ -23,6 +23,7 @@ pub(crate) mod disks;
 mod machine;
 pub(crate) mod nics;
 mod passt;
+mod ports;
 mod start;
 mod status;
 mod stop;
@@ -40,7 +41,7 @@ use tonic::Code;
 
 pub(crate) use self::{
     command::Refusal,
-    daemon::{DaemonError, mac},
+    daemon::{DaemonError, mac, with_deadline},
     vmm::refresh_device,
 };
 use self::{
@@ -129,6 +130,7 @@ impl Vm {
 
     /// A VM that an earlier agent left behind.
     pub(crate) fn adopt(env: Arc<Env>, record: Record) -> Self {
+        ports::expect(&env, &record);
         let (vm, actor) = Actor::new(env, record);
         actor.publish(None);
         tokio::spawn(async move {
@@ -397,6 +399,7 @@ impl Actor {
                         let accepted = self.accept_unchanged_machine(*spec);
                         if accepted.is_ok() {
                             machine.tune(&self.record.spec).await;
+                            self.env.networks.tune(&self.record.spec).await;
                         }
                         self.publish(Some(&machine));
                         reply(answer, accepted);
@@ -523,7 +526,11 @@ impl Actor {
     }
 
     fn publish(&self, machine: Option<&Machine>) {
-        let status = status_of(&self.record, machine);
+        let mut status = status_of(&self.record, machine);
+        if machine.is_some() {
+            let switches = self.env.networks.processes_of(&status.id);
+            status.processes.extend(switches);
+        }
         let changed = self.status.send_if_modified(|old| {
             let changed = *old != status;
             if changed {
@@ -584,7 +591,7 @@ pub(crate) fn now_ms() -> u64 {
 }
 
 /// What ended a process that should run, for people.
-fn ending(program: &str, exit: process::Exit, log: &Path) -> String {
+pub(crate) fn ending(program: &str, exit: process::Exit, log: &Path) -> String {
     match process::last_line(log) {
         Some(line) => format!("{program} {exit}: {line}"),
         None => format!("{program} {exit}"),

@@ -20,7 +20,7 @@ use super::{
     machine::{Daemon, Machine},
     now_ms,
     passt::{self, PasstError},
-    remove_dir,
+    ports, remove_dir,
     stop::{self, sweep},
     vmm::{self, VmmError},
 };
@@ -216,6 +216,7 @@ impl Rising {
             .filter_map(|daemon| daemon.process.clone())
             .collect();
         stop::terminate(daemons).await;
+        env.networks.withdraw(&self.id).await;
         sweep(&self.dir, &[]).await;
         stop::remove_taps(&self.id, &self.taps).await;
         if self.dir_made
@@ -234,7 +235,7 @@ pub(super) async fn bring_up(
 ) -> Result<(), StartError> {
     let dir = env.vm_dir(&spec.id);
     let passt = passt::find(env.passt.as_deref(), &env.bin_dir, spec).await?;
-    let spec = &join_networks(env, spec).await?;
+    let spec = &ports::joined(env, spec).await?;
     let plans = daemon::plans(
         spec,
         &env.bin_dir,
@@ -254,6 +255,7 @@ pub(super) async fn bring_up(
         let up = plan.bring_up(daemon::Listeners::new()).await?;
         rising.daemons.push(Daemon::up(plan, up));
     }
+    ports::attach(env, spec, &dir).await?;
     let started = Instant::now();
     rising.vmm = Some(vmm::bring_up(&env.bin_dir, spec, &dir).await?.keep());
     tracing::info!(
@@ -262,27 +264,6 @@ pub(super) async fn bring_up(
         started.elapsed().as_millis()
     );
     Ok(())
-}
-
-/// The spec with what its NICs' networks say of them.
-async fn join_networks(env: &Env, spec: &Spec) -> Result<Spec, StartError> {
-    let mut spec = spec.clone();
-    for nic in &mut spec.nics {
-        let Some(network) = &nic.network else {
-            continue;
-        };
-        let place = env.networks.place(network, &spec.id, &nic.name).await;
-        let place = place.map_err(|source| StartError::Network {
-            nic: nic.name.clone(),
-            source,
-        })?;
-        nic.bridge = Some(place.bridge);
-        nic.mtu = match nic.mtu {
-            0 => place.mtu,
-            mtu => mtu,
-        };
-    }
-    Ok(spec)
 }
 
 fn check_host(
@@ -400,7 +381,7 @@ fn make_seed(spec: &Spec, dir: &Path) -> Result<(), StartError> {
 
 async fn make_tap(spec: &Spec, index: usize, rising: &mut Rising) -> Result<(), StartError> {
     let nic = &spec.nics[index];
-    if nic.user.is_some() {
+    if nic.user.is_some() || nic.switched {
         return Ok(());
     }
     let error = |source| StartError::Tap {

@@ -115,6 +115,7 @@ impl Actor {
             .iter_mut()
             .filter_map(|daemon| daemon.process.take());
         terminate(daemons.collect()).await;
+        self.env.networks.withdraw(&self.id()).await;
         sweep(&machine.dir, &[]).await;
         remove_taps(&self.id(), &machine.taps).await;
         remove_sockets(&machine.dir);

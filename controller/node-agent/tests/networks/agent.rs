@@ -6,8 +6,8 @@ use std::{
 };
 
 use api::node::{
-    ApplyNetworkRequest, DeleteNetworkRequest, Endpoint, ListNetworksRequest, NetworkKind,
-    NetworkSpec, NetworkStatus, node_agent_client::NodeAgentClient,
+    ApplyNetworkRequest, ApplyVmRequest, DeleteNetworkRequest, Endpoint, ListNetworksRequest,
+    NetworkKind, NetworkSpec, NetworkStatus, VmSpec, node_agent_client::NodeAgentClient,
 };
 use nix::{sys::signal::Signal, unistd::Pid};
 use tokio::runtime::Runtime;
@@ -19,6 +19,7 @@ use crate::namespace::{Namespace, PATIENCE, busybox, poll};
 pub(crate) struct Agent {
     pub(crate) host: Namespace,
     dir: tempfile::TempDir,
+    args: Vec<String>,
     child: Child,
     runtime: Runtime,
     client: NodeAgentClient<Channel>,
@@ -40,6 +41,7 @@ impl Agent {
         Self {
             host,
             dir,
+            args: args.iter().map(ToString::to_string).collect(),
             child,
             runtime,
             client,
@@ -61,8 +63,15 @@ impl Agent {
     /// Kills the agent and starts another.
     pub(crate) fn replace(&mut self) {
         self.end(Signal::SIGKILL);
-        self.child = spawn(&self.host, self.dir.path(), &[]);
+        let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
+        self.child = spawn(&self.host, self.dir.path(), &args);
         self.client = connect(&self.runtime, self.dir.path());
+    }
+
+    pub(crate) fn apply_vm(&mut self, spec: &VmSpec) {
+        let spec = Some(spec.clone());
+        let call = self.client.apply_vm(ApplyVmRequest { spec });
+        self.runtime.block_on(call).unwrap();
     }
 
     pub(crate) fn apply(&mut self, spec: &NetworkSpec) -> Result<NetworkStatus, Status> {
@@ -100,7 +109,12 @@ impl Agent {
     /// Nothing of any network is left.
     pub(crate) fn assert_clean(&self) {
         let links = self.host.run("ip -o link");
-        assert!(!links.contains("mb-") && !links.contains("mx-"), "{links}");
+        let own = |name: &&str| links.contains(*name);
+        let left: Vec<&str> = ["mb-", "mx-", "mu-", "mt-"]
+            .into_iter()
+            .filter(own)
+            .collect();
+        assert!(left.is_empty(), "{left:?} in {links}");
         assert_eq!(self.host.run("nft list tables"), "");
         for dir in ["run/networks", "state/networks"] {
             let entries = std::fs::read_dir(self.dir.path().join(dir)).unwrap();
@@ -113,7 +127,7 @@ impl Agent {
         let own = self.dir.path().to_str().unwrap().to_owned();
         let serving = |cmdline: &[u8]| {
             let text = String::from_utf8_lossy(cmdline);
-            text.contains("dnsmasq") && text.contains(&own)
+            (text.contains("dnsmasq") || text.contains("device-net")) && text.contains(&own)
         };
         for entry in std::fs::read_dir("/proc").unwrap().flatten() {
             let cmdline = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();

@@ -2,6 +2,7 @@
 //! network namespaces. Needs root, nft, dnsmasq and ip, and BUSYBOX for its DHCP client.
 
 mod agent;
+mod cable;
 #[path = "../processes/guest.rs"]
 #[allow(dead_code)]
 mod guest;
@@ -11,3 +12,4 @@ mod nat;
 mod overlay;
 mod policy;
 mod refusals;
+mod switched;

@@ -3,8 +3,7 @@
 use api::{
     device::{GetNicRequest, Nic, nics_client::NicsClient},
     node::{
-        ApplyVmRequest, DeleteVmRequest, GetVmRequest, NetworkKind, NicSpec, Power, SecurityRule,
-        VmPhase, VmSpec,
+        DeleteVmRequest, GetVmRequest, NetworkKind, NicSpec, Power, SecurityRule, VmPhase, VmSpec,
     },
 };
 use nix::{sys::signal::Signal, unistd::Pid};
@@ -34,13 +33,6 @@ fn vm(agent: &Agent) -> VmSpec {
 }
 
 impl Agent {
-    fn apply_vm(&mut self, spec: &VmSpec) {
-        let spec = Some(spec.clone());
-        let mut client = self.client();
-        self.block_on(client.apply_vm(ApplyVmRequest { spec }))
-            .unwrap();
-    }
-
     fn settled(&mut self) -> (VmPhase, String) {
         poll("the VM", || {
             let mut client = self.client();

@@ -17,6 +17,7 @@ pub(crate) enum NetworkCommand {
   vmctl network create front --kind nat
   vmctl network create front --kind nat --subnet 10.20.0.0/24 --ipv6-prefix fd00:20::/64
   vmctl network create lan --kind bridged --bridge br0
+  vmctl network create fast --kind nat --datapath switch
   vmctl network create wide --kind host-only --subnet 10.30.0.0/24 --pool 10.30.0.10-10.30.0.99 \\
         --vni 4711 --underlay 192.0.2.1 --peer 192.0.2.2
   vmctl run --kernel vmlinuz --disk root.raw --net front,port-forward=tcp:8080:80")]
@@ -84,7 +85,8 @@ pub(crate) struct NetworkCreateArgs {
     /// Existing bridge of the host, of bridged networks
     #[arg(long, value_name = "INTERFACE")]
     pub(crate) bridge: Option<String>,
-    /// Interface of the host that nat goes out by [default: as its routes say]
+    /// Interface of the host that nat goes out by [default: as its routes say], or that a bridged network
+    /// with --datapath switch is part of, instead of --bridge
     #[arg(long, value_name = "INTERFACE")]
     pub(crate) uplink: Option<String>,
     /// Carry it between hosts in the VXLAN of this number
@@ -160,7 +162,7 @@ pub(crate) enum NetworkKind {
 pub(crate) enum Datapath {
     /// By a Linux bridge
     Kernel,
-    /// By a switch in one device-net process (isolated networks)
+    /// By a switch in one device-net process, from guest to guest without the kernel
     Switch,
 }
 

@@ -248,6 +248,11 @@ fn show(network: &pb::Network) {
         ("error", status.error.clone().unwrap_or_default().message),
         ("host", output::id(&status.host)),
         ("bridge", status.bridge.clone()),
+        ("uplink", spec.uplink.clone()),
+        (
+            "datapath",
+            output::word(spec.datapath().as_str_name(), "DATAPATH_"),
+        ),
         ("ipv4", spec.ipv4_cidr.clone()),
         ("gateway", spec.ipv4_gateway.clone()),
         ("addresses", pool),
@@ -269,6 +274,7 @@ fn show(network: &pb::Network) {
         ("created", output::time(network.create_time)),
         ("etag", network.etag.clone()),
     ]);
+    show_processes(&status.processes);
     if !status.leases.is_empty() {
         println!();
         let rows: Vec<Vec<String>> = status
@@ -285,4 +291,33 @@ fn show(network: &pb::Network) {
             .collect();
         output::table(&["LEASE", "MAC", "HOSTNAME", "UNTIL"], &rows);
     }
+}
+
+fn show_processes(processes: &[pb::NetworkProcess]) {
+    if processes.is_empty() {
+        return;
+    }
+    let rows: Vec<Vec<String>> = processes
+        .iter()
+        .map(|process| {
+            vec![
+                process.name.clone(),
+                process.pid.to_string(),
+                process.restarts.to_string(),
+                output::or_dash(&process.nics.join(",")),
+                output::or_dash(&process.sandbox.join(",")),
+                output::or_dash(&process.last_error),
+            ]
+        })
+        .collect();
+    println!();
+    let header = [
+        "PROCESS",
+        "PID",
+        "RESTARTS",
+        "NICS",
+        "SANDBOX",
+        "LAST ERROR",
+    ];
+    output::table(&header, &rows);
 }

@@ -215,7 +215,7 @@ pub fn security_group_request(name: &str) -> Result<names::Name, Status> {
 
 /// Checks a whole network, also one that was changed; fields are named relative to `at`.
 pub fn network_spec(found: &mut Violations, at: &str, spec: &pb::NetworkSpec) {
-    use pb::NetworkKind::{Bridged, HostOnly, Isolated, Nat};
+    use pb::NetworkKind::{Bridged, HostOnly, Nat};
     let field = |name: &str| format!("{at}.{name}");
     let kind = match pb::NetworkKind::try_from(spec.kind) {
         Ok(pb::NetworkKind::Unspecified) | Err(_) => {
@@ -268,28 +268,17 @@ pub fn network_spec(found: &mut Violations, at: &str, spec: &pb::NetworkSpec) {
         format!("must be {MIN_IPV6_MTU} at least with an ipv6_prefix")
     });
     interface(found, &field("bridge"), &spec.bridge);
-    found.require(
-        spec.bridge.is_empty() == (kind != Bridged),
-        &field("bridge"),
-        || match kind {
-            Bridged => "is missing; name a bridge of the host (ip link add br0 type bridge)".into(),
-            _ => "is for bridged networks; others get a bridge of their own".into(),
-        },
-    );
     interface(found, &field("uplink"), &spec.uplink);
-    found.require(
-        spec.uplink.is_empty() || kind == Nat,
-        &field("uplink"),
-        || "is for NAT networks".into(),
+    way_out(
+        found,
+        at,
+        (kind == Bridged, kind == Nat),
+        spec.datapath() == pb::Datapath::Switch,
+        (&spec.bridge, &spec.uplink),
     );
     if pb::Datapath::try_from(spec.datapath).is_err() {
         found.add(field("datapath"), "is of an unknown kind");
     }
-    found.require(
-        spec.datapath() != pb::Datapath::Switch || (kind == Isolated && spec.overlay.is_none()),
-        &field("datapath"),
-        || "DATAPATH_SWITCH is for isolated networks without an overlay".into(),
-    );
     if let Some(overlay) = &spec.overlay {
         found.require(kind != Bridged, &field("overlay"), || {
             "is for networks with a bridge of their own".into()
@@ -307,6 +296,38 @@ pub fn network_spec(found: &mut Violations, at: &str, spec: &pb::NetworkSpec) {
             peers.collect(),
         );
     }
+}
+
+/// The bridge or the interface that leads out of a network.
+fn way_out(
+    found: &mut Violations,
+    at: &str,
+    (is_bridged, is_nat): (bool, bool),
+    is_switched: bool,
+    (bridge, uplink): (&str, &str),
+) {
+    if !is_bridged {
+        found.require(bridge.is_empty(), &format!("{at}.bridge"), || {
+            "is for bridged networks; others get a bridge of their own".into()
+        });
+        found.require(uplink.is_empty() || is_nat, &format!("{at}.uplink"), || {
+            "is for NAT networks, and for bridged ones with DATAPATH_SWITCH".into()
+        });
+        return;
+    }
+    if !is_switched {
+        found.require(uplink.is_empty(), &format!("{at}.uplink"), || {
+            "of a bridged network needs DATAPATH_SWITCH; or put the interface into a bridge and name that".into()
+        });
+    }
+    let both = !bridge.is_empty() && !uplink.is_empty();
+    found.require(!(is_switched && both), &format!("{at}.uplink"), || {
+        "is given beside bridge; a bridged network has one of them".into()
+    });
+    let missing = bridge.is_empty() && (uplink.is_empty() || !is_switched);
+    found.require(!missing, &format!("{at}.bridge"), || {
+        "is missing; name a bridge of the host (ip link add br0 type bridge)".into()
+    });
 }
 
 fn ipv4_fields(found: &mut Violations, at: &str, spec: &pb::NetworkSpec) {
@@ -604,10 +625,13 @@ pub fn apply_network_request(request: &node::ApplyNetworkRequest) -> Result<(), 
     mtu(&mut found, "spec.mtu", spec.mtu);
     interface(&mut found, "spec.bridge", &spec.bridge);
     interface(&mut found, "spec.uplink", &spec.uplink);
-    found.require(
-        spec.bridge.is_empty() == (kind != node::NetworkKind::Bridged),
-        "spec.bridge",
-        || "is of bridged networks, which need it".into(),
+    let is = |wanted| kind == wanted;
+    way_out(
+        &mut found,
+        "spec",
+        (is(node::NetworkKind::Bridged), is(node::NetworkKind::Nat)),
+        spec.datapath() == node::Datapath::Switch,
+        (&spec.bridge, &spec.uplink),
     );
     if let Some(overlay) = &spec.overlay {
         let peers = overlay

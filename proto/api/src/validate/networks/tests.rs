@@ -73,9 +73,7 @@ fn each_mistake_is_named_with_its_field() {
         ("spec.overlay.vni", |spec| {
             spec.overlay = Some(pb::Overlay::default())
         }),
-        ("spec.datapath", |spec| {
-            spec.datapath = pb::Datapath::Switch as i32
-        }),
+        ("spec.datapath", |spec| spec.datapath = 9),
     ];
     for (field, change) in mistakes {
         let mut spec = nat();
@@ -85,6 +83,32 @@ fn each_mistake_is_named_with_its_field() {
             text.starts_with(&format!("network.{field}: ")),
             "{field}: {text}"
         );
+    }
+}
+
+#[test]
+fn bridged_network_has_one_way_out_and_an_interface_of_the_host_needs_a_switch() {
+    let bridged = |bridge: &str, uplink: &str, datapath: pb::Datapath| {
+        refusal(pb::NetworkSpec {
+            kind: pb::NetworkKind::Bridged as i32,
+            bridge: bridge.into(),
+            uplink: uplink.into(),
+            datapath: datapath as i32,
+            ..Default::default()
+        })
+    };
+    let (kernel, switch) = (pb::Datapath::Kernel, pb::Datapath::Switch);
+    assert_eq!(bridged("br0", "", kernel), "");
+    assert_eq!(bridged("br0", "", switch), "");
+    assert_eq!(bridged("", "eth0", switch), "");
+    for (text, field) in [
+        (bridged("", "", kernel), "bridge"),
+        (bridged("", "", switch), "bridge"),
+        (bridged("br0", "eth0", kernel), "uplink"),
+        (bridged("br0", "eth0", switch), "uplink"),
+    ] {
+        let start = format!("network.spec.{field}: ");
+        assert!(text.starts_with(&start), "{field}: {text}");
     }
 }
 

@@ -1,0 +1,420 @@
+//! The device-net that is a network's switch: one process for the NICs of all VMs of this host. It
+//! outlives the agent; the next one finds it by its command line and keeps it if that is what is
+//! wanted. When it dies it is started again, at once the first time, then after growing pauses, and
+//! its [`Ports`] are attached again.
+
+use std::{
+    collections::BTreeSet,
+    ffi::OsString,
+    os::{fd::AsFd, unix::net::UnixListener},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use api::{
+    connect,
+    device::{
+        AttachRequest, DetachRequest, FdRef, GetDaemonRequest, ListDevicesRequest,
+        attach_request::{Device, Listener},
+        device_daemon_client::DeviceDaemonClient,
+    },
+    fds, listen,
+};
+use nix::sys::signal::Signal;
+use tonic::{Status, transport::Channel};
+
+use super::{
+    error::NetworkError,
+    ports::{PortPlan, Ports, Problem, Step, Told},
+};
+use crate::{
+    process::{self, Exit, Identity, Process},
+    vm::{DaemonError, ending, error_chain, nics::Nics, with_deadline},
+};
+
+/// Name of the program.
+pub(super) const PROGRAM: &str = "device-net";
+/// Name of the switch within its process, which has no other.
+const SWITCH: &str = "network";
+/// From exec to an answering control socket.
+const UP_WITHIN: Duration = Duration::from_secs(15);
+/// A NIC has no requests in flight that could hold it up.
+const CALL_DEADLINE: Duration = Duration::from_secs(5);
+const SEND_DEADLINE: Duration = Duration::from_secs(5);
+/// It drains its rings first.
+const STOP_WITHIN: Duration = Duration::from_secs(5);
+/// One that served this long is started again at once.
+const STABLE_AFTER: Duration = Duration::from_millis(100);
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How often its log is bounded.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What a switch is started with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    pub(super) network: String,
+    pub(super) program: PathBuf,
+    /// Where its sockets and its log are.
+    pub(super) dir: PathBuf,
+    pub(super) uplink: Option<Uplink>,
+}
+
+/// The way from a switch to the host and the world.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Uplink {
+    /// A tap that is in a bridge.
+    Tap(String),
+}
+
+/// A switch that is kept running until [`Switch::stop`].
+#[derive(Debug)]
+pub(super) struct Switch {
+    plan: Plan,
+    ports: Arc<Ports>,
+    keeper: tokio::task::JoinHandle<()>,
+}
+
+/// A daemon that answers.
+struct Up {
+    process: Process,
+    channel: Channel,
+    sandbox: Vec<String>,
+    served: BTreeSet<String>,
+}
+
+impl Plan {
+    /// Keeps what runs if it was started like this; else replaces it.
+    ///
+    /// # Errors
+    /// When it does not come up, with its last words.
+    pub(super) async fn ensure(
+        self,
+        current: Option<Switch>,
+        ports: &Arc<Ports>,
+    ) -> Result<Switch, NetworkError> {
+        match current {
+            Some(current) if current.plan == self => {
+                return match ports.up(UP_WITHIN).await {
+                    Ok(()) => Ok(current),
+                    Err(problem) => {
+                        let error = self.failed(problem);
+                        current.stop().await;
+                        Err(error)
+                    }
+                };
+            }
+            Some(current) => current.stop().await,
+            None => {}
+        }
+        let up = match self.adopt().await {
+            Some(up) => up,
+            None => self.start().await.map_err(|source| NetworkError::Switch {
+                id: self.network.clone(),
+                code: source.code(),
+                message: error_chain(&source),
+            })?,
+        };
+        Ok(Switch::keep(self, ports, up))
+    }
+
+    /// Where it answers.
+    pub(super) fn control_socket(dir: &Path) -> PathBuf {
+        dir.join("net.sock")
+    }
+
+    /// Its stderr.
+    pub(super) fn log(dir: &Path) -> PathBuf {
+        dir.join("net.log")
+    }
+
+    fn fd_socket(&self) -> PathBuf {
+        self.dir.join("net.fds")
+    }
+
+    fn failed(&self, problem: Problem) -> NetworkError {
+        NetworkError::Switch {
+            id: self.network.clone(),
+            code: problem.code,
+            message: problem.message,
+        }
+    }
+
+    fn args(&self) -> Vec<OsString> {
+        let mut args = vec![
+            "--control-socket".into(),
+            Self::control_socket(&self.dir).into(),
+            "--fd-socket".into(),
+            self.fd_socket().into(),
+        ];
+        if let Some(uplink) = &self.uplink {
+            let Uplink::Tap(tap) = uplink;
+            args.extend([
+                "--uplink".into(),
+                format!("switch={SWITCH},tap={tap}").into(),
+            ]);
+        }
+        args
+    }
+
+    /// The one that an earlier agent left, if it is as it should be; any other ends.
+    async fn adopt(&self) -> Option<Up> {
+        let mut kept = None;
+        for pid in process::pids_serving(&self.dir) {
+            let Some(start_ticks) = process::start_ticks(pid) else {
+                continue;
+            };
+            let Some(process) = Process::adopt(Identity { pid, start_ticks }) else {
+                continue;
+            };
+            if kept.is_none() && process::args(pid).is_some_and(|args| args == self.args()) {
+                match self.answering(process.clone()).await {
+                    Ok(up) => {
+                        tracing::info!(network = self.network, pid, "adopted its switch");
+                        kept = Some(up);
+                        continue;
+                    }
+                    Err(error) => {
+                        tracing::warn!(network = self.network, pid, "{}", error_chain(&error));
+                    }
+                }
+            }
+            end(&process).await;
+        }
+        kept
+    }
+
+    async fn start(&self) -> Result<Up, DaemonError> {
+        let log = Self::log(&self.dir);
+        let _ = process::bound_log(&log);
+        let process = Process::spawn(&self.program, &self.args(), &log)?;
+        let exited = process.exited();
+        let up = tokio::select! {
+            exit = exited => return Err(DaemonError::Exited(ending(PROGRAM, exit, &log))),
+            up = self.answering(Process::clone(&process)) => up?,
+        };
+        process.keep();
+        Ok(up)
+    }
+
+    async fn answering(&self, process: Process) -> Result<Up, DaemonError> {
+        let channel = connect::unix(&Self::control_socket(&self.dir), UP_WITHIN).await;
+        let channel = channel.map_err(|source| DaemonError::Connect {
+            program: PROGRAM,
+            source,
+        })?;
+        let mut client = DeviceDaemonClient::new(channel.clone());
+        let info = client
+            .get_daemon(with_deadline(GetDaemonRequest {}, CALL_DEADLINE))
+            .await
+            .map_err(refused("GetDaemon"))?
+            .into_inner();
+        let listed = client
+            .list_devices(with_deadline(ListDevicesRequest {}, CALL_DEADLINE))
+            .await
+            .map_err(refused("ListDevices"))?
+            .into_inner();
+        Ok(Up {
+            process,
+            channel,
+            sandbox: info.sandbox,
+            served: listed.devices.into_iter().map(|device| device.id).collect(),
+        })
+    }
+}
+
+impl Switch {
+    fn keep(plan: Plan, ports: &Arc<Ports>, up: Up) -> Self {
+        let channel = announce(ports, up);
+        let keeper = keep_running(plan.clone(), ports.clone(), channel);
+        Self {
+            plan,
+            ports: ports.clone(),
+            keeper: tokio::spawn(keeper),
+        }
+    }
+
+    /// Ends it.
+    pub(super) async fn stop(self) {
+        self.keeper.abort();
+        // A start that is cut off here kills what it began.
+        let _ = self.keeper.await;
+        if let Some(process) = self.ports.daemon().process {
+            end(&process).await;
+        }
+        self.ports.went_down(String::new());
+    }
+}
+
+/// Ends whatever serves from `dir`.
+pub(super) async fn stop_strays(dir: &Path) {
+    for pid in process::pids_serving(dir) {
+        if let Some(start_ticks) = process::start_ticks(pid)
+            && let Some(process) = Process::adopt(Identity { pid, start_ticks })
+        {
+            end(&process).await;
+        }
+    }
+}
+
+fn announce(ports: &Ports, up: Up) -> Channel {
+    ports.came_up(up.process, up.sandbox, up.served);
+    up.channel
+}
+
+async fn keep_running(plan: Plan, ports: Arc<Ports>, mut channel: Channel) {
+    let mut pause = Duration::ZERO;
+    loop {
+        let begun = Instant::now();
+        let exit = serve(&plan, &ports, &channel).await;
+        let mut error = ending(PROGRAM, exit, &Plan::log(&plan.dir));
+        pause = match begun.elapsed() >= STABLE_AFTER {
+            true => Duration::ZERO,
+            false => next_pause(pause),
+        };
+        channel = loop {
+            tracing::warn!(network = plan.network, "{error}; starting it again");
+            ports.went_down(error);
+            tokio::time::sleep(pause).await;
+            match plan.start().await {
+                Ok(up) => break announce(&ports, up),
+                Err(failed) => error = error_chain(&failed),
+            }
+            pause = next_pause(pause);
+        };
+        ports.count_restart();
+    }
+}
+
+/// Keeps the daemon's ports as they are wanted until it ends.
+async fn serve(plan: &Plan, ports: &Ports, channel: &Channel) -> Exit {
+    let Some(process) = ports.daemon().process else {
+        return Exit::Unknown;
+    };
+    loop {
+        let work = async {
+            while let Some(step) = ports.next_step() {
+                take(plan, ports, channel, step).await;
+            }
+            let _ = tokio::time::timeout(LOOK_INTERVAL, ports.changed()).await;
+        };
+        tokio::select! {
+            // A step that is cut off is one of a daemon that is gone.
+            exit = process.exited() => return exit,
+            () = work => {}
+        }
+        if let Err(error) = process::bound_log(&Plan::log(&plan.dir)) {
+            tracing::warn!(network = plan.network, "bounding its switch's log: {error}");
+        }
+    }
+}
+
+async fn take(plan: &Plan, ports: &Ports, channel: &Channel, step: Step) {
+    match step {
+        Step::Detach { id } => {
+            let request = DetachRequest {
+                id: id.clone(),
+                ..DetachRequest::default()
+            };
+            let answer = DeviceDaemonClient::new(channel.clone())
+                .detach(with_deadline(request, CALL_DEADLINE))
+                .await;
+            ports.detached(&id, answer.map(drop).map_err(refused("to detach a NIC")));
+        }
+        Step::Attach {
+            id,
+            serial,
+            listener,
+            plan: port,
+            told,
+        } => {
+            let attached = attach(plan, channel, &id, listener, port, &told).await;
+            ports.attached((&id, serial), told, attached);
+        }
+        Step::Tell { id, serial, told } => {
+            let result = tell(&plan.dir, &id, &told).await;
+            ports.was_told((&id, serial), told, result);
+        }
+    }
+}
+
+async fn tell(dir: &Path, id: &str, told: &Told) -> Result<(), DaemonError> {
+    let nics = Nics::at(Plan::control_socket(dir));
+    nics.tune(id, &told.tuning).await?;
+    match &told.policy {
+        Some(policy) => nics.set_policy(id, policy.clone()).await,
+        // The network no longer knows the NIC, whose VM is on its way out.
+        None => Ok(()),
+    }
+}
+
+async fn attach(
+    plan: &Plan,
+    channel: &Channel,
+    id: &str,
+    listener: Option<Arc<UnixListener>>,
+    port: PortPlan,
+    told: &Told,
+) -> Result<Arc<UnixListener>, DaemonError> {
+    let listener = match listener {
+        Some(listener) => listener,
+        None => bind(&port)?,
+    };
+    let token = uuid::Uuid::new_v4().to_string();
+    let sending = {
+        let (fd_socket, token, listener) = (plan.fd_socket(), token.clone(), listener.clone());
+        tokio::task::spawn_blocking(move || {
+            fds::send(&fd_socket, &token, &[listener.as_fd()], SEND_DEADLINE)
+        })
+    };
+    sending
+        .await
+        .unwrap_or_else(|panic| panic!("handing {id} over: {panic}"))
+        .map_err(|source| DaemonError::Send {
+            program: PROGRAM,
+            device: port.nic.clone(),
+            source,
+        })?;
+    let request = AttachRequest {
+        id: id.to_owned(),
+        listener: Some(Listener::SocketFd(FdRef { token })),
+        device: Some(Device::Net(port.config(SWITCH, told))),
+    };
+    DeviceDaemonClient::new(channel.clone())
+        .attach(with_deadline(request, CALL_DEADLINE))
+        .await
+        .map_err(refused("the NIC"))?;
+    Ok(listener)
+}
+
+fn bind(port: &PortPlan) -> Result<Arc<UnixListener>, DaemonError> {
+    let (listener, file) =
+        listen::unix_socket(&port.socket).map_err(|source| DaemonError::Listen {
+            device: port.nic.clone(),
+            source,
+        })?;
+    // The path must outlive the agent; the VM's clean-up removes it with the directory.
+    std::mem::forget(file);
+    Ok(Arc::new(listener))
+}
+
+async fn end(process: &Process) {
+    process.signal(Signal::SIGTERM);
+    if process.exited_within(STOP_WITHIN).await.is_none() {
+        process.kill().await;
+    }
+}
+
+fn next_pause(pause: Duration) -> Duration {
+    (pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE)
+}
+
+fn refused(call: &'static str) -> impl FnOnce(Status) -> DaemonError {
+    move |status| DaemonError::Call {
+        program: PROGRAM,
+        call: call.to_owned(),
+        code: status.code(),
+        message: status.message().to_owned(),
+    }
+}

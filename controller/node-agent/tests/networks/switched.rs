@@ -1,0 +1,358 @@
+//! Networks whose datapath is a switch: one device-net for the NICs of all VMs. The VMs' machines are real
+//! ones without their NICs, which machines of these tests are cabled to instead.
+
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
+
+use api::{
+    device::{NetLimit, NetLimits},
+    node::{
+        Datapath, DeleteVmRequest, Endpoint, GetNicsRequest, GetVmRequest, NetworkKind,
+        NetworkProcess, NetworkSpec, NicSpec, NicStatus, Power, ProcessStatus, SecurityRule,
+        VmPhase, VmSpec, VmStatus, nics_client::NicsClient,
+    },
+};
+use nix::{sys::signal::Signal, unistd::Pid};
+use tonic::Code;
+
+use crate::{
+    agent::{Agent, WEB_MAC, dhcp, network},
+    cable::Cable,
+    guest,
+    namespace::{Namespace, PATIENCE, poll},
+};
+
+const DB_MAC: &str = "52:54:00:12:34:06";
+
+/// 10.20.0.0/24 with two guests, `web` at .5 and `db` at .6.
+fn switched(kind: NetworkKind) -> NetworkSpec {
+    let mut spec = network("front", kind);
+    spec.datapath = Datapath::Switch as i32;
+    spec.endpoints.push(Endpoint {
+        vm_id: "db".into(),
+        nic: "nic0".into(),
+        mac: DB_MAC.into(),
+        ipv4_address: "10.20.0.6".into(),
+        hostname: "db".into(),
+        ..Default::default()
+    });
+    spec
+}
+
+/// A host with an agent whose VMs' machines have no NICs.
+struct Host {
+    agent: Agent,
+    programs: tempfile::TempDir,
+}
+
+impl Host {
+    fn start() -> Self {
+        let programs = programs();
+        let dir = programs.path().to_str().unwrap().to_owned();
+        let agent = Agent::start_with(Namespace::new(), &["--bin-dir", &dir]);
+        Self { agent, programs }
+    }
+
+    fn vm(&self, id: &str, mac: &str, generation: u64, power: Power) -> VmSpec {
+        VmSpec {
+            id: id.into(),
+            generation,
+            power: power as i32,
+            vcpus: 1,
+            memory_bytes: 16 << 20,
+            kernel: guest::sleeper(self.agent.path()).to_str().unwrap().into(),
+            nics: vec![NicSpec {
+                name: "nic0".into(),
+                mac: mac.into(),
+                network: "front".into(),
+                limits: Some(NetLimits {
+                    ingress: Some(NetLimit {
+                        packets_per_second: 100_000,
+                        ..Default::default()
+                    }),
+                    egress: None,
+                }),
+                ..Default::default()
+            }],
+            ..Default::default()
+        }
+    }
+
+    fn run(&mut self, id: &str, mac: &str) {
+        let spec = self.vm(id, mac, 1, Power::On);
+        self.agent.apply_vm(&spec);
+        let status = self.settled(id);
+        assert_eq!(status.phase(), VmPhase::Running, "{}", status.error);
+    }
+
+    fn remove(&mut self, id: &str, mac: &str) {
+        let spec = self.vm(id, mac, 9, Power::OffNow);
+        self.agent.apply_vm(&spec);
+        assert_eq!(self.settled(id).phase(), VmPhase::Stopped);
+        let mut client = self.agent.client();
+        let request = DeleteVmRequest { id: id.into() };
+        self.agent.block_on(client.delete_vm(request)).unwrap();
+    }
+
+    fn status(&self, id: &str) -> VmStatus {
+        let mut client = self.agent.client();
+        let request = GetVmRequest { id: id.into() };
+        let status = self.agent.block_on(client.get_vm(request)).unwrap();
+        status.into_inner()
+    }
+
+    fn settled(&self, id: &str) -> VmStatus {
+        poll("the VM", || {
+            let status = self.status(id);
+            let moves = matches!(status.phase(), VmPhase::Starting | VmPhase::Stopping);
+            (!moves).then_some(status)
+        })
+    }
+
+    /// A machine at the other end of a VM's NIC.
+    fn guest(&self, id: &str, mac: &str) -> (Namespace, Cable) {
+        let machine = Namespace::new();
+        let socket = self.agent.path().join(format!("run/vms/{id}/nic0.vu"));
+        let cable = Cable::plug(&machine, mac, socket);
+        (machine, cable)
+    }
+
+    /// As `vmctl nic show` has it.
+    fn nic(&self, id: &str) -> NicStatus {
+        let socket = self.agent.path().join("agent.sock");
+        let answer = self.agent.block_on(async {
+            let channel = api::connect::unix(&socket, PATIENCE).await.unwrap();
+            let request = GetNicsRequest { vm_id: id.into() };
+            NicsClient::new(channel).get_nics(request).await.unwrap()
+        });
+        answer.into_inner().nics.remove(0)
+    }
+
+    fn switch(&mut self) -> NetworkProcess {
+        let network = self.agent.network("front").unwrap();
+        let switch = network.processes.into_iter().next().unwrap();
+        assert_eq!(switch.name, "device-net");
+        switch
+    }
+
+    /// Kills the switch as a crash would, and waits for the next one.
+    fn kill_switch(&mut self) {
+        let before = self.switch();
+        nix::sys::signal::kill(Pid::from_raw(before.pid as i32), Signal::SIGKILL).unwrap();
+        poll("the next switch", || {
+            let switch = self.switch();
+            (switch.restarts == before.restarts + 1 && switch.pid != 0).then_some(())
+        });
+    }
+}
+
+/// The daemons, and a vmm-core whose machine has no NIC: so that others may be connected to its NICs' sockets.
+fn programs() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let built = Path::new(env!("CARGO_BIN_EXE_node-agent"))
+        .parent()
+        .unwrap();
+    for program in ["device-net", "device-blk"] {
+        std::os::unix::fs::symlink(built.join(program), dir.path().join(program)).unwrap();
+    }
+    let script = format!(
+        "#!/bin/sh\n\
+         left=$#\n\
+         while [ $left -gt 0 ]; do\n\
+           word=$1; shift; left=$((left - 1))\n\
+           case \"$1\" in tag=*,type=net,*) shift; left=$((left - 1)); continue;; esac\n\
+           set -- \"$@\" \"$word\"\n\
+         done\n\
+         exec {} \"$@\"\n",
+        built.join("vmm-core").display()
+    );
+    let path = dir.path().join("vmm-core");
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
+#[test]
+fn guests_are_served_by_one_switch_and_its_successors() {
+    let mut host = Host::start();
+    let mut spec = switched(NetworkKind::Nat);
+    let status = host.agent.apply(&spec).unwrap();
+    assert!(status.ready, "{}", status.error);
+    host.run("web", WEB_MAC);
+    host.run("db", DB_MAC);
+    let links = host.agent.host.run("ip -o link");
+    assert!(!links.contains("mt-"), "no tap of any VM: {links}");
+    assert!(links.contains("mu-front") && links.contains("master mb-front"));
+    let switch = host.switch();
+    assert_eq!(switch.nics, ["db/nic0", "web/nic0"]);
+    assert!(switch.sandbox.contains(&"seccomp".to_owned()), "{switch:?}");
+    let shared = |status: VmStatus| -> Vec<ProcessStatus> {
+        let processes = status.processes.into_iter();
+        processes
+            .filter(|process| process.network == "front")
+            .collect()
+    };
+    let seen = poll("the switch in a VM's status", || {
+        shared(host.status("web")).pop()
+    });
+    assert_eq!(
+        (seen.pid, seen.devices),
+        (switch.pid, vec!["nic0".to_owned()])
+    );
+
+    let (web, web_cable) = host.guest("web", WEB_MAC);
+    let (db, db_cable) = host.guest("db", DB_MAC);
+    let [address, router, dns, hostname] = dhcp(&web);
+    assert_eq!(
+        [&*address, &*router, &*dns, &*hostname],
+        ["10.20.0.5", "10.20.0.1", "10.20.0.1", "web"]
+    );
+    assert_eq!(dhcp(&db)[0], "10.20.0.6");
+    let _on_db = db.serve("10.20.0.6:7000");
+    let _on_host = host.agent.host.serve("10.20.0.1:7000");
+    let web_reaches = |address: &str| web.ask(address).as_deref() == Some("10.20.0.5");
+    assert!(web_reaches("10.20.0.6:7000"), "from guest to guest");
+    assert!(web_reaches("10.20.0.1:7000"), "the host");
+
+    // What is set for one NIC holds for it alone, and for each next switch.
+    spec.revision = "2".into();
+    spec.endpoints[1].filtered = true;
+    spec.endpoints[1].rules = vec![SecurityRule {
+        ingress: true,
+        protocol: 6,
+        first_port: 7000,
+        last_port: 7000,
+        cidr: "10.20.0.0/24".into(),
+        ..Default::default()
+    }];
+    host.agent.apply(&spec).unwrap();
+    let _elsewhere = db.serve("10.20.0.6:7001");
+    let holds = |host: &Host| {
+        let nic = host.nic("db").nic.expect("served");
+        assert_eq!(nic.id, "nic0");
+        let rules = nic.policy.unwrap().security.unwrap().rules.len();
+        let limits = nic.limits.unwrap().ingress.unwrap();
+        assert_eq!((rules, limits.packets_per_second), (1, 100_000));
+        assert!(web_reaches("10.20.0.6:7000"), "permitted");
+        assert_eq!(web.ask("10.20.0.6:7001"), None, "not permitted");
+        assert!(web_reaches("10.20.0.1:7000"), "the host");
+    };
+    holds(&host);
+    host.kill_switch();
+    web_cable.await_connections(2);
+    db_cable.await_connections(2);
+    holds(&host);
+
+    let before = host.switch();
+    host.agent.replace();
+    poll("the adopted network", || {
+        host.agent.network("front").filter(|network| network.ready)
+    });
+    let adopted = host.switch();
+    assert_eq!(adopted.pid, before.pid, "kept, not started again");
+    poll("its NICs", || (host.switch().nics.len() == 2).then_some(()));
+    holds(&host);
+    host.kill_switch();
+    web_cable.await_connections(3);
+    db_cable.await_connections(3);
+    holds(&host);
+
+    let refused = host.agent.delete("front").unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(
+        refused.message().contains("web/nic0"),
+        "{}",
+        refused.message()
+    );
+    host.remove("web", WEB_MAC);
+    host.remove("db", DB_MAC);
+    assert!(host.switch().nics.is_empty());
+    host.agent.delete("front").unwrap();
+    host.agent.assert_clean();
+}
+
+#[test]
+fn isolated_switch_has_nothing_in_the_kernel() {
+    let mut host = Host::start();
+    let mut spec = switched(NetworkKind::Isolated);
+    let status = host.agent.apply(&spec).unwrap();
+    assert!(status.ready && status.bridge.is_empty(), "{status:?}");
+    host.run("web", WEB_MAC);
+    host.run("db", DB_MAC);
+    let links = host.agent.host.run("ip -o link");
+    assert_eq!(links.lines().count(), 1, "a loopback: {links}");
+    assert_eq!(host.agent.host.run("nft list tables"), "");
+    let (web, _web_cable) = host.guest("web", WEB_MAC);
+    let (db, _db_cable) = host.guest("db", DB_MAC);
+    web.run("ip addr add 10.20.0.5/24 dev eth0");
+    db.run("ip addr add 10.20.0.6/24 dev eth0");
+    let _on_db = db.serve("10.20.0.6:7000");
+    assert_eq!(web.ask("10.20.0.6:7000").as_deref(), Some("10.20.0.5"));
+    spec.datapath = Datapath::Kernel as i32;
+    let refused = host.agent.apply(&spec).unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(
+        refused.message().contains("spec.datapath"),
+        "{}",
+        refused.message()
+    );
+    host.remove("web", WEB_MAC);
+    host.remove("db", DB_MAC);
+    host.agent.delete("front").unwrap();
+    host.agent.assert_clean();
+}
+
+#[test]
+fn each_obstacle_has_its_error_and_leaves_nothing() {
+    let mut host = Host::start();
+    let spec = switched(NetworkKind::Nat);
+    host.agent
+        .host
+        .run("ip link add mu-front type veth peer name mu0");
+    let refused = host.agent.apply(&spec).unwrap_err();
+    assert_eq!(refused.code(), Code::AlreadyExists);
+    assert!(
+        refused.message().contains("ip link del mu-front"),
+        "{}",
+        refused.message()
+    );
+    host.agent.host.run("ip link del mu-front");
+    let program = host.programs.path().join("device-net");
+    let built = fs::read_link(&program).unwrap();
+    fs::remove_file(&program).unwrap();
+    let refused = host.agent.apply(&spec).unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(
+        refused.message().contains("--bin-dir"),
+        "{}",
+        refused.message()
+    );
+    host.agent.delete("front").unwrap();
+    host.agent.assert_clean();
+
+    std::os::unix::fs::symlink(built, &program).unwrap();
+    host.agent.apply(&spec).unwrap();
+    host.run("web", WEB_MAC);
+    let twin = host.vm("db", WEB_MAC, 1, Power::On);
+    host.agent.apply_vm(&twin);
+    let failed = host.settled("db");
+    assert_eq!(failed.phase(), VmPhase::Failed);
+    assert_eq!(
+        failed.error_code,
+        Code::AlreadyExists as i32,
+        "{}",
+        failed.error
+    );
+    assert!(
+        failed.error.contains("NIC nic0") && failed.error.contains(WEB_MAC),
+        "{}",
+        failed.error
+    );
+    assert_eq!(
+        host.switch().nics,
+        ["web/nic0"],
+        "nothing of the other stays"
+    );
+    host.remove("web", WEB_MAC);
+    host.agent.delete("front").unwrap();
+    host.agent.assert_clean();
+}
