@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use api::daemon::{DeviceHistogram, Parts, ServedDevice};
 use api::device::attach_request::Device as DeviceConfig;
-use api::device::{BlkConfig, BlkStats, Device, Polling, RateLimits};
+use api::device::{BlkConfig, BlkStats, Device, Polling, QueueHealth, RateLimits};
+use api::latency::Distribution;
 use tonic::Status;
 use vhost_user::backend::{self, Server};
 
@@ -18,7 +19,7 @@ use crate::device::{BlkDevice, serial_id};
 use crate::engine::backend::ServeOptions;
 use crate::image::{Image, SECTOR_BYTES};
 use crate::jobs::Jobs;
-use crate::latency::{Distribution, SlowThreshold};
+use crate::latency::SlowThreshold;
 use crate::limiter::Limiter;
 use crate::remote;
 use request::OpKind;
@@ -158,6 +159,16 @@ impl ServedDevice for Disk {
             connected: status.connected,
             sessions: status.sessions,
             queues_running: status.queues_running,
+            queues: status
+                .queues
+                .iter()
+                .map(|queue| QueueHealth {
+                    index: queue.index.into(),
+                    in_flight: queue.inflight.into(),
+                    completed_total: queue.completed,
+                    unresponsive_ms: queue.unresponsive.as_millis() as u64,
+                })
+                .collect(),
             inflight: stats.inflight,
             last_session_end: status.last_session_end.unwrap_or_default(),
             blk: Some(BlkStats {
@@ -177,6 +188,7 @@ impl ServedDevice for Disk {
                 throttled: self.limiter.throttled(),
                 slow_requests: stats.slow_requests,
                 latency: Some(stats.latency.summary()),
+                latency_buckets: stats.latency.buckets(),
                 limits: Some(self.limiter.limits()),
                 nbd: image.remote_status().map(remote::describe),
             }),

@@ -20,9 +20,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use api::daemon::{Parts, ServedDevice};
+use api::daemon::{DeviceHistogram, Parts, ServedDevice};
 use api::device::attach_request::Device as DeviceConfig;
-use api::device::{Device, NetConfig, NetStats, Polling as PollingConfig};
+use api::device::{Device, NetConfig, NetStats, Polling as PollingConfig, QueueHealth};
 use tonic::Status;
 use vhost_user::backend::{Polling, Server, Status as ServerStatus};
 
@@ -160,12 +160,26 @@ impl ServedDevice for ServedNic {
             connected: status.connected,
             sessions: status.sessions,
             queues_running: status.queues_running,
+            queues: status
+                .queues
+                .iter()
+                .map(|queue| QueueHealth {
+                    index: queue.index.into(),
+                    in_flight: queue.inflight.into(),
+                    completed_total: queue.completed,
+                    unresponsive_ms: queue.unresponsive.as_millis() as u64,
+                })
+                .collect(),
             // Receive buffers that wait for a packet are no requests.
             inflight: 0,
             last_session_end: status.last_session_end.unwrap_or_default(),
             net: Some(self.device.stats()),
             ..Device::default()
         }
+    }
+
+    fn histograms(&self) -> Vec<DeviceHistogram> {
+        stats::histograms(&self.state().stats)
     }
 
     fn stop(&self, drain: Duration) -> Result<(), Status> {

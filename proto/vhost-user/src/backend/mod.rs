@@ -23,7 +23,7 @@ use std::time::Instant;
 use crate::ring::{Ring, RingError};
 pub use group::{Seat, WorkerGroup};
 pub use poller::Polling;
-pub use server::{Server, Status, StopError};
+pub use server::{QueueHealth, Server, Status, StopError};
 pub use shared::{SharedRing, SharedRingGuard};
 pub use socket::{BindError, bind, listener_from_fd};
 

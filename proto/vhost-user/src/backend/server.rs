@@ -49,6 +49,21 @@ pub struct Status {
     /// The connected frontend's memory can not be truncated under this process. None without
     /// memory.
     pub memory_sealed: Option<bool>,
+    /// Of the rings being served.
+    pub queues: Vec<QueueHealth>,
+}
+
+/// How a ring is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueHealth {
+    /// Index of the virtqueue.
+    pub index: u16,
+    /// Requests taken and not completed.
+    pub inflight: u32,
+    /// Requests completed since the server started.
+    pub completed: u64,
+    /// How long its thread has not answered [`Server::status`]; zero for one that does.
+    pub unresponsive: Duration,
 }
 
 /// The server could not complete everything in time.
@@ -208,7 +223,24 @@ impl Shared {
                 .sum(),
             last_session_end: sessions.last_end.clone(),
             memory_sealed: sessions.memory_sealed,
+            queues: self.queue_healths(),
         }
+    }
+}
+
+impl Shared {
+    fn queue_healths(&self) -> Vec<QueueHealth> {
+        let running = (0..)
+            .zip(&self.queues)
+            .filter(|(_, queue)| queue.running.load(Ordering::Relaxed));
+        running
+            .map(|(index, queue)| QueueHealth {
+                index,
+                inflight: queue.in_flight.load(Ordering::Relaxed),
+                completed: queue.completed_total.load(Ordering::Relaxed),
+                unresponsive: queue.unresponsive(),
+            })
+            .collect()
     }
 }
 

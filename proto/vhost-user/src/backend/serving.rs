@@ -84,6 +84,7 @@ impl Serving {
 
     /// Has the device build what serves the ring; None when it cannot.
     pub(super) fn start(&mut self, device: &dyn Device) -> Option<Box<dyn QueueHandler>> {
+        self.stats.set_worker(Some(Arc::clone(&self.mail)));
         let started = match &self.ring {
             OwnRing::Alone(_) => device.start_queue(self.index, self.features),
             OwnRing::Shared(ring) => device.start_shared_queue(ring),
@@ -103,6 +104,7 @@ impl Serving {
 
     /// Completes what is in flight and ends the ring.
     pub(super) fn stop(mut self, handler: Option<Box<dyn QueueHandler>>, (deadline, answer): Stop) {
+        self.stats.set_worker(None);
         let mut handler = handler;
         if let Some(handler) = &mut handler {
             self.drain(handler.as_mut(), deadline);
@@ -241,6 +243,7 @@ impl Serving {
 
     /// Carries out what was commanded, up to a stop.
     pub(super) fn obey(&mut self) -> Option<Stop> {
+        self.stats.answer_look();
         if let OwnRing::Shared(shared) = &self.ring
             && let Some(error) = shared.take_error()
         {

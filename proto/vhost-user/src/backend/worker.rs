@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::mpsc::{
     Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError, channel, sync_channel,
 };
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,49 @@ pub(super) struct QueueStats {
     pub(super) completed_total: AtomicU64,
     /// A driver can break its ring, reset the device and begin again at will.
     pub(super) complaints: Mutex<LogLimit>,
+    pub(super) look: Mutex<Look>,
+}
+
+/// Whether the thread of a ring answers. It does while requests wait for storage; one that is stuck does
+/// not.
+#[derive(Debug, Default)]
+pub(super) struct Look {
+    /// Whom to ask; none while the ring is not served or is being stopped, which may take a while.
+    worker: Option<Arc<Mail>>,
+    /// Not answered since.
+    asked: Option<Instant>,
+}
+
+impl QueueStats {
+    /// How long the ring's thread has not answered, and asks it once more. Asking makes it look at its
+    /// ring as well, so that a kick that was lost is made up for.
+    pub(super) fn unresponsive(&self) -> Duration {
+        let mut look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(worker) = &look.worker else {
+            return Duration::ZERO;
+        };
+        match look.asked {
+            Some(asked) => asked.elapsed(),
+            None => {
+                worker.post();
+                look.asked = Some(Instant::now());
+                Duration::ZERO
+            }
+        }
+    }
+
+    /// Its thread looks at its mail.
+    pub(super) fn answer_look(&self) {
+        let mut look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
+        look.asked = None;
+    }
+
+    pub(super) fn set_worker(&self, worker: Option<Arc<Mail>>) {
+        *self.look.lock().unwrap_or_else(PoisonError::into_inner) = Look {
+            worker,
+            asked: None,
+        };
+    }
 }
 
 /// What the session wants of a worker.

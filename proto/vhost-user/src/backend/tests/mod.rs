@@ -4,6 +4,7 @@ mod config_change;
 mod fuzz;
 mod groups;
 mod hostile;
+mod looks;
 mod peers;
 mod sessions;
 
@@ -40,6 +41,8 @@ fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 struct EchoDevice {
     /// Requests are taken but not completed.
     holds: AtomicBool,
+    /// Held by a test: threads that take requests are stuck.
+    stuck: Mutex<()>,
     /// The next `start_queue` fails.
     refuses_to_start: AtomicBool,
     resets: AtomicU32,
@@ -144,6 +147,7 @@ impl QueueHandler for EchoQueue {
             let mut first = [0];
             chain.read_at(0, &mut first);
             self.device.taken.lock().unwrap().push(first[0]);
+            drop(self.device.stuck.lock().unwrap());
             self.held.push_back(chain);
         }
         if !self.device.holds.load(Ordering::SeqCst) {
