@@ -19,7 +19,9 @@ pub(crate) enum Job {
         binary: PathBuf,
         filter: String,
         long: bool,
-        /// Left out: they have run.
+        /// Each runs so often, until it fails.
+        times: u32,
+        /// These have run, each as often as it is named.
         done: Vec<String>,
     },
 }

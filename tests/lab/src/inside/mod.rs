@@ -63,10 +63,14 @@ pub(crate) fn run(job: &Job, events: &mut Events) -> Result<i32> {
             binary,
             filter,
             long,
+            times,
             done,
         } => {
-            let wanted = |name: &str| name.contains(filter) && !done.iter().any(|ran| ran == name);
-            test_run::run(site, binary, wanted, *long, events)
+            let times_left = |name: &str| match name.contains(filter) {
+                true => times.saturating_sub(done.iter().filter(|ran| *ran == name).count() as u32),
+                false => 0,
+            };
+            test_run::run(site, binary, times_left, *long, events)
         }
     }
 }

@@ -31,6 +31,9 @@ pub(crate) struct Suite {
     /// Use a nested host even where hardware KVM is there.
     #[arg(long)]
     nested: bool,
+    /// Run each test that needs a KVM so often, until it fails: for what fails seldom.
+    #[arg(long, default_value_t = 1, value_name = "TIMES", value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
     /// Show the nested host's console.
     #[arg(long, short)]
     verbose: bool,
@@ -58,7 +61,8 @@ impl Suite {
             if let Err(error) = result {
                 eprintln!("lab: error: {error:#}");
                 // What did not run cannot have passed.
-                total.failed += on_kvm.wanted.saturating_sub(count.sum()).max(1);
+                let wanted = on_kvm.wanted * u64::from(self.repeat);
+                total.failed += wanted.saturating_sub(count.sum()).max(1);
             }
         }
         if !complete {
@@ -158,6 +162,7 @@ impl Suite {
                 },
                 filter: self.filter().to_owned(),
                 long: self.all,
+                times: self.repeat,
                 done: done.borrow().clone(),
             };
             run.job(kit, make, |event| match event {

@@ -225,7 +225,7 @@ impl Drop for Fleet {
     /// The agent outlives its controller by design, so it is ended here.
     fn drop(&mut self) {
         if std::thread::panicking() {
-            print_vmm_logs(self.dir.path());
+            print_logs(self.dir.path());
         }
         let _ = self.vmctl(&["vm", "stop", "web", "--force"]);
         if let Some(pid) = pid_of("node-agent", self.dir.path()) {
@@ -234,17 +234,23 @@ impl Drop for Fleet {
     }
 }
 
-/// Says what every `vmm-core` said of its guest, in folders below `dir`.
-fn print_vmm_logs(dir: &Path) {
+/// Repeats what each process said last, in folders below `dir`.
+fn print_logs(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            print_vmm_logs(&path);
-        } else if path.ends_with("vmm.log") {
+            print_logs(&path);
+        } else if path.extension().is_some_and(|extension| extension == "log") {
             let text = std::fs::read_to_string(&path).unwrap_or_default();
-            eprintln!("{}:\n{text}", path.display());
+            eprintln!("{}:\n{}", path.display(), last_lines(&text, 8));
         }
     }
+}
+
+/// What is read of a failure is its end, so nothing may be long.
+pub(super) fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
 /// The process of that program whose command line names this test's folder.

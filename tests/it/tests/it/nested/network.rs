@@ -41,23 +41,25 @@ impl Drop for Findings<'_> {
             return;
         }
         for vm in ["web", "db"] {
-            let nics = self.0.vmctl(&["nic", "show", vm, "nic0", "-o", "json"]);
-            eprintln!("{vm}: {}", String::from_utf8_lossy(&nics.stdout));
+            let nic = self.0.vmctl(&["nic", "show", vm, "nic0", "-o", "json"]);
+            let nic: Value = serde_json::from_slice(&nic.stdout).unwrap_or_default();
+            let status = find(&nic, "status").unwrap_or(&Value::Null);
+            eprintln!("{vm}: nic0: {status}");
             self.0.vmctl(&["vm", "stop", vm, "--force"]);
         }
-        for (program, arguments) in [("ip", &["-s", "addr"][..]), ("nft", &["list", "ruleset"])] {
-            eprintln!("{program}: {}", output_of(program, arguments));
-        }
-        for log in ["state/networks", "run/networks"] {
-            let Ok(networks) = std::fs::read_dir(self.0.dir.path().join(log)) else {
-                continue;
+        eprintln!("{}", output_of("nft", &["list", "ruleset"]));
+        for link in std::fs::read_dir("/sys/class/net")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let count = |name: &str| {
+                let text = std::fs::read_to_string(link.path().join("statistics").join(name));
+                text.unwrap_or_default().trim().to_owned()
             };
-            for network in networks.flatten() {
-                for name in ["dnsmasq.log", "dnsmasq.conf"] {
-                    let text = std::fs::read_to_string(network.path().join(name));
-                    eprintln!("{name}: {}", text.unwrap_or_default());
-                }
-            }
+            let counters = ["rx_packets", "rx_dropped", "tx_packets", "tx_dropped"];
+            let counts = counters.map(|name| format!(" {name} {}", count(name)));
+            eprintln!("{}:{}", link.file_name().display(), counts.concat());
         }
     }
 }
@@ -278,6 +280,8 @@ fn a_transfer_survives_kills_and_a_pulled_cable(fleet: &Fleet, web: &mut Guest, 
     // Both ways together it is twice the payload.
     for (step, name) in [(1, "web"), (2, "db"), (3, "web")] {
         wait_until("the transfer's progress", || {
+            web.terminal.expect_same_life();
+            db.terminal.expect_same_life();
             bytes_passed() - begin > step * LONG_BYTES / 3
         });
         let pid = device_net(fleet, name);

@@ -6,10 +6,10 @@ use std::process::{Child, ChildStdin};
 use std::time::{Duration, Instant};
 
 use guest::plan::{End, Job, Plan};
-use guest::report::Report;
+use guest::report::{Report, UP_LINE};
 
 use crate::guest_run::{self, BOOT_LIMIT};
-use crate::nested::fleet::Fleet;
+use crate::nested::fleet::{Fleet, last_lines};
 
 /// The console of one VM whose plan ends with [`End::Obey`].
 pub(super) struct Terminal {
@@ -81,6 +81,12 @@ impl Terminal {
         }
     }
 
+    /// A guest that was reset has forgotten what it was told: no report will come.
+    pub(super) fn expect_same_life(&self) {
+        let lives = self.text().matches(UP_LINE).count();
+        assert!(lives < 2, "{}: the guest came up {lives} times", self.vm);
+    }
+
     pub(super) fn power_off(&mut self) {
         self.write(&Plan::default());
     }
@@ -92,21 +98,21 @@ impl Terminal {
     fn wait_for(&self, what: &str, found: impl Fn(&[Report]) -> Option<()>) -> Vec<Report> {
         let deadline = Instant::now() + BOOT_LIMIT;
         loop {
-            let text =
-                String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned();
+            let text = self.text();
             // The last line may still be on its way.
             let whole = text.rfind('\n').map_or("", |end| &text[..end]);
             let reports = guest_run::reports(whole);
             if found(&reports).is_some() {
                 return reports;
             }
-            assert!(
-                Instant::now() < deadline,
-                "{}: waited for {what}:\n{text}",
-                self.vm
-            );
+            self.expect_same_life();
+            assert!(Instant::now() < deadline, "{}: waited for {what}", self.vm);
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 }
 
@@ -115,8 +121,7 @@ impl Drop for Terminal {
         let _ = self.vmctl.kill();
         let _ = self.vmctl.wait();
         if std::thread::panicking() {
-            let text = std::fs::read(&self.log).unwrap_or_default();
-            eprintln!("{}:\n{}", self.vm, String::from_utf8_lossy(&text));
+            eprintln!("{}:\n{}", self.vm, last_lines(&self.text(), 12));
         }
     }
 }
