@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::event::Selector;
+use crate::event::{Op, Selector};
 use crate::process::Kind;
 
 /// What is done to events that are hit. The messages of the API say what each means.
@@ -181,6 +181,20 @@ impl Action {
             Self::Disconnect => Point::Request,
             Self::Crash | Self::Hang(_) if selector.messages.is_empty() => Point::Request,
             Self::Crash | Self::Hang(_) => Point::Message,
+        }
+    }
+
+    /// Whether it means something for such a request or frame.
+    pub(crate) fn can_be_done_to(&self, op: Op) -> bool {
+        match self {
+            // A read must answer something.
+            Self::Drop => op != Op::Read,
+            Self::Corrupt { .. } => {
+                matches!(op, Op::Read | Op::Write | Op::Receive | Op::Transmit)
+            }
+            Self::Short { .. } | Self::Misdirect { .. } => matches!(op, Op::Read | Op::Write),
+            Self::Torn { .. } => op == Op::Write,
+            _ => true,
         }
     }
 

@@ -1,7 +1,7 @@
 //! The rules that concern one device, as its hooks see them.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use crate::action::{Action, Point};
@@ -11,15 +11,26 @@ use crate::process::Timer;
 use crate::rule::ArmedRule;
 
 /// An event was hit.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Strike {
     /// What to do to it.
     pub action: Action,
     /// To decide about details with; follows from the seed.
     pub random: u64,
-    /// `CLOCK_MONOTONIC`: whatever is held back goes on then at the latest, and earlier when the rule
-    /// is disarmed: see [`Wake`].
-    pub ends_ns: u64,
+    pub(crate) rule: Arc<ArmedRule>,
+}
+
+impl Strike {
+    /// `CLOCK_MONOTONIC`: whatever is held back goes on then at the latest. Earlier when the rule is
+    /// disarmed meanwhile, which [`Wake`] tells.
+    pub fn ends_ns(&self) -> u64 {
+        self.rule.ends_ns()
+    }
+
+    /// Whether nothing is to be held back any more.
+    pub fn is_over(&self) -> bool {
+        self.ends_ns() <= monotonic_ns()
+    }
 }
 
 /// Somebody who holds something back because of a rule.
@@ -36,6 +47,7 @@ pub struct DeviceFaults {
     rules: RwLock<Arc<[Arc<ArmedRule>]>>,
     wakers: Mutex<Vec<Weak<dyn Wake>>>,
     timer: Option<Arc<Timer>>,
+    disconnect: AtomicBool,
 }
 
 impl DeviceFaults {
@@ -46,6 +58,7 @@ impl DeviceFaults {
             rules: RwLock::new(Arc::new([])),
             wakers: Mutex::default(),
             timer,
+            disconnect: AtomicBool::new(false),
         }
     }
 
@@ -65,6 +78,12 @@ impl DeviceFaults {
         self.armed_points.load(Ordering::Relaxed) & point.bit() != 0
     }
 
+    /// The points at which there are rules, as a set of [`Point::bit`]s.
+    #[inline]
+    pub fn armed_points(&self) -> u32 {
+        self.armed_points.load(Ordering::Relaxed)
+    }
+
     /// Whether there are rules at all.
     #[inline]
     pub fn is_any_armed(&self) -> bool {
@@ -79,9 +98,17 @@ impl DeviceFaults {
 
     /// As [`strike`](Self::strike), at a time of the caller's.
     pub fn strike_at(&self, event: &Event<'_>, now_ns: u64) -> Vec<Strike> {
-        self.rules()
+        let rules = self.rules();
+        rules
             .iter()
-            .filter_map(|rule| rule.strike(&self.id, event, now_ns))
+            .filter_map(|rule| {
+                let random = rule.strike(&self.id, event, now_ns)?;
+                Some(Strike {
+                    action: rule.rule.action.clone(),
+                    random,
+                    rule: Arc::clone(rule),
+                })
+            })
             .collect()
     }
 
@@ -94,6 +121,17 @@ impl DeviceFaults {
         self.strike(event)
             .into_iter()
             .find_map(|strike| Some((pick(&strike.action)?, strike)))
+    }
+
+    /// The session of this device is to end, because of an event that its connection does not see.
+    pub fn ask_for_disconnect(&self) {
+        self.disconnect.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// Whether somebody asked, since the last time.
+    pub fn take_disconnect(&self) -> bool {
+        self.disconnect.swap(false, Ordering::AcqRel)
     }
 
     /// Hears of changes from now on, until `waker` is dropped.

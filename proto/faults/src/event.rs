@@ -107,6 +107,9 @@ impl Selector {
         {
             return false;
         }
+        if event.op.is_some_and(|op| !action.can_be_done_to(op)) {
+            return false;
+        }
         match action {
             Action::Partition { peers } => event
                 .addresses

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::action::{Action, Point};
-use crate::device::Strike;
 use crate::event::{Event, Op, Selector};
 use crate::trigger::{Trigger, scramble};
 
@@ -90,8 +89,8 @@ impl ArmedRule {
         }
     }
 
-    /// Asks the rule about an event of `device`.
-    pub(crate) fn strike(&self, device: &str, event: &Event<'_>, now_ns: u64) -> Option<Strike> {
+    /// Asks the rule about an event of `device`: when it is hit, a random number for the details.
+    pub(crate) fn strike(&self, device: &str, event: &Event<'_>, now_ns: u64) -> Option<u64> {
         if self.point != event.point
             || !self.is_active(now_ns)
             || !self.rule.selector.matches(event, &self.rule.action)
@@ -112,15 +111,11 @@ impl ArmedRule {
             sector: event.sectors.map(|(first, _)| first),
             message: event.message.map(str::to_owned),
         });
-        Some(Strike {
-            action: self.rule.action.clone(),
-            // Of another sequence than the trigger's: what is hit says nothing of how.
-            random: scramble(!self.seed, number),
-            ends_ns: self.ends_ns(),
-        })
+        // Of another sequence than the trigger's: what is hit says nothing of how.
+        Some(scramble(!self.seed, number))
     }
 
-    /// False when there were enough.
+    /// The number of the hit; None when there were enough.
     fn count_hit(&self) -> Option<u64> {
         let max_hits = self.rule.trigger.max_hits.unwrap_or(u64::MAX);
         self.hits

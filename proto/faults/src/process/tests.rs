@@ -2,6 +2,7 @@ use std::sync::atomic::AtomicU32;
 use std::time::Instant;
 
 use super::*;
+use crate::rule::LAST_HITS;
 use crate::{Action, Event, Op, Point, Selector, Trigger, Wake};
 
 const SECOND: u64 = 1_000_000_000;
@@ -108,8 +109,6 @@ fn only_the_last_hits_are_remembered() {
     assert_eq!(status.last_hits[0].number, 11);
 }
 
-use crate::rule::LAST_HITS;
-
 #[test]
 fn rules_end_with_their_time_to_live_and_are_remembered() {
     let faults = Faults::untimed(Kind::Block);
@@ -165,7 +164,7 @@ fn schedule_bounds_when_a_rule_is_active() {
     assert!(!is_hit(3 * SECOND - 1) && is_hit(3 * SECOND) && is_hit(6 * SECOND - 1));
     assert!(!is_hit(6 * SECOND));
     let strike = &device.strike_at(&write(), 3 * SECOND)[0];
-    assert_eq!(strike.ends_ns, 6 * SECOND);
+    assert_eq!(strike.ends_ns(), 6 * SECOND);
 }
 
 #[test]

@@ -15,6 +15,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, VhostUserBackendReqHandlerMut};
 
+use super::misbehaviour;
 use super::session::Session;
 use crate::eventfd::EventFd;
 
@@ -45,6 +46,8 @@ pub(super) enum SessionEnd {
     RefusedSilently,
     BadRequest(vhost::vhost_user::Error),
     Socket(io::Error),
+    /// A fault was armed that ends it.
+    Injected,
 }
 
 impl fmt::Display for SessionEnd {
@@ -72,6 +75,7 @@ impl fmt::Display for SessionEnd {
             }
             SessionEnd::BadRequest(error) => write!(f, "a request could not be served: {error}"),
             SessionEnd::Socket(error) => write!(f, "the socket failed: {error}"),
+            SessionEnd::Injected => write!(f, "a fault was armed that ends it"),
         }
     }
 }
@@ -85,6 +89,8 @@ pub(super) struct Interrupts<'a> {
     pub(super) truncated: BorrowedFd<'a>,
     /// The device configuration changed: the frontend is told.
     pub(super) config_changed: &'a EventFd,
+    /// A fault ends the session.
+    pub(super) injected: Option<BorrowedFd<'a>>,
 }
 
 /// Positions in the poll set.
@@ -93,6 +99,7 @@ const POLL_STOP: usize = 1;
 const POLL_TRUNCATED: usize = 2;
 const POLL_CONFIG_CHANGED: usize = 3;
 const POLL_CHANNEL: usize = 4;
+const POLL_INJECTED: usize = 5;
 
 impl Interrupts<'_> {
     /// Waits for `events` of the connection, or what else concerns the session; what is ready of
@@ -117,6 +124,7 @@ impl Interrupts<'_> {
             entry(self.truncated.as_raw_fd(), libc::POLLIN),
             entry(self.config_changed.as_raw_fd(), libc::POLLIN),
             entry(channel.unwrap_or(-1), libc::POLLIN),
+            entry(self.injected.map_or(-1, |fd| fd.as_raw_fd()), libc::POLLIN),
         ];
         // SAFETY: valid pollfds with descriptors that their owners keep open throughout.
         let ready =
@@ -127,6 +135,9 @@ impl Interrupts<'_> {
         }
         if is_ready(POLL_TRUNCATED) {
             return Err(SessionEnd::MemoryTruncated);
+        }
+        if is_ready(POLL_INJECTED) {
+            return Err(SessionEnd::Injected);
         }
         if is_ready(POLL_CONFIG_CHANGED) {
             let _ = self.config_changed.take();
@@ -174,6 +185,11 @@ fn serve_requests(
             Ok(header) => header,
             Err(end) => return end,
         };
+        if let Some(faults) = lock(session).message_faults()
+            && !misbehaviour::before_message(&faults, header.request, interrupts.stop)
+        {
+            return SessionEnd::Injected;
+        }
         if header.request == u32::from(FrontendReq::SET_VRING_ENABLE)
             && lock(session).may_enable_before_features()
         {

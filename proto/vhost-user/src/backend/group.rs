@@ -309,7 +309,7 @@ impl GroupThread {
                 return;
             };
             match wake {
-                Wake::Kick => member.again = true,
+                Wake::Kick => member.again |= member.serving.hears_kick(),
                 Wake::Event(_) => member.serve(wake),
             }
             member.update_events(epoll, position);

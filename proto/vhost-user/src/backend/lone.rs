@@ -27,6 +27,8 @@ fn serve_until_stopped(serving: &mut Serving, handler: &mut Option<Box<dyn Queue
     let event_fds = handler.as_deref().map_or_else(Vec::new, event_fds);
     // What was made available before this ring was served had its kick long ago.
     let mut again = true;
+    // A kick was lost on purpose: nothing is looked at until something else happens.
+    let mut is_deaf = false;
     let mut polls = Vec::with_capacity(POLL_EVENTS + event_fds.len());
     loop {
         if again && let Some(handler) = handler {
@@ -36,17 +38,19 @@ fn serve_until_stopped(serving: &mut Serving, handler: &mut Option<Box<dyn Queue
         }
         let idle_since = (!again).then(Instant::now);
         let found = match (&idle_since, &mut *handler) {
-            (Some(idle_since), Some(handler)) => {
+            (Some(idle_since), Some(handler)) if !is_deaf => {
                 look(serving, &mut poller, handler.as_mut(), *idle_since)
             }
             _ => false,
         };
         if !again
             && !found
+            && !is_deaf
             && let Some(handler) = handler
         {
             again = serving.prepare_sleep(handler.as_mut());
         }
+        is_deaf = false;
         let has_commands = serving.mail.waker.take_news();
         polls.clear();
         if !found {
@@ -65,8 +69,9 @@ fn serve_until_stopped(serving: &mut Serving, handler: &mut Option<Box<dyn Queue
             }
         }
         if polls.get(POLL_KICK).is_some_and(is_readable) {
-            again = true;
             serving.take_kick();
+            is_deaf = !again && !serving.hears_kick();
+            again |= !is_deaf;
         }
         let Some(handler) = handler else { continue };
         for (index, event) in polls.iter().skip(POLL_EVENTS).enumerate() {

@@ -7,6 +7,7 @@ mod channel;
 mod connection;
 mod group;
 mod lone;
+mod misbehaviour;
 mod poller;
 mod server;
 mod serving;
@@ -19,6 +20,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
+
+use faults::DeviceFaults;
 
 use crate::ring::{Ring, RingError};
 pub use group::{Seat, WorkerGroup};
@@ -78,6 +81,10 @@ pub trait Device: Send + Sync + 'static {
     /// As there.
     fn start_shared_queue(&self, ring: &Arc<SharedRing>) -> io::Result<Box<dyn QueueHandler>> {
         self.start_queue(ring.index(), ring.features())
+    }
+    /// What is to go wrong with this device on purpose; None where that is not allowed.
+    fn faults(&self) -> Option<Arc<DeviceFaults>> {
+        None
     }
     /// The frontend reset the device or a session ended: forget driver-set state.
     fn reset(&self) {}

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::Device;
 use super::connection::{self, Interrupts};
+use super::misbehaviour::Disconnector;
 use super::session::Session;
 use super::worker::QueueStats;
 use crate::eventfd::EventFd;
@@ -274,10 +275,14 @@ fn serve(shared: &Arc<Shared>, listener: &UnixListener, device: &Arc<dyn Device>
                 continue;
             }
         };
+        let disconnector = device
+            .faults()
+            .and_then(|faults| Disconnector::new(faults).ok());
         let interrupts = Interrupts {
             stop: shared.stop.as_fd(),
             truncated: truncated.as_fd(),
             config_changed: &shared.config_changed,
+            injected: disconnector.as_deref().map(AsFd::as_fd),
         };
         // This frontend has yet to read the configuration.
         let _ = shared.config_changed.take();

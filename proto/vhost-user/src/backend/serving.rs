@@ -19,9 +19,11 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
+use faults::{DeviceFaults, Point};
+
 use super::shared::{Mail, OwnRing, SharedRing};
 use super::worker::{Command, QueueStats};
-use super::{Device, QueueHandler, Wake};
+use super::{Device, QueueHandler, Wake, misbehaviour};
 use crate::eventfd::{Doorbell, EventFd};
 use crate::ring::{Intake, Ring, RingError, RingState};
 
@@ -44,6 +46,7 @@ pub(super) struct Serving {
     pub(super) events_polled: bool,
     /// Part of the ring's completions that `stats` has.
     reported_completed: u64,
+    faults: Option<Arc<DeviceFaults>>,
 }
 
 /// A stop that was commanded: until when, and who waits for it.
@@ -54,7 +57,7 @@ impl Serving {
     pub(super) fn new(
         label: &str,
         device: &dyn Device,
-        ring: Ring,
+        mut ring: Ring,
         kick: EventFd,
         err: Option<Doorbell>,
         mail: &Arc<Mail>,
@@ -62,6 +65,12 @@ impl Serving {
         stats: Arc<QueueStats>,
     ) -> Serving {
         let (index, features) = (ring.index(), ring.features());
+        let faults = device.faults();
+        if let Some(faults) = &faults {
+            ring.use_faults(Arc::clone(faults));
+            let waker: Arc<dyn faults::Wake> = mail.clone();
+            faults.add_waker(&waker);
+        }
         Serving {
             label: label.to_owned(),
             index,
@@ -79,6 +88,7 @@ impl Serving {
             is_broken: false,
             events_polled: true,
             reported_completed: 0,
+            faults,
         }
     }
 
@@ -105,6 +115,7 @@ impl Serving {
     /// Completes what is in flight and ends the ring.
     pub(super) fn stop(mut self, handler: Option<Box<dyn QueueHandler>>, (deadline, answer): Stop) {
         self.stats.set_worker(None);
+        self.ring.get().end_faults();
         let mut handler = handler;
         if let Some(handler) = &mut handler {
             self.drain(handler.as_mut(), deadline);
@@ -234,6 +245,17 @@ impl Serving {
         }
     }
 
+    /// Whether the kick that just came is to be heard.
+    #[inline]
+    pub(super) fn hears_kick(&self) -> bool {
+        match &self.faults {
+            Some(faults) if faults.is_armed(Point::Kick) => {
+                !misbehaviour::loses_kick(faults, self.index)
+            }
+            _ => true,
+        }
+    }
+
     pub(super) fn take_kick(&mut self) {
         if let Some(Err(error)) = self.kick.as_ref().map(EventFd::take) {
             tracing::warn!(device = self.label, queue = self.index, %error, "kick descriptor is dead");
@@ -244,6 +266,7 @@ impl Serving {
     /// Carries out what was commanded, up to a stop.
     pub(super) fn obey(&mut self) -> Option<Stop> {
         self.stats.answer_look();
+        self.ring.get().look_at_faults();
         if let OwnRing::Shared(shared) = &self.ring
             && let Some(error) = shared.take_error()
         {
@@ -289,6 +312,7 @@ fn try_serve(
     wake: Wake,
     rounds: u32,
 ) -> Result<bool, RingError> {
+    ring.look_at_faults();
     ring.disable_notification();
     handler.process(ring, wake)?;
     ring.notify();

@@ -27,7 +27,10 @@ use virtio_bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::Device;
+use faults::{DeviceFaults, Point};
+
 use super::channel::ConfigNotice;
+use super::misbehaviour;
 use super::server::Shared;
 use super::worker::{Worker, WorkerError};
 use crate::eventfd::{Doorbell, EventFd};
@@ -119,6 +122,9 @@ pub(super) struct Session {
     notice: ConfigNotice,
     /// The last request was refused by this handler, not by the protocol's parser.
     refused: bool,
+    faults: Option<Arc<DeviceFaults>>,
+    /// Features that a fault keeps from being offered.
+    refused_features: u64,
 }
 
 impl Session {
@@ -129,6 +135,7 @@ impl Session {
         truncated: Arc<EventFd>,
     ) -> Session {
         let vrings = (0..device.num_queues()).map(|_| Vring::default()).collect();
+        let faults = device.faults();
         Session {
             name: name.to_owned(),
             device,
@@ -142,6 +149,8 @@ impl Session {
             vrings,
             notice: ConfigNotice::default(),
             refused: false,
+            faults,
+            refused_features: 0,
         }
     }
 
@@ -197,7 +206,19 @@ impl Session {
     }
 
     fn offered_features(&self) -> u64 {
-        self.device.features() | RING_FEATURES
+        (self.device.features() | RING_FEATURES) & !self.refused_features
+    }
+
+    /// What is to go wrong at `point`, if anything is.
+    fn armed(&self, point: Point) -> Option<&DeviceFaults> {
+        let faults = self.faults.as_deref();
+        faults.filter(|faults| faults.is_armed(point))
+    }
+
+    /// What is to go wrong with messages, if anything is.
+    pub(super) fn message_faults(&self) -> Option<Arc<DeviceFaults>> {
+        self.armed(Point::Message)?;
+        self.faults.clone()
     }
 
     /// Logs a refusal and makes the protocol's error of it.
@@ -311,7 +332,13 @@ impl Session {
             Ring::check_areas(format, &memory, &addresses, vring.size)
                 .map_err(|_| Refusal::LosesRing { index })?;
         }
-        for worker in self.vrings.iter().filter_map(|vring| vring.worker.as_ref()) {
+        for (index, vring) in (0..).zip(&self.vrings) {
+            let Some(worker) = &vring.worker else {
+                continue;
+            };
+            if let Some(faults) = self.armed(Point::Memory) {
+                misbehaviour::amid_memory_change(faults, index);
+            }
             worker.set_memory(Arc::clone(&memory))?;
         }
         self.shared
@@ -468,6 +495,13 @@ impl Session {
                 index: index as u16,
                 request: "SET_INFLIGHT_FD",
             });
+        }
+        if self
+            .armed(Point::Inflight)
+            .is_some_and(misbehaviour::loses_inflight)
+        {
+            self.inflight = None;
+            return Ok(());
         }
         let VhostUserInflight {
             mmap_size,

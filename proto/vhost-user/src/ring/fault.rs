@@ -40,4 +40,7 @@ pub enum ChainFault {
     /// The buffers cross so many borders between memory regions that they must overlap.
     #[error("buffers cross more than {MAX_REGIONS} borders of memory regions")]
     TooScattered,
+    /// Nothing is: a fault was armed.
+    #[error("treated as broken because of a fault that is armed")]
+    Injected,
 }

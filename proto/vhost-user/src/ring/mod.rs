@@ -18,6 +18,7 @@ mod batch;
 mod chain;
 mod error;
 mod fault;
+mod misbehaviour;
 mod packed;
 mod split;
 mod walk;
@@ -25,6 +26,7 @@ mod walk;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use faults::Point;
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 
 use crate::eventfd::Doorbell;
@@ -36,6 +38,7 @@ pub use chain::{DescChain, MemoryPin, Segment, SegmentRange};
 use chain::{PinnedMemory, SegmentVec};
 pub use error::RingError;
 pub use fault::ChainFault;
+use misbehaviour::RingFaults;
 use packed::PackedRing;
 pub(crate) use packed::Position;
 use split::SplitRing;
@@ -138,6 +141,9 @@ pub struct Ring {
     /// Storage of long chains, to be used again.
     spare: Vec<SegmentVec>,
     completed_total: u64,
+    /// Points at which something may go wrong on purpose; 0 but in experiments.
+    armed: u32,
+    faults: Option<Box<RingFaults>>,
 }
 
 /// Of the process: a driver makes rings anew as often as it likes.
@@ -216,6 +222,8 @@ impl Ring {
             resubmit,
             spare: Vec::new(),
             completed_total: 0,
+            armed: 0,
+            faults: None,
         })
     }
 
@@ -251,6 +259,12 @@ impl Ring {
         let storage = self.spare.pop().unwrap_or_default();
         let mut walk = Walk::new(&self.memory.table, &mut self.region_hint, storage);
         let head = either!(&mut self.queue, queue => queue.take_next(&mut walk)?);
+        if self.armed & Point::Pop.bit() != 0
+            && let Some(faults) = &self.faults
+            && faults.breaks_request(self.index)
+        {
+            walk.spoil(ChainFault::Injected);
+        }
         let buffers = walk.finish();
         Ok(Some(self.chain(head, buffers)))
     }
@@ -260,7 +274,11 @@ impl Ring {
     #[inline]
     pub fn complete(&mut self, mut chain: DescChain, written_bytes: u32) {
         let written_bytes = written_bytes.min(chain.written_limit_bytes);
-        either!(&mut self.queue, queue => queue.complete(chain.head, written_bytes));
+        if self.armed & Point::Complete.bit() == 0 {
+            self.complete_head(chain.head, written_bytes);
+        } else {
+            self.complete_armed(chain.head, written_bytes);
+        }
         self.keep_storage(&mut chain);
         self.completed_total += 1;
     }
@@ -280,6 +298,7 @@ impl Ring {
         while taken < max {
             if self.intake == Intake::Open
                 && self.resubmit.is_empty()
+                && self.armed & Point::Pop.bit() == 0
                 && let Queue::Split(queue) = &mut self.queue
             {
                 let table = &self.memory.table;
@@ -312,7 +331,11 @@ impl Ring {
     pub fn complete_next(&mut self, batch: &mut Batch, written_bytes: u32) {
         let taken = batch.chains[batch.next];
         let written_bytes = written_bytes.min(taken.written_limit_bytes);
-        either!(&mut self.queue, queue => queue.complete(taken.head, written_bytes));
+        if self.armed & Point::Complete.bit() == 0 {
+            self.complete_head(taken.head, written_bytes);
+        } else {
+            self.complete_armed(taken.head, written_bytes);
+        }
         self.completed_total += 1;
         batch.next += 1;
         if batch.is_empty() {
@@ -323,6 +346,12 @@ impl Ring {
     /// Completes all chains in `batch` with nothing written.
     #[inline]
     pub fn complete_all(&mut self, batch: &mut Batch) {
+        if self.armed & Point::Complete.bit() != 0 {
+            while !batch.is_empty() {
+                self.complete_next(batch, 0);
+            }
+            return;
+        }
         either!(&mut self.queue, queue => {
             for taken in &batch.chains[batch.next..] {
                 queue.complete(taken.head, 0);
@@ -361,6 +390,9 @@ impl Ring {
     /// Makes completed chains visible to the driver, without signalling it.
     #[inline]
     pub fn publish(&mut self) {
+        if self.armed & Point::Publish.bit() != 0 && self.is_publishing_stalled() {
+            return;
+        }
         either!(&mut self.queue, queue => queue.publish());
     }
 
@@ -368,10 +400,13 @@ impl Ring {
     #[inline]
     pub fn notify(&mut self) {
         self.publish();
-        if either!(&mut self.queue, queue => queue.driver_wants_signal())
-            && let Some(call) = &self.call
-        {
-            call.ring();
+        if either!(&mut self.queue, queue => queue.driver_wants_signal()) {
+            if self.armed & Point::Call.bit() != 0 && self.loses_call() {
+                return;
+            }
+            if let Some(call) = &self.call {
+                call.ring();
+            }
         }
     }
 
@@ -432,7 +467,7 @@ impl Ring {
 
     /// Chains popped, or waiting to be resubmitted, and not completed.
     pub fn in_flight(&self) -> u16 {
-        either!(&self.queue, queue => queue.outstanding_count()) + self.resubmit.len() as u16
+        self.outstanding() + self.resubmit.len() as u16
     }
 
     /// Chains completed since the start; shows progress.
@@ -505,6 +540,16 @@ impl Ring {
             either!(&mut self.queue, queue => queue.retire());
         }
         state
+    }
+
+    /// Chains popped and not completed.
+    fn outstanding(&self) -> u16 {
+        either!(&self.queue, queue => queue.outstanding_count())
+    }
+
+    #[inline]
+    fn complete_head(&mut self, head: u16, written_bytes: u32) {
+        either!(&mut self.queue, queue => queue.complete(head, written_bytes));
     }
 
     #[inline]

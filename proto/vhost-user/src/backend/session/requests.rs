@@ -12,7 +12,9 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::{Refusal, Session, layout_of};
+use faults::Point;
+
+use super::{Refusal, Session, layout_of, misbehaviour};
 use crate::inflight::{InflightError, InflightRegion};
 use crate::memory::{MAX_REGIONS, Region};
 use crate::ring::{RingAddresses, RingFormat};
@@ -41,6 +43,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_features(&mut self) -> Result<u64> {
+        self.refused_features = self
+            .armed(Point::Features)
+            .map_or(0, misbehaviour::refused_features);
         Ok(self.offered_features())
     }
 
