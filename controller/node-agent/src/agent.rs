@@ -25,6 +25,7 @@ use crate::{
     promised::Promised,
     record::{RecordError, Store},
     spec::{DiskSource, Spec},
+    versions::Versions,
     vm::{Env, Refusal, Vm},
     volumes::{Pool, VolumeError},
 };
@@ -65,6 +66,8 @@ pub(crate) struct Dirs {
     pub(crate) qemu_img: Option<PathBuf>,
     /// What makes user networks, if it was named.
     pub(crate) passt: Option<PathBuf>,
+    /// Processes stand by for the daemons of all VMs.
+    pub(crate) warm_spares: bool,
 }
 
 /// Why the agent cannot work.
@@ -163,14 +166,18 @@ impl Agent {
             run_dir,
             promised: Promised::default(),
             bin_dir: dirs.bin.clone(),
+            versions: Versions::of(&dirs.state, &dirs.bin),
+            warm_spares: dirs.warm_spares,
             passt: dirs.passt.clone(),
             networks,
             boot_id: process::boot_id(),
             changes,
         });
-        let vms = env
-            .store
-            .load()?
+        let records = env.store.load()?;
+        env.versions.remove_unfinished();
+        env.versions
+            .collect(records.iter().flat_map(|record| &record.pins));
+        let vms = records
             .into_iter()
             .map(|record| (record.spec.id.clone(), Vm::adopt(env.clone(), record)))
             .collect();
@@ -319,6 +326,7 @@ mod tests {
             bin: dir.path().to_owned(),
             qemu_img: None,
             passt: None,
+            warm_spares: false,
         };
         let first = Agent::open(&dirs, None).unwrap();
         assert!(matches!(

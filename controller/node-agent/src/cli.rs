@@ -33,6 +33,10 @@ pub(crate) struct Cli {
     /// Makes user networks [default: beside node-agent, or in PATH].
     #[arg(long, value_name = "FILE", env = "MORTISE_PASST")]
     pub(crate) passt: Option<PathBuf>,
+    /// Keep a started, confined process ready for each daemon of every VM, so that one that dies is
+    /// replaced without an exec. Costs a few MiB each; VMs can also ask for it one by one.
+    #[arg(long)]
+    pub(crate) warm_spares: bool,
     /// Serve /metrics for Prometheus over HTTP here: HOST:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics_listen: Option<Address>,

@@ -7,6 +7,7 @@ mod commit;
 mod copy;
 mod resize;
 mod snapshot;
+mod upgrade;
 
 use std::{
     collections::BTreeMap,
@@ -20,6 +21,7 @@ use tonic::Code;
 
 use crate::{
     agent::Agent,
+    versions::BinaryError,
     vm::{DaemonError, disks::Disks, error_chain},
     volumes::VolumeError,
 };
@@ -123,6 +125,39 @@ pub(crate) enum JobError {
     /// The daemon refuses.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
+    /// The binary cannot be used.
+    #[error(transparent)]
+    Binary(#[from] BinaryError),
+    /// There is no such VM.
+    #[error("VM {vm:?} does not exist on this host")]
+    NoVm {
+        /// The VM.
+        vm: String,
+    },
+    /// There is no such device, or its daemon is none of those that are exchanged.
+    #[error("{device} of VM {vm:?} {problem}")]
+    NoUpgrade {
+        /// The VM.
+        vm: String,
+        /// The device.
+        device: String,
+        /// Why not.
+        problem: String,
+    },
+    /// Nothing that could be exchanged.
+    #[error("no daemon that is to be upgraded runs here")]
+    NothingToUpgrade,
+    /// Some daemons keep their old version.
+    #[error("{text}")]
+    Upgrade {
+        /// Of the first one.
+        code: Code,
+        /// Which, why, and what was and was not upgraded.
+        text: String,
+    },
+    /// As asked, between two waves.
+    #[error("cancelled: {0}")]
+    UpgradeCancelled(String),
     /// The VM is not there.
     #[error("VM {vm:?} has no disk {disk:?} on this host")]
     NoDisk {
@@ -138,7 +173,11 @@ impl JobError {
     pub(crate) fn code(&self) -> Code {
         match self {
             Self::OtherWork { .. } => Code::AlreadyExists,
-            Self::NoJob { .. } | Self::NoDisk { .. } => Code::NotFound,
+            Self::NoJob { .. } | Self::NoDisk { .. } | Self::NoVm { .. } => Code::NotFound,
+            Self::Binary(error) => error.code(),
+            Self::NoUpgrade { .. } | Self::NothingToUpgrade => Code::FailedPrecondition,
+            Self::Upgrade { code, .. } => *code,
+            Self::UpgradeCancelled(_) => Code::Cancelled,
             Self::TooMany => Code::ResourceExhausted,
             Self::NotReady { .. }
             | Self::Running { .. }
@@ -296,6 +335,7 @@ impl Context {
             Some(Work::Backup(work)) => self.backup(work).await,
             Some(Work::Commit(work)) => self.commit(work).await,
             Some(Work::Check(work)) => self.check(work).await,
+            Some(Work::Upgrade(work)) => self.upgrade(work).await,
             None => Ok(Vec::new()),
         };
         let id = &self.entry.request.job_id;
@@ -310,7 +350,7 @@ impl Context {
                 job.error = error_chain(&error);
                 job.error_code = error.code() as i32;
                 job.set_state(match error {
-                    JobError::Cancelled => JobState::Cancelled,
+                    JobError::Cancelled | JobError::UpgradeCancelled(_) => JobState::Cancelled,
                     _ => JobState::Failed,
                 });
                 tracing::warn!(job = id, kind = job.kind, "{}", job.error);
@@ -432,6 +472,7 @@ fn kind(request: &StartJobRequest) -> &'static str {
         Some(Work::Backup(_)) => "backup",
         Some(Work::Commit(_)) => "commit",
         Some(Work::Check(_)) => "check",
+        Some(Work::Upgrade(_)) => "upgrade",
         None => "",
     }
 }

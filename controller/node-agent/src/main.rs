@@ -21,6 +21,7 @@ mod service;
 mod spec;
 mod tap;
 mod usage;
+mod versions;
 mod vm;
 mod volumes;
 
@@ -110,6 +111,7 @@ fn directories(cli: &Cli) -> anyhow::Result<Dirs> {
         state: absolute(&cli.state_dir)?,
         run: absolute(&cli.run_dir)?,
         passt: cli.passt.as_ref().map(absolute).transpose()?,
+        warm_spares: cli.warm_spares,
         qemu_img: match &cli.qemu_img {
             Some(program) => Some(absolute(program)?),
             None => import::find_qemu_img(&bin),

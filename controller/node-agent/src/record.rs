@@ -11,7 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{process::Identity, spec::Spec};
+use crate::{process::Identity, spec::Spec, versions::Pinned};
 
 /// Raised when a record's meaning changes.
 const VERSION: u32 = 1;
@@ -30,6 +30,9 @@ pub(crate) struct Record {
     /// exec of vmm-core to the first console byte.
     #[serde(default)]
     pub(crate) first_console_byte_ms: u64,
+    /// Versions that its daemons were upgraded to; one that is not here is the installed one.
+    #[serde(default)]
+    pub(crate) pins: Vec<Pinned>,
 }
 
 /// The persisted half of the VM's state machine.
@@ -77,7 +80,7 @@ pub(crate) struct DaemonRecord {
 }
 
 /// The device daemons of a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) enum DaemonKind {
     /// `device-blk`
     Blk,
@@ -129,6 +132,7 @@ impl Record {
             },
             resets: 0,
             first_console_byte_ms: 0,
+            pins: Vec::new(),
         }
     }
 }

@@ -2,8 +2,9 @@
 //! `VmSpec`. It is made from requests that `api::validate` let through only, so everything behind
 //! it may rely on names being safe as file names and on counts being in range.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
+use api::node::OutageAction;
 use serde::{Deserialize, Serialize};
 
 use crate::cloud_init::CloudInit;
@@ -40,6 +41,24 @@ pub(crate) struct Spec {
     /// On a disk of its own.
     #[serde(default)]
     pub(crate) cloud_init: Option<CloudInit>,
+    /// Processes stand by for its daemons.
+    #[serde(default)]
+    pub(crate) warm_spare: bool,
+    /// By device, where they are not the default.
+    #[serde(default)]
+    pub(crate) outage_policies: BTreeMap<String, OutagePolicy>,
+}
+
+/// What is done while no daemon serves a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum OutagePolicy {
+    /// Requests wait.
+    #[default]
+    Stall,
+    /// Requests wait that long and fail then.
+    ErrorAfter(Duration),
+    /// The vCPUs stand still.
+    PauseVm,
 }
 
 /// Whether a VM should run.
@@ -289,7 +308,18 @@ impl Spec {
                 given => given,
             },
             cloud_init: api.cloud_init.as_ref().map(CloudInit::from_api),
+            warm_spare: api.warm_spare,
+            outage_policies: api
+                .outage_policies
+                .iter()
+                .map(|policy| (policy.device.clone(), OutagePolicy::from_api(policy)))
+                .collect(),
         }
+    }
+
+    /// What is done in an outage of `device`.
+    pub(crate) fn outage_policy(&self, device: &str) -> OutagePolicy {
+        self.outage_policies.get(device).copied().unwrap_or_default()
     }
 
     /// Whether `other` is the same machine, apart from what may change while it runs.
@@ -298,6 +328,8 @@ impl Spec {
         other.generation = self.generation;
         other.power = self.power;
         other.shutdown_grace_ms = self.shutdown_grace_ms;
+        other.warm_spare = self.warm_spare;
+        other.outage_policies.clone_from(&self.outage_policies);
         for (other, own) in other.disks.iter_mut().zip(&self.disks) {
             other.tuning = own.tuning;
         }
@@ -305,6 +337,33 @@ impl Spec {
             other.tuning = own.tuning;
         }
         *self == other
+    }
+}
+
+impl OutagePolicy {
+    fn from_api(api: &api::node::OutagePolicy) -> Self {
+        match api.action() {
+            OutageAction::Unspecified | OutageAction::Stall => Self::Stall,
+            OutageAction::ErrorAfter => {
+                Self::ErrorAfter(Duration::from_millis(api.error_after_ms.into()))
+            }
+            OutageAction::PauseVm => Self::PauseVm,
+        }
+    }
+
+    /// As the API says it of `device`.
+    pub(crate) fn to_api(self, device: &str) -> api::node::OutagePolicy {
+        let (action, after) = match self {
+            Self::Stall => (OutageAction::Stall, Duration::ZERO),
+            Self::ErrorAfter(after) => (OutageAction::ErrorAfter, after),
+            Self::PauseVm => (OutageAction::PauseVm, Duration::ZERO),
+        };
+        api::node::OutagePolicy {
+            device: device.to_owned(),
+            action: action.into(),
+            // It came as so many milliseconds.
+            error_after_ms: after.as_millis() as u32,
+        }
     }
 }
 
@@ -584,6 +643,8 @@ pub(crate) mod tests {
         off.power = Power::Off;
         off.disks[0].tuning.read.iops = 100;
         off.nics[0].tuning.link_down = true;
+        off.outage_policies
+            .insert("root".into(), OutagePolicy::PauseVm);
         assert!(spec.same_machine(&off));
         off.vcpus = 2;
         assert!(!spec.same_machine(&off));

@@ -1,6 +1,8 @@
 //! Taking over a VM that an earlier agent left: its record says what existed, the kernel says
 //! what still does.
 
+use api::device::DaemonInfo;
+
 use super::{
     Actor, Env, Next,
     daemon::{self, Plan},
@@ -34,6 +36,7 @@ pub(super) async fn adopt(actor: &mut Actor) -> Next {
         }
         State::Running(assets) => match adopt_machine(actor, &assets).await {
             Ok(mut machine) => {
+                machine.keep_spares(actor.wants_spares());
                 machine.refresh().await;
                 let _ = actor.enter(State::Running(machine.assets()), Some(&machine));
                 match actor.record.spec.power {
@@ -105,7 +108,8 @@ async fn adopt_machine(actor: &Actor, assets: &Assets) -> Result<Box<Machine>, S
         &env.volumes,
         &env.networks,
     );
-    for plan in plans {
+    for mut plan in plans {
+        plan.use_pin(&actor.record.pins);
         let record = assets
             .daemons
             .iter()
@@ -149,10 +153,10 @@ async fn adopt_daemon(plan: Plan, record: Option<&DaemonRecord>) -> Daemon {
         .and_then(|record| record.process)
         .and_then(Process::adopt);
     let Some(process) = process else {
-        return Daemon::adopted(plan, None, restarts, Vec::new());
+        return Daemon::adopted(plan, None, restarts, DaemonInfo::default());
     };
     match plan.check(process.pid()).await {
-        Ok(Some(sandbox)) => Daemon::adopted(plan, Some(process), restarts, sandbox),
+        Ok(Some(info)) => Daemon::adopted(plan, Some(process), restarts, info),
         incomplete => {
             let problem = match incomplete {
                 Err(error) => error_chain(&error),
@@ -164,7 +168,7 @@ async fn adopt_daemon(plan: Plan, record: Option<&DaemonRecord>) -> Daemon {
                 plan.kind.program()
             );
             process.kill().await;
-            Daemon::adopted(plan, None, restarts, Vec::new())
+            Daemon::adopted(plan, None, restarts, DaemonInfo::default())
         }
     }
 }

@@ -3,7 +3,7 @@
 use tokio::sync::oneshot;
 use tonic::Code;
 
-use super::vmm;
+use super::{upgrade, vmm};
 use crate::{record::RecordError, spec::Spec};
 
 /// Why a command was not carried out.
@@ -106,6 +106,8 @@ pub(super) enum Command {
     Reset(Answer),
     /// Forget a stopped VM.
     Delete(Answer),
+    /// Exchange a daemon for another version.
+    Upgrade(Box<upgrade::Wish>, upgrade::Answer),
 }
 
 /// Tells the outcome.

@@ -19,37 +19,31 @@ use std::{
 use api::{
     connect,
     device::{
-        AttachRequest, FdRef, GetDaemonRequest, GetMetricsRequest, ListDevicesRequest, NetConfig,
-        Policy, attach_request, device_daemon_client::DeviceDaemonClient,
+        AttachRequest, DaemonInfo, FdRef, GetMetricsRequest, NetConfig, Policy, attach_request,
+        device_daemon_client::DeviceDaemonClient,
     },
     fds, listen,
 };
-use tonic::{Code, transport::Channel};
+use tonic::Code;
 
 use super::{
     disk::{self, DiskError},
     disks::Disks,
-    ending,
+    incarnation::{CALL_DEADLINE, Incarnation, Sockets, Standby, UP_WITHIN},
     nics::Nics,
     passt,
 };
 use crate::{
     cloud_init,
     network::Networks,
-    process::{Guard, Process, ProcessError},
+    process::{Guard, ProcessError},
     record::DaemonKind,
     spec::{Disk, DiskSource, Nic, NicTuning, Spec, UserNetwork},
     tap::{self, TapError},
+    versions::Pinned,
     volumes::Pool,
 };
 
-/// From exec to an answering control socket; a loaded host runs 100 of them.
-const UP_WITHIN: Duration = Duration::from_secs(15);
-/// Attaching waits for the ghost requests of a killed incarnation, which a slow disk may hold.
-const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
-const CALL_DEADLINE: Duration = Duration::from_secs(5);
-/// A process that broke off a call is reaped in a millisecond.
-const DYING_WITHIN: Duration = Duration::from_millis(200);
 /// Half of what the responder has for a scrape.
 const METRICS_DEADLINE: Duration = Duration::from_secs(2);
 const SEND_DEADLINE: Duration = Duration::from_secs(5);
@@ -63,6 +57,8 @@ pub(super) type Listeners = BTreeMap<String, Arc<UnixListener>>;
 pub(super) struct Plan {
     pub(super) kind: DaemonKind,
     program: PathBuf,
+    /// Which version's copy `program` is; empty for the installed one.
+    build: String,
     dir: PathBuf,
     volumes: Pool,
     networks: Networks,
@@ -100,7 +96,8 @@ enum Backing {
 pub(super) struct Up {
     pub(super) process: Guard,
     pub(super) listeners: Listeners,
-    pub(super) sandbox: Vec<String>,
+    /// What it says of itself.
+    pub(super) info: DaemonInfo,
 }
 
 /// Why a daemon does not serve.
@@ -128,6 +125,16 @@ pub(crate) enum DaemonError {
         /// Why.
         #[source]
         source: connect::ConnectError,
+    },
+    /// It does not answer a call.
+    #[error("{program} did not answer {call} within {within:?}")]
+    Mute {
+        /// The daemon.
+        program: &'static str,
+        /// The RPC.
+        call: String,
+        /// How long it had.
+        within: Duration,
     },
     /// It refused.
     #[error("{program} refused {call}: {message}")]
@@ -176,12 +183,17 @@ pub(crate) enum DaemonError {
 }
 
 impl DaemonError {
+    /// The daemon does not know the device.
+    pub(super) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Call { code, .. } if *code == Code::NotFound)
+    }
+
     /// What the API answers.
     pub(crate) fn code(&self) -> Code {
         match self {
             Self::Process(_) | Self::Send { .. } => Code::Internal,
             Self::Exited(_) | Self::Listen { .. } => Code::FailedPrecondition,
-            Self::Silent { .. } => Code::DeadlineExceeded,
+            Self::Silent { .. } | Self::Mute { .. } => Code::DeadlineExceeded,
             Self::Connect { .. } => Code::Unavailable,
             Self::Call { code, .. } => *code,
             Self::Disk(error) => error.code(),
@@ -265,6 +277,7 @@ pub(super) fn plans(
             DaemonKind::Passt(_) => passt.to_owned(),
             _ => bin_dir.join(kind.program()),
         },
+        build: String::new(),
         dir: dir.to_owned(),
         volumes: volumes.clone(),
         networks: networks.clone(),
@@ -272,6 +285,13 @@ pub(super) fn plans(
         devices,
     })
     .collect()
+}
+
+impl DevicePlan {
+    /// Whether what it needs can be opened while another process has it.
+    pub(super) fn opens_beside_another(&self) -> bool {
+        matches!(self.backing, Backing::Disk(_))
+    }
 }
 
 impl Plan {
@@ -317,20 +337,13 @@ impl Plan {
         self.dir.join(format!("{}.log", self.kind.stem()))
     }
 
-    fn control_socket(&self) -> PathBuf {
-        self.dir.join(format!("{}.sock", self.kind.stem()))
-    }
-
-    fn fd_socket(&self) -> PathBuf {
-        self.dir.join(format!("{}.fds", self.kind.stem()))
-    }
-
-    fn args(&self) -> Vec<OsString> {
+    /// Of a process that answers at `sockets`.
+    pub(super) fn args(&self, sockets: &Sockets) -> Vec<OsString> {
         let mut args = vec![
             "--control-socket".into(),
-            self.control_socket().into(),
+            sockets.control.clone().into(),
             "--fd-socket".into(),
-            self.fd_socket().into(),
+            sockets.fds.clone().into(),
         ];
         // The only servers that this VM's daemon may be connected to.
         for device in &self.devices {
@@ -343,8 +356,13 @@ impl Plan {
         args
     }
 
-    /// Starts the daemon and hands it its devices. Sockets that `listeners` lacks are bound.
-    pub(super) async fn bring_up(&self, listeners: Listeners) -> Result<Up, DaemonError> {
+    /// Has a process serve the devices: `spare` if that can, else one that is started. Sockets that
+    /// `listeners` lacks are bound.
+    pub(super) async fn bring_up(
+        &self,
+        listeners: Listeners,
+        spare: Option<Standby>,
+    ) -> Result<Up, DaemonError> {
         if let [
             DevicePlan {
                 name,
@@ -357,50 +375,101 @@ impl Plan {
             return passt::bring_up(&self.program, &args, &socket, &self.log()).await;
         }
         let listeners = self.bind_missing(listeners)?;
-        let process = Process::spawn(&self.program, &self.args(), &self.log())?;
-        let exited = process.exited();
-        let ended = |exit| DaemonError::Exited(ending(self.kind.program(), exit, &self.log()));
-        let sandbox = tokio::select! {
-            exit = exited => return Err(ended(exit)),
-            served = self.hand_over(&listeners) => match served {
-                Ok(sandbox) => sandbox,
-                // A call that a dying daemon cut off says less than its last words.
-                Err(error) => match process.exited_within(DYING_WITHIN).await {
-                    Some(exit) => return Err(ended(exit)),
-                    None => {
-                        // Gone before the failure is told, not some time after.
-                        process.kill().await;
-                        return Err(error);
-                    }
-                },
-            },
+        let standby = match spare {
+            Some(spare) if spare.is_awake().await => spare,
+            _ => Standby::start(self).await?,
         };
+        let (process, info) = standby.take_over(self, &listeners).await?;
         Ok(Up {
             process,
             listeners,
-            sandbox,
+            info,
         })
     }
 
-    /// Whether an adopted daemon serves all devices, and what its sandbox is.
-    pub(super) async fn check(&self, pid: i32) -> Result<Option<Vec<String>>, DaemonError> {
+    /// Whether an adopted daemon serves all devices, and what it says of itself then.
+    pub(super) async fn check(&self, pid: i32) -> Result<Option<DaemonInfo>, DaemonError> {
         if let DaemonKind::Passt(_) = self.kind {
-            return Ok(passt::sandbox(pid));
+            return Ok(passt::sandbox(pid).map(passt::info));
         }
-        let mut client = self.client(CALL_DEADLINE).await?;
-        let listed = client
-            .list_devices(with_deadline(ListDevicesRequest {}, CALL_DEADLINE))
-            .await
-            .map_err(self.refused("ListDevices"))?
-            .into_inner();
+        let incarnation = Incarnation::usual(self, CALL_DEADLINE).await?;
+        let listed = incarnation.devices(CALL_DEADLINE).await?;
         let complete = self
             .devices
             .iter()
-            .all(|device| listed.devices.iter().any(|served| served.id == device.name));
+            .all(|device| listed.iter().any(|served| served.id == device.name));
         if !complete {
             return Ok(None);
         }
-        self.sandbox(&mut client).await.map(Some)
+        incarnation.info(CALL_DEADLINE).await.map(Some)
+    }
+
+    /// Whether there can be several processes of this daemon.
+    pub(super) fn can_stand_by(&self) -> bool {
+        !matches!(self.kind, DaemonKind::Passt(_))
+    }
+
+    /// Uses what the VM's daemon of this kind was upgraded to.
+    pub(super) fn use_pin(&mut self, pins: &[Pinned]) {
+        if let Some(pin) = pins.iter().find(|pin| pin.kind == self.kind) {
+            self.use_version(pin.path.clone(), pin.build.clone());
+        }
+    }
+
+    /// Uses another version from the next process on.
+    pub(super) fn use_version(&mut self, program: PathBuf, build: String) {
+        self.program = program;
+        self.build = build;
+    }
+
+    pub(super) fn program(&self) -> &Path {
+        &self.program
+    }
+
+    pub(super) fn build(&self) -> &str {
+        &self.build
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The disks among the devices.
+    pub(super) fn disks(&self) -> impl Iterator<Item = &Disk> {
+        self.devices.iter().filter_map(|device| match &device.backing {
+            Backing::Disk(disk) => Some(&**disk),
+            Backing::Tap { .. } | Backing::User { .. } => None,
+        })
+    }
+
+    pub(super) fn volumes(&self) -> &Pool {
+        &self.volumes
+    }
+
+    /// As [`Self::bind_missing`], while a process that an earlier agent started listens on sockets of its
+    /// own: frontends find the new ones from their next attempt on.
+    pub(super) fn bind_beside(&self, mut listeners: Listeners) -> Result<Listeners, DaemonError> {
+        for device in &self.devices {
+            if listeners.contains_key(&device.name) {
+                continue;
+            }
+            let path = socket(&self.dir, &device.name);
+            let fresh = path.with_extension("vu.new");
+            let failed = |source| DaemonError::Listen {
+                device: device.name.clone(),
+                source,
+            };
+            let (listener, file) = listen::unix_socket(&fresh).map_err(failed)?;
+            std::fs::rename(&fresh, &path).map_err(|source| {
+                failed(listen::ListenError::Unix {
+                    path: path.clone(),
+                    source,
+                })
+            })?;
+            std::mem::forget(file);
+            listeners.insert(device.name.clone(), Arc::new(listener));
+        }
+        Ok(listeners)
     }
 
     fn bind_missing(&self, mut listeners: Listeners) -> Result<Listeners, DaemonError> {
@@ -421,34 +490,14 @@ impl Plan {
         Ok(listeners)
     }
 
-    async fn hand_over(&self, listeners: &Listeners) -> Result<Vec<String>, DaemonError> {
-        let mut client = match tokio::time::timeout(UP_WITHIN, self.client(UP_WITHIN)).await {
-            Ok(Ok(client)) => client,
-            Ok(Err(_)) | Err(_) => {
-                return Err(DaemonError::Silent {
-                    program: self.kind.program(),
-                    last_line: crate::process::last_line(&self.log()),
-                });
-            }
-        };
-        for device in &self.devices {
-            let listener = listeners.get(&device.name).expect("bound before").clone();
-            let request = self.send_descriptors(device.clone(), listener).await?;
-            client
-                .attach(with_deadline(request, ATTACH_DEADLINE))
-                .await
-                .map_err(self.refused(&format!("to attach {}", device.name)))?;
-        }
-        self.sandbox(&mut client).await
-    }
-
     /// Opens what the device needs, sends it, and answers with the request that names it.
-    async fn send_descriptors(
+    pub(super) async fn send_descriptors(
         &self,
+        fd_socket: &Path,
         device: DevicePlan,
         listener: Arc<UnixListener>,
     ) -> Result<AttachRequest, DaemonError> {
-        let (program, fd_socket) = (self.kind.program(), self.fd_socket());
+        let (program, fd_socket) = (self.kind.program(), fd_socket.to_owned());
         let volumes = self.volumes.clone();
         let (networks, vm) = (self.networks.clone(), self.vm.clone());
         let name = device.name.clone();
@@ -512,37 +561,6 @@ impl Plan {
         sending
             .await
             .unwrap_or_else(|panic| panic!("handing over {name}: {panic}"))
-    }
-
-    async fn client(&self, within: Duration) -> Result<DeviceDaemonClient<Channel>, DaemonError> {
-        connect::unix(&self.control_socket(), within)
-            .await
-            .map(DeviceDaemonClient::new)
-            .map_err(|source| DaemonError::Connect {
-                program: self.kind.program(),
-                source,
-            })
-    }
-
-    async fn sandbox(
-        &self,
-        client: &mut DeviceDaemonClient<Channel>,
-    ) -> Result<Vec<String>, DaemonError> {
-        client
-            .get_daemon(with_deadline(GetDaemonRequest {}, CALL_DEADLINE))
-            .await
-            .map(|info| info.into_inner().sandbox)
-            .map_err(self.refused("GetDaemon"))
-    }
-
-    fn refused(&self, call: &str) -> impl FnOnce(tonic::Status) -> DaemonError {
-        let (program, call) = (self.kind.program(), call.to_owned());
-        move |status| DaemonError::Call {
-            program,
-            call,
-            code: status.code(),
-            message: status.message().to_owned(),
-        }
     }
 }
 

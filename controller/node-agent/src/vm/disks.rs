@@ -10,7 +10,8 @@ use api::{
     connect,
     device::{
         Bitmap, CancelJobRequest, CompleteJobRequest, Device, FdRef, GetDeviceRequest,
-        GetImageRequest, GetJobRequest, Image, Job, ListBitmapsRequest, ResizeRequest,
+        GetImageRequest, GetJobRequest, Image, Job, JobState, ListBitmapsRequest, ListJobsRequest,
+        ResizeRequest,
         SetLimitsRequest, SetPollingRequest, SnapshotRequest, StartBackupRequest,
         StartCheckRequest, StartCommitRequest, StartMirrorRequest,
         device_daemon_client::DeviceDaemonClient, disks_client::DisksClient,
@@ -225,6 +226,20 @@ impl Disks {
         answer
             .map(tonic::Response::into_inner)
             .map_err(refused("to switch over"))
+    }
+
+    /// What the daemon does beside serving the disk.
+    pub(super) async fn jobs_under_way(&self, disk: &str) -> Result<Vec<Job>, DaemonError> {
+        let request = ListJobsRequest {
+            id: disk.to_owned(),
+        };
+        let mut client = self.client().await?;
+        let answer = client
+            .list_jobs(with_deadline(request, CALL_DEADLINE))
+            .await;
+        let mut jobs = answer.map_err(refused("ListJobs"))?.into_inner().jobs;
+        jobs.retain(|job| matches!(job.state(), JobState::Running | JobState::Ready));
+        Ok(jobs)
     }
 
     /// Ends a job, or forgets one that is over.

@@ -3,6 +3,7 @@
 //! stalls on their devices and nothing else.
 
 use std::{
+    collections::BTreeSet,
     path::PathBuf,
     pin::Pin,
     task::Poll,
@@ -10,21 +11,26 @@ use std::{
 };
 
 use api::{
-    node::{DeviceStatus, ProcessStatus},
-    vmm::{DeviceConnection, VmmInfo, VmmState},
+    device::DaemonInfo,
+    node::ProcessStatus,
 };
 use tokio::task::JoinSet;
 
 use super::{
     Env,
     daemon::{DaemonError, Listeners, Plan, Up},
-    ending, error_chain, vmm,
+    ending, error_chain, hang,
+    health::Health,
+    incarnation::Standby,
+    upgrade::{self, Upgraded},
+    vmm,
 };
 use crate::{
     image::Claim,
     process::{self, Exit, Process},
     record::{Assets, DaemonKind, DaemonRecord},
     spec::Spec,
+    versions::Pinned,
 };
 
 /// A daemon that served this long is started again at once; one that dies on its first request
@@ -44,18 +50,20 @@ pub(super) struct Machine {
     pub(super) claims: Vec<Claim>,
     pub(super) health: Health,
     pub(super) restarting: JoinSet<Restarted>,
+    pub(super) upgrading: JoinSet<Upgraded>,
+    /// Processes on their way to stand by.
+    pub(super) sparing: JoinSet<Spared>,
+    pub(super) on_their_way: BTreeSet<DaemonKind>,
+    /// Versions that daemons were exchanged for, not yet in the record.
+    pub(super) new_pins: Vec<(DaemonKind, Option<Pinned>)>,
+    /// Who is told once they are.
+    pub(super) upgrade_answers: Vec<(upgrade::Answer, Result<upgrade::Done, upgrade::UpgradeError>)>,
+    /// Whether processes stand by.
+    pub(super) warm_spare: bool,
+    /// That it stands still is an outage policy's doing; so is taken to be what an earlier agent left.
+    pub(super) paused_for_outage: bool,
     boot_id: String,
     started_at_ms: u64,
-}
-
-/// What `vmm-core` said last.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Health {
-    pub(super) paused: bool,
-    pub(super) resets: u64,
-    pub(super) first_console_byte_ms: u64,
-    pub(super) devices: Vec<DeviceStatus>,
-    sandbox: Vec<String>,
 }
 
 /// One daemon, up or being restarted.
@@ -64,16 +72,28 @@ pub(super) struct Daemon {
     /// `None` while it is being restarted.
     pub(super) process: Option<Process>,
     pub(super) restarts: u64,
-    listeners: Listeners,
-    sandbox: Vec<String>,
-    last_error: String,
-    up_since: Instant,
+    pub(super) listeners: Listeners,
+    pub(super) info: DaemonInfo,
+    pub(super) last_error: String,
+    pub(super) up_since: Instant,
     pause: Duration,
     /// Limits were changed and the daemon was not told yet.
-    untold: bool,
+    pub(super) untold: bool,
+    /// Stands by in case the process ends.
+    pub(super) spare: Option<Standby>,
+    /// Whoever wants to hear of the upgrade that is under way. Meanwhile nobody else restarts it.
+    pub(super) upgrade: Option<upgrade::Answer>,
+    /// Since when there is no process, if there is none.
+    pub(super) down_since: Option<Instant>,
+    /// Times it was killed because it hung.
+    pub(super) hangs: u64,
+    /// Why it is being killed.
+    pub(super) hung: Option<String>,
+    pub(super) watch: hang::Watch,
 }
 
 pub(super) type Restarted = (DaemonKind, Result<Up, DaemonError>);
+pub(super) type Spared = (DaemonKind, Result<Standby, DaemonError>);
 
 impl Daemon {
     pub(super) fn up(plan: Plan, up: Up) -> Self {
@@ -82,11 +102,17 @@ impl Daemon {
             process: Some(up.process.keep()),
             restarts: 0,
             listeners: up.listeners,
-            sandbox: up.sandbox,
+            info: up.info,
             last_error: String::new(),
             up_since: Instant::now(),
             pause: Duration::ZERO,
             untold: false,
+            spare: None,
+            upgrade: None,
+            down_since: None,
+            hangs: 0,
+            hung: None,
+            watch: hang::Watch::default(),
         }
     }
 
@@ -96,19 +122,25 @@ impl Daemon {
         plan: Plan,
         process: Option<Process>,
         restarts: u64,
-        sandbox: Vec<String>,
+        info: DaemonInfo,
     ) -> Self {
         Self {
             // The last agent may have ended between keeping a limit and telling it.
             untold: process.is_some(),
+            down_since: process.is_none().then(Instant::now),
             plan,
             process,
             restarts,
             listeners: Listeners::new(),
-            sandbox,
+            info,
             last_error: String::new(),
             up_since: Instant::now(),
             pause: Duration::ZERO,
+            spare: None,
+            upgrade: None,
+            hangs: 0,
+            hung: None,
+            watch: hang::Watch::default(),
         }
     }
 }
@@ -131,6 +163,13 @@ impl Machine {
             claims,
             health: Health::default(),
             restarting: JoinSet::new(),
+            upgrading: JoinSet::new(),
+            sparing: JoinSet::new(),
+            on_their_way: BTreeSet::new(),
+            new_pins: Vec::new(),
+            upgrade_answers: Vec::new(),
+            warm_spare: false,
+            paused_for_outage: true,
             boot_id,
             started_at_ms,
         }
@@ -163,6 +202,20 @@ impl Machine {
                 self.daemon_died(index, exit);
                 true
             }
+            Some(joined) = self.upgrading.join_next(), if !self.upgrading.is_empty() => {
+                match joined {
+                    Ok(upgraded) => self.upgrade_ended(upgraded),
+                    Err(error) => tracing::error!(dir = %self.dir.display(), "upgrading a daemon: {error}"),
+                }
+                true
+            }
+            Some(joined) = self.sparing.join_next(), if !self.sparing.is_empty() => {
+                match joined {
+                    Ok((kind, outcome)) => self.spare_is_up(kind, outcome),
+                    Err(error) => tracing::error!(dir = %self.dir.display(), "starting a spare: {error}"),
+                }
+                false
+            }
             Some(joined) = self.restarting.join_next(), if !self.restarting.is_empty() => {
                 match joined {
                     Ok((kind, outcome)) => self.restart_ended(kind, outcome),
@@ -178,7 +231,12 @@ impl Machine {
     fn daemon_died(&mut self, index: usize, exit: Exit) {
         let daemon = &mut self.daemons[index];
         daemon.process = None;
-        daemon.last_error = ending(daemon.plan.kind.program(), exit, &daemon.plan.log());
+        let program = daemon.plan.kind.program();
+        daemon.last_error = match daemon.hung.take() {
+            Some(reason) => format!("{program} hung and was killed: {reason}"),
+            None => ending(program, exit, &daemon.plan.log()),
+        };
+        daemon.down_since.get_or_insert_with(Instant::now);
         daemon.pause = if daemon.up_since.elapsed() >= STABLE_AFTER {
             Duration::ZERO
         } else {
@@ -201,11 +259,13 @@ impl Machine {
             Ok(up) => {
                 daemon.process = Some(up.process.keep());
                 daemon.listeners = up.listeners;
-                daemon.sandbox = up.sandbox;
+                daemon.info = up.info;
                 daemon.restarts += 1;
                 // They may have been changed while it was on its way.
                 daemon.untold = true;
                 daemon.up_since = Instant::now();
+                daemon.down_since = None;
+                self.start_spare(index);
                 true
             }
             Err(error) => {
@@ -220,12 +280,13 @@ impl Machine {
 
     /// Begins to restart a daemon; [`Self::daemon_event`] tells the outcome.
     pub(super) fn restart(&mut self, index: usize) {
-        let daemon = &self.daemons[index];
+        let daemon = &mut self.daemons[index];
         let (plan, listeners, pause) =
             (daemon.plan.clone(), daemon.listeners.clone(), daemon.pause);
+        let spare = daemon.spare.take();
         self.restarting.spawn(async move {
             tokio::time::sleep(pause).await;
-            (plan.kind, plan.bring_up(listeners).await)
+            (plan.kind, plan.bring_up(listeners, spare).await)
         });
     }
 
@@ -240,7 +301,7 @@ impl Machine {
     /// Tells daemons what they were not told yet; what fails is tried again with the next look.
     async fn tell_tuning(&mut self) {
         for daemon in &mut self.daemons {
-            if !daemon.untold || daemon.process.is_none() {
+            if !daemon.untold || daemon.process.is_none() || daemon.upgrade.is_some() {
                 continue;
             }
             let told = tokio::time::timeout(HEALTH_DEADLINE, daemon.plan.push_tuning()).await;
@@ -296,36 +357,19 @@ impl Machine {
                 .map(|device| device.name.clone())
                 .collect(),
             restarts: daemon.restarts,
-            sandbox: daemon.sandbox.clone(),
+            sandbox: daemon.info.sandbox.clone(),
+            version: daemon.info.version.clone(),
+            build: daemon.plan.build().to_owned(),
+            spare_pid: daemon
+                .spare
+                .as_ref()
+                .map_or(0, |spare| spare.process.pid() as u32),
             last_error: daemon.last_error.clone(),
+            hangs: daemon.hangs,
             log: daemon.plan.log().display().to_string(),
             ..ProcessStatus::default()
         });
         std::iter::once(vmm).chain(daemons).collect()
-    }
-}
-
-impl Health {
-    fn from_info(info: VmmInfo) -> Self {
-        Self {
-            paused: info.state() == VmmState::Paused,
-            resets: info.resets,
-            first_console_byte_ms: info.first_console_byte_ms,
-            sandbox: info.sandbox,
-            devices: info
-                .devices
-                .into_iter()
-                .map(|device| DeviceStatus {
-                    connected: device.connection() == DeviceConnection::Connected,
-                    name: device.tag,
-                    r#type: device.r#type,
-                    incarnations: device.incarnations,
-                    last_error: device.last_error,
-                    driver_ok: device.driver_ok,
-                    ..DeviceStatus::default()
-                })
-                .collect(),
-        }
     }
 }
 
@@ -339,6 +383,7 @@ async fn first_exit(daemons: &[Daemon]) -> (usize, Exit) {
     let mut endings: Vec<(usize, Ending<'_>)> = daemons
         .iter()
         .enumerate()
+        .filter(|(_, daemon)| daemon.upgrade.is_none())
         .filter_map(|(index, daemon)| Some((index, daemon.process.as_ref()?)))
         .map(|(index, process)| (index, Box::pin(process.exited()) as Ending<'_>))
         .collect();

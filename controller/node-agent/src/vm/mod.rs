@@ -20,13 +20,19 @@ mod command;
 mod daemon;
 pub(crate) mod disk;
 pub(crate) mod disks;
+mod hang;
+mod health;
+mod incarnation;
 mod machine;
 pub(crate) mod nics;
+mod outage;
 mod passt;
 mod ports;
 mod start;
+mod spare;
 mod status;
 mod stop;
+pub(crate) mod upgrade;
 mod vmm;
 
 use std::{
@@ -40,9 +46,10 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tonic::Code;
 
 pub(crate) use self::{
+    upgrade::{Done, UpgradeError, Wish},
     command::Refusal,
     daemon::{DaemonError, mac, with_deadline},
-    vmm::refresh_device,
+    vmm::{devices as vmm_devices, refresh_device},
 };
 use self::{
     command::{Answer, Command, reply},
@@ -58,6 +65,7 @@ use crate::{
     promised::Promised,
     record::{Assets, DaemonKind, Failure, Record, RecordError, State, Store},
     spec::{Power, Spec},
+    versions::Versions,
     volumes,
 };
 
@@ -81,6 +89,12 @@ pub(crate) struct Env {
     pub(crate) promised: Promised,
     /// Where `vmm-core` and the daemons are.
     pub(crate) bin_dir: PathBuf,
+    /// Other versions of the daemons.
+    pub(crate) versions: Versions,
+    /// Processes stand by for the daemons of all VMs.
+    pub(crate) warm_spares: bool,
+    /// A daemon that does not get on for this long is killed.
+    pub(crate) hang_after: Duration,
     /// What makes user networks, if it was named.
     pub(crate) passt: Option<PathBuf>,
     /// What NICs may be in.
@@ -184,6 +198,27 @@ impl Vm {
     /// Whether both are handles of one task.
     pub(crate) fn is(&self, other: &Self) -> bool {
         self.commands.same_channel(&other.commands)
+    }
+
+    /// Exchanges a daemon for another version; answers once that is done and durable, or undone.
+    ///
+    /// # Errors
+    /// Why the old version serves on.
+    pub(crate) async fn upgrade(&self, wish: Wish) -> Result<Done, UpgradeError> {
+        let vm = self.spec().id.clone();
+        let (answer, answered) = oneshot::channel();
+        let program = wish.kind.program();
+        let command = Command::Upgrade(Box::new(wish), answer);
+        self.commands
+            .try_send(command)
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => UpgradeError::Busy {
+                    vm: vm.clone(),
+                    program,
+                },
+                mpsc::error::TrySendError::Closed(_) => UpgradeError::Gone { vm: vm.clone() },
+            })?;
+        answered.await.unwrap_or(Err(UpgradeError::Gone { vm }))
     }
 
     async fn ask(&self, command: impl FnOnce(Answer) -> Command) -> Result<(), Refusal> {
@@ -307,6 +342,7 @@ impl Actor {
                         );
                     }
                 },
+                Some(Command::Upgrade(_, answer)) => self.refuse_upgrade(answer),
             }
         }
     }
@@ -315,7 +351,7 @@ impl Actor {
     async fn start(&mut self) -> Next {
         let env = self.env.clone();
         let spec = self.record.spec.clone();
-        let mut rising = start::Rising::new(&env, &spec);
+        let mut rising = start::Rising::new(&env, &spec, &self.record.pins);
         if let Err(error) = self.enter(State::Starting(rising.planned_assets()), None) {
             return self.fail(Failure {
                 code: Code::Internal as i32,
@@ -342,6 +378,7 @@ impl Actor {
         match outcome {
             Some(Ok(())) => {
                 let mut machine = rising.into_machine();
+                machine.keep_spares(self.wants_spares());
                 machine.refresh().await;
                 self.note_resets(&machine);
                 let _ = self.enter(State::Running(machine.assets()), Some(&machine));
@@ -371,6 +408,7 @@ impl Actor {
             }
             Command::Reset(answer) => reply(answer, Err(Refusal::NotRunning { id: self.id() })),
             Command::Delete(answer) => reply(answer, Err(Refusal::Running { id: self.id() })),
+            Command::Upgrade(_, answer) => self.refuse_upgrade(answer),
         }
     }
 
@@ -384,13 +422,19 @@ impl Actor {
                 exit = vmm.exited() => return self.ended(*machine, exit).await,
                 changed = machine.daemon_event(&self.env) => {
                     if changed {
+                        self.note_pins(&mut machine);
                         let _ = self.enter(State::Running(machine.assets()), Some(&machine));
+                        machine.answer_upgrades();
+                        machine.enforce_policies(&self.record.spec).await;
                         // vmm-core connects within milliseconds.
                         refresh.reset_after(RECONNECT_INTERVAL);
                     }
                 }
                 _ = refresh.tick() => {
                     machine.refresh().await;
+                    machine.watch_daemons(self.env.hang_after).await;
+                    machine.enforce_policies(&self.record.spec).await;
+                    machine.tend_spares();
                     self.note_health(&machine);
                 }
                 command = self.commands.recv() => match command {
@@ -399,6 +443,8 @@ impl Actor {
                         let accepted = self.accept_unchanged_machine(*spec);
                         if accepted.is_ok() {
                             machine.tune(&self.record.spec).await;
+                            machine.keep_spares(self.wants_spares());
+                            machine.enforce_policies(&self.record.spec).await;
                             self.env.networks.tune(&self.record.spec).await;
                         }
                         self.publish(Some(&machine));
@@ -417,6 +463,9 @@ impl Actor {
                     }
                     Some(Command::Delete(answer)) => {
                         reply(answer, Err(Refusal::Running { id: self.id() }));
+                    }
+                    Some(Command::Upgrade(wish, answer)) => {
+                        machine.begin_upgrade(&self.record.spec.id, *wish, answer);
                     }
                 }
             }
@@ -511,9 +560,25 @@ impl Actor {
         self.publish(Some(machine));
     }
 
+    fn wants_spares(&self) -> bool {
+        self.env.warm_spares || self.record.spec.warm_spare
+    }
+
     fn note_resets(&mut self, machine: &Machine) {
         self.record.resets = machine.health.resets;
         self.record.first_console_byte_ms = machine.health.first_console_byte_ms;
+    }
+
+    /// Takes over which versions daemons were exchanged for; the next `enter` keeps that.
+    fn note_pins(&mut self, machine: &mut Machine) {
+        for (kind, pin) in machine.new_pins.drain(..) {
+            self.record.pins.retain(|known| known.kind != kind);
+            self.record.pins.extend(pin);
+        }
+    }
+
+    fn refuse_upgrade(&self, answer: upgrade::Answer) {
+        let _ = answer.send(Err(UpgradeError::NotRunning { vm: self.id() }));
     }
 
     fn forget(&mut self) -> Result<(), RecordError> {

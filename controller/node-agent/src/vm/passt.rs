@@ -12,6 +12,8 @@ use std::{
     time::Duration,
 };
 
+use api::device::DaemonInfo;
+
 use super::daemon::{DaemonError, Listeners, Up};
 use crate::{
     process::{Guard, Process},
@@ -203,8 +205,17 @@ pub(super) async fn bring_up(
     Ok(Up {
         process,
         listeners: Listeners::new(),
-        sandbox,
+        info: info(sandbox),
     })
+}
+
+/// What it would say of itself.
+pub(super) fn info(sandbox: Vec<String>) -> DaemonInfo {
+    DaemonInfo {
+        name: PROGRAM.to_owned(),
+        sandbox,
+        ..DaemonInfo::default()
+    }
 }
 
 async fn ready(process: &Guard, socket: &Path) -> Vec<String> {

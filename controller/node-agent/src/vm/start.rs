@@ -30,9 +30,10 @@ use crate::{
     image::Claim,
     network::NetworkError,
     process::Process,
-    record::{Assets, DaemonKind},
+    record::Assets,
     spec::Spec,
     tap::{self, TapError},
+    versions::Pinned,
 };
 
 /// sun_path less the NUL.
@@ -162,10 +163,11 @@ pub(super) struct Rising {
     daemons: Vec<Daemon>,
     vmm: Option<Process>,
     boot_id: String,
+    pins: Vec<Pinned>,
 }
 
 impl Rising {
-    pub(super) fn new(env: &Env, spec: &Spec) -> Self {
+    pub(super) fn new(env: &Env, spec: &Spec, pins: &[Pinned]) -> Self {
         let planned_taps = (0..spec.nics.len())
             .filter(|&index| spec.nics[index].tap.is_none() && spec.nics[index].user.is_none())
             .map(|index| tap::name(&spec.id, index))
@@ -181,6 +183,7 @@ impl Rising {
             daemons: Vec::new(),
             vmm: None,
             boot_id: env.boot_id.clone(),
+            pins: pins.to_vec(),
         }
     }
 
@@ -236,7 +239,7 @@ pub(super) async fn bring_up(
     let dir = env.vm_dir(&spec.id);
     let passt = passt::find(env.passt.as_deref(), &env.bin_dir, spec).await?;
     let spec = &ports::joined(env, spec).await?;
-    let plans = daemon::plans(
+    let mut plans = daemon::plans(
         spec,
         &env.bin_dir,
         &passt,
@@ -244,7 +247,10 @@ pub(super) async fn bring_up(
         &env.volumes,
         &env.networks,
     );
-    check_host(env, spec, &dir, plans.iter().map(|plan| plan.kind))?;
+    for plan in &mut plans {
+        plan.use_pin(&rising.pins);
+    }
+    check_host(env, spec, &dir, &plans)?;
     claim_images(env, spec, &mut rising.claims).await?;
     make_dir(&dir, &mut rising.dir_made)?;
     make_seed(spec, &dir)?;
@@ -252,7 +258,7 @@ pub(super) async fn bring_up(
         make_tap(spec, index, rising).await?;
     }
     for plan in plans {
-        let up = plan.bring_up(daemon::Listeners::new()).await?;
+        let up = plan.bring_up(daemon::Listeners::new(), None).await?;
         rising.daemons.push(Daemon::up(plan, up));
     }
     ports::attach(env, spec, &dir).await?;
@@ -270,16 +276,16 @@ fn check_host(
     env: &Env,
     spec: &Spec,
     dir: &Path,
-    daemons: impl Iterator<Item = DaemonKind>,
+    plans: &[daemon::Plan],
 ) -> Result<(), StartError> {
     check_boot_file("kernel", &spec.kernel)?;
     if let Some(initramfs) = &spec.initramfs {
         check_boot_file("initramfs", initramfs)?;
     }
     check_socket_paths(spec, dir)?;
-    let ours = daemons.filter(|kind| !matches!(kind, DaemonKind::Passt(_)));
-    for program in std::iter::once("vmm-core").chain(ours.map(DaemonKind::program)) {
-        let path = env.bin_dir.join(program);
+    let ours = plans.iter().filter(|plan| plan.can_stand_by());
+    let programs = ours.map(|plan| plan.program().to_owned());
+    for path in std::iter::once(env.bin_dir.join("vmm-core")).chain(programs) {
         if !path.is_file() {
             return Err(StartError::Program { path });
         }
@@ -331,7 +337,8 @@ fn check_socket_paths(spec: &Spec, dir: &Path) -> Result<(), StartError> {
         .chain(spec.cloud_init.as_ref().map(|_| SEED_DISK));
     let paths = devices
         .map(|name| daemon::socket(dir, name))
-        .chain(std::iter::once(dir.join("blk.sock")));
+        // The longest that a process of a daemon is started on.
+        .chain(std::iter::once(dir.join("blk.100000.sock")));
     match paths.max_by_key(|path| path.as_os_str().len()) {
         Some(path) if path.as_os_str().len() > MAX_SOCKET_PATH_BYTES => {
             Err(StartError::SocketPath { path })

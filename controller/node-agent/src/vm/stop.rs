@@ -73,7 +73,9 @@ impl Actor {
                 exit = vmm.exited() => return Some(exit),
                 () = tokio::time::sleep_until(asked_at + grace) => return None,
                 _ = machine.daemon_event(&self.env) => {
+                    self.note_pins(machine);
                     let _ = self.enter(State::Stopping(machine.assets()), Some(machine));
+                    machine.answer_upgrades();
                 }
                 _ = press.tick() => {
                     if let Err(error) = vmm::power_button(&machine.dir).await
@@ -103,6 +105,7 @@ impl Actor {
             }
             Command::Reset(answer) => reply(answer, Err(Refusal::NotRunning { id: self.id() })),
             Command::Delete(answer) => reply(answer, Err(Refusal::Running { id: self.id() })),
+            Command::Upgrade(_, answer) => self.refuse_upgrade(answer),
         }
     }
 
@@ -110,6 +113,11 @@ impl Actor {
     /// deleted.
     pub(super) async fn clean_up(&self, mut machine: Machine) {
         machine.restarting.shutdown().await;
+        machine.upgrading.shutdown().await;
+        machine.sparing.shutdown().await;
+        for daemon in &mut machine.daemons {
+            daemon.spare = None;
+        }
         let daemons = machine
             .daemons
             .iter_mut()
