@@ -111,6 +111,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) metrics_listen: Option<String>,
 
+    /// Lets faults be armed over the control socket (service mortise.device.v1.Faults). For
+    /// experiments: whoever reaches the socket can then spoil what guests read and write
+    #[arg(long)]
+    pub(crate) allow_faults: bool,
+
     /// How long an image that is in use is waited for; a killed process holds its images until
     /// its last request has ended
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]

@@ -18,6 +18,7 @@ use api::device::{AttachRequest, BackingImage, FdRef};
 use api::fds::Inbox;
 use api::listen::{self, SocketFile, Sweeper};
 use api::serve::Services;
+use faults::{Faults, Kind};
 
 use crate::assembly::{Files, assemble};
 use crate::cli::{Args, DiskArg, Source};
@@ -85,9 +86,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let lock_wait = args.lock_wait;
     let opened_images = Arc::new(Mutex::new(BTreeMap::new()));
     let images = Arc::clone(&opened_images);
+    let faults = args
+        .allow_faults
+        .then(|| Faults::start(Kind::Block))
+        .transpose()?;
+    let faults_of_disks = faults.clone();
     let table = DeviceTable::new("device-blk", achieved.into_names(), inbox, move |parts| {
         let opened = lock(&images).remove(&parts.request.id);
-        Disk::attach(parts, opened, lock_wait)
+        Disk::attach(parts, opened, lock_wait, faults_of_disks.as_ref())
     });
     let mut socket_files = Vec::new();
     for Opened {
@@ -111,7 +117,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         "serving"
     );
     let disks = DisksServer::new(DiskService::new(table.clone(), lock_wait));
-    api::daemon::run(&table, Services::new().with(disks), control, metrics)?;
+    let services = Services::new()
+        .with(disks)
+        .with(api::fault_control::service(faults));
+    api::daemon::run(&table, services, control, metrics)?;
     tracing::info!("drained and stopped");
     Ok(())
 }

@@ -4,14 +4,16 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use faults::{DeviceFaults, Wake};
 use vhost_user::backend::{Device, QueueHandler};
 
 use crate::confinement;
 use crate::engine::backend::ServeOptions;
+use crate::engine::misbehaviour::QueueWaker;
 use crate::engine::{Backend, BlkQueue, CacheMode, MAX_QUEUE_SIZE, affinity};
 use crate::image::{Image, SECTOR_BYTES};
-use request::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::stats::{QueueStats, Snapshot};
+use request::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES};
 
 /// `VIRTIO_BLK_F_*`, as bit numbers (Virtio 1.2 section 5.2.3).
 mod feature {
@@ -38,12 +40,13 @@ const SIZE_MAX: u32 = 1 << 20;
 const WRITEBACK_OFFSET: u32 = 32;
 
 /// One disk. Outlives sessions.
-#[derive(Debug)]
 pub(crate) struct BlkDevice {
     backend: Arc<Backend>,
     /// The driver's choice of cache mode; true for write-back.
     write_back: Arc<AtomicBool>,
     queues: Vec<Arc<QueueStats>>,
+    /// Hears of faults for as long as the device is there.
+    _fault_waker: Arc<dyn Wake>,
 }
 
 /// The answer to GET_ID; cut to 20 bytes.
@@ -58,8 +61,12 @@ impl BlkDevice {
     /// Serves `image` on up to `num_queues` queues.
     pub(crate) fn new(image: Arc<dyn Image>, num_queues: u16, options: ServeOptions) -> Self {
         let slow = Arc::clone(&options.slow);
+        let backend = Arc::new(Backend::new(image, options));
+        let fault_waker: Arc<dyn Wake> = Arc::new(QueueWaker(Arc::clone(&backend)));
+        backend.faults().add_waker(&fault_waker);
         Self {
-            backend: Arc::new(Backend::new(image, options)),
+            backend,
+            _fault_waker: fault_waker,
             write_back: Arc::new(AtomicBool::new(true)),
             queues: (0..num_queues)
                 .map(|index| Arc::new(QueueStats::new(index, Arc::clone(&slow))))
@@ -193,6 +200,10 @@ impl Device for BlkDevice {
             .map_err(io::Error::other)?;
         confinement::confine_queue_thread().map_err(io::Error::other)?;
         Ok(Box::new(queue))
+    }
+
+    fn faults(&self) -> Option<Arc<DeviceFaults>> {
+        Some(Arc::clone(self.backend.faults())).filter(|faults| faults.is_possible())
     }
 
     fn reset(&self) {

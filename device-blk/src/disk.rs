@@ -10,6 +10,7 @@ use api::daemon::{DeviceHistogram, Parts, ServedDevice};
 use api::device::attach_request::Device as DeviceConfig;
 use api::device::{BlkConfig, BlkStats, Device, Polling, QueueHealth, RateLimits};
 use api::latency::Distribution;
+use faults::{DeviceFaults, Faults};
 use tonic::Status;
 use vhost_user::backend::{self, Server};
 
@@ -22,8 +23,8 @@ use crate::jobs::Jobs;
 use crate::latency::SlowThreshold;
 use crate::limiter::Limiter;
 use crate::remote;
-use request::OpKind;
 use crate::tracking::Tracker;
+use request::OpKind;
 
 /// How long a job has to end before its disk does: a block to slow storage, and a switch.
 const JOB_TIMEOUT: Duration = Duration::from_secs(20);
@@ -51,6 +52,7 @@ impl Disk {
         parts: Parts,
         opened: Option<Arc<dyn Image>>,
         lock_patience: Duration,
+        faults: Option<&Arc<Faults>>,
     ) -> Result<Arc<dyn ServedDevice>, Status> {
         let Parts {
             request,
@@ -103,6 +105,7 @@ impl Disk {
             admission: limiter.clone(),
             observer: tracker.clone(),
             slow: SlowThreshold::new(config.slow_request_ms),
+            faults: faults.map_or_else(DeviceFaults::none, |faults| faults.device(&request.id)),
         };
         let device = Arc::new(BlkDevice::new(image, num_queues, options));
         let server = Server::spawn(&request.id, listener, device.clone())

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use faults::DeviceFaults;
 use vhost_user::backend::Polling;
 
 use super::gate::{Gate, GateError};
@@ -74,6 +75,8 @@ pub(crate) struct ServeOptions {
     pub(crate) admission: Arc<dyn Admission>,
     pub(crate) observer: Arc<dyn WriteObserver>,
     pub(crate) slow: Arc<SlowThreshold>,
+    /// What is to go wrong on purpose.
+    pub(crate) faults: Arc<DeviceFaults>,
 }
 
 impl Default for ServeOptions {
@@ -86,6 +89,7 @@ impl Default for ServeOptions {
             admission: Arc::new(Unobserved),
             observer: Arc::new(Unobserved),
             slow: SlowThreshold::new(0),
+            faults: DeviceFaults::none(),
         }
     }
 }
@@ -192,6 +196,11 @@ impl Backend {
     /// Makes queues look at what changed: limits, capacity.
     pub(crate) fn wake_queues(&self) {
         self.gate.wake_all();
+    }
+
+    /// What is to go wrong on purpose.
+    pub(crate) fn faults(&self) -> &Arc<DeviceFaults> {
+        &self.options.faults
     }
 
     /// See [`ServeOptions::cpus`].

@@ -21,6 +21,7 @@ use vhost_user::ring::DescChain;
 
 use super::backend::Backend;
 use super::bounce::BouncePool;
+use super::misbehaviour::TransferFault;
 use super::ranges::Ranges;
 use super::sync::Nowait;
 use super::transfer::Transfer;
@@ -133,6 +134,20 @@ impl Job {
             accepted_ns: 0,
             work,
             retries: 0,
+        }
+    }
+
+    /// Makes a read or write go to a place so many sectors further on, if there is such a place.
+    pub(super) fn misdirect(&mut self, sectors: i64, capacity_sectors: u64) {
+        if let Work::Transfer(transfer) = &mut self.work {
+            transfer.misdirect(sectors, capacity_sectors);
+        }
+    }
+
+    /// Lets a read or write go wrong.
+    pub(super) fn spoil(&mut self, how: impl FnOnce(&mut TransferFault)) {
+        if let Work::Transfer(transfer) = &mut self.work {
+            how(transfer.fault.get_or_insert_default());
         }
     }
 

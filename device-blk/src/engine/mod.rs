@@ -27,6 +27,7 @@ pub(crate) mod gate;
 mod gather;
 mod ghosts;
 mod job;
+pub(crate) mod misbehaviour;
 mod ranges;
 pub(crate) mod ring_maker;
 mod sync;
@@ -47,16 +48,17 @@ use vhost_user::ring::{DescChain, Ring, RingError};
 
 use crate::image::{Access, SECTOR_BYTES};
 use crate::latency::SlowRequest;
-use request::{
-    self, ByteRange, HEADER_BYTES, ID_BYTES, LIFETIME_BYTES, Limits, MAX_RANGES, OpKind,
-    RANGE_BYTES, RangeOp, Request, Status,
-};
 use crate::stats::QueueStats;
 use alarm::{Alarm, monotonic_ns};
 pub(crate) use backend::Backend;
 use bounce::BouncePool;
 use complaints::Complaints;
 use job::{Backing, Job, Next, Served};
+use misbehaviour::Misbehaviour;
+use request::{
+    self, ByteRange, HEADER_BYTES, ID_BYTES, LIFETIME_BYTES, Limits, MAX_RANGES, OpKind,
+    RANGE_BYTES, RangeOp, Request, Status,
+};
 use sync::Nowait;
 use uring::{Uring, UringError};
 use workers::{Held, Item, Operation, Results};
@@ -118,6 +120,7 @@ pub(crate) struct BlkQueue {
     zero_range_works: bool,
     nowait: Nowait,
     complaints: Complaints,
+    misbehaviour: Misbehaviour,
     /// The last reading of the clock.
     now_ns: u64,
     unpublished: u32,
@@ -174,6 +177,7 @@ impl BlkQueue {
             zero_range_works: true,
             nowait: Nowait::default(),
             complaints: Complaints::default(),
+            misbehaviour: Misbehaviour::default(),
             now_ns: monotonic_ns(),
             unpublished: 0,
             is_unfinished: false,
@@ -203,7 +207,7 @@ impl BlkQueue {
     }
 
     fn held(&self) -> usize {
-        self.held.iter().map(VecDeque::len).sum()
+        self.held.iter().map(VecDeque::len).sum::<usize>() + self.misbehaviour.held()
     }
 
     /// Takes as many requests as there are, or as there is room for; no more than a ring holds,
@@ -213,7 +217,15 @@ impl BlkQueue {
             return Ok(false);
         }
         let limited = self.backend.options.admission.is_limited();
+        let is_faulty = misbehaviour::is_armed(&self.backend.options.faults);
         let mut progress = self.held() > 0 && self.admit_held(ring, limited);
+        if self.misbehaviour.is_holding() {
+            progress |= self.release_held_back(ring, limited, false);
+            if self.misbehaviour.is_paused() {
+                self.set_alarm();
+                return Ok(progress);
+            }
+        }
         let mut taken = 0;
         while taken < MAX_QUEUE_SIZE {
             if self.in_flight() + self.held() >= usize::from(MAX_QUEUE_SIZE) {
@@ -232,10 +244,13 @@ impl BlkQueue {
             self.stats.start();
             if let Some(mut job) = self.parse(ring, chain) {
                 job.accepted_ns = self.now_ns;
-                if !limited || self.admit(&job) {
-                    self.begin(ring, job);
-                } else if let Some((access, _)) = job.cost() {
-                    self.held[access as usize].push_back(job);
+                if is_faulty {
+                    self.misbehave(ring, job, limited);
+                    if self.misbehaviour.is_paused() {
+                        break;
+                    }
+                } else {
+                    self.begin_or_hold(ring, job, limited);
                 }
             }
         }
@@ -322,12 +337,29 @@ impl BlkQueue {
         None
     }
 
-    fn begin(&mut self, ring: &mut Ring, job: Job) {
+    /// Begins the request, or holds it until the rate limit allows it.
+    #[inline]
+    fn begin_or_hold(&mut self, ring: &mut Ring, job: Job, limited: bool) {
+        if !limited || self.admit(&job) {
+            self.begin(ring, job);
+        } else if let Some((access, _)) = job.cost() {
+            self.held[access as usize].push_back(job);
+        }
+    }
+
+    /// Puts a job into a slot of its own.
+    #[inline]
+    fn place(&mut self, job: Job) -> usize {
         let index = self.free_slots.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
             self.slots.len() - 1
         });
         self.slots[index].job = Some(job);
+        index
+    }
+
+    fn begin(&mut self, ring: &mut Ring, job: Job) {
+        let index = self.place(job);
         if self.advance(ring, index) {
             self.note_answer(ring);
         }
@@ -571,6 +603,7 @@ impl QueueHandler for BlkQueue {
             // Whoever stops a ring does not wait for rate limits.
             if self.held() > 0 && self.pass_gate() {
                 self.admit_held(ring, false);
+                self.release_held_back(ring, false, true);
             }
             self.uring.submit();
             self.reap(ring);

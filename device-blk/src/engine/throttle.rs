@@ -50,7 +50,7 @@ impl BlkQueue {
         let next = held
             .filter(|(jobs, _)| !jobs.is_empty())
             .map(|(_, at_ns)| at_ns);
-        if let Some(at_ns) = next.min() {
+        if let Some(at_ns) = next.chain(self.misbehaviour.next_ns()).min() {
             self.alarm.set(at_ns);
         }
     }

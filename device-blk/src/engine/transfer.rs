@@ -1,14 +1,16 @@
 //! A read or write, stretch by stretch.
 
+use faults::TornEnd;
 use io_uring::{opcode, squeue, types};
 use vhost_user::ring::{DescChain, Segment};
 
 use super::bounce::BOUNCE_BYTES;
 use super::buffer::AlignedBuffer;
 use super::job::{Backing, Next, Served, check_flush, check_progress, flush};
+use super::misbehaviour::TransferFault;
 use super::sync;
 use super::workers::Operation;
-use crate::image::{Access, Place, Ticket};
+use crate::image::{Access, Place, SECTOR_BYTES, Ticket};
 use request::{HEADER_BYTES, Status};
 
 /// `UIO_MAXIOV`.
@@ -23,6 +25,8 @@ pub(super) struct Transfer {
     step: Step,
     bounce: Option<AlignedBuffer>,
     ticket: Option<Ticket>,
+    /// What goes wrong on purpose.
+    pub(super) fault: Option<Box<TransferFault>>,
 }
 
 /// What is under way.
@@ -49,6 +53,7 @@ impl Transfer {
             step: Step::File,
             bounce: None,
             ticket: None,
+            fault: None,
         }
     }
 
@@ -71,9 +76,16 @@ impl Transfer {
         iovecs: &mut Vec<libc::iovec>,
     ) -> Next {
         loop {
-            let left_bytes = self.len_bytes - self.done_bytes;
+            let mut left_bytes = self.len_bytes - self.done_bytes;
             if left_bytes == 0 {
                 return self.end(backing);
+            }
+            if self.fault.is_some() {
+                match self.misbehave(left_bytes, backing) {
+                    Some(Ok(bytes)) => left_bytes = bytes,
+                    Some(Err(errno)) => return Next::Failed(errno),
+                    None => return self.end(backing),
+                }
             }
             match self.place(backing.served, left_bytes) {
                 Place::File {
@@ -103,7 +115,14 @@ impl Transfer {
                 }
                 Place::Zeroes { len_bytes } => {
                     let len_bytes = left_bytes.min(len_bytes as usize);
-                    chain.zero_at(self.done_bytes, len_bytes);
+                    match &mut self.fault {
+                        None => chain.zero_at(self.done_bytes, len_bytes),
+                        Some(fault) => {
+                            let mut zeroes = vec![0; len_bytes];
+                            fault.spoil(&mut zeroes);
+                            chain.write_at(self.done_bytes, &zeroes)
+                        }
+                    };
                     self.done_bytes += len_bytes;
                 }
                 Place::Worker { len_bytes } => {
@@ -123,6 +142,51 @@ impl Transfer {
                     });
                 }
             }
+        }
+    }
+
+    /// How much of the rest is moved next, as far as faults say; an error to answer with, or None
+    /// when nothing more is to be done.
+    #[cold]
+    fn misbehave(
+        &mut self,
+        left_bytes: usize,
+        backing: &Backing<'_>,
+    ) -> Option<Result<usize, i32>> {
+        let fault = self.fault.as_mut()?;
+        let block_bytes = backing.served.direct.map_or(1, |direct| direct.block_bytes);
+        let mut bytes = left_bytes;
+        if let Some(short_bytes) = fault.short_bytes.take() {
+            bytes = bytes.min(short_bytes.next_multiple_of(block_bytes));
+        }
+        let Some((torn_bytes, end)) = fault.torn else {
+            return Some(Ok(bytes));
+        };
+        let torn_bytes = torn_bytes / block_bytes * block_bytes;
+        bytes = bytes.min(torn_bytes.saturating_sub(self.done_bytes));
+        if bytes > 0 {
+            return Some(Ok(bytes));
+        }
+        match end {
+            TornEnd::Error => Some(Err(libc::EIO)),
+            TornEnd::Success => {
+                self.done_bytes = self.len_bytes;
+                None
+            }
+            TornEnd::Crash => faults::crash(),
+        }
+    }
+
+    /// See [`super::job::Job::misdirect`].
+    pub(super) fn misdirect(&mut self, sectors: i64, capacity_sectors: u64) {
+        let sector = self.offset_bytes / SECTOR_BYTES;
+        let len_sectors = (self.len_bytes as u64).div_ceil(SECTOR_BYTES);
+        if let Some(elsewhere) = sector.checked_add_signed(sectors)
+            && elsewhere
+                .checked_add(len_sectors)
+                .is_some_and(|end| end <= capacity_sectors)
+        {
+            self.offset_bytes = elsewhere * SECTOR_BYTES;
         }
     }
 
@@ -179,7 +243,12 @@ impl Transfer {
             length_bits |= segment.len();
             iovecs.extend_from_slice(Segment::as_iovecs(&[segment]));
         }
+        let is_spoiled = self
+            .fault
+            .as_ref()
+            .is_some_and(|fault| fault.corrupt.is_some());
         let is_usable = !backing.served.has_cipher
+            && !is_spoiled
             && backing.served.direct.is_none_or(|direct| {
                 address_bits & (direct.mem_align_bytes - 1) == 0
                     && length_bits & (direct.block_bytes - 1) == 0
@@ -208,6 +277,9 @@ impl Transfer {
             let into = &mut buffer.as_mut_slice()[..len_bytes];
             let copied = chain.read_at(HEADER_BYTES + self.done_bytes, into);
             debug_assert_eq!(copied, len_bytes, "lengths were checked");
+            if let Some(fault) = &mut self.fault {
+                fault.spoil(into);
+            }
             if let Some(cipher) = backing.served.image.cipher() {
                 cipher.encrypt(self.offset_bytes + self.done_bytes as u64, into);
             }
@@ -274,6 +346,9 @@ impl Transfer {
                 let read = &mut buffer.as_mut_slice()[..*moved_bytes];
                 if let Some(cipher) = backing.served.image.cipher() {
                     cipher.decrypt(self.offset_bytes + self.done_bytes as u64, read);
+                }
+                if let Some(fault) = &mut self.fault {
+                    fault.spoil(read);
                 }
                 chain.write_at(self.done_bytes, read);
             }

@@ -67,6 +67,11 @@ impl DeviceFaults {
         Arc::new(Self::new("", None))
     }
 
+    /// Whether anything can be armed.
+    pub fn is_possible(&self) -> bool {
+        self.timer.is_some()
+    }
+
     /// The device.
     pub fn id(&self) -> &str {
         &self.id
