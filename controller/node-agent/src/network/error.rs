@@ -165,6 +165,16 @@ pub(crate) enum NetworkError {
         /// The network.
         id: String,
     },
+    /// The program of its switch is missing.
+    #[error(
+        "network {id}: program {path} does not exist; build it, or name its directory with --bin-dir", path = .path.display()
+    )]
+    NoSwitchProgram {
+        /// The network.
+        id: String,
+        /// Where it should be.
+        path: PathBuf,
+    },
     /// The tap between its switch and its bridge.
     #[error("network {id}: uplink of its switch")]
     Tap {

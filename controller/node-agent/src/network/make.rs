@@ -66,6 +66,13 @@ impl Networks {
             check_bridge(&names::bridge(spec))?;
         }
         let uplink = self.uplink(made, spec)?;
+        let program = self.inner.bin_dir.join(switch::PROGRAM);
+        if is_switched(spec) && !program.is_file() {
+            return Err(NetworkError::NoSwitchProgram {
+                id: id.clone(),
+                path: program,
+            });
+        }
         if has_own_bridge(spec) {
             self.make_bridge(made, spec, &dir).await?;
         } else {
@@ -85,7 +92,7 @@ impl Networks {
         }
         let plan = switch::Plan {
             network: id.clone(),
-            program: self.inner.bin_dir.join(switch::PROGRAM),
+            program,
             dir,
             uplink,
         };
