@@ -50,6 +50,15 @@ pub(crate) fn verify(device: &str, seed: u64, bytes: u64) -> Report {
     check(device, bytes, |disk| disk.compare(seed, bytes))
 }
 
+/// A disk past the page cache, which has room for `bytes`.
+pub(crate) fn open_direct(device: &str, bytes: u64, writable: bool) -> Result<File, String> {
+    let disk = Disk::open(device, bytes)?;
+    match disk.attribute("ro") == "1" && writable {
+        true => Err(format!("{device} is read-only")),
+        false => Ok(disk.file),
+    }
+}
+
 fn check(device: &str, bytes: u64, work: impl FnOnce(&mut Disk) -> Result<(), String>) -> Report {
     let started = Instant::now();
     let mut disk = match Disk::open(device, bytes) {
@@ -216,7 +225,7 @@ fn discard(file: &File, range: [u64; 2]) -> Result<(), String> {
         .map_err(|error| format!("discard: {error}"))
 }
 
-fn zero_out(file: &File, range: [u64; 2]) -> Result<(), String> {
+pub(crate) fn zero_out(file: &File, range: [u64; 2]) -> Result<(), String> {
     // SAFETY: the kernel reads two numbers from the array, which lives through the call.
     let result = unsafe { ioctl::zero_out(file.as_raw_fd(), &raw const range) };
     result
@@ -225,13 +234,13 @@ fn zero_out(file: &File, range: [u64; 2]) -> Result<(), String> {
 }
 
 /// Memory as `O_DIRECT` wants it.
-struct Aligned {
+pub(crate) struct Aligned {
     start: *mut u8,
     layout: Layout,
 }
 
 impl Aligned {
-    fn new(len: usize) -> Self {
+    pub(crate) fn new(len: usize) -> Self {
         assert!(len > 0, "a buffer of nothing");
         let layout =
             Layout::from_size_align(len, BLOCK_LEN).expect("a block's length is a power of two");

@@ -11,6 +11,7 @@ mod memory;
 mod net;
 mod serve;
 mod smp;
+mod stress;
 mod system;
 
 use guest::plan::{End, Job, Plan};
@@ -142,6 +143,17 @@ fn run(job: &Job) -> Report {
             seed,
             bytes,
         } => disk::verify(device, *seed, *bytes),
+        Job::Oracle {
+            device,
+            seed,
+            bytes,
+            seconds,
+        } => stress::run(device, *seed, *bytes, *seconds),
+        Job::OracleCheck {
+            device,
+            seed,
+            bytes,
+        } => stress::check(device, *seed, *bytes),
         Job::FileSystem { device, bytes } => file_system::check(device, *bytes),
         Job::Folder { tag, seed } => folder::check(tag, *seed),
     }

@@ -1,7 +1,7 @@
 //! A test guest's work, as words on its kernel command line.
 //!
 //! `mortise.root=vda mortise.smp=4 mortise.addr=10.0.0.2/24 mortise.net=10.0.0.1:5000,SEED,BYTES
-//! mortise.disk=vda,SEED,BYTES mortise.file-system=vdb,BYTES mortise.folder=TAG,SEED
+//! mortise.disk=vda,SEED,BYTES mortise.oracle=vda,SEED,BYTES,SECONDS mortise.file-system=vdb,BYTES mortise.folder=TAG,SEED
 //! mortise.end=poweroff`; jobs run in the order of their words, and a job may occur several times.
 //! A guest whose plan ends with `mortise.end=obey` takes further plans, one a line, from its console.
 
@@ -104,6 +104,26 @@ pub enum Job {
         /// A multiple of the pattern's block.
         bytes: u64,
     },
+    /// Write, read and flush blocks that describe themselves, and verify all that was acknowledged.
+    Oracle {
+        /// As in `/dev`: vda.
+        device: String,
+        /// Of the blocks.
+        seed: u64,
+        /// From the disk's start; a multiple of 4096.
+        bytes: u64,
+        /// How long.
+        seconds: u64,
+    },
+    /// After a reboot: see that all of these blocks are whole.
+    OracleCheck {
+        /// As in `/dev`: vda.
+        device: String,
+        /// Of the blocks.
+        seed: u64,
+        /// From the disk's start; a multiple of 4096.
+        bytes: u64,
+    },
     /// Make an ext4 file system, write files with fio, trim, check it with e2fsck, read the files
     /// again. Needs these programs, which are on the tools' root disk.
     FileSystem {
@@ -193,6 +213,17 @@ impl fmt::Display for Plan {
                 } => {
                     write!(f, "mortise.disk-read={device},{seed},{bytes} ")?;
                 }
+                Job::Oracle {
+                    device,
+                    seed,
+                    bytes,
+                    seconds,
+                } => write!(f, "mortise.oracle={device},{seed},{bytes},{seconds} ")?,
+                Job::OracleCheck {
+                    device,
+                    seed,
+                    bytes,
+                } => write!(f, "mortise.oracle-check={device},{seed},{bytes} ")?,
                 Job::FileSystem { device, bytes } => {
                     write!(f, "mortise.file-system={device},{bytes} ")?;
                 }
@@ -276,6 +307,17 @@ impl Plan {
                 seed: seed.parse().ok()?,
                 bytes: bytes.parse().ok()?,
             },
+            ("oracle", [device, seed, bytes, seconds]) => Job::Oracle {
+                device: (*device).to_owned(),
+                seed: seed.parse().ok()?,
+                bytes: bytes.parse().ok()?,
+                seconds: seconds.parse().ok()?,
+            },
+            ("oracle-check", [device, seed, bytes]) => Job::OracleCheck {
+                device: (*device).to_owned(),
+                seed: seed.parse().ok()?,
+                bytes: bytes.parse().ok()?,
+            },
             ("file-system", [device, bytes]) => Job::FileSystem {
                 device: (*device).to_owned(),
                 bytes: bytes.parse().ok()?,
@@ -355,6 +397,17 @@ mod tests {
                     device: "vdb".into(),
                     seed: 1,
                     bytes: 4096,
+                },
+                Job::Oracle {
+                    device: "vda".into(),
+                    seed: 4,
+                    bytes: 1 << 20,
+                    seconds: 10,
+                },
+                Job::OracleCheck {
+                    device: "vda".into(),
+                    seed: 4,
+                    bytes: 1 << 20,
                 },
                 Job::FileSystem {
                     device: "vdc".into(),

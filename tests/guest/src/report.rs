@@ -4,6 +4,8 @@ use std::io::Write;
 
 use serde::{Deserialize, Serialize};
 
+use crate::oracle::{Spread, Summary};
+
 /// The first line of userspace.
 pub const UP_LINE: &str = "mortise-guest: userspace up";
 /// The first line after the guest moved to its root disk.
@@ -45,6 +47,27 @@ pub enum Report {
         zeroed: bool,
         /// Of the pattern's write, flush and read.
         elapsed_ms: u64,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// A disk under verified load; comes again and again until the load is over.
+    Oracle {
+        /// As in `/dev`.
+        device: String,
+        /// Since the load began.
+        elapsed_ms: u64,
+        /// The load is over, and the disk was read once more.
+        last: bool,
+        /// What was found so far.
+        summary: Summary,
+        /// Of all requests so far.
+        latency: Spread,
+        /// Of those since the last report.
+        window: Spread,
+        /// The long ones among them, in microseconds.
+        stalls: Vec<u64>,
+        /// Of the disk's content, in the last report.
+        digest: String,
         /// What went wrong.
         error: Option<String>,
     },
@@ -188,6 +211,7 @@ impl Report {
             Self::Smp { error, .. }
             | Self::Memory { error, .. }
             | Self::Disk { error, .. }
+            | Self::Oracle { error, .. }
             | Self::Net { error, .. }
             | Self::Address { error, .. }
             | Self::Lease { error, .. }

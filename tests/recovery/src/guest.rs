@@ -18,8 +18,6 @@ use crate::random::Random;
 use crate::ring::{Kind, Ring, RingMemory};
 use crate::transport::{Flaw, Progress, Transport, Wiring};
 
-/// Something must complete within this while anything is in flight, backend or not.
-const STALL_LIMIT: Duration = Duration::from_secs(20);
 const WAKE: u64 = u64::MAX;
 /// What one read touches of memory.
 const TOUCH_BYTES: usize = 1 << 20;
@@ -45,6 +43,8 @@ pub struct Habits {
     pub writes_percent: u64,
     /// What to do wrong.
     pub flaw: Flaw,
+    /// How long nothing may complete while anything is in flight.
+    pub patience: Duration,
 }
 
 impl Default for Habits {
@@ -59,6 +59,7 @@ impl Default for Habits {
             flush_every: 1000,
             writes_percent: 50,
             flaw: Flaw::None,
+            patience: Duration::from_secs(20),
         }
     }
 }
@@ -290,7 +291,7 @@ impl Driver {
             if self.display.ended.load(Ordering::SeqCst) && self.in_flight == 0 {
                 return self.ledger;
             }
-            if self.last_completion.elapsed() > STALL_LIMIT && self.in_flight > 0 {
+            if self.last_completion.elapsed() > self.habits.patience && self.in_flight > 0 {
                 self.ledger.note_unanswered(self.in_flight);
                 return self.give_up();
             }
@@ -408,7 +409,7 @@ impl Driver {
     }
 
     fn await_below(&mut self, index: usize, count: usize) -> bool {
-        let give_up = Instant::now() + STALL_LIMIT;
+        let give_up = Instant::now() + self.habits.patience;
         while self.rings[index].in_flight() >= count {
             self.reap(index);
             if Instant::now() >= give_up || !self.ledger.summary().is_clean() {

@@ -75,6 +75,21 @@ pub fn examine(seed: u64, buffer: &[u8]) -> Content {
     })
 }
 
+/// A number for what was found at `block`. Those of a disk's blocks, XORed, tell two states of it
+/// apart.
+#[must_use]
+pub fn digest(block: u64, content: Content) -> u64 {
+    match content {
+        Content::Blank => 0,
+        Content::Whole {
+            block: found,
+            sequence,
+        } => mix(mix(mix(1, block), found), sequence),
+        Content::Torn => mix(2, block),
+        Content::Foreign => mix(3, block),
+    }
+}
+
 fn examine_sector(seed: u64, index: u64, sector: &[u8]) -> Content {
     let mut words = [0; WORDS];
     for (word, bytes) in words.iter_mut().zip(sector.as_chunks::<8>().0) {
