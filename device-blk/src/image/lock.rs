@@ -37,8 +37,12 @@ const WRITE_UNCHANGED: i64 = 2;
 const RESIZE: i64 = 3;
 const ALL_PERMS: [i64; 4] = [CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE];
 
-/// How often a busy lock is tried again.
-const RETRY_INTERVAL: Duration = Duration::from_millis(5);
+/// How often a busy lock is tried again: at first, while it is likely a killed process's and a guest
+/// waits for its fall, and after [`RECOVERY_TIME`].
+const RETRY_INTERVALS: (Duration, Duration) =
+    (Duration::from_micros(250), Duration::from_millis(5));
+/// Killed processes hold their images for tens of milliseconds; with much memory, hundreds.
+const RECOVERY_TIME: Duration = Duration::from_millis(500);
 
 /// Locks `file` as its reader or its only writer, trying for `patience` at most.
 ///
@@ -49,7 +53,8 @@ pub(crate) fn acquire(
     read_only: bool,
     patience: Duration,
 ) -> Result<(), ImageError> {
-    let give_up = Instant::now() + patience;
+    let started = Instant::now();
+    let give_up = started + patience;
     loop {
         match try_acquire(file, read_only) {
             Ok(None) => return Ok(()),
@@ -61,7 +66,11 @@ pub(crate) fn acquire(
                         holder,
                     });
                 }
-                std::thread::sleep(RETRY_INTERVAL);
+                let is_early = started.elapsed() < RECOVERY_TIME;
+                std::thread::sleep(match is_early {
+                    true => RETRY_INTERVALS.0,
+                    false => RETRY_INTERVALS.1,
+                });
             }
             Err(source) => {
                 release(file);

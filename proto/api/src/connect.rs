@@ -13,8 +13,9 @@ use tower::service_fn;
 
 use crate::listen::Address;
 
-/// Between two attempts within the deadline.
-const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// Between two attempts within the deadline, at first and at most: a process that was just started
+/// listens in milliseconds, and guests may be waiting for it.
+const RETRY_INTERVALS: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Connects to either kind of address, trying again until `timeout` has passed.
@@ -81,6 +82,7 @@ where
 {
     let deadline = Instant::now() + timeout;
     let mut last = None;
+    let mut interval = RETRY_INTERVALS.0;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         match tokio::time::timeout(left, connect()).await {
@@ -88,13 +90,14 @@ where
             Ok(Err(error)) => last = Some(error),
             Err(_elapsed) => {}
         }
-        if Instant::now() + RETRY_INTERVAL >= deadline {
+        if Instant::now() + interval >= deadline {
             return Err(ConnectError {
                 address,
                 source: last,
             });
         }
-        tokio::time::sleep(RETRY_INTERVAL).await;
+        tokio::time::sleep(interval).await;
+        interval = (interval * 2).min(RETRY_INTERVALS.1);
     }
 }
 
