@@ -19,6 +19,7 @@ mod disks;
 mod networks;
 mod nics;
 mod security_groups;
+mod upgrades;
 mod vms;
 mod volumes;
 
@@ -29,6 +30,7 @@ pub use security_groups::{
     create_security_group, delete_security_group, get_security_group, update_security_group,
     visible_security_group,
 };
+pub use upgrades::upgrade_devices;
 pub(crate) use vms::phase_word;
 pub use vms::{create_vm, delete_vm, start_vm, stop_vm};
 pub use volumes::{check_volume, create_volume, delete_volume, resize_volume};
@@ -239,6 +241,7 @@ fn is_cancellable_job(kind: pb::OperationKind) -> bool {
     matches!(
         kind,
         pb::OperationKind::MirrorDisk
+            | pb::OperationKind::UpgradeDevices
             | pb::OperationKind::BackupDisk
             | pb::OperationKind::CommitDisk
             | pb::OperationKind::CheckVolume

@@ -567,6 +567,7 @@ fn job_event(operation: &pb::Operation) -> Option<pb::Event> {
         pb::OperationKind::MirrorDisk => ("DISK_MIRROR", "DISK_MIRRORED"),
         pb::OperationKind::BackupDisk => ("DISK_BACKUP", "DISK_BACKED_UP"),
         pb::OperationKind::CommitDisk => ("DISK_COMMIT", "DISK_COMMITTED"),
+        pb::OperationKind::UpgradeDevices => ("DEVICE_UPGRADE", "DEVICES_UPGRADED"),
         _ => return None,
     };
     let mut event = match &operation.error {

@@ -125,7 +125,10 @@ impl Api {
                 metadata.progress = if metadata.ready {
                     "keeps up; vmctl disk mirror complete switches over".to_owned()
                 } else {
-                    format!("{} under way", job.kind)
+                    match job.stage.as_str() {
+                        "" => format!("{} under way", job.kind),
+                        stage => format!("{} under way, {stage}", job.kind),
+                    }
                 };
             }
         }

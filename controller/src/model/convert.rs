@@ -40,7 +40,12 @@ pub fn node_vm_spec(
         shutdown_grace_ms: spec.shutdown_grace_ms,
         // Its content is added on the way to the host.
         cloud_init: spec.cloud_init.map(|_| node::CloudInit::default()),
-        outage_policies: spec.outage_policies.iter().map(node_outage_policy).collect(),
+        warm_spare: spec.warm_spare,
+        outage_policies: spec
+            .outage_policies
+            .iter()
+            .map(node_outage_policy)
+            .collect(),
     }
 }
 
@@ -293,6 +298,9 @@ fn process(seen: &node::ProcessStatus) -> pb::Process {
         log: seen.log.clone(),
         last_error: seen.last_error.clone(),
         network: seen.network.clone(),
+        version: seen.version.clone(),
+        build: seen.build.clone(),
+        spare_pid: seen.spare_pid,
     }
 }
 

@@ -341,6 +341,9 @@ pub(crate) fn vm_spec(
     }
     spec.vcpus = args.cpus.unwrap_or(spec.vcpus);
     spec.memory_bytes = args.memory.unwrap_or(spec.memory_bytes);
+    if args.warm_spare {
+        spec.warm_spare = true;
+    }
     if let Some(seconds) = args.shutdown_grace {
         spec.shutdown_grace_ms = seconds.saturating_mul(1000);
     }
@@ -393,6 +396,19 @@ pub(crate) fn security_group_name(text: &str, project: &str) -> anyhow::Result<N
         Name::parse_security_group(text)
     } else {
         Name::parse_security_group(&Name::security_group(project, text).to_string())
+    };
+    Ok(name?)
+}
+
+/// A fault experiment by its short or its full name.
+///
+/// # Errors
+/// When it is neither.
+pub(crate) fn fault_experiment_name(text: &str, project: &str) -> anyhow::Result<Name> {
+    let name = if text.contains('/') {
+        Name::parse_fault_experiment(text)
+    } else {
+        Name::parse_fault_experiment(&Name::fault_experiment(project, text).to_string())
     };
     Ok(name?)
 }

@@ -1,0 +1,23 @@
+//! The `DeviceUpgrades` service.
+
+use api::controller::device_upgrades_server::DeviceUpgrades;
+use api::controller::{Operation, UpgradeDevicesRequest};
+use api::validate;
+use tonic::{Request, Response, Status};
+
+use super::{Api, command_status};
+use crate::commands;
+
+#[tonic::async_trait]
+impl DeviceUpgrades for Api {
+    async fn upgrade_devices(
+        &self,
+        request: Request<UpgradeDevicesRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let request = request.into_inner();
+        let target = validate::upgrade_devices_request(&request)?;
+        let host = self.observed().host_name();
+        let operation = commands::upgrade_devices(&self.store, &target, &host, &request).await;
+        operation.map(Response::new).map_err(command_status)
+    }
+}

@@ -1,0 +1,81 @@
+//! Exchanging device daemons for another version: work of the host that runs them.
+
+use api::controller as pb;
+use api::names::DEFAULT_PROJECT;
+use api::node::{self, start_job_request::Work};
+use api::validate::UpgradeTarget;
+
+use super::disks::with_job;
+use super::{CommandError, RequestKey, get_vm, validated, with_retry};
+use crate::model;
+use crate::store::{SharedStore, Transaction};
+
+/// Wants daemons exchanged; `host` is the name of the host that is there.
+///
+/// # Errors
+/// When there is no such VM or host, or the VM does not run.
+pub async fn upgrade_devices(
+    store: &SharedStore,
+    target: &UpgradeTarget,
+    host: &str,
+    request: &pb::UpgradeDevicesRequest,
+) -> Result<pb::Operation, CommandError> {
+    let project = match target {
+        UpgradeTarget::Device(vm, _) | UpgradeTarget::Vm(vm) => &vm.project,
+        UpgradeTarget::Host(_) => DEFAULT_PROJECT,
+    };
+    let key = RequestKey::new(project, &request.request_id, "UpgradeDevices", request);
+    with_retry(|| async {
+        if let Some(earlier) = key.earlier(store).await? {
+            return Ok(earlier);
+        }
+        let (vm_ids, device) = match target {
+            UpgradeTarget::Host(id) => {
+                let name = format!("hosts/{id}");
+                if name != host {
+                    return Err(CommandError::NotFound {
+                        what: format!("host {id}"),
+                    });
+                }
+                (Vec::new(), String::new())
+            }
+            UpgradeTarget::Vm(vm) | UpgradeTarget::Device(vm, _) => {
+                let record = get_vm(store, vm).await?.record;
+                let phase = record.status().phase();
+                if !matches!(phase, pb::VmPhase::Running | pb::VmPhase::Paused) {
+                    return Err(CommandError::NotRunning {
+                        vm: vm.id.clone(),
+                        phase: super::phase_word(phase),
+                    });
+                }
+                let device = match target {
+                    UpgradeTarget::Device(_, device) => device.clone(),
+                    _ => String::new(),
+                };
+                (vec![record.node_id], device)
+            }
+        };
+        let kind = pb::OperationKind::UpgradeDevices;
+        let mut operation = model::new_operation(kind, &request.target, 0);
+        if request.validate_only {
+            return Ok(validated(operation));
+        }
+        let transaction = key.begin(Transaction::new(), &mut operation);
+        let work = Work::Upgrade(node::UpgradeDaemons {
+            vm_ids,
+            device,
+            binary: request.binary.clone(),
+            program: request.program.clone(),
+            max_unavailable: request.max_unavailable,
+            gate_ms: request.gate_ms,
+            watch_ms: request.watch_ms,
+            drain_ms: request.drain_ms,
+            version: request.version.clone(),
+        });
+        store
+            .commit(with_job(transaction, &operation, work))
+            .await?;
+        Ok(operation)
+    })
+    .await
+}
