@@ -6,7 +6,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::latency::{Distribution, Histogram, SlowLog, SlowRequest, SlowThreshold};
+use api::latency::{Distribution, Histogram};
+
+use crate::latency::{SlowLog, SlowRequest, SlowThreshold};
 use request::OpKind;
 
 /// Counters of one queue; they outlive sessions.

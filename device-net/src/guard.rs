@@ -25,7 +25,7 @@ use filter::flow::FlowInfo;
 use filter::gate::Gate;
 use filter::packet::Packet;
 use filter::{Direction, DropReason, Verdict};
-use vhost_user::ring::DescChain;
+use vhost_user::ring::BatchChain;
 
 pub(crate) use config::ConfigError;
 pub(crate) use filter::packet::HEAD_LEN_BYTES;
@@ -323,7 +323,7 @@ impl Drop for Capturing {
 
 /// A frame that a driver sends, behind its virtio-net header.
 pub(crate) struct SentFrame<'a> {
-    pub(crate) chain: &'a DescChain,
+    pub(crate) chain: BatchChain<'a>,
     pub(crate) header_len_bytes: usize,
 }
 

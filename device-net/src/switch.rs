@@ -4,7 +4,7 @@
 //!   [`uplink`]: a tap as a port
 //! - [`frame`]: what is known of a frame; [`mac_table`]: where addresses are; [`vlan`], [`storm`]:
 //!   who may send what to whom; [`flow`]: which ring of several
-//! - [`offload`]: what a receiver's driver cannot finish
+//! - [`offload`]: what a receiver's driver cannot finish; [`shown`]: what guards are shown
 //!
 //! All rings are served by a bounded set of threads ([`WorkerGroup`]). The thread that serves a
 //! port's transmit ring puts frames right into other ports' receive rings, which it locks once for a
@@ -18,6 +18,7 @@ mod frame;
 mod mac_table;
 pub(crate) mod offload;
 mod port;
+mod shown;
 mod storm;
 mod uplink;
 mod vlan;

@@ -65,6 +65,8 @@ pub(super) struct RxQueue {
     filter_version: u64,
     window: Window,
     inbox: Inbox,
+    /// When what waits in `inbox`, or as `large`, was received at the earliest.
+    received_at: Instant,
     /// The last frame was large, so the next one may be as well.
     expects_large: bool,
     overflow: Box<[u8]>,
@@ -119,6 +121,7 @@ impl RxQueue {
             filter_version,
             window: Window::new(header_len_bytes, has(features, VIRTIO_NET_F_MRG_RXBUF)),
             inbox: Inbox::new(shared.interface.header_len_bytes(), offloads)?,
+            received_at: Instant::now(),
             shared,
             expects_large: false,
             overflow: vec![0; MAX_FRAME_LEN_BYTES].into_boxed_slice(),
@@ -196,7 +199,11 @@ impl RxQueue {
                 }
             }
         }
-        self.counters().count_many(frames, bytes);
+        if frames > 0 {
+            self.counters().count_many(frames, bytes);
+            let elapsed = self.received_at.elapsed();
+            self.counters().record_latency(elapsed, frames);
+        }
         self.note_buffers();
         Ok(progress)
     }
@@ -222,6 +229,8 @@ impl RxQueue {
                 self.window.complete(ring, &large.header, large.len_bytes);
                 let frame_len_bytes = large.len_bytes - self.header_len_bytes;
                 self.counters().count(frame_len_bytes);
+                let elapsed = self.received_at.elapsed();
+                self.counters().record_latency(elapsed, 1);
             }
             Room::NotYet => {
                 self.is_starved = true;
@@ -247,6 +256,7 @@ impl RxQueue {
             self.is_starved = true;
             return Ok(Progress::None);
         }
+        self.received_at = Instant::now();
         // What the guard is to look at must not be in the driver's hands yet.
         let received = if self.expects_large && !self.nic.guard.is_active() {
             self.receive_large()

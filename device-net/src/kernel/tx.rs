@@ -1,7 +1,7 @@
 //! Frames from the driver to the kernel.
 //!
 //! A small frame is copied once, checked, and sent with others by one system call; its chain goes
-//! back to the driver as soon as it is copied. A large one is sent from where it lies, behind the
+//! back to the driver before that call. A large one is sent from where it lies, behind the
 //! checked copy of its header.
 
 use std::io;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use filter::Direction as Way;
 use vhost_user::backend::{Polling, QueueHandler, Wake};
 use vhost_user::eventfd::EventFd;
-use vhost_user::ring::{DescChain, Ring, RingError};
+use vhost_user::ring::{Batch, Ring, RingError};
 
 use super::Shared;
 use super::alarm::Alarm;
@@ -26,7 +26,10 @@ use crate::nic::state::NicState;
 use crate::nic::stats::{Direction, DropReason};
 
 /// Frames sent before the ring's thread looks at commands again: a full ring of usual size.
-const MAX_FRAMES: usize = 256;
+const MAX_FRAMES: usize = 1024;
+
+/// Frames taken from the ring at once.
+const BATCH: usize = 64;
 
 /// What the kernel takes in one call.
 const MAX_IOVECS: usize = 1024;
@@ -43,9 +46,15 @@ pub(super) struct TxQueue {
     header_len_bytes: usize,
     offloads: Offloads,
     polling: Polling,
+    /// Chains that are not done with; none between two calls, unless a frame is held.
+    taken: Batch,
+    /// When the frames in `batch` were taken.
+    taken_at: Instant,
     batch: SendBatch,
     /// A frame that the guard let pass, but not yet.
     held: Option<Frame>,
+    /// The first bytes of the last large frame that the guard looked at.
+    head: Box<[u8; HEAD_LEN_BYTES]>,
     alarm: Alarm,
     /// Rung when frames were left.
     more: EventFd,
@@ -67,8 +76,11 @@ impl TxQueue {
             pair,
             header_len_bytes: header_len_bytes(features),
             offloads: Offloads::to_device(features),
+            taken: Batch::new(),
+            taken_at: Instant::now(),
             batch: SendBatch::new()?,
             held: None,
+            head: Box::new([0; HEAD_LEN_BYTES]),
             alarm: Alarm::new()?,
             more: EventFd::new()?,
             iovecs: Vec::new(),
@@ -78,35 +90,41 @@ impl TxQueue {
     /// Takes what the driver has, up to [`MAX_FRAMES`]. Returns whether there may be more.
     fn take(&mut self, ring: &mut Ring) -> Result<bool, RingError> {
         let watch = self.nic.guard.is_active().then(guard::monotonic_ns);
-        if let Some(frame) = self.held.take()
-            && !self.admit(ring, frame, watch)
-        {
-            return Ok(false);
+        if let Some(frame) = self.held.take() {
+            if !self.admit(ring, frame, watch) {
+                return Ok(false);
+            }
+            // It was taken long before those that follow.
+            self.flush();
         }
         for _ in 0..MAX_FRAMES {
-            let Some(chain) = ring.pop()? else {
-                return Ok(false);
-            };
-            match self.accept(&chain, watch) {
-                Err(reason) => {
-                    self.counters().count_drop(reason);
-                    ring.complete(chain, 0);
+            if self.taken.is_empty() {
+                let popped = ring.pop_batch(&mut self.taken, BATCH);
+                if self.taken.is_empty() {
+                    return popped.map(|_| false);
                 }
-                Ok(Accepted::Small { len_bytes }) => {
-                    ring.complete(chain, 0);
-                    if !self.admit(ring, Frame::Small { len_bytes }, watch) {
-                        return Ok(false);
-                    }
-                }
-                Ok(Accepted::Large(large)) => {
-                    if !self.admit(ring, Frame::Large(large, chain), watch) {
-                        return Ok(false);
-                    }
+                if self.batch.len() == 0 {
+                    self.taken_at = Instant::now();
                 }
             }
+            let frame = match self.accept(watch) {
+                Err(reason) => {
+                    self.counters().count_drop(reason);
+                    ring.complete_next(&mut self.taken, 0);
+                    continue;
+                }
+                Ok(frame) => frame,
+            };
+            if let Frame::Small { .. } = frame {
+                ring.complete_next(&mut self.taken, 0);
+            }
+            if !self.admit(ring, frame, watch) {
+                return Ok(false);
+            }
             if self.batch.is_full() {
+                // The driver has buffers again before they are sent.
+                ring.publish();
                 self.flush();
-                // The driver has buffers again before the rest is sent.
                 ring.notify();
             }
         }
@@ -118,7 +136,7 @@ impl TxQueue {
         if let Some(now_ns) = watch {
             let len_bytes = match &frame {
                 Frame::Small { len_bytes } => len_bytes - self.shared.interface.header_len_bytes(),
-                Frame::Large(large, _) => large.frame_len_bytes,
+                Frame::Large(large) => large.frame_len_bytes,
             };
             if let Err(at_ns) = self.nic.guard.admit(Way::Egress, len_bytes, now_ns) {
                 self.alarm.set(at_ns);
@@ -143,18 +161,26 @@ impl TxQueue {
     fn let_go(&mut self, ring: &mut Ring, frame: Frame) {
         match frame {
             Frame::Small { len_bytes } => self.batch.push(len_bytes),
-            Frame::Large(large, chain) => {
-                match self.send_large(&large, &chain) {
-                    Ok(()) => self.counters().count(large.frame_len_bytes),
+            Frame::Large(large) => {
+                // Frames keep their order.
+                self.flush();
+                match self.send_large(&large) {
+                    Ok(()) => {
+                        let counters = self.counters();
+                        counters.count(large.frame_len_bytes);
+                        counters.record_latency(self.taken_at.elapsed(), 1);
+                    }
                     Err(reason) => self.counters().count_drop(reason),
                 }
-                ring.complete(chain, 0);
+                ring.complete_next(&mut self.taken, 0);
             }
         }
     }
 
-    /// Copies a frame into the batch's next slot, or what of it must be checked.
-    fn accept(&mut self, chain: &DescChain, watch: Option<u64>) -> Result<Accepted, DropReason> {
+    /// Copies the oldest frame that was taken into the batch's next slot, or what of it must be checked.
+    #[inline]
+    fn accept(&mut self, watch: Option<u64>) -> Result<Frame, DropReason> {
+        let chain = self.taken.chain(0);
         let frame_len_bytes = (chain.readable_len_bytes() as usize)
             .checked_sub(self.header_len_bytes)
             .filter(|frame| (1..=MAX_FRAME_LEN_BYTES).contains(frame))
@@ -170,7 +196,7 @@ impl TxQueue {
         let kernel_header = &header.as_bytes()[..self.shared.interface.header_len_bytes()];
         let len_bytes = kernel_header.len() + frame_len_bytes;
         if len_bytes > SEND_SLOT_BYTES {
-            return self.accept_large(chain, header, frame_len_bytes, watch);
+            return self.accept_large(header, frame_len_bytes, watch);
         }
         let slot = self.batch.next_slot();
         let (in_header, in_frame) = slot[..len_bytes].split_at_mut(kernel_header.len());
@@ -187,26 +213,27 @@ impl TxQueue {
             let verdict = self.nic.guard.check(Way::Egress, &shown, now_ns);
             verdict.map_err(|_| DropReason::Guarded)?;
         }
-        Ok(Accepted::Small { len_bytes })
+        Ok(Frame::Small { len_bytes })
     }
 
     fn accept_large(
         &mut self,
-        chain: &DescChain,
         header: Header,
         frame_len_bytes: usize,
         watch: Option<u64>,
-    ) -> Result<Accepted, DropReason> {
+    ) -> Result<Frame, DropReason> {
         let mut large = Large {
             header,
             frame_len_bytes,
-            head: Box::default(),
+            head_len_bytes: 0,
         };
         if let Some(now_ns) = watch {
-            let mut head = vec![0; frame_len_bytes.min(HEAD_LEN_BYTES)];
-            chain.read_at(self.header_len_bytes, &mut head);
+            let chain = self.taken.chain(0);
+            large.head_len_bytes = frame_len_bytes.min(HEAD_LEN_BYTES);
+            let head = &mut self.head[..large.head_len_bytes];
+            chain.read_at(self.header_len_bytes, head);
             let shown = guard::Frame {
-                head: &head,
+                head,
                 bytes: &SentFrame {
                     chain,
                     header_len_bytes: self.header_len_bytes,
@@ -216,17 +243,16 @@ impl TxQueue {
             };
             let verdict = self.nic.guard.check(Way::Egress, &shown, now_ns);
             verdict.map_err(|_| DropReason::Guarded)?;
-            large.head = head.into_boxed_slice();
         }
-        Ok(Accepted::Large(large))
+        Ok(Frame::Large(large))
     }
 
-    fn send_large(&mut self, large: &Large, chain: &DescChain) -> Result<(), DropReason> {
-        // Frames keep their order.
-        self.flush();
+    /// Sends the oldest frame that was taken.
+    fn send_large(&mut self, large: &Large) -> Result<(), DropReason> {
         self.iovecs.clear();
         let header_len_bytes = self.shared.interface.header_len_bytes();
-        for bytes in [&large.header.as_bytes()[..header_len_bytes], &large.head] {
+        let head = &self.head[..large.head_len_bytes];
+        for bytes in [&large.header.as_bytes()[..header_len_bytes], head] {
             if !bytes.is_empty() {
                 self.iovecs.push(libc::iovec {
                     iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -235,8 +261,9 @@ impl TxQueue {
             }
         }
         // What was looked at is what is sent, whatever the driver made of its memory since.
-        let at = self.header_len_bytes + large.head.len();
-        for segment in chain.readable_range(at, large.frame_len_bytes - large.head.len()) {
+        let at = self.header_len_bytes + head.len();
+        let chain = self.taken.chain(0);
+        for segment in chain.readable_range(at, large.frame_len_bytes - head.len()) {
             if self.iovecs.len() == MAX_IOVECS {
                 return Err(DropReason::Malformed);
             }
@@ -279,6 +306,7 @@ impl TxQueue {
                 }
             });
         counters.count_many(frames, bytes);
+        counters.record_latency(self.taken_at.elapsed(), frames);
     }
 
     fn counters(&self) -> &Direction {
@@ -286,32 +314,19 @@ impl TxQueue {
     }
 }
 
-/// A frame that was looked at.
-enum Accepted {
-    /// In the batch's next slot, with its header.
-    Small {
-        len_bytes: usize,
-    },
-    Large(Large),
-}
-
 /// A frame on its way.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "passed on, or held one at a time; a box would cost an allocation for each frame"
-)]
 enum Frame {
-    /// As [`Accepted::Small`].
+    /// In the batch's next slot, with its header.
     Small { len_bytes: usize },
-    /// Still in the driver's memory.
-    Large(Large, DescChain),
+    /// Still in the driver's memory: the oldest chain that was taken.
+    Large(Large),
 }
 
 struct Large {
     header: Header,
     frame_len_bytes: usize,
-    /// The copy of its first bytes that the guard looked at; empty if there was no need to.
-    head: Box<[u8]>,
+    /// Of the copy that the guard looked at; none if there was no need to.
+    head_len_bytes: usize,
 }
 
 /// A tap's queue that does not take part cannot be written either: queue 0 always can.
@@ -342,6 +357,7 @@ impl QueueHandler for TxQueue {
             _ => {}
         }
         let taken = self.take(ring);
+        ring.publish();
         // What was completed is sent, whatever became of the ring.
         self.flush();
         if taken? {
@@ -356,6 +372,7 @@ impl QueueHandler for TxQueue {
             self.let_go(ring, frame);
         }
         self.flush();
+        ring.unpop_all(&mut self.taken);
         0
     }
 }

@@ -1,9 +1,13 @@
-//! Counters of one queue pair. Each direction is written by one thread at a time.
+//! Counters and latencies of one queue pair. Each direction is written by one thread at a time.
 
 use std::collections::HashMap;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use api::daemon::DeviceHistogram;
 use api::device::{NetQueueStats, NetStats};
+use api::latency::{Distribution, Histogram};
 
 /// Why a frame was dropped; reasons of the guard are counted there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +74,8 @@ pub(crate) struct Direction {
     packets: AtomicU64,
     bytes: AtomicU64,
     drops: [AtomicU64; DropReason::ALL.len()],
+    /// Of frames that got through; made with the first.
+    latency: OnceLock<Box<Histogram>>,
 }
 
 impl Direction {
@@ -84,6 +90,16 @@ impl Direction {
     pub(crate) fn count_many(&self, frames: u64, bytes: u64) {
         self.packets.fetch_add(frames, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many frames of a batch took `elapsed` within this process. Only one thread at a time may
+    /// say so.
+    #[inline]
+    pub(crate) fn record_latency(&self, elapsed: Duration, frames: u64) {
+        if frames > 0 {
+            let latency = self.latency.get_or_init(Box::default);
+            latency.record_many(elapsed.as_nanos() as u64, frames);
+        }
     }
 
     /// A frame was dropped.
@@ -132,7 +148,31 @@ pub(crate) fn sum(pairs: &[PairStats]) -> NetStats {
         add_drops(&mut total.rx_drops_by_reason, rx);
         add_drops(&mut total.tx_drops_by_reason, tx);
     }
+    let rx = pairs.iter().filter_map(|pair| pair.rx.0.latency.get());
+    let tx = pairs.iter().filter_map(|pair| pair.tx.0.latency.get());
+    total.rx_latency = Some(Distribution::of(rx.map(|latency| &**latency)).summary());
+    total.tx_latency = Some(Distribution::of(tx.map(|latency| &**latency)).summary());
     total
+}
+
+/// How long frames of each pair take, both ways.
+pub(crate) fn histograms(pairs: &[PairStats]) -> Vec<DeviceHistogram> {
+    let mut histograms = Vec::new();
+    for (number, pair) in (0..).zip(pairs) {
+        for (op, direction) in [("rx", &pair.rx.0), ("tx", &pair.tx.0)] {
+            let Some(latency) = direction.latency.get() else {
+                continue;
+            };
+            let latency = Distribution::of([&**latency]);
+            histograms.push(DeviceHistogram {
+                queue: number,
+                op,
+                buckets: latency.metric_buckets(),
+                sum_seconds: latency.sum_seconds(),
+            });
+        }
+    }
+    histograms
 }
 
 fn add_drops(by_reason: &mut HashMap<String, u64>, direction: &Direction) {

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use filter::Direction as Way;
-use filter::capture::FrameBytes;
 use vhost_user::backend::{Polling, QueueHandler, Wake};
 use vhost_user::ring::{Batch, Ring, RingError};
 
@@ -18,11 +17,12 @@ use super::frame::{Destination, Frame};
 use super::mac_table::{Key, PortNumber};
 use super::offload;
 use super::port::{Port, RingReceiver};
+use super::shown::{Shown, ShownAt, append_beginning, checksum_at, passes};
 use super::storm::{Storm, StormLimits};
 use super::uplink::Uplink;
-use super::vlan::{TAG_LEN_BYTES, Vlans};
+use super::vlan::Vlans;
 use super::{Outlet, Switch, View, ViewPort};
-use crate::guard::{self, Guard, HEAD_LEN_BYTES};
+use crate::guard::{self, Guard};
 use crate::nic::header::{Header, Offloads, header_len_bytes};
 use crate::nic::state::NicState;
 use crate::nic::stats::{Direction, DropReason};
@@ -50,16 +50,9 @@ pub(super) struct TxQueue {
 struct Incoming {
     frame: Frame,
     index: usize,
-    /// The copy of its beginning that the sender's guard looked at; empty if it did not.
-    shown: Shown,
+    /// The copy of its beginning that the sender's guard looked at.
+    shown: ShownAt,
 }
-
-/// The beginning of a frame as it came. A guard's verdict is about a copy, and the copy is what
-/// receivers get.
-type Shown = Vec<u8>;
-
-/// What guards look at, and a tag that may be taken off.
-const SHOWN_LEN_BYTES: usize = HEAD_LEN_BYTES + TAG_LEN_BYTES;
 
 /// Who sends, what it sends, and what is at hand to do so.
 pub(super) struct Sender {
@@ -73,8 +66,13 @@ pub(super) struct Sender {
     frames: Vec<Incoming>,
     /// The receivers' buffers; empty between frames of one receiver and the next.
     buffers: Batch,
+    /// What the sender's guard looked at.
+    shown: Shown,
     /// The beginning of a frame as it leaves, if it was shown to a guard.
-    shown: Vec<u8>,
+    leaving: Vec<u8>,
+    /// When the batch was taken, and when the last of it was delivered.
+    began: Instant,
+    done: Option<Instant>,
     /// Frames that are finished in software.
     scratch: Vec<u8>,
     segment: Vec<u8>,
@@ -185,7 +183,10 @@ impl Sender {
             storm: None,
             frames: Vec::with_capacity(BATCH),
             buffers: Batch::new(),
-            shown: Vec::new(),
+            shown: Shown::default(),
+            leaving: Vec::new(),
+            began: Instant::now(),
+            done: None,
             scratch: Vec::new(),
             segment: Vec::new(),
         }
@@ -206,18 +207,21 @@ impl Sender {
             self.view = self.switch.view();
         }
         let now = Instant::now();
+        self.began = now;
+        self.shown.clear();
         let guard = guard.map(|guard| (guard, guard::monotonic_ns()));
         let mut last = None;
         let (mut frames, mut bytes) = (0, 0);
         for index in 0..count {
-            let mut shown = Vec::new();
+            let mut shown = ShownAt::default();
             let checked = frame_at(index, &self.vlans).and_then(|frame| {
                 if let Some((guard, now_ns)) = guard {
                     let body = bodies.body(index);
-                    shown = beginning(&frame, body);
-                    let rest = body.after(shown.len());
+                    shown = self.shown.add(&frame, body);
+                    let head = self.shown.get(shown);
+                    let rest = body.after(head.len());
                     let checksum_at = checksum_at(&frame, 0);
-                    if !passes(guard, Way::Egress, &shown, rest, checksum_at, now_ns) {
+                    if !passes(guard, Way::Egress, head, rest, checksum_at, now_ns) {
                         return Err(DropReason::Guarded);
                     }
                 }
@@ -243,6 +247,7 @@ impl Sender {
     #[inline]
     pub(super) fn send(&mut self, bodies: &impl Bodies, counters: &Direction) {
         let view = Arc::clone(&self.view);
+        self.done = None;
         let floods = |incoming: &Incoming| incoming.frame.destination == Destination::Flood;
         if self.frames.iter().any(floods) {
             for (number, port) in (0..).zip(&view.ports) {
@@ -266,6 +271,9 @@ impl Sender {
                     self.settle(number, |_| counters.count_drop(DropReason::NoPort));
                 }
             }
+        }
+        if let Some(done) = self.done {
+            counters.record_latency(done - self.began, self.frames.len() as u64);
         }
         self.frames.clear();
     }
@@ -386,7 +394,9 @@ impl Sender {
         let receiver = match outlet {
             Outlet::Ring(receiver) => receiver,
             Outlet::Uplink(uplink) => {
-                return self.put_out(uplink, vlans, frames, bodies, sent);
+                self.put_out(uplink, vlans, frames, bodies, sent);
+                self.done = Some(Instant::now());
+                return;
             }
         };
         let counters = receiver.counters();
@@ -423,12 +433,18 @@ impl Sender {
                 bodies.body(incoming.index).after(frame.head_len_bytes()),
             );
             if guarded_at_ns.is_some() || !incoming.shown.is_empty() {
-                self.shown.clear();
-                self.shown.extend_from_slice(head);
-                let mut start = beginning_after(incoming, body);
-                self.shown.append(&mut start);
-                body = body.after(self.shown.len() - head_len);
-                head = &self.shown;
+                self.leaving.clear();
+                self.leaving.extend_from_slice(head);
+                if incoming.shown.is_empty() {
+                    append_beginning(&mut self.leaving, body);
+                } else {
+                    let shown = self
+                        .shown
+                        .after_head(incoming.shown, frame.head_len_bytes());
+                    self.leaving.extend_from_slice(shown);
+                }
+                body = body.after(self.leaving.len() - head_len);
+                head = &self.leaving;
                 let guard = &receiver.nic.guard;
                 if let Some(now_ns) = guarded_at_ns
                     && !passes(
@@ -465,7 +481,11 @@ impl Sender {
             }
         }
         let delivered = delivery.end();
+        let done = Instant::now();
+        // While the ring is locked nobody else does.
+        counters.record_latency(done - self.began, delivered.packets);
         drop(ring);
+        self.done = Some(done);
         counters.count_many(delivered.packets, delivered.bytes);
         if let Some(error) = delivered.error {
             receiver.ring.report(error);
@@ -491,7 +511,7 @@ impl Sender {
             };
             let (head, head_len) = frame.head_for(egress);
             let head_len_in = frame.head_len_bytes();
-            let shown = incoming.shown.get(head_len_in..).unwrap_or_default();
+            let shown = self.shown.after_head(incoming.shown, head_len_in);
             let body = bodies.body(incoming.index);
             let body = body.after(head_len_in + shown.len());
             let shift = head_len as isize - head_len_in as isize;
@@ -507,67 +527,6 @@ impl Sender {
                 sent.count_drop(reason);
             }
         }
-    }
-}
-
-/// A copy of what a frame begins with, for a guard. `body` is all of the frame.
-fn beginning(frame: &Frame, body: Body<'_>) -> Shown {
-    let mut shown = vec![0; SHOWN_LEN_BYTES.min(body.len())];
-    body.read_at(0, &mut shown);
-    frame.overlay(&mut shown);
-    shown
-}
-
-/// As [`beginning`], of what comes behind addresses, tag and ethertype, which `body` is without.
-fn beginning_after(incoming: &Incoming, body: Body<'_>) -> Shown {
-    match incoming.shown.get(incoming.frame.head_len_bytes()..) {
-        Some(shown) if !incoming.shown.is_empty() => shown.to_vec(),
-        _ => {
-            let mut shown = vec![0; SHOWN_LEN_BYTES.min(body.len())];
-            body.read_at(0, &mut shown);
-            shown
-        }
-    }
-}
-
-/// Where a checksum is left to be put, in a frame whose beginning became `shift` bytes longer.
-fn checksum_at(frame: &Frame, shift: isize) -> Option<usize> {
-    let at = frame.header.as_ref()?.checksum_at()?;
-    Some(at.saturating_add_signed(shift))
-}
-
-/// Asks a guard about a frame that is `head` and `body`.
-fn passes(
-    guard: &Guard,
-    way: Way,
-    head: &[u8],
-    body: Body<'_>,
-    checksum_at: Option<usize>,
-    now_ns: u64,
-) -> bool {
-    let len_bytes = head.len() + body.len();
-    let frame = guard::Frame {
-        head: &head[..head.len().min(HEAD_LEN_BYTES)],
-        bytes: &Whole { head, body },
-        len_bytes,
-        checksum_at,
-    };
-    guard.check(way, &frame, now_ns).is_ok() && guard.police(way, len_bytes, now_ns).is_ok()
-}
-
-/// A frame of which the switch has the beginning.
-struct Whole<'a> {
-    head: &'a [u8],
-    body: Body<'a>,
-}
-
-impl FrameBytes for Whole<'_> {
-    fn read_at(&self, offset: usize, target: &mut [u8]) -> usize {
-        let own = self.head.get(offset..).unwrap_or_default();
-        let (first, rest) = target.split_at_mut(own.len().min(target.len()));
-        first.copy_from_slice(&own[..first.len()]);
-        let body_offset = (offset + first.len()).saturating_sub(self.head.len());
-        first.len() + self.body.read_at(body_offset, rest)
     }
 }
 

@@ -70,9 +70,9 @@ pub trait ServedDevice: Any + Send + Sync {
 /// A distribution that a device measured since it was attached.
 #[derive(Clone, Debug, Default)]
 pub struct DeviceHistogram {
-    /// Queue of the device.
+    /// Queue of a disk, queue pair of a NIC.
     pub queue: u16,
-    /// Kind of request.
+    /// Kind of request; of a NIC `rx` or `tx`.
     pub op: &'static str,
     /// Upper bounds in seconds, ascending, and how many values are in each bucket; the last is
     /// infinite.

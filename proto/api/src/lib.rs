@@ -7,6 +7,7 @@ pub mod dirs;
 pub mod errors;
 pub mod fault_control;
 pub mod fds;
+pub mod latency;
 pub mod limits;
 pub mod listen;
 pub mod metrics;

@@ -1,5 +1,7 @@
 //! A daemon's devices as Prometheus metrics.
 
+use std::fmt::Debug;
+
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
@@ -9,7 +11,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use super::DeviceHistogram;
-use crate::device::Device;
+use crate::device::{Device, NetQueueStats};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Labels {
@@ -30,6 +32,22 @@ struct QueueLabels {
     device: String,
     queue: u16,
     op: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct PairLabels {
+    daemon: String,
+    device: String,
+    pair: u32,
+    direction: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct DropLabels {
+    daemon: String,
+    device: String,
+    direction: &'static str,
+    reason: String,
 }
 
 /// A metric's name, its help text, and where it is found in a [`Device`] of the right kind.
@@ -110,6 +128,28 @@ const COUNTERS: &[Row] = &[
     }),
 ];
 
+const RX: &str = "rx";
+const TX: &str = "tx";
+
+/// As [`Row`], of a queue pair: what was received, and what was sent.
+type PairRow = (&'static str, &'static str, fn(&NetQueueStats) -> [u64; 2]);
+
+const PAIR_COUNTERS: &[PairRow] = &[
+    (
+        "net_queue_packets",
+        "Packets of a queue pair, by direction as the guest sees it",
+        |pair| [pair.rx_packets, pair.tx_packets],
+    ),
+    ("net_queue_bytes", "Bytes of a queue pair", |pair| {
+        [pair.rx_bytes, pair.tx_bytes]
+    }),
+    (
+        "net_queue_drops",
+        "Packets of a queue pair dropped",
+        |pair| [pair.rx_drops, pair.tx_drops],
+    ),
+];
+
 /// The counters of the devices themselves are the truth; a registry is built for each scrape.
 /// `histograms` come with the ids of their devices.
 pub(super) fn render(
@@ -139,10 +179,37 @@ pub(super) fn render(
         "Requests completed with an error, by their type",
         errors_by_op(daemon, devices),
     );
+    for &(name, help, read) in PAIR_COUNTERS {
+        registry.register(name, help, by_pair(daemon, devices, read));
+    }
+    registry.register(
+        "net_drops_by_reason",
+        "Packets dropped, by direction and reason",
+        drops_by_reason(daemon, devices),
+    );
+    let (of_nics, of_disks) = histograms.into_iter().partition(|(id, _)| {
+        let mut nics = devices.iter().filter(|device| device.net.is_some());
+        nics.any(|device| device.id == *id)
+    });
     registry.register(
         "blk_request_duration_seconds",
         "From the ring to the ring",
-        Durations::new(daemon, histograms),
+        Durations::new(daemon, of_disks, |daemon, device, histogram| QueueLabels {
+            daemon,
+            device,
+            queue: histogram.queue,
+            op: histogram.op,
+        }),
+    );
+    registry.register(
+        "net_frame_duration_seconds",
+        "How long frames take within the daemon",
+        Durations::new(daemon, of_nics, |daemon, device, histogram| PairLabels {
+            daemon,
+            device,
+            pair: histogram.queue.into(),
+            direction: histogram.op,
+        }),
     );
     let mut text = String::new();
     encode(&mut text, &registry).expect("writing to a String cannot fail");
@@ -179,29 +246,69 @@ fn errors_by_op(daemon: &str, devices: &[Device]) -> Family<OpLabels, Counter> {
     family
 }
 
+fn by_pair(
+    daemon: &str,
+    devices: &[Device],
+    read: fn(&NetQueueStats) -> [u64; 2],
+) -> Family<PairLabels, Counter> {
+    let family = Family::<PairLabels, Counter>::default();
+    for device in devices {
+        for pair in device.net.iter().flat_map(|net| &net.queues) {
+            for (direction, count) in [RX, TX].into_iter().zip(read(pair)) {
+                let labels = PairLabels {
+                    daemon: daemon.to_owned(),
+                    device: device.id.clone(),
+                    pair: pair.pair,
+                    direction,
+                };
+                family.get_or_create(&labels).inc_by(count);
+            }
+        }
+    }
+    family
+}
+
+fn drops_by_reason(daemon: &str, devices: &[Device]) -> Family<DropLabels, Counter> {
+    let family = Family::<DropLabels, Counter>::default();
+    for (device, net) in devices.iter().filter_map(|d| Some((d, d.net.as_ref()?))) {
+        for (direction, drops) in [(RX, &net.rx_drops_by_reason), (TX, &net.tx_drops_by_reason)] {
+            for (reason, &count) in drops {
+                let labels = DropLabels {
+                    daemon: daemon.to_owned(),
+                    device: device.id.clone(),
+                    direction,
+                    reason: reason.clone(),
+                };
+                family.get_or_create(&labels).inc_by(count);
+            }
+        }
+    }
+    family
+}
+
 /// Histograms whose buckets were counted elsewhere; the client library's own can only be fed value
 /// by value.
 #[derive(Debug)]
-struct Durations(Vec<(QueueLabels, DeviceHistogram)>);
+struct Durations<L>(Vec<(L, DeviceHistogram)>);
 
-impl Durations {
-    fn new(daemon: &str, of_devices: Vec<(String, Vec<DeviceHistogram>)>) -> Self {
-        let labelled = of_devices.into_iter().flat_map(|(device, histograms)| {
-            histograms.into_iter().map(move |histogram| {
-                let labels = QueueLabels {
-                    daemon: daemon.to_owned(),
-                    device: device.clone(),
-                    queue: histogram.queue,
-                    op: histogram.op,
-                };
-                (labels, histogram)
-            })
-        });
-        Self(labelled.collect())
+impl<L> Durations<L> {
+    fn new(
+        daemon: &str,
+        of_devices: Vec<(String, Vec<DeviceHistogram>)>,
+        labels: impl Fn(String, String, &DeviceHistogram) -> L,
+    ) -> Self {
+        let mut labelled = Vec::new();
+        for (device, histograms) in of_devices {
+            for histogram in histograms {
+                let labels = labels(daemon.to_owned(), device.clone(), &histogram);
+                labelled.push((labels, histogram));
+            }
+        }
+        Self(labelled)
     }
 }
 
-impl EncodeMetric for Durations {
+impl<L: EncodeLabelSet + Debug + Send + Sync + 'static> EncodeMetric for Durations<L> {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
         for (labels, histogram) in &self.0 {
             let count = histogram.buckets.iter().map(|(_, count)| count).sum();

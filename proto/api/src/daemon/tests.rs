@@ -13,7 +13,7 @@ use tonic::transport::Channel;
 
 use super::*;
 use crate::device::device_daemon_client::DeviceDaemonClient;
-use crate::device::{NetConfig, NetStats};
+use crate::device::{NetConfig, NetQueueStats, NetStats};
 use crate::{connect, fds, listen};
 
 #[derive(Default)]
@@ -38,10 +38,25 @@ impl ServedDevice for Dummy {
             inflight: self.num_fds as u64,
             net: Some(NetStats {
                 rx_packets: 5,
+                tx_drops_by_reason: [("link_down".to_owned(), 2)].into(),
+                queues: vec![NetQueueStats {
+                    pair: 1,
+                    rx_packets: 5,
+                    tx_drops: 2,
+                    ..NetQueueStats::default()
+                }],
                 ..NetStats::default()
             }),
             ..Device::default()
         }
+    }
+    fn histograms(&self) -> Vec<DeviceHistogram> {
+        vec![DeviceHistogram {
+            queue: 1,
+            op: "tx",
+            buckets: vec![(0.5, 3), (f64::INFINITY, 1)],
+            sum_seconds: 2.5,
+        }]
     }
     fn stop(&self, _: Duration) -> Result<(), Status> {
         self.counts.stopped.fetch_add(1, Ordering::SeqCst);
@@ -210,6 +225,26 @@ async fn metrics_count_each_device() {
     ] {
         assert!(text.lines().any(|have| have == line), "{line} in\n{text}");
     }
+    let device = r#"daemon="device-test",device="net0""#;
+    for line in [
+        format!(r#"mortise_net_queue_packets_total{{{device},pair="1",direction="rx"}} 5"#),
+        format!(r#"mortise_net_queue_drops_total{{{device},pair="1",direction="tx"}} 2"#),
+        format!(
+            r#"mortise_net_drops_by_reason_total{{{device},direction="tx",reason="link_down"}} 2"#
+        ),
+        format!(
+            r#"mortise_net_frame_duration_seconds_count{{{device},pair="1",direction="tx"}} 4"#
+        ),
+        format!(
+            r#"mortise_net_frame_duration_seconds_bucket{{le="0.5",{device},pair="1",direction="tx"}} 3"#
+        ),
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line} in\n{text}");
+    }
+    assert!(
+        !text.contains("mortise_blk_request_duration_seconds_count{"),
+        "{text}"
+    );
     assert!(!text.contains("mortise_blk_errors_total{"), "{text}");
 }
 
