@@ -16,6 +16,7 @@ use tokio::sync::{Mutex, broadcast};
 use tonic::Code;
 
 use crate::{
+    faults::{Allowed, Faults, Knobs},
     host::{Host, HostError},
     image::Claims,
     import::Imports,
@@ -68,6 +69,10 @@ pub(crate) struct Dirs {
     pub(crate) passt: Option<PathBuf>,
     /// Processes stand by for the daemons of all VMs.
     pub(crate) warm_spares: bool,
+    /// A daemon that does not get on for this long is killed.
+    pub(crate) hang_after: Duration,
+    /// What may go wrong on purpose.
+    pub(crate) allowed: Allowed,
 }
 
 /// Why the agent cannot work.
@@ -158,8 +163,11 @@ impl Agent {
         // Before the VMs, which may want to start in them, or run in them.
         let networks = Networks::open(&dirs.state, &dirs.run, &dirs.bin, &host.id, underlay)?;
         let (changes, _) = broadcast::channel(CHANGE_BACKLOG);
+        let knobs = Knobs::new(dirs.allowed.faults);
         let env = Arc::new(Env {
-            store: Store::open(&dirs.state)?,
+            store: Store::open(&dirs.state)?.failing_as(knobs.clone()),
+            faults: Faults::open(&dirs.state, dirs.allowed, knobs.clone()),
+            knobs,
             volumes: Pool::open(&dirs.state, &dirs.run, claims.clone(), imports.clone())?,
             imports,
             claims,
@@ -168,6 +176,7 @@ impl Agent {
             bin_dir: dirs.bin.clone(),
             versions: Versions::of(&dirs.state, &dirs.bin),
             warm_spares: dirs.warm_spares,
+            hang_after: dirs.hang_after,
             passt: dirs.passt.clone(),
             networks,
             boot_id: process::boot_id(),
@@ -327,6 +336,8 @@ mod tests {
             qemu_img: None,
             passt: None,
             warm_spares: false,
+            hang_after: Duration::from_secs(10),
+            allowed: Allowed::default(),
         };
         let first = Agent::open(&dirs, None).unwrap();
         assert!(matches!(

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use api::listen::Address;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+
+use crate::faults::Allowed;
 
 /// Runs virtual machines on this host as a controller wishes.
 ///
@@ -37,7 +39,32 @@ pub(crate) struct Cli {
     /// replaced without an exec. Costs a few MiB each; VMs can also ask for it one by one.
     #[arg(long)]
     pub(crate) warm_spares: bool,
+    /// A device daemon whose control socket or queues do not answer for this many seconds hangs: it is
+    /// killed, and started again. Waiting for slow storage is no hang.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) hang_after: u64,
+    /// Let faults be armed in VMs' processes and, with `clock`, that of this host's clock too. For
+    /// experiments: whoever reaches this agent can then spoil what guests read and write.
+    #[arg(long, value_name = "ALSO", num_args = 0..=1, require_equals = true, default_missing_value = "faults")]
+    allow_faults: Option<AllowFaults>,
     /// Serve /metrics for Prometheus over HTTP here: HOST:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics_listen: Option<Address>,
+}
+
+/// Of `--allow-faults`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum AllowFaults {
+    Faults,
+    Clock,
+}
+
+impl Cli {
+    /// What may go wrong on purpose.
+    pub(crate) fn allowed_faults(&self) -> Allowed {
+        Allowed {
+            faults: self.allow_faults.is_some(),
+            clock: self.allow_faults == Some(AllowFaults::Clock),
+        }
+    }
 }

@@ -8,6 +8,7 @@ mod agent;
 mod cli;
 mod cloud_init;
 mod console;
+mod faults;
 mod host;
 mod image;
 mod import;
@@ -25,13 +26,13 @@ mod versions;
 mod vm;
 mod volumes;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use api::{
     listen::Listener,
     metrics::serve_http,
-    node::{nics_server::NicsServer, node_agent_server::NodeAgentServer},
+    node::{devices_server::DevicesServer, faults_server::FaultsServer, nics_server::NicsServer, node_agent_server::NodeAgentServer},
     serve,
 };
 use clap::Parser;
@@ -40,6 +41,7 @@ use tokio::runtime::Handle;
 use crate::{
     agent::{Agent, Dirs},
     cli::Cli,
+    faults::Partitioned,
     service::Service,
 };
 
@@ -85,10 +87,14 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         tokio::spawn(serve_http(listener, render));
     }
     tracing::info!(%address, state = %dirs.state.display(), run = %dirs.run.display(), "serving");
+    tokio::spawn(faults::run(agent.clone()));
+    let knobs = agent.env.knobs.clone();
     let service = Service::new(agent);
     let services = serve::Services::new()
-        .with(NicsServer::new(service.clone()))
-        .with(NodeAgentServer::new(service));
+        .with(Partitioned::new(DevicesServer::new(service.clone()), &knobs))
+        .with(Partitioned::new(FaultsServer::new(service.clone()), &knobs))
+        .with(Partitioned::new(NicsServer::new(service.clone()), &knobs))
+        .with(Partitioned::new(NodeAgentServer::new(service), &knobs));
     serve::on(listener, services, serve::terminated()).await?;
     tracing::info!("ending; VMs go on running");
     Ok(())
@@ -112,6 +118,8 @@ fn directories(cli: &Cli) -> anyhow::Result<Dirs> {
         run: absolute(&cli.run_dir)?,
         passt: cli.passt.as_ref().map(absolute).transpose()?,
         warm_spares: cli.warm_spares,
+        hang_after: Duration::from_secs(cli.hang_after),
+        allowed: cli.allowed_faults(),
         qemu_img: match &cli.qemu_img {
             Some(program) => Some(absolute(program)?),
             None => import::find_qemu_img(&bin),

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fmt::Write, sync::Arc};
 
-use api::node::{NetworkStatus, ProcessStatus, VmPhase, VmStatus};
+use api::node::{DeviceStatus, NetworkStatus, ProcessStatus, VmPhase, VmStatus};
 
 use crate::{agent::Agent, vm};
 
@@ -86,6 +86,24 @@ fn own_metrics(statuses: &[VmStatus]) -> String {
             );
         }
     }
+    text.push_str(
+        "# HELP mortise_process_hangs Times a VM's daemon was killed because it hung.\n\
+         # TYPE mortise_process_hangs counter\n",
+    );
+    for status in statuses {
+        for process in status
+            .processes
+            .iter()
+            .filter(|process| process.name != "vmm-core")
+        {
+            let _ = writeln!(
+                text,
+                "mortise_process_hangs_total{{vm=\"{}\",process=\"{}\"}} {}",
+                status.id, process.name, process.hangs
+            );
+        }
+    }
+    device_metrics(&mut text, statuses);
     text
 }
 
@@ -104,6 +122,73 @@ fn network_metrics(networks: &[NetworkStatus]) -> String {
         }
     }
     text
+}
+
+type Figure = fn(&DeviceStatus) -> Option<f64>;
+
+/// Name, type, help and value of what is told of each device.
+const DEVICE_FAMILIES: [(&str, &str, &str, Figure); 6] = [
+    (
+        "connected",
+        "gauge",
+        "Whether a daemon serves the device.",
+        |device| Some(f64::from(u8::from(device.connected))),
+    ),
+    (
+        "stalled_since_seconds",
+        "gauge",
+        "Unix time since which no daemon serves the device.",
+        |device| device.stalled_since.as_ref().map(seconds),
+    ),
+    (
+        "storage_wait_since_seconds",
+        "gauge",
+        "Unix time since which requests wait for storage, the daemon being well.",
+        |device| device.storage_wait_since.as_ref().map(seconds),
+    ),
+    (
+        "failing_requests",
+        "gauge",
+        "Whether requests fail by the outage policy.",
+        |device| Some(f64::from(u8::from(device.failing_requests))),
+    ),
+    (
+        "last_recovery_seconds",
+        "gauge",
+        "From the last loss of the daemon to the first completion after it.",
+        |device| (device.last_recovery_us > 0).then(|| device.last_recovery_us as f64 / 1e6),
+    ),
+    (
+        "outages",
+        "counter",
+        "Losses of the daemon since the VM started.",
+        |device| Some(device.outages_total as f64),
+    ),
+];
+
+fn device_metrics(text: &mut String, statuses: &[VmStatus]) {
+    for (name, kind, help, figure) in DEVICE_FAMILIES {
+        let total = if kind == "counter" { "_total" } else { "" };
+        let _ = writeln!(
+            text,
+            "# HELP mortise_device_{name} {help}\n# TYPE mortise_device_{name} {kind}"
+        );
+        for status in statuses {
+            for device in &status.devices {
+                if let Some(value) = figure(device) {
+                    let _ = writeln!(
+                        text,
+                        "mortise_device_{name}{total}{{vm=\"{}\",device=\"{}\",type=\"{}\"}} {value}",
+                        status.id, device.name, device.r#type
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn seconds(time: &prost_types::Timestamp) -> f64 {
+    time.seconds as f64 + f64::from(time.nanos) / 1e9
 }
 
 impl Exposition {

@@ -1,6 +1,8 @@
 //! The gRPC handlers: they translate, and nothing else.
 
+mod devices;
 mod disks;
+mod faults;
 mod nics;
 mod uploads;
 mod volumes;

@@ -41,6 +41,7 @@ fn device(health: virtio_pci::DeviceHealth) -> DeviceHealth {
         queues: health.queues.iter().map(queue).collect(),
         outages_total: link.outages_total,
         outages: health.outages.iter().map(outage).collect(),
+        last_outage_in_flight: link.last_outage_in_flight.into(),
         last_recovery_us: link.last_recovery.map_or(0, micros),
         not_guaranteed: not_guaranteed.into_iter().collect(),
         tag: health.tag,

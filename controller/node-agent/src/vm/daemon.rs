@@ -31,10 +31,12 @@ use super::{
     disks::Disks,
     incarnation::{CALL_DEADLINE, Incarnation, Sockets, Standby, UP_WITHIN},
     nics::Nics,
+    outage::StandIn,
     passt,
 };
 use crate::{
     cloud_init,
+    faults::{Knobs, StartFault},
     network::Networks,
     process::{Guard, ProcessError},
     record::DaemonKind,
@@ -64,6 +66,8 @@ pub(super) struct Plan {
     networks: Networks,
     vm: String,
     pub(super) devices: Vec<DevicePlan>,
+    stand_in: StandIn,
+    knobs: Knobs,
 }
 
 /// One device of a daemon.
@@ -283,6 +287,8 @@ pub(super) fn plans(
         networks: networks.clone(),
         vm: spec.id.clone(),
         devices,
+        stand_in: StandIn::default(),
+        knobs: Knobs::default(),
     })
     .collect()
 }
@@ -345,6 +351,7 @@ impl Plan {
             "--fd-socket".into(),
             sockets.fds.clone().into(),
         ];
+        args.extend(self.knobs.daemon_args().map(Into::into));
         // The only servers that this VM's daemon may be connected to.
         for device in &self.devices {
             if let Backing::Disk(disk) = &device.backing
@@ -404,6 +411,19 @@ impl Plan {
         incarnation.info(CALL_DEADLINE).await.map(Some)
     }
 
+    /// What fails its disks' requests while it is not there.
+    pub(super) fn stand_in(&self) -> &StandIn {
+        &self.stand_in
+    }
+
+    /// For the stand-in itself, which is not to dismiss itself.
+    pub(super) fn without_stand_in(&self) -> Self {
+        Self {
+            stand_in: StandIn::default(),
+            ..self.clone()
+        }
+    }
+
     /// Whether there can be several processes of this daemon.
     pub(super) fn can_stand_by(&self) -> bool {
         !matches!(self.kind, DaemonKind::Passt(_))
@@ -414,6 +434,17 @@ impl Plan {
         if let Some(pin) = pins.iter().find(|pin| pin.kind == self.kind) {
             self.use_version(pin.path.clone(), pin.build.clone());
         }
+    }
+
+    /// Starts as a fault says.
+    pub(super) fn use_knobs(&mut self, knobs: &Knobs) {
+        self.knobs = knobs.clone();
+    }
+
+    /// What goes wrong with a start on purpose.
+    pub(super) fn start_fault(&self) -> StartFault {
+        let devices = self.devices.iter().map(|device| device.name.as_str());
+        self.knobs.at_start(&self.vm, devices)
     }
 
     /// Uses another version from the next process on.
@@ -472,7 +503,7 @@ impl Plan {
         Ok(listeners)
     }
 
-    fn bind_missing(&self, mut listeners: Listeners) -> Result<Listeners, DaemonError> {
+    pub(super) fn bind_missing(&self, mut listeners: Listeners) -> Result<Listeners, DaemonError> {
         for device in &self.devices {
             if listeners.contains_key(&device.name) {
                 continue;

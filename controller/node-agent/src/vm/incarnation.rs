@@ -100,7 +100,10 @@ impl Standby {
     /// Starts a process of `plan`'s program.
     pub(super) async fn start(plan: &Plan) -> Result<Self, DaemonError> {
         let sockets = Sockets::fresh(plan.dir(), plan.kind);
-        let process = Process::spawn(plan.program(), &plan.args(&sockets), &plan.log())?;
+        let fault = plan.start_fault();
+        tokio::time::sleep(fault.delay).await;
+        let program = fault.program.as_deref().unwrap_or_else(|| plan.program());
+        let process = Process::spawn(program, &plan.args(&sockets), &plan.log())?;
         let exited = process.exited();
         let up = async {
             let incarnation = Incarnation::connect(plan.kind, sockets).await.ok()?;
@@ -114,7 +117,7 @@ impl Standby {
                     process,
                     incarnation,
                     info,
-                    program: plan.program().to_owned(),
+                    program: program.to_owned(),
                 }),
                 Ok(None) | Err(_) => {
                     // Gone before the failure is told, not some time after.
@@ -233,6 +236,7 @@ impl Incarnation {
         let request = plan
             .send_descriptors(&self.sockets.fds, device, listener)
             .await?;
+        plan.stand_in().dismiss().await;
         self.attach_sent(request).await
     }
 

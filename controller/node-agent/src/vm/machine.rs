@@ -281,6 +281,12 @@ impl Machine {
     /// Begins to restart a daemon; [`Self::daemon_event`] tells the outcome.
     pub(super) fn restart(&mut self, index: usize) {
         let daemon = &mut self.daemons[index];
+        // A stand-in needs them, too. What cannot be bound now is an error of the process to be.
+        if daemon.plan.can_stand_by()
+            && let Ok(listeners) = daemon.plan.bind_missing(daemon.listeners.clone())
+        {
+            daemon.listeners = listeners;
+        }
         let (plan, listeners, pause) =
             (daemon.plan.clone(), daemon.listeners.clone(), daemon.pause);
         let spare = daemon.spare.take();

@@ -58,6 +58,7 @@ use self::{
     stop::StopHow,
 };
 use crate::{
+    faults::{Faults, Knobs},
     image::Claims,
     import::Imports,
     network::Networks,
@@ -95,6 +96,10 @@ pub(crate) struct Env {
     pub(crate) warm_spares: bool,
     /// A daemon that does not get on for this long is killed.
     pub(crate) hang_after: Duration,
+    /// What goes wrong on purpose.
+    pub(crate) faults: Faults,
+    /// Of that, what other parts of the agent look at.
+    pub(crate) knobs: Knobs,
     /// What makes user networks, if it was named.
     pub(crate) passt: Option<PathBuf>,
     /// What NICs may be in.

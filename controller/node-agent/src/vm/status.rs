@@ -46,7 +46,7 @@ pub(super) fn status_of(record: &Record, machine: Option<&Machine>) -> VmStatus 
     });
     if let Some(machine) = machine {
         status.processes = machine.processes();
-        status.devices = machine.health.devices.clone();
+        status.devices = machine.devices();
     }
     status
 }

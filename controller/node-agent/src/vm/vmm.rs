@@ -11,7 +11,8 @@ use api::{
     connect,
     validate::SEED_DISK,
     vmm::{
-        GetVmmRequest, PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, StopRequest,
+        DeviceHealth, GetDevicesRequest, GetVmmRequest, PauseRequest, PowerButtonRequest,
+        RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StopRequest,
         VmmInfo, VmmState, vmm_client::VmmClient,
     },
 };
@@ -217,6 +218,31 @@ pub(super) async fn reset(dir: &Path) -> Result<(), VmmError> {
         .await
         .map(drop)
         .map_err(refused("Reset"))
+}
+
+/// Has vCPUs and rings stand still.
+pub(super) async fn pause(dir: &Path) -> Result<(), VmmError> {
+    let mut client = client(dir, CALL_DEADLINE).await?;
+    let paused = client.pause(with_deadline(PauseRequest {})).await;
+    paused.map(drop).map_err(refused("Pause"))
+}
+
+/// Lets them go on.
+pub(super) async fn resume(dir: &Path) -> Result<(), VmmError> {
+    let mut client = client(dir, CALL_DEADLINE).await?;
+    let resumed = client.resume(with_deadline(ResumeRequest {})).await;
+    resumed.map(drop).map_err(refused("Resume"))
+}
+
+/// The devices, each with its last `max_outages` outages.
+pub(crate) async fn devices(dir: &Path, max_outages: u32) -> Result<Vec<DeviceHealth>, VmmError> {
+    let mut client = client(dir, CALL_DEADLINE).await?;
+    let request = with_deadline(GetDevicesRequest { max_outages });
+    client
+        .get_devices(request)
+        .await
+        .map(|answer| answer.into_inner().devices)
+        .map_err(refused("GetDevices"))
 }
 
 /// Presses the power button.
