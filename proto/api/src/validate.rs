@@ -5,6 +5,7 @@
 //! a name is taken is not decided here.
 
 mod cloud_init;
+mod devices;
 mod disk;
 mod fault_experiments;
 mod fault_rules;
@@ -14,6 +15,8 @@ mod net;
 mod networks;
 mod nic_policy;
 mod nics;
+mod node_faults;
+mod security_groups;
 mod upgrades;
 mod user_network;
 mod vm_disks;
@@ -25,6 +28,7 @@ pub use cloud_init::{
     MAX_META_DATA_BYTES, MAX_NETWORK_CONFIG_BYTES, MAX_SSH_KEYS, MAX_USER_DATA_BYTES, SEED_DISK,
     has_top_level_key,
 };
+pub use devices::{outage_policy, update_device_request, vm_device_request};
 pub use disk::{
     MAX_BACKING_IMAGES, MAX_BITMAP_GRANULARITY, bitmap_request, create_bitmap_request,
     disk_request, job_request, resize_request, set_limits_request, set_polling_request,
@@ -45,6 +49,8 @@ pub use nics::{
     capture_nic_request, node_capture_nic_request, node_nic_flows_request, update_nic_request,
     updated_nic, vm_nic_flows_request, vm_nic_request,
 };
+pub use node_faults::{node_arm_faults_request, node_fault};
+pub use security_groups::*;
 pub use upgrades::{DEVICE_PROGRAMS, UpgradeTarget, upgrade_devices_request};
 pub use vm_disks::*;
 pub use volumes::*;
@@ -207,6 +213,10 @@ pub fn apply_vm_request(request: &node::ApplyVmRequest) -> Result<(), Status> {
     if let Some(seed) = &spec.cloud_init {
         cloud_init::node(&mut machine, seed);
     }
+    let policies = spec.outage_policies.iter();
+    machine.outage_policies(
+        policies.map(|policy| (&policy.device[..], policy.action, policy.error_after_ms)),
+    );
     machine.finish();
     found.into_result()
 }
@@ -290,6 +300,10 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
     if let Some(seed) = &spec.cloud_init {
         cloud_init::controller(&mut machine, seed);
     }
+    let policies = spec.outage_policies.iter();
+    machine.outage_policies(
+        policies.map(|policy| (&policy.device[..], policy.action, policy.error_after_ms)),
+    );
     machine.finish();
     found.into_result()
 }
