@@ -13,7 +13,7 @@ use api::names;
 use clap::Parser;
 use vhost_user::backend;
 
-use crate::kernel::{PacketSockets, Tap};
+use crate::kernel::{Interface, PacketSockets, Tap};
 use crate::nic::{MAX_QUEUE_PAIRS, MacAddress};
 
 /// Serves virtio-net devices over vhost-user, each backed by a tap.
@@ -37,12 +37,17 @@ pub(crate) struct Args {
     /// pair), socket-fd=N.
     #[arg(long = "nic", value_name = "SPEC")]
     pub(crate) nics: Vec<Nic>,
-    /// A tap that is a port of a switch: the way to the host; may be repeated
+    /// A tap or an interface of the host that is a port of a switch: the way out; may be repeated
     ///
-    /// switch=NAME,tap=NAME[,vlan=N][,trunk=N], or fd=N instead of tap. Without VLANs, tags pass as
-    /// they are.
+    /// switch=NAME,tap=NAME[,vlan=N][,trunk=N]; packet=NAME instead of tap for an interface of the
+    /// host, beside the host; fd=N or packet-fd=N for either as an inherited descriptor. Without
+    /// VLANs, tags pass as they are.
     #[arg(long = "uplink", value_name = "SPEC")]
     pub(crate) uplinks: Vec<Uplink>,
+    /// Lets faults be armed over the control socket (service mortise.device.v1.Faults). For
+    /// experiments: whoever reaches the socket can then spoil what guests send and receive
+    #[arg(long)]
+    pub(crate) allow_faults: bool,
     /// Address to answer GET /metrics on
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) metrics_listen: Option<String>,
@@ -80,30 +85,34 @@ impl Args {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Uplink {
     pub(crate) port: SwitchPort,
-    tap: OtherEnd,
+    other_end: OtherEnd,
 }
 
 impl Uplink {
     fn inherited(&self) -> Option<RawFd> {
-        match &self.tap {
-            OtherEnd::Fds(fds) => fds.first().copied(),
+        match &self.other_end {
+            OtherEnd::Fds(fds) | OtherEnd::PacketFds(fds) => fds.first().copied(),
             _ => None,
         }
     }
 
-    /// Opens the tap.
+    /// Opens the tap or the packet socket.
     ///
     /// # Errors
     /// It cannot be had, and the remedy.
-    pub(crate) fn open(&self) -> anyhow::Result<OwnedFd> {
-        match (&self.tap, self.inherited()) {
-            (OtherEnd::Name(name), _) => {
-                let mut queues = Tap::open(name, 1)?;
-                queues.pop().context("the tap has no queue")
+    pub(crate) fn open(&self) -> anyhow::Result<Interface> {
+        let fds = match (&self.other_end, self.inherited()) {
+            (OtherEnd::Name(name), _) => Tap::open(name, 1)?,
+            (OtherEnd::Packet(name), _) => PacketSockets::open(name, 1)?,
+            (_, Some(fd)) => vec![inherited(fd)],
+            (_, None) => bail!("an uplink has an interface or a descriptor"),
+        };
+        Ok(match &self.other_end {
+            OtherEnd::Packet(_) | OtherEnd::PacketFds(_) => {
+                Interface::Packet(PacketSockets::from_fds(fds)?)
             }
-            (_, Some(fd)) => Ok(inherited(fd)),
-            (_, None) => bail!("an uplink has a tap or a descriptor"),
-        }
+            _ => Interface::Tap(Tap::from_fds(fds)?),
+        })
     }
 }
 
@@ -111,7 +120,7 @@ impl FromStr for Uplink {
     type Err = NicError;
 
     fn from_str(text: &str) -> Result<Self, NicError> {
-        let (mut switch, mut tap, mut vlan) = (None, None, None);
+        let (mut switch, mut end, mut vlan) = (None, None, None);
         let mut trunk_vlans = Vec::new();
         for field in text.split(',') {
             let (key, value) = field
@@ -120,8 +129,13 @@ impl FromStr for Uplink {
             match key {
                 "switch" if !names::is_id(value) => return Err(bad(key, value, ID_SHAPE)),
                 "switch" => set(&mut switch, key, value.to_owned())?,
-                "tap" => set(&mut tap, key, OtherEnd::Name(value.to_owned()))?,
-                "fd" => set(&mut tap, key, OtherEnd::Fds(vec![descriptor(key, value)?]))?,
+                "tap" => set(&mut end, key, OtherEnd::Name(value.to_owned()))?,
+                "packet" => set(&mut end, key, OtherEnd::Packet(value.to_owned()))?,
+                "fd" => set(&mut end, key, OtherEnd::Fds(vec![descriptor(key, value)?]))?,
+                "packet-fd" => {
+                    let fds = vec![descriptor(key, value)?];
+                    set(&mut end, key, OtherEnd::PacketFds(fds))?;
+                }
                 "vlan" => set(&mut vlan, key, vlan_number(key, value)?)?,
                 "trunk" => trunk_vlans.push(vlan_number(key, value)?),
                 _ => return Err(NicError::UnknownUplinkKey(key.to_owned())),
@@ -133,7 +147,7 @@ impl FromStr for Uplink {
                 vlan: vlan.unwrap_or(0),
                 trunk_vlans,
             },
-            tap: tap.ok_or(NicError::Missing("tap"))?,
+            other_end: end.ok_or(NicError::Missing("tap= or packet"))?,
         })
     }
 }
@@ -388,7 +402,7 @@ pub(crate) enum NicError {
         "unknown key {0:?}; known are id, tap, fd, packet, packet-fd, switch, vlan, trunk, socket, socket-fd, mac, queue-pairs, mtu, polling"
     )]
     UnknownKey(String),
-    #[error("unknown key {0:?}; known are switch, tap, fd, vlan, trunk")]
+    #[error("unknown key {0:?}; known are switch, tap, packet, fd, packet-fd, vlan, trunk")]
     UnknownUplinkKey(String),
     #[error("{0} is given twice")]
     Twice(String),
@@ -457,16 +471,21 @@ mod tests {
     }
 
     #[test]
-    fn uplink_is_a_switch_and_a_tap() {
+    fn uplink_is_a_switch_and_an_interface() {
         let uplink: Uplink = "switch=s0,tap=t0,trunk=5".parse().unwrap();
-        assert_eq!(uplink.tap, OtherEnd::Name("t0".into()));
+        assert_eq!(uplink.other_end, OtherEnd::Name("t0".into()));
         assert_eq!(uplink.port.trunk_vlans, [5]);
         let uplink: Uplink = "switch=s0,fd=7".parse().unwrap();
         assert_eq!(uplink.inherited(), Some(7));
+        let uplink: Uplink = "switch=s0,packet=eth0,vlan=3".parse().unwrap();
+        assert_eq!(uplink.other_end, OtherEnd::Packet("eth0".into()));
+        let uplink: Uplink = "switch=s0,packet-fd=8".parse().unwrap();
+        assert_eq!(uplink.inherited(), Some(8));
         for (spec, named) in [
             ("tap=t0", "switch= is missing"),
-            ("switch=s0", "tap= is missing"),
+            ("switch=s0", "tap= or packet= is missing"),
             ("switch=s0,tap=t0,fd=7", "given twice"),
+            ("switch=s0,tap=t0,packet=eth0", "given twice"),
             ("switch=s0,tap=t0,mac=x", "\"mac\""),
         ] {
             let error = spec.parse::<Uplink>().unwrap_err().to_string();

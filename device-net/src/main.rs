@@ -17,10 +17,11 @@ use anyhow::{Context, anyhow};
 use api::daemon::{self, DeviceTable};
 use api::device::nics_server::NicsServer;
 use api::fds::Inbox;
-use api::listen;
+use api::listen::{self, Sweeper};
 use api::serve::Services;
 use clap::Parser;
 use cli::OpenNic;
+use faults::{Faults, Kind};
 use nics::NicService;
 use tracing_subscriber::EnvFilter;
 
@@ -63,6 +64,11 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
         .map(|uplink| Ok((uplink.port.clone(), uplink.open()?)))
         .collect::<anyhow::Result<Vec<_>>>()?;
 
+    let socket_files = nics.iter().filter_map(|nic| nic.socket_file.as_ref());
+    let socket_files = socket_files
+        .chain(control.socket_file())
+        .chain(fd_socket.as_ref().map(|(_, file)| file));
+    let sweeper = Sweeper::start(socket_files).context("cannot prepare for a failure")?;
     let achieved = confinement::enter()?;
     kernel::uring::start_maker()?;
     confinement::forbid_new_rings()?;
@@ -76,9 +82,16 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
     let inbox = fd_socket
         .map(|(listener, file)| Inbox::on(listener, file))
         .transpose()?;
-    let table = DeviceTable::new("device-net", achieved.into_names(), inbox, nic::attach);
-    for (port, tap) in uplinks {
-        switch::connect_uplink(&port, tap)
+    let faults = args
+        .allow_faults
+        .then(|| Faults::start(Kind::Net))
+        .transpose()?;
+    let faults_of_nics = faults.clone();
+    let table = DeviceTable::new("device-net", achieved.into_names(), inbox, move |parts| {
+        nic::attach(parts, faults_of_nics.as_ref())
+    });
+    for (port, interface) in uplinks {
+        switch::connect_uplink(&port, interface)
             .with_context(|| format!("uplink of switch {:?}", port.switch))?;
     }
     let mut socket_files = Vec::new();
@@ -89,10 +102,13 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
             .map_err(|status| anyhow!("NIC {id:?}: {}", status.message()))?;
         socket_files.extend(socket_file);
     }
+    sweeper.dismiss();
     let nics = NicsServer::new(NicService::new(table.clone()));
     Ok(daemon::run(
         &table,
-        Services::new().with(nics),
+        Services::new()
+            .with(nics)
+            .with(api::fault_control::service(faults)),
         control,
         metrics,
     )?)

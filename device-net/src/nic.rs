@@ -23,6 +23,7 @@ use std::time::Duration;
 use api::daemon::{DeviceHistogram, Parts, ServedDevice};
 use api::device::attach_request::Device as DeviceConfig;
 use api::device::{Device, NetConfig, NetStats, Polling as PollingConfig, QueueHealth};
+use faults::{DeviceFaults, Faults};
 use tonic::Status;
 use vhost_user::backend::{Polling, Server, Status as ServerStatus};
 
@@ -42,7 +43,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// `INVALID_ARGUMENT` when the request is for no NIC or the descriptors are no fitting taps.
-pub(crate) fn attach(parts: Parts) -> Result<Arc<dyn ServedDevice>, Status> {
+pub(crate) fn attach(
+    parts: Parts,
+    faults: Option<&Arc<Faults>>,
+) -> Result<Arc<dyn ServedDevice>, Status> {
     let Some(DeviceConfig::Net(config)) = &parts.request.device else {
         return Err(Status::invalid_argument(
             "device: device-net serves NICs only; set net",
@@ -62,7 +66,10 @@ pub(crate) fn attach(parts: Parts) -> Result<Arc<dyn ServedDevice>, Status> {
         ),
     };
     let backend = connect(config, mac, parts.fds)?;
-    let nic = NicState::new(mac, backend.num_pairs(), !config.link_down);
+    let faults = faults.map_or_else(DeviceFaults::none, |faults| {
+        faults.device(&parts.request.id)
+    });
+    let nic = NicState::new(mac, backend.num_pairs(), !config.link_down, faults);
     nic.guard
         .set_policy(config.policy.clone())
         .map_err(|error| Status::invalid_argument(format!("net.{error}")))?;

@@ -11,7 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{process::Identity, spec::Spec, versions::Pinned};
+use crate::{faults::Knobs, process::Identity, spec::Spec, versions::Pinned};
 
 /// Raised when a record's meaning changes.
 const VERSION: u32 = 1;
@@ -174,6 +174,7 @@ pub(crate) enum RecordError {
 #[derive(Clone, Debug)]
 pub(crate) struct Store {
     dir: PathBuf,
+    knobs: Knobs,
 }
 
 impl Store {
@@ -184,7 +185,15 @@ impl Store {
     pub(crate) fn open(state_dir: &Path) -> Result<Self, RecordError> {
         let dir = state_dir.join("vms");
         fs::create_dir_all(&dir).map_err(io_error("creating", &dir))?;
-        Ok(Self { dir })
+        Ok(Self {
+            dir,
+            knobs: Knobs::default(),
+        })
+    }
+
+    /// Fails while a fault says so.
+    pub(crate) fn failing_as(self, knobs: Knobs) -> Self {
+        Self { knobs, ..self }
     }
 
     /// All records. Half-written files of a dead agent are removed.
@@ -211,7 +220,11 @@ impl Store {
     /// # Errors
     /// When the disk refuses.
     pub(crate) fn save(&self, record: &Record) -> Result<(), RecordError> {
-        save_json(&self.path(&record.spec.id), record)
+        let path = self.path(&record.spec.id);
+        if self.knobs.is_store_lost() {
+            return Err(io_error("writing", &path)(io::ErrorKind::StorageFull.into()));
+        }
+        save_json(&path, record)
     }
 
     /// Forgets the VM. One that is not known is no error.

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use api::device::NetStats;
+use faults::DeviceFaults;
 use filter::Direction;
 use vhost_user::backend::{Device, QueueHandler, Seat, SharedRing};
 use virtio_bindings::virtio_net::{
@@ -155,6 +156,10 @@ impl Device for NicDevice {
         // Receive rings alone are shared: pair n has ring 2n.
         self.backend
             .shared_receive_queue(&self.nic, ring.index() / 2, ring)
+    }
+
+    fn faults(&self) -> Option<Arc<DeviceFaults>> {
+        Some(Arc::clone(&self.nic.faults)).filter(|faults| faults.is_possible())
     }
 
     fn reset(&self) {

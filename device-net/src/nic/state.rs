@@ -5,6 +5,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use faults::DeviceFaults;
+
 use super::mac::MacAddress;
 use super::receive_filter::ReceiveFilter;
 use super::stats::PairStats;
@@ -16,6 +18,8 @@ pub(crate) struct NicState {
     pub(crate) stats: Vec<PairStats>,
     /// What rings ask about each frame.
     pub(crate) guard: Arc<Guard>,
+    /// What goes wrong on purpose.
+    pub(crate) faults: Arc<DeviceFaults>,
     first_mac: MacAddress,
     driver: Mutex<DriverSet>,
     /// Counts changes of the receive filter.
@@ -45,10 +49,16 @@ impl DriverSet {
 }
 
 impl NicState {
-    pub(crate) fn new(mac: MacAddress, num_pairs: u16, is_link_up: bool) -> Self {
+    pub(crate) fn new(
+        mac: MacAddress,
+        num_pairs: u16,
+        is_link_up: bool,
+        faults: Arc<DeviceFaults>,
+    ) -> Self {
         Self {
             stats: (0..num_pairs).map(|_| PairStats::default()).collect(),
             guard: Arc::new(Guard::new(mac)),
+            faults,
             first_mac: mac,
             driver: Mutex::new(DriverSet::nothing(mac)),
             filter_version: AtomicU64::new(0),
@@ -141,7 +151,7 @@ mod tests {
 
     #[test]
     fn only_a_driver_that_can_is_asked_to_announce_itself() {
-        let nic = NicState::new(MAC, 1, true);
+        let nic = NicState::new(MAC, 1, true, DeviceFaults::none());
         nic.set_link(false);
         nic.set_link(true);
         assert!(!nic.wants_announcement());
@@ -157,7 +167,7 @@ mod tests {
 
     #[test]
     fn reset_forgets_what_the_driver_set() {
-        let nic = NicState::new(MAC, 1, true);
+        let nic = NicState::new(MAC, 1, true, DeviceFaults::none());
         let version = nic.filter_version();
         nic.set_mac(MacAddress([2, 0, 0, 0, 0, 1]));
         nic.change_filter(|filter| {

@@ -110,6 +110,7 @@ async fn adopt_machine(actor: &Actor, assets: &Assets) -> Result<Box<Machine>, S
     );
     for mut plan in plans {
         plan.use_pin(&actor.record.pins);
+        plan.use_knobs(&env.knobs);
         let record = assets
             .daemons
             .iter()

@@ -249,6 +249,7 @@ pub(super) async fn bring_up(
     );
     for plan in &mut plans {
         plan.use_pin(&rising.pins);
+        plan.use_knobs(&env.knobs);
     }
     check_host(env, spec, &dir, &plans)?;
     claim_images(env, spec, &mut rising.claims).await?;
