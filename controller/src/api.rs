@@ -3,8 +3,11 @@
 
 use std::sync::Arc;
 
+use ::api::controller::device_upgrades_server::DeviceUpgradesServer;
+use ::api::controller::devices_server::DevicesServer;
 use ::api::controller::disks_server::DisksServer;
 use ::api::controller::events_server::EventsServer;
+use ::api::controller::fault_experiments_server::FaultExperimentsServer;
 use ::api::controller::hosts_server::HostsServer;
 use ::api::controller::networks_server::NetworksServer;
 use ::api::controller::nics_server::NicsServer;
@@ -18,19 +21,23 @@ use ::api::serve::Services;
 use tonic::{Code, Status};
 
 use crate::commands::CommandError;
+use crate::faults::Experiments;
 use crate::node::Node;
 use crate::plan::Observed;
 use crate::reconciler::with_source;
 use crate::store::{Listing, Range, SharedStore, StoreError};
 
 mod console;
+mod devices;
 mod disks;
 mod events;
+mod faults;
 mod hosts;
 mod networks;
 mod nics;
 mod operations;
 mod security_groups;
+mod upgrades;
 mod uploads;
 mod vms;
 mod volumes;
@@ -40,12 +47,17 @@ mod volumes;
 pub struct Api {
     store: SharedStore,
     node: Node,
+    experiments: Experiments,
 }
 
 impl Api {
     /// Handlers on `store` for VMs on `node`.
-    pub fn new(store: SharedStore, node: Node) -> Self {
-        Self { store, node }
+    pub fn new(store: SharedStore, node: Node, experiments: Experiments) -> Self {
+        Self {
+            store,
+            node,
+            experiments,
+        }
     }
 
     /// All services, to be served.
@@ -55,11 +67,14 @@ impl Api {
             .with(VolumesServer::new(self.clone()))
             .with(UploadsServer::new(self.clone()))
             .with(DisksServer::new(self.clone()))
+            .with(DevicesServer::new(self.clone()))
+            .with(DeviceUpgradesServer::new(self.clone()))
             .with(NetworksServer::new(self.clone()))
             .with(NicsServer::new(self.clone()))
             .with(SecurityGroupsServer::new(self.clone()))
             .with(HostsServer::new(self.clone()))
             .with(OperationsServer::new(self.clone()))
+            .with(FaultExperimentsServer::new(self.clone()))
             .with(EventsServer::new(self))
     }
 
@@ -233,6 +248,10 @@ fn command_status(error: CommandError) -> Status {
         CommandError::NoDisk { vm, disk, .. } => {
             let metadata = [("vm", vm.as_str()), ("disk", disk)];
             status(Code::NotFound, "NO_DISK", message, &metadata)
+        }
+        CommandError::NoDevice { vm, device, .. } => {
+            let metadata = [("vm", vm.as_str()), ("device", device)];
+            status(Code::NotFound, "NO_DEVICE", message, &metadata)
         }
         CommandError::NoNic { vm, nic, .. } => {
             let metadata = [("vm", vm.as_str()), ("nic", nic)];

@@ -15,6 +15,7 @@ use crate::reconciler::decode;
 use crate::store::{SharedStore, StoreError, Transaction};
 
 mod addresses;
+mod devices;
 mod disks;
 mod networks;
 mod nics;
@@ -23,6 +24,7 @@ mod upgrades;
 mod vms;
 mod volumes;
 
+pub use devices::{check_device, devices, outage_policy, update_device};
 pub use disks::{DiskOnHost, complete_mirror, disk_job, find_disk, update_disk};
 pub use networks::{create_network, delete_network, get_network, update_network, visible_network};
 pub use nics::{find_nic, update_nic};
@@ -462,6 +464,16 @@ pub enum CommandError {
         group: String,
         /// Those that name it.
         users: String,
+    },
+    /// The VM has no such device.
+    #[error("vm {vm} has no device {device}; it has {devices}")]
+    NoDevice {
+        /// Its id.
+        vm: String,
+        /// As given.
+        device: String,
+        /// Those that it has.
+        devices: String,
     },
     /// The VM has no such NIC.
     #[error("vm {vm} has no NIC {nic}; it has {nics}")]

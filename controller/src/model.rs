@@ -13,6 +13,9 @@
 //! jobs/{id}                    JobRecord of the operation
 //! requests/{project}/{id}      RequestRecord
 //! events/{id}                  controller.v1 Event; ids sort by age
+//! faultExperiments/{project}/{id}       controller.v1 FaultExperiment
+//! fault-reports/{project}/{id}          its controller.v1 FaultReport
+//! fault-switch-off                      there while nothing may be broken on purpose
 //! seeds/{project}/{vm}         node.v1 CloudInit of the VM, if it has one
 //! ```
 
@@ -24,6 +27,7 @@ use prost::Message;
 use prost_types::Timestamp;
 
 mod convert;
+mod device;
 mod network;
 mod nic;
 mod seed;
@@ -31,6 +35,7 @@ mod seed;
 pub use convert::{
     complete_spec, disk_status, node_create_volume, node_vm_spec, vm_status, volume_status,
 };
+pub use device::{device, device_events, noted_device};
 pub use nic::{capture, flow, nic_status};
 pub use seed::{seed_key, take_seed};
 
@@ -106,6 +111,8 @@ pub mod prefix {
     pub const NETWORKS: &str = "networks/";
     /// Security groups of all projects.
     pub const SECURITY_GROUPS: &str = "securityGroups/";
+    /// Fault experiments of all projects.
+    pub const FAULT_EXPERIMENTS: &str = "faultExperiments/";
     /// Operations.
     pub const OPERATIONS: &str = "operations/";
     /// Ids of operations that are not done.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use api::device::{CaptureChunk, ListFlowsResponse};
 use api::listen::Address;
+use api::node::devices_client::DevicesClient;
 use api::node::nics_client::NicsClient;
 use api::node::node_agent_client::NodeAgentClient;
 use api::node::*;
@@ -18,6 +19,8 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::plan::Observed;
+
+mod faults;
 
 /// For one attempt to reach the agent.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -289,6 +292,20 @@ impl Node {
         let mut client = self.nics_client()?;
         let answer = call("GetNics", client.get_nics(GetNicsRequest { vm_id })).await?;
         Ok(answer.nics)
+    }
+
+    /// The devices of a VM, with as many of their last outages.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn get_devices(
+        &self,
+        vm_id: String,
+        max_outages: u32,
+    ) -> Result<GetDevicesResponse, Status> {
+        let mut client = self.connected().map(DevicesClient::new)?;
+        let request = GetDevicesRequest { vm_id, max_outages };
+        call("GetDevices", client.get_devices(request)).await
     }
 
     /// The flows of a NIC.

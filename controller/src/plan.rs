@@ -23,6 +23,7 @@ use tonic::Code;
 
 use crate::model::{
     JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, job_id, network_status,
+    noted_device,
     node_create_volume, node_network_spec, node_vm_spec, vm_status, volume_status,
 };
 
@@ -427,6 +428,7 @@ fn is_news(stored: &pb::VmStatus, seen: &pb::VmStatus, record: &VmRecord) -> boo
         stored.resets,
     ) != (seen.phase, &seen.stop_reason, &seen.host, seen.resets)
         || stored.observed_generation != seen.observed_generation
+        || stored.devices != seen.devices.iter().map(noted_device).collect::<Vec<_>>()
         || (!refused && stored.error != seen.error)
 }
 

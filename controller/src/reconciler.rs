@@ -393,7 +393,8 @@ async fn record_vm(
     let mut status = status.clone();
     // Figures that change all the time are added when somebody reads.
     status.processes.clear();
-    status.devices.clear();
+    let events = model::device_events(&record.vm.name, &before, &status);
+    status.devices = status.devices.iter().map(model::noted_device).collect();
     if record.rejected_generation == record.vm.generation {
         status.error = before.error.clone();
     }
@@ -404,6 +405,9 @@ async fn record_vm(
     let mut transaction = Transaction::new();
     if before.phase != status.phase || before.resets != status.resets {
         let event = phase_event(&name, &before, &status);
+        transaction = transaction.put(event.name.clone(), event.encode_to_vec());
+    }
+    for event in events {
         transaction = transaction.put(event.name.clone(), event.encode_to_vec());
     }
     record.vm.status = Some(status);

@@ -152,6 +152,20 @@ impl Name {
             })
     }
 
+    /// Parses the name of a VM's device, whatever kind it is: the VM, and the device's own name.
+    ///
+    /// # Errors
+    /// When `name` is not `projects/{project}/vms/{vm}/devices/{device}`.
+    pub fn parse_device(name: &str) -> Result<(Self, String), NameError> {
+        name.rsplit_once("/devices/")
+            .filter(|(_, device)| is_id(device))
+            .and_then(|(vm, device)| Some((Self::parse_vm(vm).ok()?, device.to_owned())))
+            .ok_or_else(|| NameError {
+                name: name.to_owned(),
+                pattern: "projects/{project}/vms/{vm}/devices/{device}",
+            })
+    }
+
     /// Parses the name of a VM's NIC: the VM, and the NIC's own name.
     ///
     /// # Errors

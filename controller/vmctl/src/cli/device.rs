@@ -7,6 +7,24 @@ use super::WaitArgs;
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeviceCommand {
+    /// List a VM's devices: who serves them, and how that goes
+    List {
+        /// The VM
+        vm: String,
+    },
+    /// Show everything about a device, its last outages included
+    Show {
+        /// The VM
+        vm: String,
+        /// Its disk, NIC or vhost-user device
+        device: String,
+    },
+    /// Say what is done while no daemon serves a device; also during an outage
+    #[command(after_help = "Examples:
+  vmctl device set-policy web root error-after=30s   requests fail after 30 s until a daemon is back
+  vmctl device set-policy web root pause-vm          the VM stands still meanwhile
+  vmctl device set-policy web root stall             requests wait, without limit: the default")]
+    SetPolicy(SetPolicyArgs),
     /// Exchange the daemons that serve devices for another version while guests use them
     #[command(after_help = "Examples:
   vmctl device upgrade web/root --binary /opt/mortise/2.1/device-blk   what serves this disk
@@ -19,6 +37,19 @@ its VM and is exchanged whole. Requests are delayed, none fails; a version that 
 answer, does not connect or fails requests is rolled back, and no further wave begins. Ctrl-C ends the
 waiting alone; vmctl op cancel ends the upgrade after the wave that is under way.")]
     Upgrade(UpgradeArgs),
+}
+
+/// Of a policy.
+#[derive(Debug, Args)]
+pub(crate) struct SetPolicyArgs {
+    /// The VM
+    pub(crate) vm: String,
+    /// Its disk, NIC or vhost-user device
+    pub(crate) device: String,
+    /// stall, pause-vm or error-after=TIME (disks only, 1 s to a day)
+    pub(crate) policy: String,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
 }
 
 /// Of an upgrade.
