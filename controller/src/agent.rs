@@ -30,6 +30,7 @@ pub struct Agent {
     run_dir: PathBuf,
     bin_dir: PathBuf,
     metrics_listen: Option<Address>,
+    allow_faults: bool,
     log: PathBuf,
     pid_file: PathBuf,
 }
@@ -51,6 +52,7 @@ impl Agent {
             run_dir: run_dir.to_owned(),
             bin_dir: bin_dir.to_owned(),
             metrics_listen: None,
+            allow_faults: false,
             log: state_dir.join("node-agent.log"),
             pid_file: run_dir.join("node-agent.pid"),
         })
@@ -60,6 +62,13 @@ impl Agent {
     #[must_use]
     pub fn with_metrics(mut self, address: Option<Address>) -> Self {
         self.metrics_listen = address;
+        self
+    }
+
+    /// Lets one that is started do faults. One that is adopted keeps what it had.
+    #[must_use]
+    pub fn with_faults(mut self, allowed: bool) -> Self {
+        self.allow_faults = allowed;
         self
     }
 
@@ -112,6 +121,7 @@ impl Agent {
             .arg("--bin-dir")
             .arg(&self.bin_dir)
             .args(self.metrics_args())
+            .args(self.allow_faults.then_some("--allow-faults"))
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(failed)?)
             .stderr(log);

@@ -7,12 +7,14 @@
 //! store      trait and embedded implementation; model: the records in it
 //! plan       pure: (wanted, seen) -> actions
 //! reconciler the loop: load, look, plan, act
+//! faults     experiments: runs, what they saw, their verdicts
 //! node       the connection to a host's agent; agent: starts one in standalone mode
 //! ```
 
 pub mod agent;
 pub mod api;
 pub mod commands;
+pub mod faults;
 pub mod metrics;
 pub mod model;
 pub mod node;

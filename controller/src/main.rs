@@ -11,6 +11,7 @@ use clap::Parser as _;
 
 use controller::agent::Agent;
 use controller::api::Api;
+use controller::faults::Experiments;
 use controller::metrics;
 use controller::node::Node;
 use controller::options::{self, Options, StateDir};
@@ -45,7 +46,8 @@ async fn run(options: Options) -> anyhow::Result<()> {
             .bin_dir()
             .context("cannot find this program's directory")?;
         let agent = Agent::new(&options.state_dir, &options.run_dir, &bin_dir)?;
-        Some(agent.with_metrics(options.agent_metrics_listen.clone()))
+        let agent = agent.with_metrics(options.agent_metrics_listen.clone());
+        Some(agent.with_faults(options.allow_faults))
     } else {
         None
     };
@@ -80,12 +82,22 @@ async fn run(options: Options) -> anyhow::Result<()> {
     }
     tokio::spawn(node.clone().run());
     tokio::spawn(Reconciler::new(store.clone(), node.clone()).run());
+    let experiments = Experiments::new(store.clone(), node.clone(), options.allow_faults);
+    experiments
+        .recover()
+        .await
+        .context("cannot end fault experiments of an earlier run")?;
     if let Some(listener) = metrics_listener {
         serve_metrics(listener, store.clone(), node.clone());
     }
     let terminated = serve::terminated();
     announce(&listener.address());
-    serve::on(listener, Api::new(store, node).services(), terminated).await?;
+    serve::on(
+        listener,
+        Api::new(store, node, experiments).services(),
+        terminated,
+    )
+    .await?;
     tracing::info!("stopped; VMs and the node agent run on");
     Ok(())
 }

@@ -55,6 +55,10 @@ pub struct Options {
     /// Have the node agent that is started serve those of this machine and its VMs there
     #[arg(long, value_name = "HOST:PORT|unix:PATH", requires = "standalone")]
     pub agent_metrics_listen: Option<Address>,
+    /// Let users break things on purpose (`vmctl fault`), where nothing of value runs. The node agent
+    /// that is started may do so, too; one that is adopted keeps what it had
+    #[arg(long)]
+    pub allow_faults: bool,
 }
 
 impl Options {

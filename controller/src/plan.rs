@@ -23,8 +23,7 @@ use tonic::Code;
 
 use crate::model::{
     JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, job_id, network_status,
-    noted_device,
-    node_create_volume, node_network_spec, node_vm_spec, vm_status, volume_status,
+    node_create_volume, node_network_spec, node_vm_spec, noted_device, vm_status, volume_status,
 };
 
 /// A record and the revision that wrote it.

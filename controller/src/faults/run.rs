@@ -1,0 +1,656 @@
+//! One run of an experiment, from its first look to its verdict.
+//!
+//! ```text
+//! PREPARING  look at everything; wait until the start's probes hold
+//! RUNNING    begin and end faults by the schedule; look, probe, renew the time to live
+//! SETTLING   all faults over; wait until the targets serve again and the end's probes hold
+//! DONE       judged; or STOPPED (by a user, a probe, the switch), FAILED (the host refused)
+//! ```
+//!
+//! The run owns its faults: whatever way it ends, it disarms them. If this process dies, the host's
+//! time to live does.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use api::controller::fault_injection::Action;
+use api::controller::{
+    FaultExperiment, FaultExperimentSpec, FaultExperimentState, FaultInjection, FaultReport,
+    FaultVerdict, GuestReport, OperationError, ProbeLook, StallSummary,
+};
+use api::node::{self, ArmFaultsRequest};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tonic::{Code, Status};
+
+use super::guest::Listener;
+use super::judge::{Evidence, judge, summarise};
+use super::ledger::Ledger;
+use super::observe::{Began, Observer};
+use super::probes::{self, Edge, Sight};
+use super::record;
+use super::schedule::{Beginning, beginnings};
+use super::scope::{Scope, Vm};
+use crate::node::Node;
+use crate::store::SharedStore;
+
+/// Between two looks at the targets.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// Others are looked at every so many looks.
+const OTHERS_EVERY: u32 = 4;
+/// For the probes of the start.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// What is quiet before the first fault, to compare with.
+const BASELINE: Duration = Duration::from_millis(1_000);
+const DEFAULT_SETTLE_MS: u32 = 30_000;
+const DEFAULT_TTL_MS: u32 = 10_000;
+/// Between two notes of what is known so far, for the case that this process dies.
+const SAVE_INTERVAL: Duration = Duration::from_secs(5);
+/// Looks of probes that are kept.
+const MAX_LOOKS: usize = 4_000;
+/// How long a host that is away may take until its faults are known to be over: its agent ends them by
+/// itself by then.
+const DISARM_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// What others see of a run.
+#[derive(Debug, Default)]
+pub(crate) struct Live {
+    pub(crate) experiment: FaultExperiment,
+    pub(crate) report: FaultReport,
+}
+
+/// Why a run ended before its time.
+enum End {
+    Stopped(String),
+    Failed(OperationError),
+}
+
+/// A run.
+pub(crate) struct Run {
+    store: SharedStore,
+    node: Node,
+    project: String,
+    spec: FaultExperimentSpec,
+    /// The experiment's id on hosts.
+    host_id: String,
+    scope: Scope,
+    began: Began,
+    observer: Observer,
+    listeners: BTreeMap<String, Listener>,
+    ledger: Ledger,
+    looks: Vec<ProbeLook>,
+    /// Probes that did not hold when they should have, with the first words.
+    broken: BTreeMap<String, String>,
+    stop: watch::Receiver<Option<String>>,
+    live: Arc<Mutex<Live>>,
+    number_of_looks: u32,
+    renewed: Instant,
+    saved: Instant,
+}
+
+impl Run {
+    /// Of an experiment that is stored already.
+    pub(crate) fn new(
+        store: SharedStore,
+        node: Node,
+        project: String,
+        scope: Scope,
+        stop: watch::Receiver<Option<String>>,
+        live: Arc<Mutex<Live>>,
+    ) -> Self {
+        let began = Began::now();
+        let experiment = live
+            .lock()
+            .expect("nobody panics with it")
+            .experiment
+            .clone();
+        let spec = experiment.spec.clone().unwrap_or_default();
+        Self {
+            store,
+            node,
+            project,
+            host_id: experiment.uid,
+            began,
+            observer: Observer::new(began),
+            listeners: BTreeMap::new(),
+            ledger: Ledger::new(&spec.faults),
+            looks: Vec::new(),
+            broken: BTreeMap::new(),
+            spec,
+            scope,
+            stop,
+            live,
+            number_of_looks: 0,
+            renewed: Instant::now(),
+            saved: Instant::now(),
+        }
+    }
+
+    /// Carries it out and stores what came of it.
+    pub(crate) async fn carry_out(mut self) {
+        let end = self.all_phases().await.err();
+        self.disarm_all().await;
+        let (state, reason) = match &end {
+            None => (FaultExperimentState::Done, None),
+            Some(End::Stopped(reason)) => (FaultExperimentState::Stopped, Some(reason.clone())),
+            Some(End::Failed(error)) => (FaultExperimentState::Failed, Some(error.message.clone())),
+        };
+        self.refresh(Some(reason.as_deref()));
+        let error = match end {
+            Some(End::Failed(error)) => Some(error),
+            _ => None,
+        };
+        self.change(|status| {
+            status.state = state as i32;
+            status.end_time = Some(crate::model::now());
+            status.progress = reason.unwrap_or_default();
+            status.error = error;
+        });
+        self.save(true).await;
+    }
+
+    async fn all_phases(&mut self) -> Result<(), End> {
+        self.prepare().await?;
+        self.change(|status| status.state = FaultExperimentState::Running as i32);
+        self.inject().await?;
+        self.change(|status| status.state = FaultExperimentState::Settling as i32);
+        self.disarm_all().await;
+        self.settle().await
+    }
+
+    async fn prepare(&mut self) -> Result<(), End> {
+        let vms: Vec<Vm> = self.scope.target_vms().cloned().collect();
+        for vm in vms {
+            let listener = Listener::new(
+                self.node.clone(),
+                vm.name.clone(),
+                vm.node_id,
+                self.began.at,
+            );
+            self.listeners.insert(vm.name, listener);
+        }
+        // Refused here, and not at the first fault, which may come late.
+        self.renew().await?;
+        let deadline = Instant::now() + START_TIMEOUT;
+        let quiet_until = Instant::now() + BASELINE;
+        loop {
+            self.look().await?;
+            let problem = self.probe(Edge::Start);
+            match problem {
+                None if Instant::now() >= quiet_until => return Ok(()),
+                Some((id, words)) if Instant::now() >= deadline => {
+                    return Err(End::Stopped(format!(
+                        "nothing was done: at the start, the probe {id} did not hold: {words}"
+                    )));
+                }
+                Some((id, words)) => self.say(format!("the probe {id} does not hold yet: {words}")),
+                None => {}
+            }
+            self.pause(Instant::now() + LOOK_INTERVAL).await?;
+        }
+    }
+
+    async fn inject(&mut self) -> Result<(), End> {
+        let schedule = beginnings(&self.spec);
+        let started = Instant::now();
+        let at = |ms: u32| started + Duration::from_millis(u64::from(ms));
+        let over = at(self.spec.duration_ms);
+        let mut coming = schedule.iter().peekable();
+        // What is to end, by time.
+        let mut ends: BTreeMap<(Instant, u64), Vec<String>> = BTreeMap::new();
+        let mut ordinal = 0;
+        let mut next_look = started;
+        loop {
+            let now = Instant::now();
+            while let Some((&key, _)) = ends.first_key_value()
+                && key.0 <= now
+            {
+                let ids = ends.remove(&key).unwrap_or_default();
+                self.disarm(ids).await;
+            }
+            while let Some(beginning) = coming.next_if(|beginning| at(beginning.at_ms) <= now) {
+                let ids = self.begin(beginning).await?;
+                ordinal += 1;
+                if !ids.is_empty() {
+                    ends.insert((at(beginning.until_ms), ordinal), ids);
+                }
+            }
+            if Instant::now() >= over {
+                return Ok(());
+            }
+            if Instant::now() >= next_look {
+                next_look = Instant::now() + LOOK_INTERVAL;
+                self.look().await?;
+                self.watch_probes()?;
+                let left = over.saturating_duration_since(Instant::now());
+                self.say(format!("faults for another {} s", left.as_secs()));
+            }
+            let wake = [
+                Some(next_look),
+                Some(over),
+                coming.peek().map(|beginning| at(beginning.at_ms)),
+                ends.first_key_value().map(|((at, _), _)| *at),
+            ];
+            let wake = wake.into_iter().flatten().min().unwrap_or(over);
+            self.pause(wake).await?;
+        }
+    }
+
+    async fn settle(&mut self) -> Result<(), End> {
+        let settle_ms = match self.spec.settle_ms {
+            0 => DEFAULT_SETTLE_MS,
+            settle_ms => settle_ms,
+        };
+        let deadline = Instant::now() + Duration::from_millis(u64::from(settle_ms));
+        loop {
+            self.look().await?;
+            let problem = self.probe(Edge::End);
+            let away = self.away();
+            let waits = match (&problem, &away) {
+                (None, None) => return Ok(()),
+                (Some((id, words)), _) => format!("the probe {id}: {words}"),
+                (None, Some(device)) => format!("{device} to be served again"),
+            };
+            if Instant::now() >= deadline {
+                if let Some((id, words)) = problem {
+                    self.broken
+                        .entry(id)
+                        .or_insert(format!("at the end, {words}"));
+                }
+                return Ok(());
+            }
+            self.say(format!("waits for {waits}"));
+            self.pause(Instant::now() + LOOK_INTERVAL).await?;
+        }
+    }
+
+    /// A target that no daemon serves, or whose outage lasts.
+    fn away(&self) -> Option<String> {
+        let reports = self.observer.reports(|_, _, _| None);
+        let away = |report: &&api::controller::DeviceReport| {
+            report.targeted
+                && (report
+                    .samples
+                    .last()
+                    .is_some_and(|sample| !sample.connected)
+                    || report.outages.iter().any(|outage| outage.ended_ms == 0.0))
+        };
+        let report = reports.iter().find(away)?;
+        Some(format!("{} of {}", report.device, report.vm))
+    }
+
+    /// Begins a fault on everything that its target stands for; answers with what has to be ended.
+    async fn begin(&mut self, beginning: &Beginning) -> Result<Vec<String>, End> {
+        let index = beginning.fault;
+        let injection = self.spec.faults[index].clone();
+        self.ledger.begin(index, self.began.elapsed_ms());
+        let host_faults = self.host_faults(beginning, &injection);
+        if host_faults.is_empty() {
+            let words = "its target stands for no VM; see `vmctl vm list`";
+            self.ledger.problem(index, words.to_owned());
+            return Ok(Vec::new());
+        }
+        let ids: Vec<String> = host_faults.iter().map(|fault| fault.id.clone()).collect();
+        let request = ArmFaultsRequest {
+            experiment_id: self.host_id.clone(),
+            faults: host_faults,
+            ttl_ms: u64::from(self.ttl_ms()),
+            seed: beginning.seed,
+        };
+        match self.node.arm_faults(request).await {
+            Ok(statuses) => {
+                self.renewed = Instant::now();
+                self.ledger.update(&statuses, &self.began);
+            }
+            Err(status) if is_switched_off(&status) => return Err(refused(&status)),
+            Err(status) => {
+                let words = api::errors::explain(&status);
+                tracing::warn!(fault = %injection.id, %status, "the host did not begin a fault");
+                self.ledger.problem(index, words);
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The fault as hosts are told it, once for each VM of its target.
+    fn host_faults(
+        &mut self,
+        beginning: &Beginning,
+        injection: &FaultInjection,
+    ) -> Vec<node::Fault> {
+        let target = injection.target.clone().unwrap_or_default();
+        let fault = match injection.action.clone() {
+            Some(Action::Rule(mut rule)) => {
+                rule.duration_ms = u64::from(beginning.until_ms - beginning.at_ms);
+                node::fault::Fault::Rule(rule)
+            }
+            Some(Action::Process(process)) => node::fault::Fault::Process(process),
+            Some(Action::Host(host)) => {
+                let id = format!("{}.{}", injection.id, beginning.number);
+                self.ledger.open(&id, beginning.fault, "", "");
+                return vec![node::Fault {
+                    id,
+                    target: None,
+                    fault: Some(node::fault::Fault::Host(host)),
+                }];
+            }
+            Some(Action::Upgrade(_)) | None => return Vec::new(),
+        };
+        let vms = self.scope.vms_of(injection, &self.project);
+        let mut faults = Vec::with_capacity(vms.len());
+        for (index, vm) in vms.iter().enumerate() {
+            let id = format!("{}.{}.{index}", injection.id, beginning.number);
+            self.ledger
+                .open(&id, beginning.fault, &vm.name, &target.device);
+            faults.push(node::Fault {
+                id,
+                target: Some(node::FaultTarget {
+                    vm_id: vm.node_id.clone(),
+                    device: target.device.clone(),
+                    process: target.process,
+                }),
+                fault: Some(fault.clone()),
+            });
+        }
+        faults
+    }
+
+    /// Ends beginnings; one that a host away cannot end now ends by itself there.
+    async fn disarm(&mut self, ids: Vec<String>) {
+        match self.node.disarm_faults(&self.host_id, ids.clone()).await {
+            Ok(statuses) => self.ledger.update(&statuses, &self.began),
+            Err(status) => {
+                tracing::warn!(%status, "the host did not end faults; they end by themselves")
+            }
+        }
+        let at_ms = self.began.elapsed_ms();
+        for id in ids {
+            self.ledger.close(&id, at_ms);
+        }
+    }
+
+    /// Ends everything that the experiment has on the host.
+    async fn disarm_all(&mut self) {
+        let deadline = Instant::now() + DISARM_TIMEOUT;
+        loop {
+            match self.node.disarm_faults(&self.host_id, Vec::new()).await {
+                Ok(statuses) => {
+                    self.ledger.update(&statuses, &self.began);
+                    return;
+                }
+                Err(status) if is_away(&status) && Instant::now() < deadline => {
+                    self.say("waits for the host, to end its faults".to_owned());
+                    tokio::time::sleep(LOOK_INTERVAL).await;
+                }
+                Err(status) => {
+                    tracing::warn!(%status, "the host did not end the faults; they end by themselves");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Faults live on.
+    async fn renew(&mut self) -> Result<(), End> {
+        let request = ArmFaultsRequest {
+            experiment_id: self.host_id.clone(),
+            faults: Vec::new(),
+            ttl_ms: u64::from(self.ttl_ms()),
+            seed: 0,
+        };
+        self.renewed = Instant::now();
+        match self.node.arm_faults(request).await {
+            Err(status) if is_away(&status) => Ok(()),
+            Err(status) => Err(refused(&status)),
+            Ok(_) => Ok(()),
+        }
+    }
+
+    fn ttl_ms(&self) -> u32 {
+        match self.spec.ttl_ms {
+            0 => DEFAULT_TTL_MS,
+            ttl_ms => ttl_ms,
+        }
+    }
+
+    /// Looks at everything that is due, and shows it to others.
+    async fn look(&mut self) -> Result<(), End> {
+        let renew_after = Duration::from_millis(u64::from(self.ttl_ms()) / 3);
+        if self.renewed.elapsed() >= renew_after {
+            self.renew().await?;
+        }
+        if let Ok(statuses) = self.node.list_faults(&self.host_id).await {
+            self.ledger.update(&statuses, &self.began);
+        }
+        let others = self.number_of_looks.is_multiple_of(OTHERS_EVERY);
+        self.number_of_looks += 1;
+        self.observer.look(&self.node, &self.scope, others).await;
+        self.refresh(None);
+        if self.saved.elapsed() >= SAVE_INTERVAL {
+            self.save(false).await;
+        }
+        Ok(())
+    }
+
+    /// The first probe of this edge that does not hold.
+    fn probe(&mut self, edge: Edge) -> Option<(String, String)> {
+        let mut first = None;
+        for (id, problem) in self.look_at_probes(edge) {
+            if let (None, Some(words)) = (&first, problem) {
+                first = Some((id, words));
+            }
+        }
+        first
+    }
+
+    /// Notes probes that do not hold while faults are there.
+    ///
+    /// # Errors
+    /// When one of them is to stop the run.
+    fn watch_probes(&mut self) -> Result<(), End> {
+        let mut stop = None;
+        for (id, problem) in self.look_at_probes(Edge::During) {
+            let Some(words) = problem else { continue };
+            let stops = self
+                .spec
+                .probes
+                .iter()
+                .any(|probe| probe.id == id && probe.stop);
+            if stops && stop.is_none() {
+                stop = Some(format!("the probe {id} did not hold: {words}"));
+            }
+            self.broken.entry(id).or_insert(words);
+        }
+        stop.map_or(Ok(()), |reason| Err(End::Stopped(reason)))
+    }
+
+    fn look_at_probes(&mut self, edge: Edge) -> Vec<(String, Option<String>)> {
+        let observed = self.node.observed().borrow().clone();
+        let sight = Sight {
+            scope: &self.scope,
+            observed: &observed,
+            observer: &self.observer,
+            listeners: &self.listeners,
+        };
+        let at_ms = self.began.elapsed_ms();
+        let mut found = Vec::new();
+        for probe in &self.spec.probes {
+            if !probes::is_due(probe, edge) {
+                continue;
+            }
+            let problem = probes::problem(probe, edge, &sight);
+            let look = ProbeLook {
+                at_ms,
+                id: probe.id.clone(),
+                holds: problem.is_none(),
+                detail: problem.clone().unwrap_or_default(),
+            };
+            // Only changes are news.
+            let before = self.looks.iter().rev().find(|look| look.id == probe.id);
+            if before.is_none_or(|before| before.holds != look.holds)
+                && self.looks.len() < MAX_LOOKS
+            {
+                self.looks.push(look);
+            }
+            found.push((probe.id.clone(), problem));
+        }
+        found
+    }
+
+    /// Waits, unless somebody stops the run.
+    async fn pause(&mut self, until: Instant) -> Result<(), End> {
+        let reason = self.stop.borrow_and_update().clone();
+        if let Some(reason) = reason {
+            return Err(End::Stopped(reason));
+        }
+        tokio::select! {
+            () = tokio::time::sleep_until(until) => Ok(()),
+            changed = self.stop.changed() => {
+                let reason = self.stop.borrow().clone();
+                let reason = reason.unwrap_or_else(|| "the controller ends".to_owned());
+                match changed {
+                    Ok(()) | Err(_) => Err(End::Stopped(reason)),
+                }
+            }
+        }
+    }
+
+    fn say(&self, progress: String) {
+        self.change(|status| status.progress = progress);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut api::controller::FaultExperimentStatus)) {
+        let mut live = self.live.lock().expect("nobody panics with it");
+        change(live.experiment.status.get_or_insert_default());
+    }
+
+    /// Brings what others see up to date; `over` has the reason of an early end, and asks for a verdict.
+    fn refresh(&mut self, over: Option<Option<&str>>) {
+        let guests = self.guests();
+        let devices = self
+            .observer
+            .reports(|vm, device, at_ms| self.ledger.cause(vm, device, at_ms));
+        let hits = self.ledger.hits();
+        let (stalls, recoveries, stalls_from) = times(&devices, &guests);
+        let (checks, verdict) = match over {
+            None => (Vec::new(), FaultVerdict::Unspecified),
+            Some(stopped) => {
+                let broken: Vec<(String, String)> = self.broken.clone().into_iter().collect();
+                let targets = self.scope.target_vms();
+                let troubles: Vec<String> = targets
+                    .filter_map(|vm| {
+                        let trouble = self.observer.vm_trouble(&vm.name)?;
+                        Some(format!("{}: {trouble}", vm.name))
+                    })
+                    .collect();
+                judge(&Evidence {
+                    spec: &self.spec,
+                    hits: &hits,
+                    devices: &devices,
+                    guests: &guests,
+                    stalls: &stalls,
+                    recoveries: &recoveries,
+                    broken_probes: &broken,
+                    vm_troubles: &troubles,
+                    stopped,
+                    target_vms: self.scope.target_vms().count(),
+                })
+            }
+        };
+        let mut live = self.live.lock().expect("nobody panics with it");
+        let status = live.experiment.status.get_or_insert_default();
+        status.hits = hits;
+        status.verdict = verdict as i32;
+        status.elapsed_ms = self.began.elapsed_ms() as u32;
+        live.report = FaultReport {
+            experiment: None,
+            replay: String::new(),
+            checks,
+            marks: self.ledger.marks(),
+            devices,
+            guests,
+            stalls: Some(stalls),
+            recoveries: Some(recoveries),
+            stalls_from: stalls_from.to_owned(),
+            controller_version: env!("CARGO_PKG_VERSION").to_owned(),
+            probes: self.looks.clone(),
+        };
+    }
+
+    fn guests(&self) -> Vec<GuestReport> {
+        self.listeners
+            .values()
+            .flat_map(Listener::reports)
+            .collect()
+    }
+
+    async fn save(&mut self, over: bool) {
+        self.saved = Instant::now();
+        let (experiment, report) = {
+            let live = self.live.lock().expect("nobody panics with it");
+            (live.experiment.clone(), live.report.clone())
+        };
+        if let Err(error) = record::save(&self.store, &experiment, &report, over).await {
+            let error = crate::reconciler::with_source(&error);
+            tracing::error!(%error, "cannot store a fault report");
+        }
+    }
+}
+
+/// Stalls, recoveries, and who told of the stalls.
+fn times(
+    devices: &[api::controller::DeviceReport],
+    guests: &[GuestReport],
+) -> (StallSummary, StallSummary, &'static str) {
+    let targets = devices.iter().filter(|device| device.targeted);
+    let outages: Vec<_> = targets.flat_map(|device| &device.outages).collect();
+    let ended = outages.iter().filter(|outage| outage.ended_ms > 0.0);
+    let stalls = ended.map(|outage| outage.ended_ms - outage.began_ms);
+    let mut stalls = summarise(stalls.collect());
+    let replayed = outages.iter().filter(|outage| outage.replayed_ms > 0.0);
+    let recoveries = replayed.map(|outage| outage.replayed_ms - outage.began_ms);
+    let recoveries = summarise(recoveries.collect());
+    let slowest = guests.iter().filter_map(|guest| guest.latency.as_ref());
+    let slowest = slowest.max_by(|one, other| one.max_ms.total_cmp(&other.max_ms));
+    let from = match slowest {
+        // Without an outage, its slowest requests are all that a guest saw.
+        Some(latency) if stalls.count == 0 => {
+            stalls = latency.clone();
+            "guest"
+        }
+        // A guest may have waited longer than any daemon was away.
+        Some(latency) if latency.max_ms > stalls.max_ms => {
+            stalls.max_ms = latency.max_ms;
+            "devices, max by guest"
+        }
+        _ => "devices",
+    };
+    (stalls, recoveries, from)
+}
+
+fn is_away(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown
+    )
+}
+
+/// The host does no faults at all.
+fn is_switched_off(status: &Status) -> bool {
+    let reason = api::errors::reason(status);
+    status.code() == Code::Unimplemented
+        || matches!(reason.as_deref(), Some("FAULTS_OFF" | "FAULTS_NOT_ALLOWED"))
+}
+
+fn refused(status: &Status) -> End {
+    let message = match status.code() {
+        Code::Unimplemented => "the host's agent knows no faults; upgrade node-agent".to_owned(),
+        _ => api::errors::explain(status),
+    };
+    End::Failed(OperationError {
+        code: status.code() as i32,
+        message,
+        reason: api::errors::reason(status).unwrap_or_else(|| "HOST_REFUSED".to_owned()),
+    })
+}
