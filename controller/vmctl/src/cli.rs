@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use api::listen::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) mod device;
 pub(crate) mod disk;
+pub(crate) mod fault;
 pub(crate) mod network;
 pub(crate) mod nic;
 pub(crate) mod volume;
@@ -77,6 +79,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: volume::VolumeCommand,
     },
+    /// Exchange the daemons of VMs' devices
+    Device {
+        #[command(subcommand)]
+        command: device::DeviceCommand,
+    },
     /// Look at, limit, grow, copy and keep the state of VMs' disks
     Disk {
         #[command(subcommand)]
@@ -101,6 +108,11 @@ pub(crate) enum Command {
     SecurityGroup {
         #[command(subcommand)]
         command: network::SecurityGroupCommand,
+    },
+    /// Break things on purpose and see what guests notice
+    Fault {
+        #[command(subcommand)]
+        command: fault::FaultCommand,
     },
     /// Look at hosts
     Host {
@@ -271,6 +283,9 @@ pub(crate) struct MachineArgs {
     /// Memory, such as 512M or 4G [default: 512M]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) memory: Option<u64>,
+    /// Keep a started, confined process ready for each device daemon: one that dies is replaced at once
+    #[arg(long)]
+    pub(crate) warm_spare: bool,
     /// How long the guest may take to shut down before it is stopped hard [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) shutdown_grace: Option<u32>,

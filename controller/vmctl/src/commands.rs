@@ -1,7 +1,9 @@
 //! One module for each noun, and `run`.
 
+pub(crate) mod device;
 pub(crate) mod disk;
 pub(crate) mod events;
+pub(crate) mod fault;
 pub(crate) mod host;
 pub(crate) mod import;
 pub(crate) mod network;

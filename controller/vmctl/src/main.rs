@@ -4,6 +4,7 @@
 //! cli        what can be typed; spec: the words for disks, NICs and sizes; seed: files for cloud-init
 //! client     the connection, operations to wait for, errors in words
 //! commands   one module for each noun, and run
+//! campaign   files of what to break; fault_report: what came of it, as text, XML and a page
 //! console    a terminal on a VM's serial port
 //! output     tables and colours; json: any message as JSON
 //! ```
@@ -14,10 +15,12 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 
+mod campaign;
 mod cli;
 mod client;
 mod commands;
 mod console;
+mod fault_report;
 mod json;
 mod output;
 mod port_forward;
@@ -60,11 +63,13 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Vm { command } => commands::vm::run(&global, command).await,
         Command::Volume { command } => commands::volume::run(&global, command).await,
+        Command::Device { command } => commands::device::run(&global, command).await,
         Command::Disk { command } => commands::disk::run(&global, command).await,
         Command::Nic { command } => commands::nic::run(&global, command).await,
         Command::Network { command } => commands::network::run(&global, command).await,
         Command::PortForward { command } => commands::port_forward::run(&global, command).await,
         Command::SecurityGroup { command } => commands::security_group::run(&global, command).await,
+        Command::Fault { command } => commands::fault::run(&global, command).await,
         Command::Host { command } => commands::host::run(&global, command).await,
         Command::Op { command } => commands::op::run(&global, command).await,
         Command::Events(args) => commands::events::run(&global, args).await,

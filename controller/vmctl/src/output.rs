@@ -53,7 +53,7 @@ fn paint(word: &str) -> String {
 }
 
 /// Only on a terminal, and not when NO_COLOR (no-color.org) is set.
-fn colours() -> bool {
+pub(crate) fn colours() -> bool {
     std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty())
 }
 
