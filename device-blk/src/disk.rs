@@ -3,6 +3,8 @@
 mod layers;
 pub(crate) mod operations;
 
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +20,8 @@ use crate::assembly::{self, Files, assemble};
 use crate::cli::MAX_QUEUES;
 use crate::device::{BlkDevice, serial_id};
 use crate::engine::backend::ServeOptions;
+use crate::image::failing::FailingImage;
+use crate::image::lock::Attachment;
 use crate::image::{Image, SECTOR_BYTES};
 use crate::jobs::Jobs;
 use crate::latency::SlowThreshold;
@@ -82,8 +86,13 @@ impl Disk {
             Some(image) => image,
             None => {
                 let files = Files::of_request(&config, fds);
-                assemble(&config, &name, files, lock_patience)?
+                let attachment = Some(attachment_of(&listener));
+                assemble(&config, &name, files, attachment, lock_patience)?
             }
+        };
+        let image = match config.fail_requests {
+            true => Arc::new(FailingImage::new(image)) as Arc<dyn Image>,
+            false => image,
         };
         tracing::info!(
             disk = request.id,
@@ -133,6 +142,13 @@ impl Disk {
     fn serving(&self) -> MutexGuard<'_, Serving> {
         self.serving.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The socket outlives daemons, and no two disks have the same one.
+fn attachment_of(listener: &UnixListener) -> Attachment {
+    let address = listener.local_addr().ok();
+    let path = address.as_ref().and_then(|address| address.as_pathname());
+    Attachment::at(path.map_or(&[][..], |path| path.as_os_str().as_bytes()))
 }
 
 fn polling(mode: Polling) -> backend::Polling {

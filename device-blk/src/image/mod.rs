@@ -21,11 +21,13 @@
 //! - [`task`]: what a worker thread is asked to do;
 //! - [`direct`]: whether, and with which alignment, a file takes `O_DIRECT`;
 //! - [`lock`]: keeping a second writer out;
+//! - [`failing`]: one that answers every request with an error;
 //! - [`error`]: why an image cannot be served.
 
 pub(crate) mod chain;
 pub(crate) mod direct;
 pub(crate) mod error;
+pub(crate) mod failing;
 pub(crate) mod key;
 pub(crate) mod lock;
 pub(crate) mod luks;
