@@ -43,6 +43,8 @@ use crate::{
 
 /// A process that serves nothing ends at once when it is asked to.
 const END_WITHIN: Duration = Duration::from_secs(5);
+/// A process that does not answer for so long is of no use for a roll-back.
+const AWAKE_WITHIN: Duration = Duration::from_secs(1);
 /// The old process is only asked whether it has work of its own.
 const ASK_WITHIN: Duration = Duration::from_secs(2);
 
@@ -322,7 +324,10 @@ impl Exchange {
     /// Everything that can be done while the old process serves.
     async fn prepare(&mut self) -> Result<(Standby, Option<Incarnation>), UpgradeError> {
         // One that does not answer is killed when its devices are taken.
-        let old = Incarnation::usual(&self.old_plan, ASK_WITHIN).await.ok();
+        let old = match Incarnation::usual(&self.old_plan, AWAKE_WITHIN).await {
+            Ok(old) => old.info(AWAKE_WITHIN).await.is_ok().then_some(old),
+            Err(_) => None,
+        };
         self.refuse_jobs().await?;
         let standby = tokio::time::timeout(self.wish.gate, Standby::start(&self.new_plan));
         let standby = match standby.await {

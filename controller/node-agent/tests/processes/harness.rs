@@ -325,7 +325,7 @@ pub(crate) fn files(dir: &Path) -> Vec<String> {
 }
 
 /// A program of this build.
-fn built(program: &str) -> PathBuf {
+pub(crate) fn built(program: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_node-agent")).with_file_name(program);
     assert!(
         path.exists(),

@@ -10,5 +10,7 @@ mod harness;
 mod lifecycle;
 mod resources;
 mod seed;
+mod stand_in;
 mod storage;
+mod upgrade;
 mod user_network;

@@ -91,8 +91,10 @@ impl Before {
             let served =
                 served.ok_or_else(|| Problem::Final(format!("it does not serve {name}")))?;
             check_served(served)?;
-            if let Some(seen) = seen.get(name) {
-                self.check_seen(name, seen, served)?;
+            match seen.get(name) {
+                Some(seen) => self.check_seen(name, seen, served)?,
+                None if served.connected => {}
+                None => return Err(Problem::NotYet(format!("{name} is not connected"))),
             }
         }
         Ok(())
@@ -160,8 +162,7 @@ fn completed(served: &Device) -> u64 {
 
 /// The machine's devices by name; `None` when `vmm-core` does not answer.
 async fn health(plan: &Plan) -> Option<BTreeMap<String, DeviceHealth>> {
-    let asked = tokio::time::timeout(ANSWER_WITHIN, vmm::info(plan.dir())).await;
-    let info = asked.ok()?.ok()?;
-    let devices = info.devices.into_iter();
+    let asked = tokio::time::timeout(ANSWER_WITHIN, vmm::devices(plan.dir(), 0)).await;
+    let devices = asked.ok()?.ok()?.into_iter();
     Some(devices.map(|device| (device.tag.clone(), device)).collect())
 }

@@ -14,6 +14,10 @@ use crate::process::Process;
 /// A process that failed its gate has no longer than this to complete what it has in flight.
 const GIVE_BACK_WITHIN: Duration = Duration::from_secs(1);
 
+/// How often a process that takes devices is asked whether it is there, and how long it has for an answer.
+const ASK_INTERVAL: Duration = Duration::from_millis(50);
+const SILENT_AFTER: Duration = Duration::from_millis(500);
+
 /// See the module's description.
 pub(super) struct Handover {
     old_plan: Arc<Plan>,
@@ -70,8 +74,16 @@ impl Handover {
     /// # Errors
     /// What the new process could not take, and why.
     pub(super) async fn take(&mut self, drain: Duration) -> Result<Vec<String>, DaemonError> {
-        let moving = self.moving(&self.old, &self.new, &self.new_plan, drain);
-        let moved = all(moving).await;
+        let moving = all(self.moving(&self.old, &self.new, &self.new_plan, drain));
+        tokio::pin!(moving);
+        let moved = tokio::select! {
+            moved = &mut moving => moved,
+            // What is under way fails at once then, and the guest waits no longer.
+            () = self.new.silence() => {
+                self.new.end().await;
+                moving.await
+            }
+        };
         if self
             .old
             .process
@@ -94,6 +106,11 @@ impl Handover {
                 "the old {} is not there any more",
                 self.old_plan.kind.program()
             )));
+        }
+        // One that hangs is not waited for: guests are.
+        if !standby.is_awake().await {
+            standby.process.kill().await;
+            self.new.incarnation = None;
         }
         let moving = self.moving(&self.new, &self.old, &self.old_plan, GIVE_BACK_WITHIN);
         all(moving).await.map(drop)
@@ -148,6 +165,17 @@ async fn move_one(
 }
 
 impl Side {
+    /// Comes when the process does not answer any more. A device may take long to attach (ghosts of the old
+    /// process, a passphrase); the process answers all the same.
+    async fn silence(&self) {
+        let Some(incarnation) = &self.incarnation else {
+            return std::future::pending().await;
+        };
+        while incarnation.info(SILENT_AFTER).await.is_ok() {
+            tokio::time::sleep(ASK_INTERVAL).await;
+        }
+    }
+
     /// Lets go of a device, dead or alive. A note if that delayed requests.
     async fn release(&self, device: &str, drain: Duration) -> Option<String> {
         let Some(incarnation) = &self.incarnation else {
