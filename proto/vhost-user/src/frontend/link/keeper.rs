@@ -20,7 +20,7 @@ use crate::frontend::session::{self, Activation, InflightRegion, Resources};
 use crate::log_limit::LogLimit;
 
 /// A connection that lived this long shows a backend that works: the next attempt is at once.
-const STABLE_AFTER: Duration = Duration::from_secs(1);
+const STABLE_AFTER: Duration = Duration::from_millis(100);
 
 /// Between two looks whether a new backend has completed something.
 const LONGEST_LOOK_INTERVAL: Duration = Duration::from_secs(1);
