@@ -6,8 +6,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use api::controller as pb;
+use api::controller::device_upgrades_client::DeviceUpgradesClient;
 use api::controller::disks_client::DisksClient;
 use api::controller::events_client::EventsClient;
+use api::controller::fault_experiments_client::FaultExperimentsClient;
 use api::controller::hosts_client::HostsClient;
 use api::controller::networks_client::NetworksClient;
 use api::controller::operations_client::OperationsClient;
@@ -83,11 +85,17 @@ impl Controller {
     pub(crate) fn disks(&self) -> DisksClient<Channel> {
         DisksClient::new(self.channel.clone())
     }
+    pub(crate) fn upgrades(&self) -> DeviceUpgradesClient<Channel> {
+        DeviceUpgradesClient::new(self.channel.clone())
+    }
     pub(crate) fn uploads(&self) -> UploadsClient<Channel> {
         UploadsClient::new(self.channel.clone())
     }
     pub(crate) fn hosts(&self) -> HostsClient<Channel> {
         HostsClient::new(self.channel.clone())
+    }
+    pub(crate) fn faults(&self) -> FaultExperimentsClient<Channel> {
+        FaultExperimentsClient::new(self.channel.clone())
     }
     pub(crate) fn operations(&self) -> OperationsClient<Channel> {
         OperationsClient::new(self.channel.clone())

@@ -3,11 +3,13 @@
 
 mod disks;
 mod events;
+mod faults;
 mod harness;
 mod networks;
 mod operations;
 mod simulated;
 mod standalone;
+mod upgrades;
 mod uploads;
 mod vms;
 mod volumes;
