@@ -394,6 +394,7 @@ fn show_processes(status: &pb::VmStatus) {
                 output::size(process.rss_kib << 10),
                 output::size(process.pss_kib << 10),
                 process.restarts.to_string(),
+                version(process),
                 output::or_dash(&process.devices.join(",")),
                 output::or_dash(&process.sandbox.join(",")),
             ]
@@ -402,8 +403,16 @@ fn show_processes(status: &pb::VmStatus) {
     if !rows.is_empty() {
         println!();
         let header = [
-            "PROCESS", "PID", "RSS", "PSS", "RESTARTS", "DEVICES", "SANDBOX",
+            "PROCESS", "PID", "RSS", "PSS", "RESTARTS", "VERSION", "DEVICES", "SANDBOX",
         ];
         output::table(&header, &rows);
+    }
+}
+
+/// With the build, of a daemon that was upgraded.
+fn version(process: &pb::Process) -> String {
+    match process.build.as_str() {
+        "" => output::or_dash(&process.version),
+        build => format!("{} ({build})", process.version),
     }
 }
