@@ -27,11 +27,13 @@ pub(super) fn is_switched(spec: &NetworkSpec) -> bool {
 /// The bridge that leads out of the network, its own or another; `None` when nothing of it is in the
 /// kernel.
 pub(super) fn bridge_of(spec: &NetworkSpec) -> Option<String> {
-    let leads_nowhere = spec.kind() == NetworkKind::Isolated && spec.overlay.is_none();
-    match is_switched(spec) && leads_nowhere {
-        true => None,
-        false => Some(names::bridge(spec)),
-    }
+    let has_none = match spec.kind() {
+        NetworkKind::Isolated => spec.overlay.is_none(),
+        // It is on an interface of the host.
+        NetworkKind::Bridged => spec.bridge.is_empty(),
+        _ => false,
+    };
+    (!(is_switched(spec) && has_none)).then(|| names::bridge(spec))
 }
 
 /// The bridge is the network's own, with all that belongs to it.
@@ -62,8 +64,13 @@ impl Networks {
             return Err(NetworkError::Datapath { id: id.clone() });
         }
         let dir = self.inner.run_dir.join(id);
-        if spec.kind() == NetworkKind::Bridged {
-            check_bridge(&names::bridge(spec))?;
+        if spec.kind() == NetworkKind::Bridged && !spec.bridge.is_empty() {
+            check_bridge(&spec.bridge)?;
+        }
+        if !spec.uplink.is_empty() && !links::exists(&spec.uplink) {
+            return Err(NetworkError::NoUplink {
+                uplink: spec.uplink.clone(),
+            });
         }
         let uplink = self.uplink(made, spec)?;
         let program = self.inner.bin_dir.join(switch::PROGRAM);
@@ -102,8 +109,12 @@ impl Networks {
 
     /// The switch's way out, which must not be anybody else's.
     fn uplink(&self, made: &Made, spec: &NetworkSpec) -> Result<Option<Uplink>, NetworkError> {
-        if !is_switched(spec) || bridge_of(spec).is_none() {
+        if !is_switched(spec) {
             return Ok(None);
+        }
+        if bridge_of(spec).is_none() {
+            let has_uplink = !spec.uplink.is_empty();
+            return Ok(has_uplink.then(|| Uplink::Interface(spec.uplink.clone())));
         }
         let name = names::uplink(&spec.id);
         if made.spec.is_none() && links::exists(&name) {
@@ -128,11 +139,6 @@ impl Networks {
         let plan = server::is_wanted(spec)
             .then(|| server::Plan::new(spec, &bridge, dir))
             .transpose()?;
-        if !spec.uplink.is_empty() && !links::exists(&spec.uplink) {
-            return Err(NetworkError::NoUplink {
-                uplink: spec.uplink.clone(),
-            });
-        }
         let vxlan = self.vxlan(spec)?;
         let links = Links::open(id)?;
         for net in gateways(spec) {
@@ -350,5 +356,8 @@ mod tests {
         spec.overlay = None;
         spec.datapath = Datapath::Kernel as i32;
         assert_eq!(bridge_of(&spec).as_deref(), Some("mb-front"));
+        spec.kind = NetworkKind::Bridged as i32;
+        spec.bridge = "br0".into();
+        assert_eq!(bridge_of(&spec).as_deref(), Some("br0"));
     }
 }

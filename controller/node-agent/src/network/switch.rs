@@ -66,6 +66,8 @@ pub(super) struct Plan {
 pub(super) enum Uplink {
     /// A tap that is in a bridge.
     Tap(String),
+    /// An interface of the host, by packet sockets.
+    Interface(String),
 }
 
 /// A switch that is kept running until [`Switch::stop`].
@@ -149,11 +151,12 @@ impl Plan {
             self.fd_socket().into(),
         ];
         if let Some(uplink) = &self.uplink {
-            let Uplink::Tap(tap) = uplink;
-            args.extend([
-                "--uplink".into(),
-                format!("switch={SWITCH},tap={tap}").into(),
-            ]);
+            let end = match uplink {
+                Uplink::Tap(name) => format!("tap={name}"),
+                Uplink::Interface(name) => format!("packet={name}"),
+            };
+            let uplink = format!("switch={SWITCH},{end}");
+            args.extend(["--uplink".into(), uplink.into()]);
         }
         args
     }

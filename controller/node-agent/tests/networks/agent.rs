@@ -143,6 +143,10 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(self.dir.path().join("agent.log"));
+            eprintln!("the agent said:\n{}", log.unwrap_or_default());
+        }
         let ids: Vec<String> = {
             let call = self.client.list_networks(ListNetworksRequest {});
             let listed = self.runtime.block_on(call);

@@ -116,6 +116,31 @@ fn world_reaches_guests_by_forwarded_ports_alone() {
 }
 
 #[test]
+fn host_that_drops_what_it_forwards_needs_the_rules_that_the_manual_has() {
+    let (mut agent, world) = host_and_world();
+    let mut spec = network("front", NetworkKind::Nat);
+    spec.endpoints[0].port_forwards = vec![forward(8080, 80)];
+    agent.apply(&spec).unwrap();
+    let guest = agent.guest("mb-front", "g0", WEB_MAC);
+    dhcp(&guest);
+    let _server = world.serve("192.0.2.2:7000");
+    let _web = guest.serve("10.20.0.5:80");
+    let reached = || {
+        let out = guest.ask("192.0.2.2:7000").is_some();
+        (out, world.ask("192.0.2.1:8080").is_some())
+    };
+    // As Docker leaves it.
+    let nft = |line: &str| agent.host.run(&format!("nft {line}"));
+    nft("add table ip filter");
+    nft("add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }");
+    assert_eq!(reached(), (false, false));
+    nft("add rule ip filter FORWARD iifname mb-front accept");
+    nft("add rule ip filter FORWARD oifname mb-front ct state established,related accept");
+    nft("add rule ip filter FORWARD oifname mb-front ct status dnat accept");
+    assert_eq!(reached(), (true, true));
+}
+
+#[test]
 fn servers_and_agents_may_die_and_nothing_is_left_in_the_end() {
     let (mut agent, _world) = host_and_world();
     agent.host.run("sysctl -qw net.ipv4.conf.up0.forwarding=0");
