@@ -10,6 +10,7 @@ use api::device::BlkConfig;
 use luks::LuksError;
 use tonic::Status;
 
+use crate::image::lock::{self, Attachment};
 use crate::image::luks::LuksImage;
 use crate::image::qcow2::Backing;
 use crate::image::{Image, ImageError, OpenOptions, Qcow2Image, RawImage, SECTOR_BYTES, key};
@@ -66,7 +67,8 @@ impl Files {
     }
 }
 
-/// Checks, locks and combines `files`. Starts no thread, for the process may not be confined yet,
+/// Checks, locks and combines `files`. A disk with an `attachment` waits for requests of its last
+/// daemon. Starts no thread, for the process may not be confined yet,
 /// unless the disk is on another host.
 ///
 /// # Errors
@@ -75,6 +77,7 @@ pub(crate) fn assemble(
     config: &BlkConfig,
     name: &str,
     files: Files,
+    attachment: Option<Attachment>,
     lock_patience: Duration,
 ) -> Result<Arc<dyn Image>, AssemblyError> {
     if let Some(source) = &config.nbd {
@@ -89,6 +92,12 @@ pub(crate) fn assemble(
     let file = files.image.ok_or(AssemblyError::Missing {
         field: "blk.image_fd",
     })?;
+    // Also of a file that is locked for writing: a snapshot makes a backing file of it.
+    if let Some(attachment) = attachment {
+        for file in files.backing.iter().chain([&file]) {
+            lock::fence(file, name, attachment, lock_patience)?;
+        }
+    }
     let options = OpenOptions {
         read_only: config.read_only,
         page_cache: config.page_cache,

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ use crate::disk::Disk;
 use crate::disks::DiskService;
 use crate::engine::ring_maker;
 use crate::engine::uring::Uring;
+use crate::image::lock::Attachment;
 use crate::image::{Image, chain, raw};
 use crate::remote;
 
@@ -178,7 +180,11 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
     files.nbd_tls = disk.nbd_tls.as_ref().map(open_secret).transpose()?;
     let mut fds = Vec::new();
     let image = match &mut config.nbd {
-        None => Some(assemble(&config, &config.image_name, files, lock_wait)?),
+        None => {
+            let attachment = attachment_of(&disk.socket)?;
+            let name = &config.image_name;
+            Some(assemble(&config, name, files, Some(attachment), lock_wait)?)
+        }
         Some(source) => {
             source.tls_fd = files.nbd_tls.as_ref().map(|_| FdRef::default());
             fds.extend(files.nbd_tls);
@@ -213,6 +219,23 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
         image,
         socket_file,
     })
+}
+
+/// The disk as frontends know it: by its socket.
+fn attachment_of(socket: &Source) -> anyhow::Result<Attachment> {
+    match socket {
+        Source::Path(path) => {
+            let absolute = std::path::absolute(path)
+                .with_context(|| format!("{} is no name of a socket", path.display()))?;
+            Ok(Attachment::at(absolute.as_os_str().as_bytes()))
+        }
+        Source::Fd(fd) => {
+            let address = nix::sys::socket::getsockname::<nix::sys::socket::UnixAddr>(*fd);
+            let address = address.with_context(|| format!("descriptor {fd} is no socket"))?;
+            let path = address.path().map(|path| path.as_os_str().as_bytes());
+            Ok(Attachment::at(path.unwrap_or_default()))
+        }
+    }
 }
 
 /// An image with its name for logs.

@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | 0 to 99 | exclusive for a writer, shared for a reader | another device-blk, and programs that lock whole files |
 //! | 100 + permission, 200 + permission | shared, as in QEMU's `block/file-posix.c` | QEMU, qemu-img, qemu-storage-daemon |
+//! | far behind, one of each [`Attachment`] | shared | the next daemon of the same disk |
 //!
 //! QEMU's scheme: who uses a permission holds a shared lock on byte 100 + its bit; who does
 //! not let others use it holds one on byte 200 + its bit. After taking its own, each side
@@ -14,7 +15,8 @@
 //!
 //! A process killed with requests in flight keeps its locks until the kernel has ended them,
 //! tens of milliseconds later. Hence [`acquire`] tries for a while: a successor must wait for
-//! exactly that.
+//! exactly that. Where only shared locks are possible, for read-only disks and backing files, the
+//! last locks tell: who takes over a disk waits until nobody else holds its byte ([`fence`]).
 
 use std::fs::File;
 use std::io;
@@ -29,6 +31,9 @@ const PERM_BASE: i64 = 100;
 const SHARED_BASE: i64 = 200;
 /// Bytes in front of QEMU's that are ours.
 const OWN_LEN: i64 = PERM_BASE;
+
+/// From here on each disk has a byte of its own.
+const ATTACHMENT_BASE: i64 = 1 << 40;
 
 /// `BLK_PERM_*` of QEMU's `include/block/block-common.h`, as bit numbers.
 const CONSISTENT_READ: i64 = 0;
@@ -66,28 +71,85 @@ pub(crate) fn acquire(
                         holder,
                     });
                 }
-                let is_early = started.elapsed() < RECOVERY_TIME;
-                std::thread::sleep(match is_early {
-                    true => RETRY_INTERVALS.0,
-                    false => RETRY_INTERVALS.1,
-                });
+                pause(started);
             }
             Err(source) => {
                 release(file);
-                return Err(match source.raw_os_error() {
-                    Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => ImageError::NoLocks {
-                        name: name.to_owned(),
-                        source,
-                    },
-                    _ => ImageError::Io {
-                        name: name.to_owned(),
-                        action: "be locked",
-                        source,
-                    },
-                });
+                return Err(refusal(name, source));
             }
         }
     }
+}
+
+/// Before another attempt of a wait that began at `started`.
+fn pause(started: Instant) {
+    let (early, late) = RETRY_INTERVALS;
+    let is_early = started.elapsed() < RECOVERY_TIME;
+    std::thread::sleep(if is_early { early } else { late });
+}
+
+fn refusal(name: &str, source: io::Error) -> ImageError {
+    let name = name.to_owned();
+    match source.raw_os_error() {
+        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => {
+            ImageError::NoLocks { name, source }
+        }
+        _ => ImageError::Io {
+            name,
+            action: "be locked",
+            source,
+        },
+    }
+}
+
+/// A disk as frontends know it: the same for all daemons that serve it one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Attachment(u64);
+
+impl Attachment {
+    /// Of the disk whose frontends connect to the socket of this name. Names of two disks of which
+    /// one is served have the same number once in 2^61.
+    pub(crate) fn at(socket_name: &[u8]) -> Self {
+        // Fowler, Noll, Vo: the same in every build of this program, as it must be.
+        let hash = socket_name
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+            });
+        Self(hash)
+    }
+
+    fn byte(self) -> i64 {
+        ATTACHMENT_BASE + (self.0 >> 3) as i64
+    }
+}
+
+/// Waits for `patience` at most until the requests of an earlier daemon of this disk no longer use
+/// `file`, and from now on keeps its successors waiting.
+///
+/// Unlike the lock of a writer this works for files that many disks read.
+pub(crate) fn fence(
+    file: &File,
+    name: &str,
+    attachment: Attachment,
+    patience: Duration,
+) -> Result<(), ImageError> {
+    const GHOSTS: &str = "requests of the last daemon of this disk still run on it";
+    let refused = |source| refusal(name, source);
+    let byte = attachment.byte();
+    // A shared lock is in no other one's way.
+    lock(file, libc::F_RDLCK, byte, 1).map_err(refused)?;
+    let started = Instant::now();
+    while is_held_by_other(file, byte).map_err(refused)? {
+        if started.elapsed() >= patience {
+            return Err(ImageError::InUse {
+                name: name.to_owned(),
+                holder: GHOSTS,
+            });
+        }
+        pause(started);
+    }
+    Ok(())
 }
 
 /// Lets a writer go on as a reader. For an image that becomes the backing image of another.
@@ -140,9 +202,9 @@ fn try_acquire(file: &File, read_only: bool) -> io::Result<Option<&'static str>>
     Ok(None)
 }
 
-/// Gives up every lock of this description.
+/// Gives up every lock of this description but that of [`fence`].
 pub(crate) fn release(file: &File) {
-    let unlocked = lock(file, libc::F_UNLCK, 0, 0);
+    let unlocked = lock(file, libc::F_UNLCK, 0, ATTACHMENT_BASE);
     debug_assert!(
         unlocked.is_ok(),
         "unlocking cannot fail where locking was tried"
@@ -228,6 +290,27 @@ mod tests {
         drop(a);
         let c = open(image.path(), true);
         acquire(&c, "c", false, now).unwrap();
+    }
+
+    #[test]
+    fn successor_of_a_reader_waits_and_other_readers_do_not() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let now = Duration::ZERO;
+        let (disk, other) = (Attachment::at(b"/run/a.vu"), Attachment::at(b"/run/b.vu"));
+        let [old, next, third] = [(); 3].map(|()| open(image.path(), false));
+        for (file, attachment) in [(&old, disk), (&third, other)] {
+            fence(file, "a", attachment, now).unwrap();
+            acquire(file, "a", true, now).unwrap();
+        }
+        let early = fence(&next, "a", disk, now);
+        assert!(matches!(early, Err(ImageError::InUse { .. })), "{early:?}");
+        // Locks of the whole file that are given up leave the fence where it is.
+        release(&old);
+        assert!(fence(&next, "a", disk, now).is_err());
+        let waiter =
+            std::thread::spawn(move || fence(&next, "a", disk, Duration::from_secs(20)).map(drop));
+        drop(old);
+        waiter.join().unwrap().unwrap();
     }
 
     #[test]

@@ -149,7 +149,7 @@ fn open(args: &ServeArgs) -> anyhow::Result<Arc<dyn Image>> {
     }
     files.image = Some(file);
     files.key = args.key.as_ref().map(open_secret).transpose()?;
-    Ok(assemble(&config, &name, files, args.lock_wait)?)
+    Ok(assemble(&config, &name, files, None, args.lock_wait)?)
 }
 
 /// Raw images are served to the byte, others in sectors.

@@ -3,11 +3,12 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use vhost_user::driver::{DriverRing, GuestMemory};
+use vhost_user::driver::{Buffer, DriverRing, GuestMemory};
 use vhost_user::frontend::{
     Activation, Endpoint, Events, Link, MemoryRegion, MemoryTable, QueueEvents, QueueState,
     Timeouts, Wiring,
@@ -37,6 +38,10 @@ impl Events for Indifferent {
     }
 }
 
+fn data_gpa(slot: u64) -> u64 {
+    DATA_GPA + slot * BLOCK_BYTES
+}
+
 /// A guest that writes blocks, each slot to its own place, and outlives daemons.
 pub(crate) struct Guest {
     pub(crate) memory: Arc<GuestMemory>,
@@ -50,6 +55,10 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn boot(place: &Place) -> Self {
+        Self::boot_at(&place.socket("a"))
+    }
+
+    pub(crate) fn boot_at(socket: &Path) -> Self {
         let memory = Arc::new(GuestMemory::new(4 << 20).unwrap());
         let driver = DriverRing::new(&memory, 0, QUEUE_SIZE, 0);
         let layout = memory.layouts()[0];
@@ -60,7 +69,7 @@ impl Guest {
             file_offset: layout.mmap_offset,
         };
         let endpoint = Endpoint {
-            socket: place.socket("a"),
+            socket: socket.to_owned(),
             timeouts: Timeouts::default(),
             config_len: 60,
         };
@@ -100,18 +109,44 @@ impl Guest {
     }
 
     pub(crate) fn submit(&mut self, slot: u64, data: &[u8]) {
+        self.reuse(slot, data);
+        let [header, data, status] = self.prepare(slot, 1);
+        let head = self.driver.add(&[header, data], &[status]).unwrap();
+        self.begin(slot, head);
+    }
+
+    pub(crate) fn submit_read(&mut self, slot: u64) {
+        let [header, data, status] = self.prepare(slot, 0);
+        let head = self.driver.add(&[header], &[data, status]).unwrap();
+        self.begin(slot, head);
+    }
+
+    /// What a slot's memory holds.
+    pub(crate) fn data(&self, slot: u64) -> Vec<u8> {
+        self.memory.read(data_gpa(slot), BLOCK_BYTES as usize)
+    }
+
+    /// Puts something else there.
+    pub(crate) fn reuse(&self, slot: u64, data: &[u8]) {
+        self.memory.write(data_gpa(slot), data);
+    }
+
+    /// Header, data and status of a request.
+    fn prepare(&self, slot: u64, request_type: u8) -> [Buffer; 3] {
         let mut header = [0; 16];
-        header[0] = 1;
+        header[0] = request_type;
         header[8..].copy_from_slice(&(slot * BLOCK_BYTES / 512).to_le_bytes());
-        let (header_gpa, data_gpa) = (HEADERS_GPA + slot * 16, DATA_GPA + slot * BLOCK_BYTES);
+        let header_gpa = HEADERS_GPA + slot * 16;
         self.memory.write(header_gpa, &header);
-        self.memory.write(data_gpa, data);
         self.memory.write(STATUS_GPA + slot, &[NO_STATUS]);
-        let readable = [(header_gpa, 16), (data_gpa, BLOCK_BYTES as u32)];
-        let head = self
-            .driver
-            .add(&readable, &[(STATUS_GPA + slot, 1)])
-            .unwrap();
+        [
+            (header_gpa, 16),
+            (data_gpa(slot), BLOCK_BYTES as u32),
+            (STATUS_GPA + slot, 1),
+        ]
+    }
+
+    fn begin(&mut self, slot: u64, head: u16) {
         self.slots[usize::from(head)] = Some(slot);
         self.pending += 1;
         self.kick.write(1).unwrap();
@@ -123,7 +158,7 @@ impl Guest {
             let slot = self.slots[usize::from(head)].take();
             let slot = slot.expect("a request completes once");
             let status = self.memory.read(STATUS_GPA + slot, 1)[0];
-            assert_eq!(status, 0, "write of slot {slot}");
+            assert_eq!(status, 0, "request of slot {slot}");
             self.pending -= 1;
             reaped += 1;
         }

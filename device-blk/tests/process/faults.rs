@@ -33,7 +33,7 @@ pub(crate) enum Kind {
 }
 
 /// The file system, when there is FUSE here.
-fn fault_fs() -> Option<FaultFs> {
+pub(crate) fn fault_fs() -> Option<FaultFs> {
     or_skip(FaultFs::mount())
 }
 

@@ -10,6 +10,8 @@ mod driver;
 mod encrypted;
 mod encrypted_jobs;
 mod faults;
+mod injected;
+mod ghosts;
 mod io;
 mod job_faults;
 mod jobs;

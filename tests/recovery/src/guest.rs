@@ -83,6 +83,8 @@ pub struct Display {
     /// Found guilty: it stopped by itself.
     failed: AtomicBool,
     latencies: Mutex<Vec<Duration>>,
+    /// The longest time without a completion since it was taken last.
+    gap_ns: AtomicU64,
     wake: EventFd,
 }
 
@@ -103,9 +105,19 @@ impl Display {
         }
     }
 
+    /// Hang-ups after which the guest has looked at what the old backend left.
+    pub fn hang_ups_noticed(&self) -> u64 {
+        self.noticed.load(Ordering::SeqCst)
+    }
+
     /// How long requests took since the last call.
     pub fn take_latencies(&self) -> Vec<Duration> {
         std::mem::take(&mut *self.latencies())
+    }
+
+    /// The longest time between two completions since the last call.
+    pub fn take_gap(&self) -> Duration {
+        Duration::from_nanos(self.gap_ns.swap(0, Ordering::SeqCst))
     }
 
     /// Begins no more requests, or goes on.
@@ -173,6 +185,7 @@ impl Guest {
             ended: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             latencies: Mutex::default(),
+            gap_ns: AtomicU64::new(0),
             wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         });
         let driver = Driver {
@@ -443,6 +456,9 @@ impl Driver {
             self.settle(done.kind, done.is_ok);
         }
         if count > 0 {
+            let gap = self.last_completion.elapsed();
+            let gap_ns = &self.display.gap_ns;
+            gap_ns.fetch_max(gap.as_nanos() as u64, Ordering::SeqCst);
             self.last_completion = Instant::now();
             self.display.completed.fetch_add(count, Ordering::SeqCst);
         }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use api::device::attach_request::{Device as DeviceConfig, Listener};
 use api::device::device_daemon_client::DeviceDaemonClient;
-use api::device::{AttachRequest, BlkConfig, FdRef};
+use api::device::{AttachRequest, BlkConfig, DetachRequest, FdRef, NetConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -88,7 +88,7 @@ struct Served {
 }
 
 impl Host {
-    /// For disks that one process of `program` (device-blk) serves.
+    /// For disks that one process of `program` (device-blk) serves; for none, of any daemon.
     ///
     /// # Errors
     /// Sockets cannot be bound, or images opened.
@@ -104,7 +104,7 @@ impl Host {
             anyhow::Ok(Served {
                 listener: UnixListener::bind(&socket)?,
                 socket,
-                shared: open(&disk.image)?,
+                shared: open(disk)?,
                 disk: disk.clone(),
             })
         };
@@ -133,14 +133,56 @@ impl Host {
     /// # Errors
     /// It does not start, or refuses.
     pub fn serve(&mut self) -> Result<Daemon> {
-        let mut daemon = match self.spare.take() {
-            Some(spare) => spare,
-            None => self.start()?,
-        };
+        let mut daemon = self.process()?;
         for index in 0..self.disks.len() {
             self.attach(&mut daemon, index)?;
         }
         Ok(daemon)
+    }
+
+    /// A process without disks; the spare if there is one.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn process(&mut self) -> Result<Daemon> {
+        match self.spare.take() {
+            Some(spare) => Ok(spare),
+            None => self.start(),
+        }
+    }
+
+    /// Lets a process serve a NIC.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub fn attach_nic(
+        &self,
+        daemon: &mut Daemon,
+        listener: &UnixListener,
+        tap: File,
+        tap_name: &str,
+    ) -> Result<()> {
+        let reference = |what: &str| FdRef {
+            token: what.to_owned(),
+        };
+        for (what, fd) in [("tap", tap.as_fd()), ("socket", listener.as_fd())] {
+            api::fds::send(&daemon.fds, what, &[fd], PATIENCE)?;
+        }
+        drop(tap);
+        let mac = crate::tcp::MAC.map(|byte| format!("{byte:02x}")).join(":");
+        self.ask(
+            daemon,
+            AttachRequest {
+                id: "nic".to_owned(),
+                listener: Some(Listener::SocketFd(reference("socket"))),
+                device: Some(DeviceConfig::Net(NetConfig {
+                    tap_fds: vec![reference("tap")],
+                    tap_name: tap_name.to_owned(),
+                    mac,
+                    ..NetConfig::default()
+                })),
+            },
+        )
     }
 
     /// Has a spare ready, where one is wanted.
@@ -154,8 +196,31 @@ impl Host {
         Ok(())
     }
 
+    /// Lets `next` serve the disks that `serving` serves, when what is in flight has completed.
+    /// `serving` stays, without disks.
+    ///
+    /// # Errors
+    /// Requests do not complete, or `next` refuses.
+    pub fn hand_over(&self, serving: &mut Daemon, next: &mut Daemon) -> Result<()> {
+        for index in 0..self.disks.len() {
+            let client = serving.client.as_mut().context("it is connected to")?;
+            let detached = self.runtime.block_on(client.detach(DetachRequest {
+                id: disk_id(index),
+                ..DetachRequest::default()
+            }));
+            if let Err(status) = detached {
+                bail!("detach: {}; {}", status.message(), serving.last_words());
+            }
+            self.attach(next, index)?;
+        }
+        Ok(())
+    }
+
     /// Starts a process without disks and connects to it.
-    fn start(&mut self) -> Result<Daemon> {
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start(&mut self) -> Result<Daemon> {
         self.started += 1;
         let path = |name: &str| self.dir.path().join(format!("{}.{name}", self.started));
         let (control, fds, log) = (path("ctl"), path("fds"), path("log"));
@@ -193,7 +258,7 @@ impl Host {
     fn attach(&self, daemon: &mut Daemon, index: usize) -> Result<()> {
         let served = &self.disks[index];
         let image = match self.fencing {
-            Fencing::On => open(&served.disk.image)?,
+            Fencing::On => open(&served.disk)?,
             Fencing::Off => served.shared.try_clone()?,
         };
         let token = |what: &str| format!("{what}-{index}");
@@ -206,7 +271,7 @@ impl Host {
         drop(image);
         let reference = |what| FdRef { token: token(what) };
         let request = AttachRequest {
-            id: format!("disk-{index}"),
+            id: disk_id(index),
             listener: Some(Listener::SocketFd(reference("socket"))),
             device: Some(DeviceConfig::Blk(BlkConfig {
                 image_fd: Some(reference("image")),
@@ -215,6 +280,10 @@ impl Host {
                 ..served.disk.config.clone()
             })),
         };
+        self.ask(daemon, request)
+    }
+
+    fn ask(&self, daemon: &mut Daemon, request: AttachRequest) -> Result<()> {
         let client = daemon.client.as_mut().context("it is connected to")?;
         let attached = self.runtime.block_on(client.attach(request));
         if let Err(status) = attached {
@@ -224,12 +293,16 @@ impl Host {
     }
 }
 
-fn open(image: &Path) -> Result<File> {
+fn disk_id(index: usize) -> String {
+    format!("disk-{index}")
+}
+
+fn open(disk: &Disk) -> Result<File> {
     File::options()
         .read(true)
-        .write(true)
-        .open(image)
-        .with_context(|| format!("cannot open {}", image.display()))
+        .write(!disk.config.read_only)
+        .open(&disk.image)
+        .with_context(|| format!("cannot open {}", disk.image.display()))
 }
 
 /// A daemon's process; killed when dropped.

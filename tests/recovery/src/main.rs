@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,8 +12,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use guest::oracle::BLOCK_LEN;
 use recovery::guest::Habits;
 use recovery::host::{Fencing, Readiness};
-use recovery::storm::{self, Outcome, Plan};
+use recovery::storm::{self, Plan};
 use recovery::transport::Flaw;
+use recovery::{bystander, nic, upgrade};
+use serde::Serialize;
+use tempfile::NamedTempFile;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -36,25 +39,22 @@ struct Cli {
 enum Verb {
     /// SIGKILLs of a device-blk at random instants
     BlkStorm(BlkStorm),
+    /// A disk handed over from process to process and back
+    BlkUpgrade(BlkUpgrade),
+    /// What a storm does to a disk of another process
+    BlkBystander(BlkBystander),
+    /// SIGKILLs of a device-net under a busy TCP connection; needs root
+    NetStorm(NetStorm),
 }
 
 #[derive(Debug, Args)]
-struct BlkStorm {
-    /// The device-blk to kill
+struct Common {
+    /// The device-blk
     #[arg(long, value_name = "FILE")]
     daemon: PathBuf,
-    /// Where the image goes
+    /// Where images go
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// How often
-    #[arg(long, default_value = "20")]
-    kills: u32,
-    /// A process stands by
-    #[arg(long)]
-    spare: bool,
-    /// Guest memory that each incarnation touches before it is killed; without it, what it uses
-    #[arg(long, value_name = "MIB")]
-    touch_mib: Option<u16>,
     /// Packed rings
     #[arg(long)]
     packed: bool,
@@ -70,6 +70,24 @@ struct BlkStorm {
     /// Of everything random
     #[arg(long, default_value = "1")]
     seed: u64,
+    /// Write the outcome to FILE as JSON, - for standard output
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct BlkStorm {
+    #[command(flatten)]
+    common: Common,
+    /// How often
+    #[arg(long, default_value = "20")]
+    kills: u32,
+    /// A process stands by
+    #[arg(long)]
+    spare: bool,
+    /// Guest memory that each incarnation touches before it is killed; without it, what it uses
+    #[arg(long, value_name = "MIB")]
+    touch_mib: Option<u16>,
     /// Longest time under load before a kill
     #[arg(long, value_name = "MS", default_value = "60")]
     pause_ms: u64,
@@ -79,6 +97,43 @@ struct BlkStorm {
     /// The next incarnation does not wait for the requests of the last one
     #[arg(long)]
     no_fence: bool,
+}
+
+#[derive(Debug, Args)]
+struct BlkUpgrade {
+    #[command(flatten)]
+    common: Common,
+    /// Each hands over three times: to a new process, back, and again
+    #[arg(long, default_value = "10")]
+    rounds: u32,
+}
+
+#[derive(Debug, Args)]
+struct BlkBystander {
+    #[command(flatten)]
+    common: Common,
+    /// Each is once without kills and once with them
+    #[arg(long, default_value = "3")]
+    rounds: u32,
+    /// Half of a round
+    #[arg(long, default_value = "1")]
+    seconds: f64,
+}
+
+#[derive(Debug, Args)]
+struct NetStorm {
+    /// The device-net to kill
+    #[arg(long, value_name = "FILE")]
+    daemon: PathBuf,
+    /// How often
+    #[arg(long, default_value = "20")]
+    kills: u32,
+    /// A process stands by
+    #[arg(long)]
+    spare: bool,
+    /// Of everything random
+    #[arg(long, default_value = "1")]
+    seed: u64,
     /// Write the outcome to FILE as JSON, - for standard output
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -93,10 +148,15 @@ enum FlawArg {
 }
 
 fn main() -> ExitCode {
-    let Verb::BlkStorm(args) = Cli::parse().command;
-    match args.run() {
-        Ok(outcome) if outcome.is_clean() => ExitCode::SUCCESS,
-        Ok(_) => ExitCode::from(2),
+    let outcome = match Cli::parse().command {
+        Verb::BlkStorm(args) => args.run(),
+        Verb::BlkUpgrade(args) => args.run(),
+        Verb::BlkBystander(args) => args.run(),
+        Verb::NetStorm(args) => args.run(),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(2),
         Err(error) => {
             eprintln!("recovery: error: {error:#}");
             ExitCode::FAILURE
@@ -104,32 +164,54 @@ fn main() -> ExitCode {
     }
 }
 
-impl BlkStorm {
-    fn run(&self) -> Result<Outcome> {
+impl Common {
+    fn image(&self) -> Result<NamedTempFile> {
         let image = tempfile::Builder::new()
             .prefix("recovery-")
             .suffix(".img")
             .tempfile_in(&self.dir)
             .with_context(|| format!("no image in {}", self.dir.display()))?;
         fill(image.as_file(), self.blocks)?;
-        let outcome = storm::run(&self.daemon, image.path(), &self.plan())?;
-        match &self.json {
-            None => print(&outcome),
-            Some(file) => {
-                let json = serde_json::to_string(&outcome)? + "\n";
-                if file.as_os_str() == "-" {
-                    print!("{json}");
-                } else {
-                    std::fs::write(file, json)
-                        .with_context(|| format!("cannot write {}", file.display()))?;
-                }
-            }
+        Ok(image)
+    }
+
+    fn habits(&self) -> Habits {
+        Habits {
+            queues: usize::from(self.queues),
+            depth: usize::from(self.depth),
+            packed: self.packed,
+            blocks: self.blocks,
+            seed: self.seed,
+            ..Habits::default()
         }
-        Ok(outcome)
+    }
+}
+
+/// To where it is wanted; else `print` does it.
+fn report<T: Serialize>(json: Option<&Path>, outcome: &T, print: impl FnOnce(&T)) -> Result<()> {
+    let text = serde_json::to_string(outcome)? + "\n";
+    match json {
+        None => print(outcome),
+        Some(file) if file.as_os_str() == "-" => print!("{text}"),
+        Some(file) => {
+            std::fs::write(file, text)
+                .with_context(|| format!("cannot write {}", file.display()))?;
+        }
+    }
+    Ok(())
+}
+
+impl BlkStorm {
+    fn run(&self) -> Result<bool> {
+        let image = self.common.image()?;
+        let outcome = storm::run(&self.common.daemon, image.path(), &self.plan())?;
+        report(self.common.json.as_deref(), &outcome, print_storm)?;
+        Ok(outcome.is_clean())
     }
 
     fn plan(&self) -> Plan {
         let pause = Duration::from_millis(self.pause_ms);
+        let memory_mib = self.touch_mib.map_or(64, |mib| usize::from(mib) + 1);
         Plan {
             kills: self.kills,
             pause: (pause.min(Duration::from_millis(5)), pause),
@@ -143,22 +225,80 @@ impl BlkStorm {
                 false => Fencing::On,
             },
             habits: Habits {
-                queues: usize::from(self.queues),
-                depth: usize::from(self.depth),
-                packed: self.packed,
-                memory_bytes: self
-                    .touch_mib
-                    .map_or(64 << 20, |mib| (usize::from(mib) << 20) + (1 << 20)),
-                blocks: self.blocks,
-                seed: self.seed,
+                memory_bytes: memory_mib << 20,
                 flaw: match self.flaw {
                     None => Flaw::None,
                     Some(FlawArg::NoReplay) => Flaw::NoReplay,
                     Some(FlawArg::NoInflightRegion) => Flaw::NoInflightRegion,
                 },
-                ..Habits::default()
+                ..self.common.habits()
             },
         }
+    }
+}
+
+impl BlkUpgrade {
+    fn run(&self) -> Result<bool> {
+        let image = self.common.image()?;
+        let habits = self.common.habits();
+        let outcome = upgrade::run(&self.common.daemon, image.path(), &habits, self.rounds)?;
+        report(self.common.json.as_deref(), &outcome, print_upgrades)?;
+        Ok(outcome.oracle.is_clean() && outcome.failure.is_none())
+    }
+}
+
+impl BlkBystander {
+    fn run(&self) -> Result<bool> {
+        let (image, neighbours) = (self.common.image()?, self.common.image()?);
+        let plan = Plan {
+            habits: self.common.habits(),
+            pause: (Duration::from_millis(50), Duration::from_millis(150)),
+            ..Plan::default()
+        };
+        let outcome = bystander::run(
+            &self.common.daemon,
+            (image.path(), neighbours.path()),
+            &plan,
+            self.rounds,
+            Duration::try_from_secs_f64(self.seconds)?,
+        )?;
+        report(self.common.json.as_deref(), &outcome, |outcome| {
+            println!("bystander: {}", outcome.oracle);
+            println!("neighbour: {}", outcome.neighbour);
+            println!("{} kills; p99 in milliseconds:", outcome.kills);
+            println!("  quiet  {:.2?}", outcome.quiet_p99_ms);
+            println!("  storm  {:.2?}", outcome.storm_p99_ms);
+        })?;
+        Ok(outcome.oracle.is_clean() && outcome.neighbour.is_clean())
+    }
+}
+
+impl NetStorm {
+    fn run(&self) -> Result<bool> {
+        let readiness = match self.spare {
+            true => Readiness::Spare,
+            false => Readiness::Cold,
+        };
+        let outcome = nic::run(&self.daemon, self.kills, readiness, self.seed)?;
+        report(self.json.as_deref(), &outcome, |outcome| {
+            println!("{} bytes, {} wrong", outcome.bytes, outcome.wrong);
+            if let Some(failure) = &outcome.failure {
+                println!("ended early: {failure}");
+            }
+            println!("{} kills, in milliseconds:", outcome.kills.len());
+            for (name, of) in [
+                (
+                    "without new bytes",
+                    (|kill| kill.gap_ms) as fn(&nic::Kill) -> f64,
+                ),
+                ("kill to new bytes", |kill| kill.first_bytes_ms),
+            ] {
+                let mut values: Vec<f64> = outcome.kills.iter().map(of).collect();
+                let [p50, p99] = [50.0, 99.0].map(|part| storm::percentile(&mut values, part));
+                println!("  {name:<28} p50 {p50:>8.2}  p99 {p99:>8.2}");
+            }
+        })?;
+        Ok(outcome.failure.is_none() && outcome.wrong == 0)
     }
 }
 
@@ -179,7 +319,7 @@ fn fill(image: &File, blocks: u64) -> Result<()> {
     Ok(())
 }
 
-fn print(outcome: &Outcome) {
+fn print_storm(outcome: &storm::Outcome) {
     println!("{}", outcome.oracle);
     if let Some(failure) = &outcome.failure {
         println!("ended early: {failure}");
@@ -196,4 +336,25 @@ fn print(outcome: &Outcome) {
     line("kill to first completion", |kill| kill.first_io_ms);
     line("fence to first completion", |kill| kill.after_fence_ms);
     line("longest request", |kill| kill.longest_ms);
+}
+
+fn print_upgrades(outcome: &upgrade::Outcome) {
+    println!("{}", outcome.oracle);
+    if let Some(failure) = &outcome.failure {
+        println!("ended early: {failure}");
+    }
+    for (name, series) in [
+        ("upgrades", &outcome.upgrades),
+        ("roll-backs", &outcome.roll_backs),
+    ] {
+        println!("{} {name}, in milliseconds:", series.len());
+        let line = |what: &str, of: fn(&upgrade::HandOver) -> f64| {
+            let mut values: Vec<f64> = series.iter().map(of).collect();
+            let [p50, p99] = [50.0, 99.0].map(|percent| storm::percentile(&mut values, percent));
+            println!("  {what:<28} p50 {p50:>8.2}  p99 {p99:>8.2}");
+        };
+        line("longest request", |step| step.longest_ms);
+        line("without a completion", |step| step.gap_ms);
+        line("until attached", |step| step.attached_ms);
+    }
 }

@@ -270,6 +270,104 @@ impl Ring {
     }
 }
 
+/// `VIRTIO_NET_F_MAC`
+const F_MAC: u64 = 1 << 5;
+
+/// What is acknowledged of a NIC's features.
+pub fn nic_features() -> u64 {
+    VirtioFeatureFlags::VERSION_1.bits() | VirtioFeatureFlags::RING_EVENT_IDX.bits() | F_MAC
+}
+
+/// A ring whose requests are one buffer each: a NIC's.
+pub struct FrameRing {
+    queue: Virtqueue<'static, u64>,
+    size: u16,
+    /// The buffer's place, by chain.
+    slots: Vec<Option<usize>>,
+    in_flight: usize,
+    kick: EventFd,
+    pub(crate) call: EventFd,
+    /// The queue is in it.
+    _memory: Arc<Memory>,
+}
+
+impl RingMemory<'_> {
+    /// The next ring, with room for `depth` buffers.
+    ///
+    /// # Errors
+    /// The crate refuses the size.
+    pub fn frame_ring(&mut self, depth: usize) -> io::Result<FrameRing> {
+        let size = u16::try_from(depth).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let flags = VirtioFeatureFlags::from_bits_truncate(self.features);
+        let layout = VirtqueueLayout::new::<u64>(1, depth, flags)?;
+        let place = self.memory.at(self.end, layout.end_offset);
+        self.end = (self.end + layout.end_offset).next_multiple_of(PAGE_BYTES);
+        // SAFETY: inside the mapping, given to this ring alone, and kept mapped by the ring.
+        let place = unsafe { std::slice::from_raw_parts_mut(place, layout.end_offset) };
+        let mut queue = Virtqueue::new((self.translator)(), place, size, flags)?;
+        queue.set_used_notif_enabled(true);
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        Ok(FrameRing {
+            queue,
+            size,
+            slots: vec![None; depth],
+            in_flight: 0,
+            kick: event()?,
+            call: event()?,
+            _memory: Arc::clone(self.memory),
+        })
+    }
+}
+
+impl FrameRing {
+    /// As backends are told of it.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn plan(&self) -> io::Result<RingPlan> {
+        Ok(RingPlan {
+            size: self.size,
+            desc: self.queue.desc_table_ptr() as usize,
+            driver: self.queue.driver_area_ptr() as usize,
+            device: self.queue.device_area_ptr() as usize,
+            kick: self.kick.try_clone()?,
+            call: self.call.try_clone()?,
+        })
+    }
+
+    /// Another buffer fits.
+    pub fn has_room(&self) -> bool {
+        self.in_flight < usize::from(self.size)
+    }
+
+    /// Offers a buffer.
+    ///
+    /// # Panics
+    /// There is no room.
+    pub fn add(&mut self, place: usize, len: usize, from_device: bool, memory: &Memory) {
+        let buffer = part(memory.at(place, len), len);
+        let added = self.queue.add_request(|_, add| add(buffer, from_device));
+        let chain = added.expect("whoever adds has seen that there is room");
+        self.slots[usize::from(chain)] = Some(place);
+        self.in_flight += 1;
+    }
+
+    /// A buffer that is the driver's again.
+    pub fn next(&mut self) -> Option<usize> {
+        let done = self.queue.completions().next()?;
+        self.in_flight -= 1;
+        self.slots[usize::from(done.id)].take()
+    }
+
+    /// Tells the backend, if it wants to be told.
+    pub fn kick(&mut self) {
+        if self.queue.avail_notif_needed() {
+            // Only a full counter fails, and then it is readable.
+            let _ = self.kick.write(1);
+        }
+    }
+}
+
 fn part(start: *mut u8, len: usize) -> iovec {
     iovec {
         iov_base: start.cast(),

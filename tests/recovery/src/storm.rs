@@ -63,6 +63,8 @@ pub struct Kill {
     pub after_fence_ms: f64,
     /// The longest that any request took.
     pub longest_ms: f64,
+    /// The longest time without a completion.
+    pub gap_ms: f64,
 }
 
 /// What came of a storm.
@@ -104,41 +106,14 @@ pub fn percentile(values: &mut [f64], percent: f64) -> f64 {
 /// # Errors
 /// The storm could not be raised. What the disk did wrong is in the outcome.
 pub fn run(program: &Path, image: &Path, plan: &Plan) -> Result<Outcome> {
-    let disk = Disk::raw(image, plan.habits.queues as u16);
-    let mut host = Host::new(program, &[disk], plan.readiness, plan.fencing)?;
-    let daemon = host.serve()?;
-    let fence = Fence::watch(image)?;
-    let guest = Guest::boot(host.socket(0), &plan.habits)?;
-    let mut storm = Storm {
-        plan,
-        host,
-        daemon,
-        fence,
-        guest,
-        random: Random::new(plan.habits.seed ^ 0x6b69_6c6c),
-        kills: Vec::new(),
-    };
-    let failure = storm.rage().err().map(|error| format!("{error:#}"));
-    let Storm {
-        daemon,
-        guest,
-        kills,
-        ..
-    } = storm;
-    let mut ledger = guest.end();
-    daemon.signal(Signal::SIGTERM)?;
-    let mut daemon = daemon;
-    daemon.ended()?;
-    let oracle = verify_image(image, &mut ledger)?;
-    Ok(Outcome {
-        kills,
-        oracle,
-        failure,
-    })
+    let mut storm = Storm::gather(program, image, plan)?;
+    let struck = (0..plan.kills).try_for_each(|_| storm.strike());
+    storm.calm(image, struck.err().map(|error| format!("{error:#}")))
 }
 
-struct Storm<'a> {
-    plan: &'a Plan,
+/// A disk under load whose daemon can be killed.
+pub struct Storm {
+    plan: Plan,
     host: Host,
     daemon: Daemon,
     fence: Fence,
@@ -147,27 +122,80 @@ struct Storm<'a> {
     kills: Vec<Kill>,
 }
 
-impl Storm<'_> {
-    fn rage(&mut self) -> Result<()> {
-        self.await_io(0)?;
-        for number in 1..=u64::from(self.plan.kills) {
-            self.host.prepare()?;
-            if self.plan.touches_memory {
-                self.touch_memory().context("memory is not touched")?;
-            }
-            let (shortest, longest) = self.plan.pause;
-            let spread = (longest - shortest).as_micros() as u64 + 1;
-            thread::sleep(shortest + Duration::from_micros(self.random.below(spread)));
-            let kill = self
-                .kill(number)
-                .with_context(|| format!("kill {number}"))?;
-            self.kills.push(kill);
+impl Storm {
+    /// Starts daemon and load.
+    ///
+    /// # Errors
+    /// The daemon does not start, or nothing completes.
+    pub fn gather(program: &Path, image: &Path, plan: &Plan) -> Result<Self> {
+        let disk = Disk::raw(image, plan.habits.queues as u16);
+        let mut host = Host::new(program, &[disk], plan.readiness, plan.fencing)?;
+        let daemon = host.serve()?;
+        let fence = Fence::watch(image)?;
+        let guest = Guest::boot(host.socket(0), &plan.habits)?;
+        let storm = Self {
+            random: Random::new(plan.habits.seed ^ 0x6b69_6c6c),
+            plan: plan.clone(),
+            host,
+            daemon,
+            fence,
+            guest,
+            kills: Vec::new(),
+        };
+        storm.await_io(0)?;
+        Ok(storm)
+    }
+
+    /// Who makes the load.
+    pub fn guest(&self) -> &Guest {
+        &self.guest
+    }
+
+    /// Lets the load run for a while, kills the daemon, and waits until the next one completes
+    /// something.
+    ///
+    /// # Errors
+    /// It does not come back.
+    pub fn strike(&mut self) -> Result<()> {
+        self.host.prepare()?;
+        if self.plan.touches_memory {
+            self.touch_memory().context("memory is not touched")?;
         }
+        let (shortest, longest) = self.plan.pause;
+        let spread = (longest - shortest).as_micros() as u64 + 1;
+        thread::sleep(shortest + Duration::from_micros(self.random.below(spread)));
+        let number = self.kills.len() as u64 + 1;
+        let kill = self.kill(number);
+        self.kills
+            .push(kill.with_context(|| format!("kill {number}"))?);
         Ok(())
+    }
+
+    /// Ends load and daemon and verifies the image.
+    ///
+    /// # Errors
+    /// The daemon does not end, or the image cannot be read.
+    pub fn calm(self, image: &Path, failure: Option<String>) -> Result<Outcome> {
+        let Self {
+            mut daemon,
+            guest,
+            kills,
+            ..
+        } = self;
+        let mut ledger = guest.end();
+        daemon.signal(Signal::SIGTERM)?;
+        daemon.ended()?;
+        let oracle = verify_image(image, &mut ledger)?;
+        Ok(Outcome {
+            kills,
+            oracle,
+            failure,
+        })
     }
 
     fn kill(&mut self, number: u64) -> Result<Kill> {
         self.guest.display().take_latencies();
+        self.guest.display().take_gap();
         let in_flight = self.guest.display().in_flight.load(Ordering::SeqCst);
         let killed = Instant::now();
         self.daemon.signal(Signal::SIGKILL)?;
@@ -191,6 +219,7 @@ impl Storm<'_> {
             first_io_ms: since_kill(first),
             after_fence_ms: first.saturating_duration_since(fallen).as_secs_f64() * 1e3,
             longest_ms: longest.as_secs_f64() * 1e3,
+            gap_ms: self.guest.display().take_gap().as_secs_f64() * 1e3,
         })
     }
 

@@ -2,13 +2,15 @@
 //!
 //! What every bench needs is here: how contenders run in interleaved rounds ([`rounds`]), what a
 //! row of results is ([`report`]), which processes serve and load ([`process`]), and where it all
-//! happens ([`ground`]). [`blk`] is about disks, [`net`] about NICs.
+//! happens ([`ground`]). [`blk`] is about disks, [`net`] about NICs, [`recovery`] about daemons that
+//! are killed and exchanged.
 
 mod blk;
 mod ground;
 mod interrupt;
 mod net;
 mod process;
+mod recovery;
 mod report;
 mod rounds;
 
@@ -49,9 +51,20 @@ Examples:
 
 What the columns mean is in docs/performance.md. It takes two CPUs that have nothing else to do.";
 
+const RECOVERY_EXAMPLES: &str = "\
+Examples:
+  All of it, with each kill and the figures in a file:
+    cargo lab bench recovery --json recovery.json
+
+  A hundred kills with a warm spare:
+    cargo lab bench recovery --rounds 1 --case 'kill/spare/256-mib/*'
+
+What the rows mean is in docs/performance.md. The machine should have nothing else to do.";
+
 const EXAMPLES: &str = "\
 Examples:
   cargo lab bench blk --quick
+  cargo lab bench recovery --quick
   cargo lab bench net --quick --json net.json";
 
 /// The command line of all benches.
@@ -79,6 +92,15 @@ enum Subject {
         #[command(flatten)]
         options: Options,
     },
+    /// How long guests wait when a daemon is killed or exchanged, and whether anything is lost.
+    #[command(after_help = RECOVERY_EXAMPLES)]
+    Recovery {
+        #[command(flatten)]
+        options: Options,
+        /// Where images on disk go.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
 }
 
 /// What one bench is.
@@ -99,6 +121,12 @@ const NET: Plan = Plan {
     name: "net",
     packages: &["device-net", "bench"],
     body: net::run,
+};
+
+const RECOVERY: Plan = Plan {
+    name: "recovery",
+    packages: &["device-blk", "recovery", "bench"],
+    body: recovery::run,
 };
 
 /// What all benches take.
@@ -133,6 +161,7 @@ impl Bench {
         match self.subject {
             Subject::Blk { options, dir } => run(&options, dir.as_deref(), &BLK),
             Subject::Net { options } => run(&options, None, &NET),
+            Subject::Recovery { options, dir } => run(&options, dir.as_deref(), &RECOVERY),
         }
     }
 }
@@ -199,6 +228,9 @@ impl Effort {
 /// One bench under way.
 struct Session {
     effort: Effort,
+    is_quick: bool,
+    /// As the command line says.
+    rounds_wanted: Option<u32>,
     cases: Vec<String>,
     /// Names are printed instead of measured.
     list_only: bool,
@@ -227,6 +259,8 @@ impl Session {
         }
         Ok(Self {
             effort: Effort::new(options),
+            is_quick: options.quick,
+            rounds_wanted: options.rounds,
             cases: options.cases.clone(),
             list_only: options.list,
             report,

@@ -19,6 +19,9 @@ pub(super) struct Report {
     /// Share of all CPUs' time that went elsewhere before anything was measured.
     pub(super) foreign_before: f64,
     pub(super) rows: Vec<Row>,
+    /// What rows were made of, where that is worth keeping: each kill of a storm.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    events: BTreeMap<String, Vec<serde_json::Value>>,
 }
 
 /// One figure, ours and the others'.
@@ -87,7 +90,13 @@ impl Report {
             machine: machine.unwrap_or_default(),
             foreign_before: 0.0,
             rows: Vec::new(),
+            events: BTreeMap::new(),
         }
+    }
+
+    /// Keeps what the rows of `name` were made of.
+    pub(super) fn add_events(&mut self, name: &str, events: Vec<serde_json::Value>) {
+        self.events.insert(name.to_owned(), events);
     }
 }
 

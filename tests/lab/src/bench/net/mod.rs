@@ -14,6 +14,7 @@ mod switch;
 mod tap;
 mod tap_receive;
 mod testpmd;
+mod turns;
 
 use anyhow::Result;
 
@@ -23,9 +24,6 @@ use serving::{Bay, Cpus};
 
 const OURS: &str = "ours";
 const VHOST_PMD: &str = "vhost-pmd";
-/// Puts packets into the rings that then circulate: half of what a ring holds, so that none is
-/// lost for want of a place.
-const CIRCULATE: &str = "start tx_first 16";
 
 pub(super) fn run(session: &mut Session) -> Result<()> {
     if let Some(ground) = &session.ground {
