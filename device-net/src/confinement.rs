@@ -44,9 +44,15 @@ fn serving_syscalls() -> Syscalls {
             libc::TUNSETVNETHDRSZ,
             libc::TUNSETOFFLOAD,
             libc::TUNSETQUEUE,
+            libc::TUNSETCARRIER,
         ])
         // A queue's thread enables its ring.
         .allow(&[libc::SYS_io_uring_register, libc::SYS_io_uring_enter])
+        // The threads of switches take naps.
+        .allow_if(
+            libc::SYS_prctl,
+            &[Arg::Int(0, libc::PR_SET_TIMERSLACK as u32)],
+        )
         // Whether looking for work keeps others from theirs.
         .allow(&[libc::SYS_getrusage])
         // The serving threads confine themselves further; a filter can only take away.

@@ -12,6 +12,7 @@
 
 mod config;
 mod limiter;
+mod misbehaviour;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;
 
 use api::device::{NetLimits, Policy};
+use faults::{DeviceFaults, Wake};
 use filter::capture::{self, Capture, FrameBytes};
 use filter::flow::FlowInfo;
 use filter::gate::Gate;
@@ -30,6 +32,8 @@ use vhost_user::ring::BatchChain;
 pub(crate) use config::ConfigError;
 pub(crate) use filter::packet::HEAD_LEN_BYTES;
 use limiter::Limiter;
+use misbehaviour::Misbehaviour;
+pub(crate) use misbehaviour::Mishap;
 
 use crate::nic::MacAddress;
 
@@ -41,6 +45,7 @@ const POLICY: u32 = 1;
 const CAPTURE: u32 = 2;
 const INGRESS_LIMIT: u32 = 4;
 const EGRESS_LIMIT: u32 = 8;
+const FAULTS: u32 = 16;
 
 /// Of one NIC.
 #[derive(Debug)]
@@ -55,6 +60,7 @@ pub(crate) struct Guard {
     /// The manager's, whatever the driver sets.
     mac: MacAddress,
     policy: Mutex<Option<Policy>>,
+    misbehaviour: Misbehaviour,
 }
 
 /// A frame on its way.
@@ -72,6 +78,11 @@ pub(crate) struct Frame<'a> {
 impl Guard {
     /// One that lets everything pass.
     pub(crate) fn new(mac: MacAddress) -> Self {
+        Self::faulty(mac, DeviceFaults::none())
+    }
+
+    /// One that lets everything pass that faults do not keep.
+    pub(crate) fn faulty(mac: MacAddress, faults: Arc<DeviceFaults>) -> Self {
         Self {
             watches: AtomicU32::new(0),
             gate: Gate::default(),
@@ -80,6 +91,7 @@ impl Guard {
             drops: Default::default(),
             mac,
             policy: Mutex::default(),
+            misbehaviour: Misbehaviour::new(faults),
         }
     }
 
@@ -129,6 +141,21 @@ impl Guard {
         }
     }
 
+    /// What happens on purpose to a frame that may pass.
+    #[inline]
+    pub(crate) fn mishap(
+        &self,
+        direction: Direction,
+        head: &[u8],
+        len_bytes: usize,
+        now_ns: u64,
+    ) -> Mishap {
+        if self.watches.load(Ordering::Relaxed) & FAULTS == 0 {
+            return Mishap::default();
+        }
+        self.misbehaviour.strike(direction, head, len_bytes, now_ns)
+    }
+
     /// Takes a frame's share of the limits. For who can let frames wait.
     ///
     /// # Errors
@@ -140,7 +167,13 @@ impl Guard {
         len_bytes: usize,
         now_ns: u64,
     ) -> Result<(), u64> {
-        if self.watches.load(Ordering::Relaxed) & limit_bit(direction) == 0 {
+        let watches = self.watches.load(Ordering::Relaxed);
+        if watches & FAULTS != 0
+            && let Some(at_ns) = self.misbehaviour.held_until_ns(direction, now_ns)
+        {
+            return Err(at_ns);
+        }
+        if watches & limit_bit(direction) == 0 {
             return Ok(());
         }
         self.limiter.admit(direction, len_bytes, now_ns)
@@ -292,6 +325,13 @@ impl Guard {
         } else {
             self.watches.fetch_and(!bit, Ordering::Relaxed);
         }
+    }
+}
+
+/// Rules for the NIC's frames came or went.
+impl Wake for Guard {
+    fn wake(&self) {
+        self.watch(FAULTS, self.misbehaviour.is_armed());
     }
 }
 

@@ -35,7 +35,7 @@ use virtio_bindings::virtio_net::{
 use crate::nic::backend::Backend;
 use crate::nic::header::{Offloads, mask};
 use crate::nic::state::NicState;
-use interface::Interface;
+pub(crate) use interface::Interface;
 pub(crate) use packet::{PacketError, PacketSockets};
 use steering::Steering;
 pub(crate) use tap::{Tap, TapError};
@@ -149,6 +149,12 @@ impl Backend for KernelBackend {
             ..
         } = &*self.0;
         steering.set_active_pairs(interface, pairs);
+    }
+
+    fn set_link(&self, is_up: bool) {
+        if let Err(error) = self.0.interface.set_carrier(is_up) {
+            tracing::debug!(%error, is_up, "the host does not see that the link changed");
+        }
     }
 
     fn reset(&self) {

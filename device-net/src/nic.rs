@@ -11,6 +11,7 @@ pub(crate) mod backend;
 mod ctrl;
 mod device;
 pub(crate) mod header;
+mod link_flap;
 mod mac;
 pub(crate) mod receive_filter;
 pub(crate) mod state;
@@ -23,12 +24,13 @@ use std::time::Duration;
 use api::daemon::{DeviceHistogram, Parts, ServedDevice};
 use api::device::attach_request::Device as DeviceConfig;
 use api::device::{Device, NetConfig, NetStats, Polling as PollingConfig, QueueHealth};
-use faults::{DeviceFaults, Faults};
+use faults::{DeviceFaults, Faults, Wake};
 use tonic::Status;
 use vhost_user::backend::{Polling, Server, Status as ServerStatus};
 
 pub(crate) use device::MAX_QUEUE_PAIRS;
 use device::NicDevice;
+use link_flap::LinkFlap;
 pub(crate) use mac::MacAddress;
 
 use self::backend::Backend;
@@ -79,10 +81,15 @@ pub(crate) fn attach(
     let server = Server::spawn(&parts.request.id, parts.listener, device.clone())
         .map_err(|error| Status::resource_exhausted(format!("cannot serve the device: {error}")))?;
     tracing::info!(id = parts.request.id, tap = config.tap_name, %mac, "NIC attached");
-    Ok(Arc::new(ServedNic {
+    let faults = Arc::clone(&device.nic().faults);
+    let nic = Arc::new_cyclic(|nic| ServedNic {
         server: Mutex::new(Some(server)),
         device,
-    }))
+        link_flap: LinkFlap::new(&faults, nic),
+    });
+    // What was armed before.
+    nic.link_flap.wake();
+    Ok(nic)
 }
 
 /// What the request names as the NIC's other end.
@@ -128,6 +135,8 @@ pub(crate) struct ServedNic {
     /// None once stopped.
     server: Mutex<Option<Server>>,
     device: Arc<NicDevice>,
+    /// Hears of faults for as long as the NIC is there.
+    link_flap: Arc<dyn Wake>,
 }
 
 impl ServedNic {

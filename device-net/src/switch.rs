@@ -1,7 +1,7 @@
 //! A switch inside the process: NICs of many VMs, from one guest's memory to another's.
 //!
 //! - [`port`]: a NIC's end; [`forward`]: from its transmit rings; [`deliver`]: into receive rings;
-//!   [`uplink`]: a tap as a port
+//!   [`uplink`]: a tap or another interface of the host as a port
 //! - [`frame`]: what is known of a frame; [`mac_table`]: where addresses are; [`vlan`], [`storm`]:
 //!   who may send what to whom; [`flow`]: which ring of several
 //! - [`offload`]: what a receiver's driver cannot finish; [`shown`]: what guards are shown
@@ -25,7 +25,6 @@ mod vlan;
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
@@ -40,7 +39,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO,
 };
 
-use crate::kernel::TapError;
+use crate::kernel::Interface;
 use crate::nic::MacAddress;
 use crate::nic::backend::Backend;
 use mac_table::{Key, MacTable, PinError, PortNumber};
@@ -89,8 +88,6 @@ pub(crate) enum ConnectError {
 pub(crate) enum UplinkError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error(transparent)]
-    Tap(TapError),
     #[error("the kernel refuses to set up the uplink")]
     Io(#[source] io::Error),
 }
@@ -132,17 +129,20 @@ pub(crate) fn connect(
     }))
 }
 
-/// Makes a tap a port of the switch that `config` names, for good.
+/// Makes an interface a port of the switch that `config` names, for good.
 ///
 /// # Errors
 /// [`UplinkError`].
-pub(crate) fn connect_uplink(config: &device::SwitchPort, tap: OwnedFd) -> Result<(), UplinkError> {
+pub(crate) fn connect_uplink(
+    config: &device::SwitchPort,
+    interface: Interface,
+) -> Result<(), UplinkError> {
     let vlans = Vlans::new(config.vlan, &config.trunk_vlans).map_err(ConnectError::Vlan)?;
     let vlans = Arc::new(vlans);
     let switch = Switch::named(&config.switch);
     let number = switch.add(Arc::clone(&vlans), 0, None)?;
     let uplink =
-        Uplink::start(&switch, number, &vlans, tap).inspect_err(|_| switch.remove(number))?;
+        Uplink::start(&switch, number, &vlans, interface).inspect_err(|_| switch.remove(number))?;
     switch.change(number, |port| port.uplink = Some(uplink));
     Ok(())
 }

@@ -10,7 +10,7 @@ use crate::nic::header::{MAX_HEADER_LEN_BYTES, Offloads};
 /// One descriptor for each queue pair. Each takes and gives one frame a call, behind a header of
 /// [`Interface::header_len_bytes`], whatever the driver's is.
 #[derive(Debug)]
-pub(super) enum Interface {
+pub(crate) enum Interface {
     Tap(Tap),
     Packet(PacketSockets),
 }
@@ -25,7 +25,7 @@ impl Interface {
     }
 
     /// The descriptor of one queue; non-blocking.
-    pub(super) fn queue(&self, pair: u16) -> &OwnedFd {
+    pub(crate) fn queue(&self, pair: u16) -> &OwnedFd {
         match self {
             Self::Tap(tap) => tap.queue(pair),
             Self::Packet(sockets) => sockets.queue(pair),
@@ -33,7 +33,7 @@ impl Interface {
     }
 
     /// Of the header before each frame: all of it, or without `num_buffers`.
-    pub(super) fn header_len_bytes(&self) -> usize {
+    pub(crate) fn header_len_bytes(&self) -> usize {
         match self {
             Self::Tap(_) => MAX_HEADER_LEN_BYTES,
             Self::Packet(_) => packet::HEADER_LEN_BYTES,
@@ -41,7 +41,7 @@ impl Interface {
     }
 
     /// Whether the kernel segments UDP, and leaves it to us.
-    pub(super) fn has_uso(&self) -> bool {
+    pub(crate) fn has_uso(&self) -> bool {
         match self {
             Self::Tap(tap) => tap.has_uso(),
             // Whether a socket does is not told before the first frame.
@@ -51,9 +51,17 @@ impl Interface {
 
     /// What frames for the driver may leave unfinished. Packet sockets know no such limit: what the
     /// driver cannot take is finished here.
-    pub(super) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+    pub(crate) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         match self {
             Self::Tap(tap) => tap.set_offloads(offloads),
+            Self::Packet(_) => Ok(()),
+        }
+    }
+
+    /// Shows the host a cable that is in or out, where the other end is ours to show.
+    pub(super) fn set_carrier(&self, is_up: bool) -> io::Result<()> {
+        match self {
+            Self::Tap(tap) => tap.set_carrier(is_up),
             Self::Packet(_) => Ok(()),
         }
     }

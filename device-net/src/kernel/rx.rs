@@ -31,7 +31,7 @@ use super::alarm::Alarm;
 use super::inbox::Inbox;
 use super::interface;
 use super::window::{Room, Window};
-use crate::guard::{self, Guard, HEAD_LEN_BYTES};
+use crate::guard::{self, Guard, HEAD_LEN_BYTES, Mishap};
 use crate::nic::header::{
     Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads, has, header_len_bytes,
 };
@@ -74,6 +74,8 @@ pub(super) struct RxQueue {
     large: Option<Large>,
     /// The guard let the frame at the front pass, but it must wait for `alarm`.
     is_held: bool,
+    /// What happens to the frame at the front.
+    mishap: Mishap,
     alarm: Alarm,
     has_buffers: bool,
     /// Nothing can be done before the driver supplies buffers.
@@ -127,6 +129,7 @@ impl RxQueue {
             overflow: vec![0; MAX_FRAME_LEN_BYTES].into_boxed_slice(),
             large: None,
             is_held: false,
+            mishap: Mishap::default(),
             alarm: Alarm::new()?,
             has_buffers: false,
             is_starved: true,
@@ -145,6 +148,9 @@ impl RxQueue {
         let (mut frames, mut bytes) = (0, 0);
         let mut progress = Progress::Made;
         let watch = self.nic.guard.is_active().then(guard::monotonic_ns);
+        if watch.is_none() {
+            self.mishap = Mishap::default();
+        }
         while let Some(prepared) = self.inbox.prepare() {
             let frame = self.inbox.frame();
             let header = match prepared.and_then(|header| {
@@ -166,10 +172,11 @@ impl RxQueue {
             match self.window.room(ring, len_bytes) {
                 Room::Enough => {
                     if let Some(now_ns) = watch {
-                        match pass(&self.nic.guard, &header, frame, self.is_held, now_ns) {
+                        let mishap = &mut self.mishap;
+                        match pass(&self.nic.guard, &header, frame, self.is_held, mishap, now_ns) {
                             Passage::Free => self.is_held = false,
-                            Passage::Refused => {
-                                self.counters().count_drop(DropReason::Guarded);
+                            Passage::Refused(reason) => {
+                                self.counters().count_drop(reason);
                                 self.inbox.pop();
                                 continue;
                             }
@@ -181,12 +188,27 @@ impl RxQueue {
                             }
                         }
                     }
-                    self.window.write(self.header_len_bytes, frame);
+                    if self.mishap.spoils() {
+                        let mut spoilt = frame.to_vec();
+                        self.mishap.spoil(&mut spoilt);
+                        self.window.write(self.header_len_bytes, &spoilt);
+                    } else {
+                        self.window.write(self.header_len_bytes, frame);
+                    }
                     frames += 1;
                     bytes += frame.len() as u64;
                     self.expects_large = len_bytes > LARGE_BYTES;
                     self.window.complete(ring, &header, len_bytes);
-                    self.inbox.pop();
+                    if self.mishap.copies == 0 {
+                        self.inbox.pop();
+                        if watch.is_some() {
+                            self.mishap = Mishap::default();
+                        }
+                    } else {
+                        // Once more, as it was judged.
+                        self.mishap.copies -= 1;
+                        self.is_held = true;
+                    }
                 }
                 Room::NotYet => {
                     self.is_starved = true;
@@ -401,13 +423,20 @@ impl RxQueue {
 /// Whether a frame may pass.
 enum Passage {
     Free,
-    Refused,
+    Refused(DropReason),
     /// It has to wait.
     NotBefore(u64),
 }
 
 /// Asks the guard about a frame for the driver; one that was held has been looked at.
-fn pass(guard: &Guard, header: &Header, frame: &[u8], was_held: bool, now_ns: u64) -> Passage {
+fn pass(
+    guard: &Guard,
+    header: &Header,
+    frame: &[u8],
+    was_held: bool,
+    mishap: &mut Mishap,
+    now_ns: u64,
+) -> Passage {
     if !was_held {
         let shown = guard::Frame {
             head: &frame[..frame.len().min(HEAD_LEN_BYTES)],
@@ -416,7 +445,11 @@ fn pass(guard: &Guard, header: &Header, frame: &[u8], was_held: bool, now_ns: u6
             checksum_at: header.checksum_at(),
         };
         if guard.check(Way::Ingress, &shown, now_ns).is_err() {
-            return Passage::Refused;
+            return Passage::Refused(DropReason::Guarded);
+        }
+        *mishap = guard.mishap(Way::Ingress, shown.head, frame.len(), now_ns);
+        if mishap.is_lost {
+            return Passage::Refused(DropReason::Fault);
         }
     }
     match guard.admit(Way::Ingress, frame.len(), now_ns) {

@@ -113,6 +113,13 @@ impl Tap {
         self.set_offload_flags(offloads.tun_flags())
     }
 
+    /// Shows the host a cable that is in or out (Linux 5.0).
+    pub(super) fn set_carrier(&self, is_up: bool) -> io::Result<()> {
+        let carrier = libc::c_int::from(is_up);
+        // SAFETY: TUNSETCARRIER reads one live int.
+        check(unsafe { libc::ioctl(self.raw(0), libc::TUNSETCARRIER, &carrier) })
+    }
+
     /// Length of the header before each frame, both ways.
     fn set_header_len(&self, len_bytes: usize) -> io::Result<()> {
         let len_bytes = len_bytes as libc::c_int;

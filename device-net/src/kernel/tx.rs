@@ -18,7 +18,7 @@ use super::Shared;
 use super::alarm::Alarm;
 use super::batch::{SEND_SLOT_BYTES, SendBatch};
 use super::interface;
-use crate::guard::{self, HEAD_LEN_BYTES, SentFrame};
+use crate::guard::{self, HEAD_LEN_BYTES, Mishap, SentFrame};
 use crate::nic::header::{
     Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads, header_len_bytes,
 };
@@ -58,6 +58,10 @@ pub(super) struct TxQueue {
     alarm: Alarm,
     /// Rung when frames were left.
     more: EventFd,
+    /// What happens to the frame that was taken last.
+    mishap: Mishap,
+    /// Frames that others are to go ahead of.
+    behind: Vec<Behind>,
     /// Emptied after each frame; kept for its storage.
     iovecs: Vec<libc::iovec>,
 }
@@ -83,6 +87,8 @@ impl TxQueue {
             head: Box::new([0; HEAD_LEN_BYTES]),
             alarm: Alarm::new()?,
             more: EventFd::new()?,
+            mishap: Mishap::default(),
+            behind: Vec::new(),
             iovecs: Vec::new(),
         })
     }
@@ -144,7 +150,11 @@ impl TxQueue {
                 return false;
             }
         }
+        let gone_ahead = u32::from(self.mishap.behind.is_none());
         self.let_go(ring, frame);
+        if !self.behind.is_empty() {
+            self.let_go_behind(gone_ahead, false);
+        }
         true
     }
 
@@ -160,8 +170,12 @@ impl TxQueue {
 
     fn let_go(&mut self, ring: &mut Ring, frame: Frame) {
         match frame {
-            Frame::Small { len_bytes } => self.batch.push(len_bytes),
+            Frame::Small { len_bytes } if self.mishap == Mishap::default() => {
+                self.batch.push(len_bytes);
+            }
+            Frame::Small { len_bytes } => self.let_go_amiss(len_bytes),
             Frame::Large(large) => {
+                self.mishap = Mishap::default();
                 // Frames keep their order.
                 self.flush();
                 match self.send_large(&large) {
@@ -212,6 +226,12 @@ impl TxQueue {
             };
             let verdict = self.nic.guard.check(Way::Egress, &shown, now_ns);
             verdict.map_err(|_| DropReason::Guarded)?;
+            let mishap = (self.nic.guard).mishap(Way::Egress, in_frame, in_frame.len(), now_ns);
+            mishap.spoil(in_frame);
+            self.mishap = mishap;
+            if mishap.is_lost {
+                return Err(DropReason::Fault);
+            }
         }
         Ok(Frame::Small { len_bytes })
     }
@@ -243,6 +263,12 @@ impl TxQueue {
             };
             let verdict = self.nic.guard.check(Way::Egress, &shown, now_ns);
             verdict.map_err(|_| DropReason::Guarded)?;
+            let mishap = (self.nic.guard).mishap(Way::Egress, head, frame_len_bytes, now_ns);
+            mishap.spoil(&mut self.head[..large.head_len_bytes]);
+            self.mishap = mishap;
+            if mishap.is_lost {
+                return Err(DropReason::Fault);
+            }
         }
         Ok(Frame::Large(large))
     }
@@ -309,9 +335,59 @@ impl TxQueue {
         counters.record_latency(self.taken_at.elapsed(), frames);
     }
 
+    /// A frame goes more than once, or behind others.
+    #[cold]
+    fn let_go_amiss(&mut self, len_bytes: usize) {
+        let mishap = std::mem::take(&mut self.mishap);
+        let frame = self.batch.next_slot()[..len_bytes].to_vec();
+        if let Some((ahead, until_ns)) = mishap.behind {
+            self.alarm.set(until_ns);
+            self.behind.push(Behind {
+                frame,
+                ahead,
+                until_ns,
+            });
+            return;
+        }
+        for _ in 0..=mishap.copies {
+            self.push_copy(&frame);
+        }
+    }
+
+    fn push_copy(&mut self, frame: &[u8]) {
+        if self.batch.is_full() {
+            self.flush();
+        }
+        self.batch.next_slot()[..frame.len()].copy_from_slice(frame);
+        self.batch.push(frame.len());
+    }
+
+    /// Lets frames go that others have gone ahead of, or that have waited long enough.
+    #[cold]
+    fn let_go_behind(&mut self, gone_ahead: u32, all: bool) {
+        let now_ns = guard::monotonic_ns();
+        for behind in &mut self.behind {
+            behind.ahead = behind.ahead.saturating_sub(gone_ahead);
+        }
+        let (go, stay) = std::mem::take(&mut self.behind)
+            .into_iter()
+            .partition(|behind: &Behind| all || behind.ahead == 0 || behind.until_ns <= now_ns);
+        self.behind = stay;
+        for behind in go {
+            self.push_copy(&behind.frame);
+        }
+    }
+
     fn counters(&self) -> &Direction {
         &self.nic.stats[usize::from(self.pair)].tx.0
     }
+}
+
+/// A frame that others are to go ahead of.
+struct Behind {
+    frame: Vec<u8>,
+    ahead: u32,
+    until_ns: u64,
 }
 
 /// A frame on its way.
@@ -357,6 +433,9 @@ impl QueueHandler for TxQueue {
             _ => {}
         }
         let taken = self.take(ring);
+        if !self.behind.is_empty() {
+            self.let_go_behind(0, false);
+        }
         ring.publish();
         // What was completed is sent, whatever became of the ring.
         self.flush();
@@ -371,6 +450,7 @@ impl QueueHandler for TxQueue {
         if let Some(frame) = self.held.take() {
             self.let_go(ring, frame);
         }
+        self.let_go_behind(0, true);
         self.flush();
         ring.unpop_all(&mut self.taken);
         0

@@ -190,6 +190,11 @@ impl Header {
         self
     }
 
+    /// UDP that is left to be cut.
+    pub(crate) fn is_large_datagram(&self) -> bool {
+        self.as_bytes()[1] & !GSO_ECN == GSO_UDP_L4
+    }
+
     /// Where the other side is to put a checksum into the frame.
     pub(crate) fn checksum_at(&self) -> Option<usize> {
         let u16_at = |offset: usize| u16::from_le_bytes([self.0[offset], self.0[offset + 1]]);

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use faults::DeviceFaults;
+use faults::{DeviceFaults, Wake};
 
 use super::mac::MacAddress;
 use super::receive_filter::ReceiveFilter;
@@ -55,9 +55,14 @@ impl NicState {
         is_link_up: bool,
         faults: Arc<DeviceFaults>,
     ) -> Self {
+        let guard = Arc::new(Guard::faulty(mac, Arc::clone(&faults)));
+        let waker: Arc<dyn Wake> = guard.clone();
+        faults.add_waker(&waker);
+        // What was armed before.
+        waker.wake();
         Self {
             stats: (0..num_pairs).map(|_| PairStats::default()).collect(),
-            guard: Arc::new(Guard::new(mac)),
+            guard,
             faults,
             first_mac: mac,
             driver: Mutex::new(DriverSet::nothing(mac)),

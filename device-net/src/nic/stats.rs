@@ -24,6 +24,8 @@ pub(crate) enum DropReason {
     Refused,
     /// The guard refused it.
     Guarded,
+    /// On purpose.
+    Fault,
     /// Not of a VLAN that the port may use.
     Vlan,
     /// Too many frames for everybody: see [`crate::switch`].
@@ -37,13 +39,14 @@ pub(crate) enum DropReason {
 }
 
 impl DropReason {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Malformed,
         Self::NoBuffers,
         Self::Unwanted,
         Self::LinkDown,
         Self::Refused,
         Self::Guarded,
+        Self::Fault,
         Self::Vlan,
         Self::Storm,
         Self::TakenAddress,
@@ -59,6 +62,7 @@ impl DropReason {
             Self::LinkDown => "link_down",
             Self::Refused => "refused",
             Self::Guarded => "guarded",
+            Self::Fault => "fault",
             Self::Vlan => "vlan",
             Self::Storm => "storm",
             Self::TakenAddress => "taken_address",

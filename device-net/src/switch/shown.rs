@@ -92,7 +92,11 @@ pub(super) fn passes(
         len_bytes,
         checksum_at,
     };
-    guard.check(way, &frame, now_ns).is_ok() && guard.police(way, len_bytes, now_ns).is_ok()
+    // A switch does not let frames wait, and sends each once: of what goes wrong on purpose, frames that
+    // are lost are all there is.
+    guard.check(way, &frame, now_ns).is_ok()
+        && !guard.mishap(way, frame.head, len_bytes, now_ns).is_lost
+        && guard.police(way, len_bytes, now_ns).is_ok()
 }
 
 /// A frame of which the switch has the beginning.

@@ -1,20 +1,22 @@
-//! A tap as a port of a switch: the way to the host and the world.
+//! A tap or another interface of the host as a port of a switch: the way to the host and the world.
 //!
-//! Whoever sends a frame there writes it to the tap at once. A thread of its own reads what comes from
-//! the tap and puts it into guests' rings; guests without buffers lose it.
+//! Whoever sends a frame there writes it to the interface at once. A thread of its own reads what comes from
+//! the interface and puts it into guests' rings; guests without buffers lose it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::thread;
+
+use smallvec::{SmallVec, smallvec};
 
 use super::deliver::Body;
 use super::forward::{Bodies, Sender};
 use super::frame::{Frame, MAX_HEAD_LEN_BYTES};
 use super::mac_table::PortNumber;
 use super::vlan::Vlans;
-use super::{Switch, UplinkError};
-use crate::kernel::Tap;
+use super::{Switch, UplinkError, offload};
+use crate::kernel::Interface;
 use crate::nic::header::{Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads};
 use crate::nic::stats::{Direction, DropReason};
 
@@ -24,36 +26,41 @@ const BATCH: usize = 16;
 /// Addresses learnt of an uplink at most: half of the table.
 const SHARE: usize = 4096;
 
+/// Header, two parts, and a body in as many pieces as there usually are at most.
+const USUAL_IOVECS: usize = 3 + 5;
+
 /// What the kernel takes in one call.
 const MAX_IOVECS: usize = 1024;
 
 /// The sending side.
 #[derive(Debug)]
 pub(super) struct Uplink {
-    tap: Tap,
+    interface: Interface,
     /// What came from there; what was sent is counted by the senders.
     received: Direction,
 }
 
 impl Uplink {
-    /// Connects the tap to the switch as port `number`.
+    /// Connects the interface to the switch as port `number`.
     pub(super) fn start(
         switch: &Arc<Switch>,
         number: PortNumber,
         vlans: &Arc<Vlans>,
-        tap: OwnedFd,
+        interface: Interface,
     ) -> Result<Arc<Self>, UplinkError> {
-        let tap = Tap::from_fds(vec![tap]).map_err(UplinkError::Tap)?;
         // What guests cannot finish is finished by the switch.
-        tap.set_offloads(Offloads::all()).map_err(UplinkError::Io)?;
+        interface
+            .set_offloads(Offloads::all())
+            .map_err(UplinkError::Io)?;
         let uplink = Arc::new(Self {
-            tap,
+            interface,
             received: Direction::default(),
         });
         let receiving = Receiving {
             uplink: Arc::clone(&uplink),
             sender: Sender::new(switch, number, vlans, SHARE),
             frames: Frames {
+                header_len_bytes: uplink.interface.header_len_bytes(),
                 bytes: vec![0; BATCH * SLOT_BYTES].into_boxed_slice(),
                 lens: [0; BATCH],
             },
@@ -65,7 +72,8 @@ impl Uplink {
         Ok(uplink)
     }
 
-    /// Writes a frame that consists of `parts` and `body`.
+    /// Writes a frame that consists of `parts` and `body`; a large datagram in pieces if the kernel does not
+    /// cut it.
     ///
     /// # Errors
     /// The kernel does not take it.
@@ -75,11 +83,39 @@ impl Uplink {
         parts: [&[u8]; 2],
         body: Body<'_>,
     ) -> Result<(), DropReason> {
+        if header.is_large_datagram() && !self.interface.has_uso() {
+            return self.send_in_pieces(header, parts, body);
+        }
+        self.send_whole(header, parts, body)
+    }
+
+    #[cold]
+    fn send_in_pieces(
+        &self,
+        header: &Header,
+        parts: [&[u8]; 2],
+        body: Body<'_>,
+    ) -> Result<(), DropReason> {
+        let (mut frame, mut segment) = (parts.concat(), Vec::new());
+        body.copy_into(&mut frame);
+        offload::finish(header, &mut frame, &mut segment, |piece| {
+            self.send_whole(&Header::empty(), [piece, &[]], Body::Own(&[]))
+        })
+    }
+
+    fn send_whole(
+        &self,
+        header: &Header,
+        parts: [&[u8]; 2],
+        body: Body<'_>,
+    ) -> Result<(), DropReason> {
         let own = |bytes: &[u8]| libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
         };
-        let mut iovecs = vec![own(header.as_bytes()), own(parts[0]), own(parts[1])];
+        let header = &header.as_bytes()[..self.interface.header_len_bytes()];
+        let mut iovecs: SmallVec<[libc::iovec; USUAL_IOVECS]> =
+            smallvec![own(header), own(parts[0]), own(parts[1])];
         match body {
             Body::Own(bytes) => iovecs.push(own(bytes)),
             Body::Chain { chain, skip_bytes } => {
@@ -95,17 +131,16 @@ impl Uplink {
             return Err(DropReason::TooLong);
         }
         // SAFETY: bytes of ours, and mapped memory of the sender, which its batch keeps mapped.
-        let written = unsafe {
-            libc::writev(
-                self.tap.queue(0).as_raw_fd(),
-                iovecs.as_ptr(),
-                iovecs.len() as libc::c_int,
-            )
-        };
+        let written =
+            unsafe { libc::writev(self.fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
         if written < 0 {
             return Err(DropReason::Refused);
         }
         Ok(())
+    }
+
+    fn fd(&self) -> RawFd {
+        self.interface.queue(0).as_raw_fd()
     }
 }
 
@@ -120,6 +155,7 @@ struct Receiving {
 
 /// Frames as they were read, each behind its virtio-net header.
 struct Frames {
+    header_len_bytes: usize,
     bytes: Box<[u8]>,
     lens: [usize; BATCH],
 }
@@ -132,10 +168,12 @@ impl Frames {
     fn frame(&self, index: usize, vlans: &Vlans) -> Result<Frame, DropReason> {
         let (header, frame) = self
             .slot(index)
-            .split_first_chunk::<MAX_HEADER_LEN_BYTES>()
+            .split_at_checked(self.header_len_bytes)
             .filter(|(_, frame)| frame.len() >= super::frame::ETHERNET_LEN_BYTES)
             .ok_or(DropReason::Malformed)?;
-        let header = Header::checked(header, frame.len(), Offloads::all())
+        let mut bytes = [0; MAX_HEADER_LEN_BYTES];
+        bytes[..header.len()].copy_from_slice(header);
+        let header = Header::checked(&bytes, frame.len(), Offloads::all())
             .map_err(|_| DropReason::Malformed)?;
         let mut head = [0; MAX_HEAD_LEN_BYTES];
         let len = frame.len().min(MAX_HEAD_LEN_BYTES);
@@ -148,14 +186,14 @@ impl Bodies for Frames {
     fn body(&self, index: usize) -> Body<'_> {
         Body::Own(
             self.slot(index)
-                .get(MAX_HEADER_LEN_BYTES..)
+                .get(self.header_len_bytes..)
                 .unwrap_or_default(),
         )
     }
 }
 
 impl Receiving {
-    /// As long as there is a tap.
+    /// As long as there is an interface.
     fn run(mut self) {
         loop {
             match self.read_some() {
@@ -169,7 +207,7 @@ impl Receiving {
                     self.sender.send(frames, counters);
                 }
                 Err(error) => {
-                    tracing::error!(%error, "a switch's uplink fails and ends; was the tap deleted?");
+                    tracing::error!(%error, "a switch's uplink fails and ends; was the interface deleted?");
                     return;
                 }
             }
@@ -178,16 +216,17 @@ impl Receiving {
 
     /// Reads what there is, up to a batch.
     fn read_some(&mut self) -> io::Result<usize> {
-        let tap = self.uplink.tap.queue(0).as_raw_fd();
+        let fd = self.uplink.fd();
         for (index, slot) in self.frames.bytes.chunks_exact_mut(SLOT_BYTES).enumerate() {
             // SAFETY: a buffer of ours and its length.
-            let len = unsafe { libc::read(tap, slot.as_mut_ptr().cast(), slot.len()) };
+            let len = unsafe { libc::read(fd, slot.as_mut_ptr().cast(), slot.len()) };
             match usize::try_from(len) {
                 Ok(len) => self.frames.lens[index] = len,
                 Err(_) => {
                     let error = io::Error::last_os_error();
                     return match error.raw_os_error() {
-                        Some(libc::EAGAIN | libc::EINTR) => Ok(index),
+                        // ENETDOWN: the interface went down or up, told once.
+                        Some(libc::EAGAIN | libc::EINTR | libc::ENETDOWN) => Ok(index),
                         _ => Err(error),
                     };
                 }
@@ -196,10 +235,10 @@ impl Receiving {
         Ok(BATCH)
     }
 
-    /// Waits for frames; without limit, as the tap lives as long as the process does.
+    /// Waits for frames; without limit, as the descriptor lives as long as the process does.
     fn wait(&self) {
         let mut poll = libc::pollfd {
-            fd: self.uplink.tap.queue(0).as_fd().as_raw_fd(),
+            fd: self.uplink.fd(),
             events: libc::POLLIN,
             revents: 0,
         };

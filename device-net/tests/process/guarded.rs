@@ -18,7 +18,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
 use crate::daemon::{DEADLINE, Daemon, await_true};
 use crate::frame::{self, Parsed};
 use crate::guest::{Guest, HEADER_LEN};
-use crate::host::{GUEST_IP, HOST_IP, configure, enter_namespace};
+use crate::host::{GUEST_IP, HOST_IP, configure, enter_namespace, is_running};
 use crate::traffic::{datagram, guest_address, host_socket};
 
 const NIC: &str = "tap=tap0,mac=52:54:00:12:34:56";
@@ -445,11 +445,16 @@ fn link_that_is_down_carries_nothing() {
         });
         scene.runtime.block_on(asking).unwrap().into_inner()
     };
+    await_true("the host sees the link", || is_running("tap0"));
     assert!(!set_link(&mut scene, false).stats.unwrap().link_up);
+    await_true("the host sees that the link is down", || {
+        !is_running("tap0")
+    });
     let lost = scene.to_host(b"lost");
     scene.guest.send(0, &lost);
     scene.await_drops(Direction::Egress, "link_down", 1);
     assert!(set_link(&mut scene, true).stats.unwrap().link_up);
+    await_true("the host sees the link again", || is_running("tap0"));
     let again = scene.to_host(b"again");
     scene.guest.send(0, &again);
     scene.host_receives(b"again");

@@ -14,6 +14,7 @@ use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vhost_user::driver::{Buffer, DriverRing, GuestMemory};
+use vhost_user::ring::RingAddresses;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MQ,
@@ -176,14 +177,16 @@ impl Guest {
 
     /// Starts a ring where it stands.
     pub(crate) fn start(&mut self, queue: usize) {
+        let ring = &self.machine.rings[queue];
+        let (addresses, base) = (ring.addresses(), ring.used_idx());
+        self.start_ring(queue, addresses, base);
+    }
+
+    /// Starts any ring.
+    pub(crate) fn start_ring(&mut self, queue: usize, addresses: RingAddresses, base: u16) {
         let Machine {
-            rings,
-            kicks,
-            calls,
-            errs,
-            ..
+            kicks, calls, errs, ..
         } = &self.machine;
-        let addresses = rings[queue].addresses();
         let config = VringConfigData {
             queue_max_size: RING_SIZE,
             queue_size: RING_SIZE,
@@ -195,9 +198,7 @@ impl Guest {
         };
         let frontend = &mut self.frontend;
         frontend.set_vring_num(queue, RING_SIZE).unwrap();
-        frontend
-            .set_vring_base(queue, rings[queue].used_idx())
-            .unwrap();
+        frontend.set_vring_base(queue, base).unwrap();
         frontend.set_vring_addr(queue, &config).unwrap();
         frontend.set_vring_call(queue, &calls[queue]).unwrap();
         frontend.set_vring_err(queue, &errs[queue]).unwrap();
@@ -355,6 +356,11 @@ impl Guest {
 
     fn ctrl_queue(&self) -> usize {
         self.machine.rings.len() - 1
+    }
+
+    /// Whether the device wants to be told or not.
+    pub(crate) fn kick_now(&mut self, queue: usize) {
+        self.machine.kicks[queue].write(1).unwrap();
     }
 
     pub(crate) fn kick(&mut self, queue: usize) {

@@ -93,6 +93,16 @@ pub(crate) fn is_up(name: &str) -> bool {
     }
 }
 
+/// Whether the interface is up and has a carrier.
+pub(crate) fn is_running(name: &str) -> bool {
+    let mut get = request(name);
+    // SAFETY: SIOCGIFFLAGS writes one live ifreq, whose flags are read only if it succeeded.
+    unsafe {
+        libc::ioctl(control_socket().as_raw_fd(), libc::SIOCGIFFLAGS, &mut get) == 0
+            && libc::c_int::from(get.ifr_ifru.ifru_flags) & libc::IFF_RUNNING != 0
+    }
+}
+
 /// Sends raw frames over an interface, as the host.
 pub(crate) struct Wire {
     socket: OwnedFd,

@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_UDP_L4,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM,
+    VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 
 use crate::daemon::{Daemon, await_true};
@@ -170,6 +171,53 @@ fn guest_does_not_see_what_the_host_sends_and_receives() {
         payload(3, 100),
         "the broadcast, and nothing before it"
     );
+}
+
+#[test]
+fn packet_socket_is_an_uplink_of_a_switch() {
+    if !enter_namespace() {
+        return;
+    }
+    let mut wire = wire();
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("net0.vu");
+    let nic = format!(
+        "id=net0,switch=s0,mac=52:54:00:12:34:56,socket={}",
+        socket.display()
+    );
+    let uplink = "switch=s0,packet=tap0";
+    let daemon = Daemon::start(dir, &["--nic", &nic, "--uplink", uplink]);
+    let features = [
+        VIRTIO_F_VERSION_1,
+        VIRTIO_NET_F_MRG_RXBUF,
+        VIRTIO_NET_F_CSUM,
+        VIRTIO_NET_F_HOST_USO,
+    ];
+    let mut guest = Guest::connect_with(&socket, 1, &features);
+    guest.supply(0, 64, 1536);
+    for round in 0..50 {
+        let data = payload(round, 1200);
+        let sent = frame::udp(PEER_MAC, PORTS, &data);
+        guest.send(0, &sent);
+        assert_eq!(take(&mut wire), sent);
+        put(&mut wire, [0; WIRE_HEADER], &to_guest(sent));
+        let got = guest.receive(|_, parsed| udp_payload(parsed));
+        assert_eq!(got, data, "round {round}");
+    }
+    // A large datagram leaves in pieces.
+    let data = payload(5, 2500);
+    let mut header = [0; HEADER_LEN];
+    header[..WIRE_HEADER].copy_from_slice(&unfinished(1000));
+    guest.send_with(0, header, &frame::udp_to_be_summed(PEER_MAC, PORTS, &data));
+    let pieces: Vec<Vec<u8>> = (0..3).map(|_| take(&mut wire)).collect();
+    assert!(
+        pieces
+            .iter()
+            .all(|piece| frame::has_right_udp_checksum(piece))
+    );
+    let payloads: Vec<&[u8]> = pieces.iter().map(|piece| &piece[42..]).collect();
+    assert_eq!(payloads.concat(), data);
+    assert!(daemon.terminate().success());
 }
 
 #[test]

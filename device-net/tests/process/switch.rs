@@ -405,6 +405,10 @@ fn duplicate_address_is_refused_with_its_name() {
         said.contains("52:54:00:00:00:01 is the address of another port of switch \"s0\""),
         "{said}"
     );
+    // The process could not remove its files any more; its sweeper does.
+    await_true("no socket is left behind", || {
+        std::fs::read_dir(dir.path()).unwrap().next().is_none()
+    });
 }
 
 #[test]
