@@ -4,15 +4,21 @@
 //! A descriptor that was passed to a peer is the same open file there: the peer can read it, fill
 //! its counter, and make it blocking at any time.
 
+mod rescue;
+
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
-/// The writing end of an eventfd whose reader is not trusted: ringing it never blocks.
+use rescue::Bell;
+
+/// The writing end of an eventfd whose reader is not trusted: ringing it blocks for a fraction of a second at
+/// most, and only once.
 #[derive(Debug)]
 pub struct Doorbell {
-    file: File,
+    bell: Arc<Bell>,
     /// The peer made it blocking, and may let its counter run full. Its mode is the peer's as
     /// well (one open file description), so it is not ours to change.
     may_block: bool,
@@ -33,7 +39,7 @@ impl Doorbell {
         // SAFETY: F_GETFL only reads the descriptor's state.
         let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
         Ok(Doorbell {
-            file,
+            bell: Bell::new(file),
             may_block: flags < 0 || flags & libc::O_NONBLOCK == 0,
         })
     }
@@ -41,11 +47,13 @@ impl Doorbell {
     /// Adds one. A full counter means that the peer has a signal waiting already.
     #[inline]
     pub fn ring(&self) {
-        if self.may_block && !is_ready(self.file.as_fd(), libc::POLLOUT) {
-            return;
-        }
-        // The peer may have closed or replaced what is behind the descriptor; it is its own loss.
-        let _ = (&self.file).write(&1u64.to_ne_bytes());
+        self.bell.write(|mut file| {
+            if self.may_block && !is_ready(file.as_fd(), libc::POLLOUT) {
+                return;
+            }
+            // The peer may have closed or replaced what is behind the descriptor; it is its own loss.
+            let _ = file.write(&1u64.to_ne_bytes());
+        });
     }
 }
 
@@ -235,6 +243,40 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         }
         Doorbell::new(EventFd::new().unwrap().into_fd()).unwrap();
+    }
+
+    #[test]
+    fn peer_that_blocks_a_writer_later_holds_it_up_once() {
+        let event = EventFd::new().unwrap();
+        let doorbell = Doorbell::new(event.try_clone().unwrap().into_fd()).unwrap();
+        doorbell.ring();
+        assert!(event.take().unwrap());
+        // Only now it turns hostile.
+        // SAFETY: F_SETFL takes an integer.
+        assert_eq!(
+            unsafe { libc::fcntl(event.as_raw_fd(), libc::F_SETFL, 0) },
+            0
+        );
+        let (done, rung) = std::sync::mpsc::channel();
+        let fill = |event: &EventFd| {
+            let full = (u64::MAX - 1).to_ne_bytes();
+            (&event.file).write_all(&full).unwrap();
+        };
+        fill(&event);
+        let ringing = std::thread::spawn(move || {
+            doorbell.ring();
+            done.send(()).unwrap();
+            doorbell
+        });
+        let deadline = std::time::Duration::from_secs(20);
+        rung.recv_timeout(deadline).expect("the writer is let go");
+        let doorbell = ringing.join().unwrap();
+        let _ = event.take();
+        fill(&event);
+        doorbell.ring();
+        assert!(event.take().unwrap());
+        doorbell.ring();
+        assert!(!event.take().unwrap(), "it is not rung any more");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! two kinds of members: those it looks at by itself, one round after another, and those that are
 //! asleep, whose driver kicks. A kick makes a member one of the former, and it stays one until the
 //! whole thread runs out of work and goes to sleep: so busy rings need no kicks, and an idle ring
-//! costs nothing.
+//! costs nothing. A thread that may poll does not look all the time: see [`pace`].
 //!
 //! ```text
 //!             kick, event                        the thread finds nothing anywhere
@@ -13,6 +13,7 @@
 //! ```
 
 mod epoll;
+mod pace;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -27,6 +28,7 @@ use super::serving::{Serving, event_fds};
 use super::shared::Waker;
 use super::{Device, Polling, QueueHandler, Wake};
 use epoll::{Epoll, Happening, Trigger};
+use pace::Pace;
 
 /// Rounds between two looks at descriptors while there is work in rings.
 const BUSY_ROUNDS: u32 = 64;
@@ -162,6 +164,7 @@ struct GroupThread {
     /// Positions of members that are awake.
     awake: Vec<usize>,
     poller: Poller,
+    pace: Pace,
 }
 
 impl GroupThread {
@@ -173,10 +176,12 @@ impl GroupThread {
             members: Vec::new(),
             awake: Vec::new(),
             poller: Poller::default(),
+            pace: Pace::new(Instant::now()),
         }
     }
 
     fn run(mut self) {
+        wake_in_time();
         let mut rounds = 0;
         loop {
             if self.waker.has_news() && self.waker.take_news() && !self.hear_news() {
@@ -193,6 +198,9 @@ impl GroupThread {
             }
             rounds = 0;
             let idle_since = Instant::now();
+            if self.nap(idle_since) {
+                continue;
+            }
             is_busy = self.look(idle_since);
             if !is_busy {
                 let again = self.go_to_sleep();
@@ -213,15 +221,47 @@ impl GroupThread {
                 member.again = member.serving.has_new();
             }
             if member.again {
-                member.serve(Wake::Kick);
+                let served = member.serve(Wake::Kick);
+                self.pace.served(served);
                 is_busy = true;
             }
         }
         is_busy
     }
 
+    /// Lets packets gather for a moment if that pays; true when it did.
+    fn nap(&mut self, now: Instant) -> bool {
+        let Some(nap) = self.pace.nap(now) else {
+            return false;
+        };
+        if self.waker.has_news() || self.polling() != Polling::Adaptive {
+            return false;
+        }
+        thread::sleep(nap);
+        self.pace.woke(nap, now.elapsed());
+        true
+    }
+
+    /// The most that a member who is awake asks for.
+    fn polling(&self) -> Polling {
+        let awake = self.awake.iter();
+        let polling = awake
+            .filter_map(|&position| self.members[position].as_ref()?.handler.as_deref())
+            .map(QueueHandler::polling);
+        let most = polling.max_by_key(|polling| match polling {
+            Polling::Never => 0,
+            Polling::Adaptive => 1,
+            Polling::Always => 2,
+        });
+        most.unwrap_or(Polling::Never)
+    }
+
     /// Looks for work for a while, if that may pay; true when there is some, or news.
     fn look(&mut self, idle_since: Instant) -> bool {
+        let polling = self.polling();
+        if polling == Polling::Never {
+            return false;
+        }
         let GroupThread {
             waker,
             members,
@@ -229,18 +269,6 @@ impl GroupThread {
             poller,
             ..
         } = self;
-        let polling = awake
-            .iter()
-            .filter_map(|&position| members[position].as_ref()?.handler.as_deref())
-            .map(QueueHandler::polling)
-            .max_by_key(|polling| match polling {
-                Polling::Never => 0,
-                Polling::Adaptive => 1,
-                Polling::Always => 2,
-            });
-        let Some(polling) = polling.filter(|&polling| polling != Polling::Never) else {
-            return false;
-        };
         // Looking at once would find the first of what is coming, and take the cache lines away from
         // the driver that is writing the rest.
         while idle_since.elapsed() < LULL && !waker.has_news() {
@@ -310,7 +338,7 @@ impl GroupThread {
             };
             match wake {
                 Wake::Kick => member.again |= member.serving.hears_kick(),
-                Wake::Event(_) => member.serve(wake),
+                Wake::Event(_) => drop(member.serve(wake)),
             }
             member.update_events(epoll, position);
             if member.wake_up() {
@@ -389,12 +417,15 @@ impl GroupThread {
 }
 
 impl Member {
+    /// Returns how many requests it was.
     #[inline]
-    fn serve(&mut self, wake: Wake) {
+    fn serve(&mut self, wake: Wake) -> u64 {
+        let before = self.serving.completed_total();
         self.again = match &mut self.handler {
             Some(handler) => self.serving.serve(handler.as_mut(), wake, 0),
             None => false,
         };
+        self.serving.completed_total() - before
     }
 
     #[inline]
@@ -469,4 +500,10 @@ impl Member {
             epoll.remove(event.fd);
         }
     }
+}
+
+/// Asks the kernel not to delay this thread's timers to save wake-ups: naps are shorter than that.
+fn wake_in_time() {
+    // SAFETY: PR_SET_TIMERSLACK takes an integer. Where it is refused, naps are found to be late.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
 }

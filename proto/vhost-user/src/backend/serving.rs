@@ -205,6 +205,12 @@ impl Serving {
         }
     }
 
+    /// Requests completed, as far as they were reported.
+    #[inline]
+    pub(super) fn completed_total(&self) -> u64 {
+        self.reported_completed
+    }
+
     fn report(&mut self) {
         let ring = self.ring.get();
         let (completed_now, in_flight) = (ring.completed_total(), ring.in_flight());

@@ -191,8 +191,12 @@ pub fn handshake(connection: &mut Connection, config_len: u16) -> Result<Offer, 
     Ok(offer)
 }
 
-/// Starts the rings of `activation`, in the specification's order. `told_memory` says whether
-/// this connection has the memory table already, and is updated.
+/// Starts the rings of `activation`. `told_memory` says whether this connection has the memory table
+/// already, and is updated.
+///
+/// Rings are enabled before a kick descriptor starts the first of them, which the specification leaves
+/// open. A network backend that is kicked for its transmit ring while its receive ring is not enabled
+/// yet loses the answer, and passt then answers no more.
 ///
 /// # Errors
 /// A request failed, or the backend does not fit what the driver chose; the connection must then
@@ -230,14 +234,20 @@ pub fn start(
         false => *inflight = None,
     }
     let format = RingFormat::of(activation.features);
-    for queue in &mut activation.queues {
+    for queue in &activation.queues {
         let base = base_of(queue, format, inflight.is_some(), resources)?;
-        start_queue(connection, queue, base, resources)?;
+        set_up_queue(connection, queue, base, resources)?;
     }
     if offer.features & F_PROTOCOL_FEATURES != 0 {
         for queue in &activation.queues {
             connection.set_vring_enable(queue.index, true)?;
         }
+    }
+    for queue in &mut activation.queues {
+        // From here on the ring moves, so the noted base holds no longer.
+        queue.base = None;
+        let kick = &resources.queues[usize::from(queue.index)].kick;
+        connection.set_vring_kick(queue.index, kick)?;
     }
     // Without REPLY_ACK only a request with an answer tells that all the others arrived.
     connection.features()?;
@@ -296,9 +306,9 @@ pub fn first_base(format: RingFormat) -> u32 {
     }
 }
 
-fn start_queue(
+fn set_up_queue(
     connection: &mut Connection,
-    queue: &mut QueueState,
+    queue: &QueueState,
     base: u32,
     resources: &Resources<'_>,
 ) -> Result<(), SessionError> {
@@ -320,9 +330,6 @@ fn start_queue(
     )?;
     connection.set_vring_err(index, resources.err)?;
     connection.set_vring_call(index, &events.call)?;
-    // From here on the ring moves, so the noted base holds no longer.
-    queue.base = None;
-    connection.set_vring_kick(index, &events.kick)?;
     Ok(())
 }
 
