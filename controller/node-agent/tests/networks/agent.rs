@@ -194,19 +194,6 @@ fn connect(runtime: &Runtime, dir: &Path) -> NodeAgentClient<Channel> {
     NodeAgentClient::new(channel)
 }
 
-/// The process that has this among its arguments.
-pub(crate) fn pid_of(argument: &str) -> Option<i32> {
-    let entries = std::fs::read_dir("/proc").unwrap().flatten();
-    entries
-        .filter(|entry| {
-            let cmdline = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            cmdline
-                .split(|byte| *byte == 0)
-                .any(|arg| arg == argument.as_bytes())
-        })
-        .find_map(|entry| entry.file_name().to_str()?.parse().ok())
-}
-
 /// 10.20.0.0/24 and fd00:20::/64 with one guest, `web`, at .5.
 pub(crate) fn network(id: &str, kind: NetworkKind) -> NetworkSpec {
     let has_host = matches!(kind, NetworkKind::Nat | NetworkKind::HostOnly);

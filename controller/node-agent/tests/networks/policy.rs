@@ -105,8 +105,11 @@ fn nic_joins_its_network_and_its_policy_follows_the_network() {
     };
     assert_eq!(rules(&agent.nic().unwrap()), 1);
     let daemon = || {
-        let line = agent.path().join("run/vms/web/net.sock");
-        crate::agent::pid_of(line.to_str().unwrap())
+        let mut client = agent.client();
+        let status = agent.block_on(client.get_vm(GetVmRequest { id: "web".into() }));
+        let processes = status.unwrap().into_inner().processes.into_iter();
+        let mut pids = processes.filter(|process| process.name == "device-net");
+        pids.find_map(|process| (process.pid != 0).then_some(process.pid as i32))
     };
     let first = daemon().unwrap();
     nix::sys::signal::kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
