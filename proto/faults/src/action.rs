@@ -93,7 +93,7 @@ pub enum Action {
     },
     /// The connection is closed instead.
     Disconnect,
-    /// Feature bits are not offered, or not accepted.
+    /// Feature bits are not offered.
     RefuseFeatures(u64),
     /// A pause in the middle of a change of the memory table.
     MemoryRace(Duration),
@@ -128,7 +128,7 @@ pub enum Point {
     Kick = 1 << 2,
     /// The driver is about to be told of completions.
     Call = 1 << 3,
-    /// A vhost-user message is about to be handled, or sent.
+    /// A vhost-user message is about to be handled.
     Message = 1 << 4,
     /// Completions are about to be shown.
     Publish = 1 << 5,
@@ -136,11 +136,11 @@ pub enum Point {
     Pop = 1 << 6,
     /// A request is given back to a ring.
     Complete = 1 << 7,
-    /// Features are about to be offered or accepted.
+    /// Features are about to be offered.
     Features = 1 << 8,
     /// The memory table is being changed.
     Memory = 1 << 9,
-    /// An in-flight region is about to be taken or given.
+    /// An in-flight region is about to be taken.
     Inflight = 1 << 10,
 }
 
@@ -194,6 +194,8 @@ impl Action {
             }
             Self::Short { .. } | Self::Misdirect { .. } => matches!(op, Op::Read | Op::Write),
             Self::Torn { .. } => op == Op::Write,
+            // What the kernel has received is in order.
+            Self::Reorder { .. } => op != Op::Receive,
             _ => true,
         }
     }
@@ -232,9 +234,6 @@ impl Action {
     /// Whether a process of this kind can do it.
     pub(crate) fn is_for(&self, kind: Kind) -> bool {
         match self {
-            Self::Latency { .. } | Self::Drop | Self::Corrupt { .. } | Self::Reorder { .. } => {
-                kind != Kind::Frontend
-            }
             Self::Pause(_)
             | Self::Error { .. }
             | Self::Short { .. }
@@ -244,18 +243,7 @@ impl Action {
             | Self::Rate { .. }
             | Self::LinkFlap { .. }
             | Self::Partition { .. } => kind == Kind::Net,
-            Self::LostKick
-            | Self::LostCall
-            | Self::UsedStall(_)
-            | Self::BadDescriptor
-            | Self::OutOfOrder { .. }
-            | Self::Crash
-            | Self::Hang(_) => kind != Kind::Frontend,
-            Self::LateReply(_)
-            | Self::Disconnect
-            | Self::RefuseFeatures(_)
-            | Self::MemoryRace(_)
-            | Self::LostInflight => true,
+            _ => true,
         }
     }
 }

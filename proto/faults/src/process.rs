@@ -25,8 +25,6 @@ pub enum Kind {
     Block,
     /// A daemon of NICs.
     Net,
-    /// The other end of vhost-user.
-    Frontend,
 }
 
 impl fmt::Display for Kind {
@@ -34,7 +32,6 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Self::Block => "a daemon of disks",
             Self::Net => "a daemon of NICs",
-            Self::Frontend => "a frontend",
         })
     }
 }

@@ -44,6 +44,15 @@ pub(crate) struct StartFault {
     pub(crate) program: Option<PathBuf>,
 }
 
+/// As far as command lines go.
+impl PartialEq for Knobs {
+    fn eq(&self, other: &Self) -> bool {
+        self.allows_faults == other.allows_faults
+    }
+}
+
+impl Eq for Knobs {}
+
 impl Knobs {
     pub(crate) fn new(allows_faults: bool) -> Self {
         Self {

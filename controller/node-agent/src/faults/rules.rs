@@ -84,7 +84,9 @@ pub(super) async fn pass_on(target: &Target, wish: Wish<'_>) -> Result<Passed, N
             seen: 0,
             hits: 0,
         }),
-        Err(status) if status.code() == Code::InvalidArgument => Err(NotPassed::NotItsKind),
+        Err(status) if matches!(status.code(), Code::InvalidArgument | Code::Unimplemented) => {
+            Err(NotPassed::NotItsKind)
+        }
         Err(status) => Err(failed(&status.message())),
     }
 }

@@ -45,8 +45,12 @@ pub fn node_fault(found: &mut Violations, field: &str, fault: &node::Fault) {
     );
     match &fault.fault {
         Some(fault::Fault::Rule(rule)) => {
-            found.require(!is_of_agent, &format!("{field}.rule"), || {
-                "the agent itself knows no rules".into()
+            let is_of_daemon = matches!(
+                node::FaultProcess::try_from(process),
+                Ok(node::FaultProcess::Unspecified | node::FaultProcess::Daemon)
+            );
+            found.require(is_of_daemon, &format!("{field}.rule"), || {
+                "is for daemons; the agent and vmm-core know no rules".into()
             });
             fault_rule(found, &format!("{field}.rule"), rule);
         }

@@ -70,8 +70,9 @@ fn serve_until_stopped(serving: &mut Serving, handler: &mut Option<Box<dyn Queue
         }
         if polls.get(POLL_KICK).is_some_and(is_readable) {
             serving.take_kick();
-            is_deaf = !again && !serving.hears_kick();
-            again |= !is_deaf;
+            let is_heard = serving.hears_kick();
+            again |= is_heard;
+            is_deaf = !again;
         }
         let Some(handler) = handler else { continue };
         for (index, event) in polls.iter().skip(POLL_EVENTS).enumerate() {
