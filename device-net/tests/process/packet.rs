@@ -9,6 +9,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM,
     VIRTIO_NET_HDR_GSO_UDP_L4,
 };
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use crate::daemon::{Daemon, await_true};
 use crate::frame::{self, Parsed, UDP_CSUM_OFFSET, UDP_START};
@@ -189,6 +190,7 @@ fn packet_socket_is_an_uplink_of_a_switch() {
     let daemon = Daemon::start(dir, &["--nic", &nic, "--uplink", uplink]);
     let features = [
         VIRTIO_F_VERSION_1,
+        VIRTIO_RING_F_EVENT_IDX,
         VIRTIO_NET_F_MRG_RXBUF,
         VIRTIO_NET_F_CSUM,
         VIRTIO_NET_F_HOST_USO,

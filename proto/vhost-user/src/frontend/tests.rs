@@ -229,7 +229,7 @@ fn codes(seen: &Receiver<Request>) -> Vec<u32> {
 }
 
 #[test]
-fn transaction_is_sent_in_the_specifications_order() {
+fn rings_are_enabled_before_the_first_of_them_starts() {
     let (mut connection, seen) = peer(PROTOCOL_MQ | PROTOCOL_REPLY_ACK, |_| None);
     Fixture::new(2).start(&mut connection).unwrap();
     let ring = [
@@ -238,7 +238,6 @@ fn transaction_is_sent_in_the_specifications_order() {
         SET_VRING_ADDR,
         SET_VRING_ERR,
         SET_VRING_CALL,
-        SET_VRING_KICK,
     ];
     let expected = [
         &[
@@ -251,7 +250,8 @@ fn transaction_is_sent_in_the_specifications_order() {
         &[SET_FEATURES, SET_MEM_TABLE],
         &ring,
         &ring,
-        &[SET_VRING_ENABLE, SET_VRING_ENABLE, GET_FEATURES],
+        &[SET_VRING_ENABLE, SET_VRING_ENABLE],
+        &[SET_VRING_KICK, SET_VRING_KICK, GET_FEATURES],
     ];
     assert_eq!(codes(&seen), expected.concat());
 }

@@ -15,7 +15,7 @@ const BATCH: u64 = 128;
 /// From as many packets between two idle moments on, drivers send in numbers.
 const MANY: u64 = 16;
 /// A shorter nap saves nothing.
-const MIN_NAP_NS: u64 = 6_000;
+const MIN_NAP_NS: u64 = 9_000;
 /// Nobody minds to wait as long; what network cards wait by default.
 const MAX_NAP_NS: u64 = 50_000;
 /// How late a timer comes until it was measured.
