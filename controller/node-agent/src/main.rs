@@ -32,7 +32,10 @@ use anyhow::Context;
 use api::{
     listen::Listener,
     metrics::serve_http,
-    node::{devices_server::DevicesServer, faults_server::FaultsServer, nics_server::NicsServer, node_agent_server::NodeAgentServer},
+    node::{
+        devices_server::DevicesServer, faults_server::FaultsServer, nics_server::NicsServer,
+        node_agent_server::NodeAgentServer,
+    },
     serve,
 };
 use clap::Parser;
@@ -91,7 +94,10 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     let knobs = agent.env.knobs.clone();
     let service = Service::new(agent);
     let services = serve::Services::new()
-        .with(Partitioned::new(DevicesServer::new(service.clone()), &knobs))
+        .with(Partitioned::new(
+            DevicesServer::new(service.clone()),
+            &knobs,
+        ))
         .with(Partitioned::new(FaultsServer::new(service.clone()), &knobs))
         .with(Partitioned::new(NicsServer::new(service.clone()), &knobs))
         .with(Partitioned::new(NodeAgentServer::new(service), &knobs));

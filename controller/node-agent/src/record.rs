@@ -222,7 +222,9 @@ impl Store {
     pub(crate) fn save(&self, record: &Record) -> Result<(), RecordError> {
         let path = self.path(&record.spec.id);
         if self.knobs.is_store_lost() {
-            return Err(io_error("writing", &path)(io::ErrorKind::StorageFull.into()));
+            return Err(io_error("writing", &path)(
+                io::ErrorKind::StorageFull.into(),
+            ));
         }
         save_json(&path, record)
     }

@@ -173,7 +173,14 @@ impl RxQueue {
                 Room::Enough => {
                     if let Some(now_ns) = watch {
                         let mishap = &mut self.mishap;
-                        match pass(&self.nic.guard, &header, frame, self.is_held, mishap, now_ns) {
+                        match pass(
+                            &self.nic.guard,
+                            &header,
+                            frame,
+                            self.is_held,
+                            mishap,
+                            now_ns,
+                        ) {
                             Passage::Free => self.is_held = false,
                             Passage::Refused(reason) => {
                                 self.counters().count_drop(reason);
