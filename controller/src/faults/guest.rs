@@ -25,6 +25,8 @@ const MAX_LINES: usize = 512;
 /// Verifiers in one guest.
 const MAX_REPORTS: usize = 32;
 const MAX_FINDINGS: usize = 16;
+/// Stalls of one guest; the first ones are kept.
+const MAX_STALLS: usize = 20_000;
 /// A console that was lost (its VM's host, or the VM, went away) is looked for again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// Only new output.
@@ -51,6 +53,12 @@ impl Listener {
     pub(crate) fn said(&self, text: &str) -> bool {
         let heard = self.heard.lock().expect("nobody panics with it");
         heard.lines.iter().any(|line| line.contains(text))
+    }
+
+    /// Requests that took longer than a guest should wait, as its verifiers told.
+    pub(crate) fn stalls_ms(&self) -> Vec<f64> {
+        let heard = self.heard.lock().expect("nobody panics with it");
+        heard.stalls_ms.clone()
     }
 
     /// What its verifiers reported, so far.
@@ -93,6 +101,7 @@ struct Heard {
     partial: Vec<u8>,
     lines: VecDeque<String>,
     reports: Vec<Verifier>,
+    stalls_ms: Vec<f64>,
 }
 
 /// One verifier.
@@ -117,6 +126,7 @@ impl Heard {
             partial: Vec::new(),
             lines: VecDeque::new(),
             reports: Vec::new(),
+            stalls_ms: Vec::new(),
         }
     }
 
@@ -170,6 +180,11 @@ impl Heard {
                 self.reports.len() - 1
             }
         };
+        let stalls = said["stalls"].as_array().into_iter().flatten();
+        let stalls_us = stalls.filter_map(Value::as_u64);
+        let room = MAX_STALLS - self.stalls_ms.len();
+        let stalls_ms = stalls_us.map(|us| us as f64 / 1000.0).take(room);
+        self.stalls_ms.extend(stalls_ms);
         let verifier = &mut self.reports[index];
         take(&mut verifier.report, said);
         let window = &said["window"];
@@ -258,7 +273,7 @@ mod tests {
             "[ 1.0] noise\r\nmortise-guest: {\"job\":\"oracle\",\"device\":\"vda\",\"last\":false,\
              \"summary\":{\"writes\":7,\"flushes\":2,\"reads\":3,\"lost\":0},\
              \"latency\":{\"count\":10,\"p50_us\":1000,\"p99_us\":2000,\"max_us\":30000},\
-             \"window\":{\"count\":5,\"p50_us\":900,\"p99_us\":2000,\"max_us\":30000}}\r\n",
+             \"stalls\":[30000,25000],\"window\":{\"count\":5,\"p50_us\":900,\"p99_us\":2000,\"max_us\":30000}}\r\n",
         );
         let report = heard.reports[0].report();
         assert_eq!((report.writes, report.flushes, report.reads), (7, 2, 3));
@@ -266,6 +281,7 @@ mod tests {
         assert_eq!(report.latency.unwrap().max_ms, 30.0);
         assert_eq!(report.samples[0].at_ms, 1500.0);
         assert_eq!(report.samples[0].completed, 5);
+        assert_eq!(heard.stalls_ms, [30.0, 25.0]);
     }
 
     #[test]

@@ -111,9 +111,8 @@ impl Ledger {
             let error = std::iter::once(&status.error)
                 .chain(errors)
                 .find(|error| !error.is_empty());
-            if let Some(error) = error {
-                self.faults[fault].problem = error.clone();
-            }
+            // A process that was just killed is no problem once the next one is there.
+            self.faults[fault].problem = error.cloned().unwrap_or_default();
         }
     }
 

@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::controller::{
-    CreateFaultExperimentRequest, FaultExperiment, FaultExperimentSpec, FaultExperimentState,
-    FaultExperimentStatus, FaultReport, FaultSwitch, FaultVerdict,
+    CreateFaultExperimentRequest, FaultCheck, FaultExperiment, FaultExperimentSpec,
+    FaultExperimentState, FaultExperimentStatus, FaultReport, FaultSwitch, FaultVerdict,
 };
 use api::names::Name;
 use thiserror::Error;
@@ -90,7 +90,12 @@ impl Experiments {
             status.progress = "the controller was restarted".to_owned();
             status.end_time = Some(model::now());
             if let Ok(name) = Name::parse_fault_experiment(&experiment.name) {
-                let report = record::report(&self.store, &name).await?;
+                let mut report = record::report(&self.store, &name).await?;
+                report.checks = vec![FaultCheck {
+                    name: "complete".to_owned(),
+                    verdict: FaultVerdict::Inconclusive as i32,
+                    detail: "ended early: the controller was restarted".to_owned(),
+                }];
                 record::save(&self.store, &experiment, &report, true).await?;
             }
             let (node, uid) = (self.node.clone(), experiment.uid);

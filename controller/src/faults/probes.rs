@@ -105,7 +105,7 @@ fn each(probe: &FaultProbe, vm: &Vm, problem: impl Fn(&str) -> Option<String>) -
         .iter()
         .map(|device| device.name.as_str())
         .collect();
-    names.retain(|name| wanted(&name));
+    names.retain(|name| wanted(name));
     if names.is_empty() {
         return Some(format!("has no device {:?}", probe.device));
     }

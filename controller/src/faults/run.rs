@@ -14,15 +14,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use api::controller::fault_injection::Action;
 use api::controller::{
-    FaultExperiment, FaultExperimentSpec, FaultExperimentState, FaultInjection, FaultReport,
-    FaultVerdict, GuestReport, OperationError, ProbeLook, StallSummary,
+    FaultExperiment, FaultExperimentSpec, FaultExperimentState, FaultReport, FaultVerdict,
+    GuestReport, OperationError, ProbeLook, StallSummary,
 };
-use api::node::{self, ArmFaultsRequest};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tonic::{Code, Status};
 
 use super::guest::Listener;
 use super::judge::{Evidence, judge, summarise};
@@ -30,10 +27,12 @@ use super::ledger::Ledger;
 use super::observe::{Began, Observer};
 use super::probes::{self, Edge, Sight};
 use super::record;
-use super::schedule::{Beginning, beginnings};
+use super::schedule::beginnings;
 use super::scope::{Scope, Vm};
 use crate::node::Node;
 use crate::store::SharedStore;
+
+mod inject;
 
 /// Between two looks at the targets.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
@@ -44,14 +43,10 @@ const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// What is quiet before the first fault, to compare with.
 const BASELINE: Duration = Duration::from_millis(1_000);
 const DEFAULT_SETTLE_MS: u32 = 30_000;
-const DEFAULT_TTL_MS: u32 = 10_000;
 /// Between two notes of what is known so far, for the case that this process dies.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
 /// Looks of probes that are kept.
 const MAX_LOOKS: usize = 4_000;
-/// How long a host that is away may take until its faults are known to be over: its agent ends them by
-/// itself by then.
-const DISARM_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// What others see of a run.
 #[derive(Debug, Default)]
@@ -64,6 +59,15 @@ pub(crate) struct Live {
 enum End {
     Stopped(String),
     Failed(OperationError),
+}
+
+/// An upgrade under way.
+struct Upgrading {
+    operation: String,
+    /// Of the experiment's faults.
+    fault: usize,
+    vm: String,
+    device: String,
 }
 
 /// A run.
@@ -79,6 +83,7 @@ pub(crate) struct Run {
     observer: Observer,
     listeners: BTreeMap<String, Listener>,
     ledger: Ledger,
+    upgrades: Vec<Upgrading>,
     looks: Vec<ProbeLook>,
     /// Probes that did not hold when they should have, with the first words.
     broken: BTreeMap<String, String>,
@@ -115,6 +120,7 @@ impl Run {
             observer: Observer::new(began),
             listeners: BTreeMap::new(),
             ledger: Ledger::new(&spec.faults),
+            upgrades: Vec::new(),
             looks: Vec::new(),
             broken: BTreeMap::new(),
             spec,
@@ -153,6 +159,7 @@ impl Run {
     async fn all_phases(&mut self) -> Result<(), End> {
         self.prepare().await?;
         self.change(|status| status.state = FaultExperimentState::Running as i32);
+        self.save(false).await;
         self.inject().await?;
         self.change(|status| status.state = FaultExperimentState::Settling as i32);
         self.disarm_all().await;
@@ -246,11 +253,14 @@ impl Run {
         loop {
             self.look().await?;
             let problem = self.probe(Edge::End);
-            let away = self.away();
+            let away = match self.upgrades.first() {
+                Some(upgrading) => Some(format!("the upgrade of {}", upgrading.vm)),
+                None => self.away(),
+            };
             let waits = match (&problem, &away) {
                 (None, None) => return Ok(()),
                 (Some((id, words)), _) => format!("the probe {id}: {words}"),
-                (None, Some(device)) => format!("{device} to be served again"),
+                (None, Some(away)) => format!("{away} to be over"),
             };
             if Instant::now() >= deadline {
                 if let Some((id, words)) = problem {
@@ -277,141 +287,7 @@ impl Run {
                     || report.outages.iter().any(|outage| outage.ended_ms == 0.0))
         };
         let report = reports.iter().find(away)?;
-        Some(format!("{} of {}", report.device, report.vm))
-    }
-
-    /// Begins a fault on everything that its target stands for; answers with what has to be ended.
-    async fn begin(&mut self, beginning: &Beginning) -> Result<Vec<String>, End> {
-        let index = beginning.fault;
-        let injection = self.spec.faults[index].clone();
-        self.ledger.begin(index, self.began.elapsed_ms());
-        let host_faults = self.host_faults(beginning, &injection);
-        if host_faults.is_empty() {
-            let words = "its target stands for no VM; see `vmctl vm list`";
-            self.ledger.problem(index, words.to_owned());
-            return Ok(Vec::new());
-        }
-        let ids: Vec<String> = host_faults.iter().map(|fault| fault.id.clone()).collect();
-        let request = ArmFaultsRequest {
-            experiment_id: self.host_id.clone(),
-            faults: host_faults,
-            ttl_ms: u64::from(self.ttl_ms()),
-            seed: beginning.seed,
-        };
-        match self.node.arm_faults(request).await {
-            Ok(statuses) => {
-                self.renewed = Instant::now();
-                self.ledger.update(&statuses, &self.began);
-            }
-            Err(status) if is_switched_off(&status) => return Err(refused(&status)),
-            Err(status) => {
-                let words = api::errors::explain(&status);
-                tracing::warn!(fault = %injection.id, %status, "the host did not begin a fault");
-                self.ledger.problem(index, words);
-            }
-        }
-        Ok(ids)
-    }
-
-    /// The fault as hosts are told it, once for each VM of its target.
-    fn host_faults(
-        &mut self,
-        beginning: &Beginning,
-        injection: &FaultInjection,
-    ) -> Vec<node::Fault> {
-        let target = injection.target.clone().unwrap_or_default();
-        let fault = match injection.action.clone() {
-            Some(Action::Rule(mut rule)) => {
-                rule.duration_ms = u64::from(beginning.until_ms - beginning.at_ms);
-                node::fault::Fault::Rule(rule)
-            }
-            Some(Action::Process(process)) => node::fault::Fault::Process(process),
-            Some(Action::Host(host)) => {
-                let id = format!("{}.{}", injection.id, beginning.number);
-                self.ledger.open(&id, beginning.fault, "", "");
-                return vec![node::Fault {
-                    id,
-                    target: None,
-                    fault: Some(node::fault::Fault::Host(host)),
-                }];
-            }
-            Some(Action::Upgrade(_)) | None => return Vec::new(),
-        };
-        let vms = self.scope.vms_of(injection, &self.project);
-        let mut faults = Vec::with_capacity(vms.len());
-        for (index, vm) in vms.iter().enumerate() {
-            let id = format!("{}.{}.{index}", injection.id, beginning.number);
-            self.ledger
-                .open(&id, beginning.fault, &vm.name, &target.device);
-            faults.push(node::Fault {
-                id,
-                target: Some(node::FaultTarget {
-                    vm_id: vm.node_id.clone(),
-                    device: target.device.clone(),
-                    process: target.process,
-                }),
-                fault: Some(fault.clone()),
-            });
-        }
-        faults
-    }
-
-    /// Ends beginnings; one that a host away cannot end now ends by itself there.
-    async fn disarm(&mut self, ids: Vec<String>) {
-        match self.node.disarm_faults(&self.host_id, ids.clone()).await {
-            Ok(statuses) => self.ledger.update(&statuses, &self.began),
-            Err(status) => {
-                tracing::warn!(%status, "the host did not end faults; they end by themselves")
-            }
-        }
-        let at_ms = self.began.elapsed_ms();
-        for id in ids {
-            self.ledger.close(&id, at_ms);
-        }
-    }
-
-    /// Ends everything that the experiment has on the host.
-    async fn disarm_all(&mut self) {
-        let deadline = Instant::now() + DISARM_TIMEOUT;
-        loop {
-            match self.node.disarm_faults(&self.host_id, Vec::new()).await {
-                Ok(statuses) => {
-                    self.ledger.update(&statuses, &self.began);
-                    return;
-                }
-                Err(status) if is_away(&status) && Instant::now() < deadline => {
-                    self.say("waits for the host, to end its faults".to_owned());
-                    tokio::time::sleep(LOOK_INTERVAL).await;
-                }
-                Err(status) => {
-                    tracing::warn!(%status, "the host did not end the faults; they end by themselves");
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Faults live on.
-    async fn renew(&mut self) -> Result<(), End> {
-        let request = ArmFaultsRequest {
-            experiment_id: self.host_id.clone(),
-            faults: Vec::new(),
-            ttl_ms: u64::from(self.ttl_ms()),
-            seed: 0,
-        };
-        self.renewed = Instant::now();
-        match self.node.arm_faults(request).await {
-            Err(status) if is_away(&status) => Ok(()),
-            Err(status) => Err(refused(&status)),
-            Ok(_) => Ok(()),
-        }
-    }
-
-    fn ttl_ms(&self) -> u32 {
-        match self.spec.ttl_ms {
-            0 => DEFAULT_TTL_MS,
-            ttl_ms => ttl_ms,
-        }
+        Some(format!("the outage of {} of {}", report.device, report.vm))
     }
 
     /// Looks at everything that is due, and shows it to others.
@@ -423,6 +299,7 @@ impl Run {
         if let Ok(statuses) = self.node.list_faults(&self.host_id).await {
             self.ledger.update(&statuses, &self.began);
         }
+        self.look_at_upgrades().await;
         let others = self.number_of_looks.is_multiple_of(OTHERS_EVERY);
         self.number_of_looks += 1;
         self.observer.look(&self.node, &self.scope, others).await;
@@ -532,7 +409,7 @@ impl Run {
             .observer
             .reports(|vm, device, at_ms| self.ledger.cause(vm, device, at_ms));
         let hits = self.ledger.hits();
-        let (stalls, recoveries, stalls_from) = times(&devices, &guests);
+        let (stalls, recoveries, stalls_from) = times(&devices, &guests, self.guest_stalls());
         let (checks, verdict) = match over {
             None => (Vec::new(), FaultVerdict::Unspecified),
             Some(stopped) => {
@@ -578,6 +455,11 @@ impl Run {
         };
     }
 
+    fn guest_stalls(&self) -> Vec<f64> {
+        let stalls = self.listeners.values().flat_map(Listener::stalls_ms);
+        stalls.collect()
+    }
+
     fn guests(&self) -> Vec<GuestReport> {
         self.listeners
             .values()
@@ -602,6 +484,7 @@ impl Run {
 fn times(
     devices: &[api::controller::DeviceReport],
     guests: &[GuestReport],
+    guest_stalls_ms: Vec<f64>,
 ) -> (StallSummary, StallSummary, &'static str) {
     let targets = devices.iter().filter(|device| device.targeted);
     let outages: Vec<_> = targets.flat_map(|device| &device.outages).collect();
@@ -611,6 +494,10 @@ fn times(
     let replayed = outages.iter().filter(|outage| outage.replayed_ms > 0.0);
     let recoveries = replayed.map(|outage| outage.replayed_ms - outage.began_ms);
     let recoveries = summarise(recoveries.collect());
+    // Nobody knows better than who had to wait.
+    if !guest_stalls_ms.is_empty() {
+        return (summarise(guest_stalls_ms), recoveries, "guest");
+    }
     let slowest = guests.iter().filter_map(|guest| guest.latency.as_ref());
     let slowest = slowest.max_by(|one, other| one.max_ms.total_cmp(&other.max_ms));
     let from = match slowest {
@@ -627,30 +514,4 @@ fn times(
         _ => "devices",
     };
     (stalls, recoveries, from)
-}
-
-fn is_away(status: &Status) -> bool {
-    matches!(
-        status.code(),
-        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown
-    )
-}
-
-/// The host does no faults at all.
-fn is_switched_off(status: &Status) -> bool {
-    let reason = api::errors::reason(status);
-    status.code() == Code::Unimplemented
-        || matches!(reason.as_deref(), Some("FAULTS_OFF" | "FAULTS_NOT_ALLOWED"))
-}
-
-fn refused(status: &Status) -> End {
-    let message = match status.code() {
-        Code::Unimplemented => "the host's agent knows no faults; upgrade node-agent".to_owned(),
-        _ => api::errors::explain(status),
-    };
-    End::Failed(OperationError {
-        code: status.code() as i32,
-        message,
-        reason: api::errors::reason(status).unwrap_or_else(|| "HOST_REFUSED".to_owned()),
-    })
 }

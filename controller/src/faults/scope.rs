@@ -73,7 +73,7 @@ impl Scope {
                     scope.targets.extend(shared);
                 }
             }
-            // A host's fault is everybody's.
+            // A host's fault is everybody's; that of its agent is to be nobody's.
             if matches!(fault.action, Some(Action::Host(_))) {
                 for vm in &scope.vms {
                     let devices = vm.devices.iter();
@@ -87,7 +87,7 @@ impl Scope {
 
     /// VMs that a fault's target stands for.
     pub(crate) fn vms_of(&self, fault: &FaultInjection, project: &str) -> Vec<Vm> {
-        if matches!(fault.action, Some(Action::Host(_))) {
+        if is_hosts(fault) {
             return Vec::new();
         }
         let target = fault.target.clone().unwrap_or_default();
@@ -173,6 +173,13 @@ fn devices_of(fault: &FaultInjection, vm: &Vm) -> Vec<String> {
         || (target.process() == FaultProcess::Vmm && hits_processes(fault));
     all.filter(|name| whole_vm || *name == target.device)
         .collect()
+}
+
+/// It is done to the host or its agent, and to no VM.
+pub(crate) fn is_hosts(fault: &FaultInjection) -> bool {
+    let target = fault.target.as_ref();
+    matches!(fault.action, Some(Action::Host(_)))
+        || target.is_some_and(|target| target.process() == FaultProcess::Agent)
 }
 
 /// It takes a whole process down, not one device of it.

@@ -3,7 +3,11 @@
 
 mod disks;
 mod events;
+mod fault_campaign;
 mod faults;
+#[allow(dead_code, reason = "node-agent's tests use the other guests")]
+#[path = "../../node-agent/tests/processes/guest.rs"]
+mod guest;
 mod harness;
 mod networks;
 mod operations;

@@ -38,11 +38,16 @@ struct State {
 impl Host {
     /// Serves on the Unix socket `path` for the rest of the test.
     pub(crate) fn serve(path: &Path) -> Self {
+        Self::serve_beside(path, Services::new())
+    }
+
+    /// The same, with more services.
+    pub(crate) fn serve_beside(path: &Path, services: Services) -> Self {
         let host = Self {
             state: Arc::default(),
             changed: watch::Sender::new(0),
         };
-        let services = Services::new().with(NodeAgentServer::new(host.clone()));
+        let services = services.with(NodeAgentServer::new(host.clone()));
         let path = path.to_owned();
         tokio::spawn(async move {
             serve::unix(&path, services, std::future::pending())

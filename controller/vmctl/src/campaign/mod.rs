@@ -155,13 +155,18 @@ impl Reader<'_> {
             }
             _ => {}
         }
-        let host = matches!(action, Action::Host(_));
-        let target = match host {
-            true => pb::FaultTarget::default(),
-            false => pb::FaultTarget {
+        let process = self.process(own, &field, file);
+        let hosts = matches!(action, Action::Host(_));
+        let target = match (hosts, process) {
+            (true, _) => pb::FaultTarget::default(),
+            (false, FaultProcess::Agent) => pb::FaultTarget {
+                process: process as i32,
+                ..Default::default()
+            },
+            (false, _) => pb::FaultTarget {
                 vm: self.vm(fault, own.vm.as_ref(), &field, file),
                 device: self.device(own.device.as_ref(), &field, file),
-                process: self.process(own, &field, file) as i32,
+                process: process as i32,
             },
         };
         Some(pb::FaultInjection {
@@ -262,8 +267,9 @@ impl Reader<'_> {
         match named.value.as_str() {
             "daemon" => FaultProcess::Daemon,
             "vmm" => FaultProcess::Vmm,
+            "agent" => FaultProcess::Agent,
             other => {
-                let words = format!("{other:?} must be daemon or vmm");
+                let words = format!("{other:?} must be daemon, vmm or agent");
                 self.problems.add(named, &format!("{field}.process"), words);
                 FaultProcess::Unspecified
             }

@@ -32,7 +32,7 @@ pub(super) struct File {
 pub(super) struct Target {
     pub(super) vm: Option<Spanned<String>>,
     pub(super) device: Option<Spanned<String>>,
-    /// daemon or vmm
+    /// daemon, vmm or agent
     pub(super) process: Option<Spanned<String>>,
     #[serde(default)]
     pub(super) queues: Vec<u32>,

@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 
 use api::controller as pb;
+use api::controller::fault_injection::Action;
+use api::node::process_fault;
 
 use super::junit::escape;
 use super::{short, time};
@@ -372,13 +374,14 @@ fn draw_lane(
         WIDTH - RIGHT,
     );
     let marks = report.marks.iter().filter(|mark| mark.id == id);
-    let mut begun: Option<f64> = None;
+    let lasts = !is_instant(report, id);
+    let mut begun = std::collections::VecDeque::new();
     for mark in marks {
         let x = axis.x(mark.at_ms);
         match mark.kind() {
-            pb::FaultMarkKind::Begin => begun = Some(x),
+            pb::FaultMarkKind::Begin => begun.push_back(x),
             pb::FaultMarkKind::End => {
-                if let Some(from) = begun.take() {
+                if let Some(from) = begun.pop_front().filter(|_| lasts) {
                     let _ = write!(
                         svg,
                         "<rect x=\"{from:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"8\" rx=\"2\" fill=\"{colour}\" opacity=\"0.28\"/>",
@@ -401,6 +404,23 @@ fn draw_lane(
         }
     }
     svg.push_str("</g>");
+}
+
+/// A kill is over as soon as it is done.
+fn is_instant(report: &pb::FaultReport, id: &str) -> bool {
+    let spec = report
+        .experiment
+        .as_ref()
+        .and_then(|experiment| experiment.spec.as_ref());
+    let faults = spec.map_or(&[][..], |spec| &spec.faults);
+    let fault = faults.iter().find(|fault| fault.id == id);
+    match fault.and_then(|fault| fault.action.as_ref()) {
+        Some(Action::Upgrade(_)) => true,
+        Some(Action::Process(process)) => {
+            matches!(process.action, Some(process_fault::Action::Kill(_)))
+        }
+        _ => false,
+    }
 }
 
 fn shortened(id: &str) -> String {

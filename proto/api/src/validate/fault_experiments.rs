@@ -92,6 +92,7 @@ fn experiment_spec(found: &mut Violations, parent: &str, spec: &pb::FaultExperim
             format!("{:?} is the id of another fault, too", fault.id)
         });
         injection(found, parent, &at, fault, spec.duration_ms);
+        as_on_host(found, &at, fault);
     }
     let mut probes = std::collections::BTreeSet::new();
     for (index, probe) in spec.probes.iter().enumerate() {
@@ -203,6 +204,29 @@ fn injection(
             }
         }
     }
+}
+
+/// The host's own checks, before anything is begun: it would refuse the fault when its time comes.
+fn as_on_host(found: &mut Violations, at: &str, fault: &pb::FaultInjection) {
+    let told = match fault.action.clone() {
+        Some(Action::Rule(rule)) if rule.action.is_some() => node::fault::Fault::Rule(rule),
+        Some(Action::Process(process)) if process.action.is_some() => {
+            node::fault::Fault::Process(process)
+        }
+        Some(Action::Host(host)) if host.action.is_some() => node::fault::Fault::Host(host),
+        _ => return,
+    };
+    let target = fault.target.clone().unwrap_or_default();
+    let told = node::Fault {
+        id: "fault".into(),
+        target: Some(node::FaultTarget {
+            vm_id: String::new(),
+            device: target.device,
+            process: target.process,
+        }),
+        fault: Some(told),
+    };
+    node_fault(found, at, &told);
 }
 
 fn fault_probe(found: &mut Violations, parent: &str, at: &str, probe: &pb::FaultProbe) {
