@@ -33,6 +33,7 @@ mod disks;
 mod events;
 mod faults;
 mod hosts;
+mod mask;
 mod networks;
 mod nics;
 mod operations;

@@ -15,6 +15,7 @@ use crate::reconciler::decode;
 use crate::store::{SharedStore, StoreError, Transaction};
 
 mod addresses;
+mod change;
 mod devices;
 mod disks;
 mod networks;

@@ -8,7 +8,7 @@ use api::node::{self, start_job_request::Work};
 use api::validate;
 use tonic::{Request, Response, Status};
 
-use super::{Api, command_status};
+use super::{Api, command_status, mask::apply_limit};
 use crate::commands::{self, CommandError, RequestKey};
 use crate::model;
 
@@ -201,28 +201,16 @@ fn apply_mask(disk: &mut Disk, wanted: &Disk, mask: &[String]) {
             "spec.limits" => disk.limits = wanted.limits,
             _ => {
                 let own = disk.limits.get_or_insert_default();
-                let Some(path) = path.strip_prefix("spec.limits.") else {
-                    continue;
-                };
-                let (direction, figure) = path.split_once('.').unwrap_or((path, ""));
-                let (own, wanted) = match direction {
-                    "read" => (&mut own.read, limits.read),
-                    _ => (&mut own.write, limits.write),
-                };
-                match figure {
-                    "" => *own = wanted,
-                    figure => apply_figure(
-                        own.get_or_insert_default(),
-                        &wanted.unwrap_or_default(),
-                        figure,
-                    ),
-                }
+                let path = path.strip_prefix("spec.limits.").unwrap_or_default();
+                let read = ("read", &mut own.read, limits.read);
+                let write = ("write", &mut own.write, limits.write);
+                apply_limit(path, [read, write], copy_figure);
             }
         }
     }
 }
 
-fn apply_figure(own: &mut RateLimit, wanted: &RateLimit, figure: &str) {
+fn copy_figure(own: &mut RateLimit, wanted: &RateLimit, figure: &str) {
     match figure {
         "iops" => own.iops = wanted.iops,
         "bytes_per_second" => own.bytes_per_second = wanted.bytes_per_second,

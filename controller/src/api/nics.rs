@@ -10,7 +10,7 @@ use api::{device, node, validate};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status};
 
-use super::{Api, command_status};
+use super::{Api, command_status, mask::apply_limit};
 use crate::commands::{self, RequestKey};
 use crate::model;
 
@@ -170,28 +170,16 @@ fn apply_mask(nic: &mut Nic, wanted: &Nic, mask: &[String]) {
             "spec.security_groups" => nic.security_groups.clone_from(&wanted.security_groups),
             _ => {
                 let own = nic.limits.get_or_insert_default();
-                let Some(path) = path.strip_prefix("spec.limits.") else {
-                    continue;
-                };
-                let (direction, figure) = path.split_once('.').unwrap_or((path, ""));
-                let (own, wanted) = match direction {
-                    "ingress" => (&mut own.ingress, limits.ingress),
-                    _ => (&mut own.egress, limits.egress),
-                };
-                match figure {
-                    "" => *own = wanted,
-                    figure => apply_figure(
-                        own.get_or_insert_default(),
-                        &wanted.unwrap_or_default(),
-                        figure,
-                    ),
-                }
+                let path = path.strip_prefix("spec.limits.").unwrap_or_default();
+                let ingress = ("ingress", &mut own.ingress, limits.ingress);
+                let egress = ("egress", &mut own.egress, limits.egress);
+                apply_limit(path, [ingress, egress], copy_figure);
             }
         }
     }
 }
 
-fn apply_figure(own: &mut NicLimit, wanted: &NicLimit, figure: &str) {
+fn copy_figure(own: &mut NicLimit, wanted: &NicLimit, figure: &str) {
     match figure {
         "bits_per_second" => own.bits_per_second = wanted.bits_per_second,
         "packets_per_second" => own.packets_per_second = wanted.packets_per_second,

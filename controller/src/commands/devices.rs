@@ -2,12 +2,10 @@
 
 use api::controller as pb;
 use api::names::Name;
-use prost::Message;
 
-use super::{CommandError, RequestKey, check_etag, get_vm, validated, with_retry};
-use crate::model::{self, key, short};
-use crate::plan::Stored;
-use crate::store::SharedStore;
+use super::change::{Begun, Change, listed};
+use super::{CommandError, RequestKey, with_retry};
+use crate::store::{SharedStore, Transaction};
 
 /// Names and types of a VM's devices, in the order in which its guest finds them.
 pub fn devices(spec: &pb::VmSpec) -> impl Iterator<Item = (&str, &str)> {
@@ -37,14 +35,10 @@ pub fn check_device(spec: &pb::VmSpec, vm: &Name, device: &str) -> Result<bool, 
     if devices(spec).any(|(name, _)| name == device) {
         return Ok(spec.disks.iter().any(|disk| disk.name == device));
     }
-    let names: Vec<&str> = devices(spec).map(|(name, _)| name).collect();
     Err(CommandError::NoDevice {
         vm: vm.id.clone(),
         device: device.to_owned(),
-        devices: match names.is_empty() {
-            true => "none".to_owned(),
-            false => names.join(", "),
-        },
+        devices: listed(devices(spec).map(|(name, _)| name)),
     })
 }
 
@@ -61,18 +55,11 @@ pub async fn update_device(
     policy: pb::OutagePolicy,
 ) -> Result<pb::Operation, CommandError> {
     with_retry(|| async {
-        if let Some(earlier) = request.earlier(store).await? {
-            return Ok(earlier);
-        }
-        let Stored {
-            mut record,
-            revision,
-        } = get_vm(store, vm).await?;
-        check_etag(vm, &record.vm.uid, record.vm.generation, etag)?;
-        if record.vm.deleting {
-            return Err(CommandError::Deleting { what: short(vm) });
-        }
-        let spec = record.vm.spec.get_or_insert_default();
+        let mut changing = match Change::begin(store, vm, etag, request).await? {
+            Begun::Before(operation) => return Ok(operation),
+            Begun::Now(changing) => changing,
+        };
+        let spec = changing.spec();
         check_device(spec, vm, device)?;
         spec.outage_policies.retain(|own| own.device != *device);
         let is_default = matches!(
@@ -85,19 +72,11 @@ pub async fn update_device(
                 ..policy.clone()
             });
         }
-        record.vm.generation += 1;
-        let target = format!("{vm}/devices/{device}");
-        let kind = pb::OperationKind::UpdateDevice;
-        let mut operation = model::new_operation(kind, &target, record.vm.generation);
-        if validate_only {
-            return Ok(validated(operation));
-        }
-        let transaction = request
-            .begin(crate::store::Transaction::new(), &mut operation)
-            .if_unchanged(key(vm), revision)
-            .put(key(vm), record.encode_to_vec());
-        store.commit(transaction).await?;
-        Ok(operation)
+        let (kind, part) = (pb::OperationKind::UpdateDevice, format!("devices/{device}"));
+        let (part, transaction) = ((vm, part.as_str()), Transaction::new());
+        changing
+            .commit(store, part, kind, request, validate_only, transaction)
+            .await
     })
     .await
 }

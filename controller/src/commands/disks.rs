@@ -5,11 +5,9 @@ use api::names::Name;
 use api::node::{StartJobRequest, start_job_request::Work};
 use prost::Message;
 
-use super::{
-    CommandError, RequestKey, check_etag, get_operation, get_vm, get_volume, validated, with_retry,
-};
-use crate::model::{self, JobRecord, VmRecord, key, short};
-use crate::plan::Stored;
+use super::change::{Begun, Change, listed};
+use super::{CommandError, RequestKey, get_operation, get_vm, get_volume, with_retry};
+use crate::model::{self, JobRecord};
 use crate::reconciler::decode;
 use crate::store::{SharedStore, Transaction};
 
@@ -102,47 +100,22 @@ pub async fn update_disk(
     change: impl Fn(&mut pb::Disk) -> Result<(), CommandError>,
 ) -> Result<pb::Operation, CommandError> {
     with_retry(|| async {
-        if let Some(earlier) = request.earlier(store).await? {
-            return Ok(earlier);
+        let mut changing = match Change::begin(store, vm, etag, request).await? {
+            Begun::Before(operation) => return Ok(operation),
+            Begun::Now(changing) => changing,
+        };
+        let spec = changing.spec();
+        find_disk(spec, vm, disk)?;
+        for found in spec.disks.iter_mut().filter(|found| found.name == *disk) {
+            change(found)?;
         }
-        let Stored {
-            mut record,
-            revision,
-        } = get_vm(store, vm).await?;
-        check_etag(vm, &record.vm.uid, record.vm.generation, etag)?;
-        if record.vm.deleting {
-            return Err(CommandError::Deleting { what: short(vm) });
-        }
-        change_spec(&mut record, vm, disk, &change)?;
-        let target = format!("{vm}/disks/{disk}");
-        let kind = pb::OperationKind::UpdateDisk;
-        let mut operation = model::new_operation(kind, &target, record.vm.generation);
-        if validate_only {
-            return Ok(validated(operation));
-        }
-        let transaction = request
-            .begin(Transaction::new(), &mut operation)
-            .if_unchanged(key(vm), revision)
-            .put(key(vm), record.encode_to_vec());
-        store.commit(transaction).await?;
-        Ok(operation)
+        let (kind, part) = (pb::OperationKind::UpdateDisk, format!("disks/{disk}"));
+        let (part, transaction) = ((vm, part.as_str()), Transaction::new());
+        changing
+            .commit(store, part, kind, request, validate_only, transaction)
+            .await
     })
     .await
-}
-
-fn change_spec(
-    record: &mut VmRecord,
-    vm: &Name,
-    disk: &str,
-    change: impl Fn(&mut pb::Disk) -> Result<(), CommandError>,
-) -> Result<(), CommandError> {
-    let spec = record.vm.spec.get_or_insert_default();
-    find_disk(spec, vm, disk)?;
-    for found in spec.disks.iter_mut().filter(|found| found.name == disk) {
-        change(found)?;
-    }
-    record.vm.generation += 1;
-    Ok(())
 }
 
 /// Has a mirror switch over once it is ready.
@@ -203,15 +176,9 @@ pub fn find_disk<'a>(
     disk: &str,
 ) -> Result<&'a pb::Disk, CommandError> {
     let found = spec.disks.iter().find(|found| found.name == disk);
-    found.ok_or_else(|| {
-        let names: Vec<&str> = spec.disks.iter().map(|disk| disk.name.as_str()).collect();
-        CommandError::NoDisk {
-            vm: vm.id.clone(),
-            disk: disk.to_owned(),
-            disks: match names.is_empty() {
-                true => "none".to_owned(),
-                false => names.join(", "),
-            },
-        }
+    found.ok_or_else(|| CommandError::NoDisk {
+        vm: vm.id.clone(),
+        disk: disk.to_owned(),
+        disks: listed(spec.disks.iter().map(|disk| disk.name.as_str())),
     })
 }

@@ -2,11 +2,9 @@
 
 use api::controller as pb;
 use api::names::Name;
-use prost::Message;
 
-use super::{CommandError, RequestKey, addresses, check_etag, get_vm, validated, with_retry};
-use crate::model::{self, key, short};
-use crate::plan::Stored;
+use super::change::{Begun, Change, listed};
+use super::{CommandError, RequestKey, addresses, with_retry};
 use crate::store::SharedStore;
 
 /// Changes what may change of a NIC.
@@ -22,18 +20,11 @@ pub async fn update_nic(
     change: impl Fn(&mut pb::Nic),
 ) -> Result<pb::Operation, CommandError> {
     with_retry(|| async {
-        if let Some(earlier) = request.earlier(store).await? {
-            return Ok(earlier);
-        }
-        let Stored {
-            mut record,
-            revision,
-        } = get_vm(store, vm).await?;
-        check_etag(vm, &record.vm.uid, record.vm.generation, etag)?;
-        if record.vm.deleting {
-            return Err(CommandError::Deleting { what: short(vm) });
-        }
-        let spec = record.vm.spec.get_or_insert_default();
+        let mut changing = match Change::begin(store, vm, etag, request).await? {
+            Begun::Before(operation) => return Ok(operation),
+            Begun::Now(changing) => changing,
+        };
+        let spec = changing.spec();
         let before = find_nic(spec, vm, nic)?.clone();
         spec.nics
             .iter_mut()
@@ -41,19 +32,11 @@ pub async fn update_nic(
             .for_each(&change);
         let after = find_nic(spec, vm, nic)?;
         let transaction = addresses::reclaim(store, vm, &before, after).await?;
-        record.vm.generation += 1;
-        let target = format!("{vm}/nics/{nic}");
-        let kind = pb::OperationKind::UpdateNic;
-        let mut operation = model::new_operation(kind, &target, record.vm.generation);
-        if validate_only {
-            return Ok(validated(operation));
-        }
-        let transaction = request
-            .begin(transaction, &mut operation)
-            .if_unchanged(key(vm), revision)
-            .put(key(vm), record.encode_to_vec());
-        store.commit(transaction).await?;
-        Ok(operation)
+        let (kind, part) = (pb::OperationKind::UpdateNic, format!("nics/{nic}"));
+        let part = (vm, part.as_str());
+        changing
+            .commit(store, part, kind, request, validate_only, transaction)
+            .await
     })
     .await
 }
@@ -68,15 +51,9 @@ pub fn find_nic<'a>(
     nic: &str,
 ) -> Result<&'a pb::Nic, CommandError> {
     let found = spec.nics.iter().find(|found| found.name == nic);
-    found.ok_or_else(|| {
-        let names: Vec<&str> = spec.nics.iter().map(|nic| nic.name.as_str()).collect();
-        CommandError::NoNic {
-            vm: vm.id.clone(),
-            nic: nic.to_owned(),
-            nics: match names.is_empty() {
-                true => "none".to_owned(),
-                false => names.join(", "),
-            },
-        }
+    found.ok_or_else(|| CommandError::NoNic {
+        vm: vm.id.clone(),
+        nic: nic.to_owned(),
+        nics: listed(spec.nics.iter().map(|nic| nic.name.as_str())),
     })
 }
