@@ -147,19 +147,21 @@ impl Run {
             Some(End::Failed(error)) => Some(error),
             _ => None,
         };
-        self.change(|status| {
-            status.state = state as i32;
-            status.end_time = Some(crate::model::now());
-            status.progress = reason.unwrap_or_default();
-            status.error = error;
-        });
-        self.save(true).await;
+        // Others see that it is over once it is stored and no longer runs, and not before: whoever sees it
+        // may begin the next one.
+        let (mut experiment, report) = self.seen();
+        let status = experiment.status.get_or_insert_default();
+        status.state = state as i32;
+        status.end_time = Some(crate::model::now());
+        status.progress = reason.unwrap_or_default();
+        status.error = error;
+        self.save(&experiment, &report, true).await;
     }
 
     async fn all_phases(&mut self) -> Result<(), End> {
         self.prepare().await?;
         self.change(|status| status.state = FaultExperimentState::Running as i32);
-        self.save(false).await;
+        self.note().await;
         self.inject().await?;
         self.change(|status| status.state = FaultExperimentState::Settling as i32);
         self.disarm_all().await;
@@ -305,7 +307,7 @@ impl Run {
         self.observer.look(&self.node, &self.scope, others).await;
         self.refresh(None);
         if self.saved.elapsed() >= SAVE_INTERVAL {
-            self.save(false).await;
+            self.note().await;
         }
         Ok(())
     }
@@ -467,13 +469,20 @@ impl Run {
             .collect()
     }
 
-    async fn save(&mut self, over: bool) {
+    fn seen(&self) -> (FaultExperiment, FaultReport) {
+        let live = self.live.lock().expect("nobody panics with it");
+        (live.experiment.clone(), live.report.clone())
+    }
+
+    /// Notes what is known so far.
+    async fn note(&mut self) {
+        let (experiment, report) = self.seen();
+        self.save(&experiment, &report, false).await;
+    }
+
+    async fn save(&mut self, experiment: &FaultExperiment, report: &FaultReport, over: bool) {
         self.saved = Instant::now();
-        let (experiment, report) = {
-            let live = self.live.lock().expect("nobody panics with it");
-            (live.experiment.clone(), live.report.clone())
-        };
-        if let Err(error) = record::save(&self.store, &experiment, &report, over).await {
+        if let Err(error) = record::save(&self.store, experiment, report, over).await {
             let error = crate::reconciler::with_source(&error);
             tracing::error!(%error, "cannot store a fault report");
         }
