@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::artifacts::{Artifacts, passt};
+use crate::artifacts::{Artifacts, chromium, passt};
 use crate::{initramfs, workspace};
 
 /// Where the scripts are.
@@ -46,6 +46,12 @@ pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, OsSt
         found.push((
             "VIRTIOFSD",
             script("virtiofsd", &virtiofsd.command())?.into(),
+        ));
+    }
+    if let Some(browser) = chromium::obtain(&workspace::lab_subdir("artifacts")?) {
+        found.push((
+            "MORTISE_CHROMIUM",
+            script("chromium", &browser.command())?.into(),
         ));
     }
     if let Some(passt) = passt::obtain(&workspace::lab_subdir("artifacts")?) {

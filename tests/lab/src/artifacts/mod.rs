@@ -4,6 +4,7 @@
 //! one stamp file. While the files of the stamp are there, nothing touches the network.
 
 mod apt;
+pub(crate) mod chromium;
 pub(crate) mod dpdk;
 pub(crate) mod modules;
 pub(crate) mod passt;
