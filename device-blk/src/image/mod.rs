@@ -46,10 +46,9 @@ pub(crate) use self::qcow2::Qcow2Image;
 pub(crate) use direct::DirectIo;
 pub(crate) use error::ImageError;
 pub(crate) use place::{Access, Place, Ticket, TicketIssuer};
-pub(crate) use request::SECTOR_BYTES;
 pub(crate) use raw::{OpenOptions, RawImage};
+pub(crate) use request::SECTOR_BYTES;
 pub(crate) use task::{Buffers, Executor, PendingTask, Task};
-
 
 /// Threads that wait for one image at most, unless it says otherwise.
 const DEFAULT_MAX_WORKERS: usize = 4;

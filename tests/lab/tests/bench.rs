@@ -107,6 +107,29 @@ fn cases_of_nics_are_listed_without_privileges() {
 }
 
 #[test]
+fn cases_of_recovery_are_listed_without_privileges() {
+    let output = lab(&["bench", "recovery", "--list"]);
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let cases: BTreeSet<&str> = text.lines().collect();
+    for case in [
+        "kill/spare/256-mib/lost-or-wrong",
+        "kill/cold/256-mib/fence-to-first-io/p99",
+        "kill/spare/256-mib/packed/kill-to-first-io/p50",
+        "upgrade/roll-back/stall/p99",
+        "blast-radius/other-process/p99-storm-to-quiet",
+        "net/kill/spare/tcp-gap/p99",
+    ] {
+        assert!(cases.contains(case), "{case} is not in {text}");
+    }
+    assert_eq!(
+        cases.len(),
+        text.lines().count(),
+        "a name stands twice: {text}"
+    );
+}
+
+#[test]
 fn a_pattern_that_matches_nothing_is_an_error() {
     let dir = bin_dir().to_str().unwrap();
     let output = lab(&["bench", "blk", "--case", "nonsense", "--bin-dir", dir]);

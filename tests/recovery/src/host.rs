@@ -203,17 +203,27 @@ impl Host {
     /// Requests do not complete, or `next` refuses.
     pub fn hand_over(&self, serving: &mut Daemon, next: &mut Daemon) -> Result<()> {
         for index in 0..self.disks.len() {
-            let client = serving.client.as_mut().context("it is connected to")?;
-            let detached = self.runtime.block_on(client.detach(DetachRequest {
-                id: disk_id(index),
-                ..DetachRequest::default()
-            }));
-            if let Err(status) = detached {
-                bail!("detach: {}; {}", status.message(), serving.last_words());
-            }
+            self.detach(serving, index, Duration::ZERO)?;
             self.attach(next, index)?;
         }
         Ok(())
+    }
+
+    /// Lets `serving` serve a disk no longer, when what is in flight has completed; it has `drain` for
+    /// that, or what it usually has if that is nothing.
+    ///
+    /// # Errors
+    /// Requests do not complete.
+    pub fn detach(&self, serving: &mut Daemon, index: usize, drain: Duration) -> Result<()> {
+        let client = serving.client.as_mut().context("it is connected to")?;
+        let detached = self.runtime.block_on(client.detach(DetachRequest {
+            id: disk_id(index),
+            drain_ms: drain.as_millis() as u32,
+        }));
+        match detached {
+            Ok(_) => Ok(()),
+            Err(status) => bail!("detach: {}; {}", status.message(), serving.last_words()),
+        }
     }
 
     /// Starts a process without disks and connects to it.

@@ -37,7 +37,8 @@ pub fn byte_at(position: u64) -> u8 {
 /// See the module's description.
 #[derive(Debug)]
 pub struct Receiver {
-    peer_mac: [u8; 6],
+    /// Asked for first: TCP takes nothing that came to everybody.
+    peer_mac: Option<[u8; 6]>,
     state: State,
     /// Bytes taken in order.
     received: u64,
@@ -69,7 +70,7 @@ const OWN_FIRST: u32 = 1000;
 impl Default for Receiver {
     fn default() -> Self {
         Self {
-            peer_mac: [0xff; 6],
+            peer_mac: None,
             state: State::Asking,
             received: 0,
             wrong: 0,
@@ -90,6 +91,9 @@ impl Receiver {
 
     /// What to send when nothing has come for a while.
     pub fn nudge(&self) -> Vec<u8> {
+        if self.peer_mac.is_none() {
+            return arp(Arp::Request, [0xff; 6], HOST);
+        }
         match self.state {
             State::Asking | State::Reset => self.segment(flag::SYN, OWN_FIRST, 0),
             State::Connected { wanted, own } => self.segment(flag::ACK, own, wanted),
@@ -104,29 +108,27 @@ impl Receiver {
         };
         match frame.get(12..ETHERNET_BYTES) {
             Some(kind) if kind == ETHERTYPE_ARP => Heard {
-                answer: self.answer_arp(&frame[ETHERNET_BYTES..]),
+                answer: self.hear_arp(&frame[ETHERNET_BYTES..]),
                 ..nothing
             },
             Some(kind) if kind == ETHERTYPE_IP => {
-                self.peer_mac.copy_from_slice(&frame[6..12]);
                 self.hear_ip(&frame[ETHERNET_BYTES..]).unwrap_or(nothing)
             }
             _ => nothing,
         }
     }
 
-    fn answer_arp(&mut self, arp: &[u8]) -> Option<Vec<u8>> {
-        const REQUEST: u8 = 1;
-        let arp = arp.get(..ARP_BYTES)?;
-        if arp[7] != REQUEST || arp[24..28] != GUEST.octets() {
+    fn hear_arp(&mut self, heard: &[u8]) -> Option<Vec<u8>> {
+        let (fixed, _) = heard.split_first_chunk::<ARP_BYTES>()?;
+        if fixed[14..18] != HOST.octets() || fixed[24..28] != GUEST.octets() {
             return None;
         }
-        let mut frame = [&arp[8..14], &MAC, &ETHERTYPE_ARP].concat();
-        frame.extend([0, 1, 8, 0, 6, 4, 0, 2]);
-        frame.extend(MAC);
-        frame.extend(GUEST.octets());
-        frame.extend(&arp[8..18]);
-        Some(frame)
+        let (mac, _) = fixed[8..].split_first_chunk::<6>()?;
+        self.peer_mac = Some(*mac);
+        Some(match fixed[7] == Arp::Request as u8 {
+            true => arp(Arp::Reply, *mac, HOST),
+            false => self.nudge(),
+        })
     }
 
     fn hear_ip(&mut self, packet: &[u8]) -> Option<Heard> {
@@ -207,8 +209,26 @@ impl Receiver {
         ip.extend(HOST.octets());
         let checksum = self::checksum(&ip);
         ip[10..12].copy_from_slice(&checksum);
-        [&self.peer_mac[..], &MAC, &ETHERTYPE_IP, &ip, &tcp].concat()
+        let peer_mac = self.peer_mac.unwrap_or([0xff; 6]);
+        [&peer_mac[..], &MAC, &ETHERTYPE_IP, &ip, &tcp].concat()
     }
+}
+
+#[derive(Clone, Copy)]
+enum Arp {
+    Request = 1,
+    Reply = 2,
+}
+
+/// A frame of ours about `peer`, whose hardware address is `mac`, or everybody's.
+fn arp(operation: Arp, mac: [u8; 6], peer: Ipv4Addr) -> Vec<u8> {
+    let mut frame = [&mac[..], &MAC, &ETHERTYPE_ARP].concat();
+    frame.extend([0, 1, 8, 0, 6, 4, 0, operation as u8]);
+    frame.extend(MAC);
+    frame.extend(GUEST.octets());
+    frame.extend(mac);
+    frame.extend(peer.octets());
+    frame
 }
 
 /// RFC 1071, of an even number of bytes.
@@ -280,8 +300,27 @@ mod tests {
     }
 
     #[test]
+    fn the_hosts_address_is_asked_for_before_the_connection() {
+        let mut receiver = Receiver::default();
+        let request = receiver.nudge();
+        assert_eq!((&request[12..14], request[21]), (&ETHERTYPE_ARP[..], 1));
+        let mut reply = request.clone();
+        reply[21] = 2;
+        reply[22..28].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+        reply[28..32].copy_from_slice(&HOST.octets());
+        reply[38..42].copy_from_slice(&GUEST.octets());
+        let answer = receiver.hear(&reply).answer.unwrap();
+        assert_eq!(answer[..6], [2, 0, 0, 0, 0, 1]);
+        assert_eq!(&answer[12..14], &ETHERTYPE_IP);
+    }
+
+    #[test]
     fn segments_carry_right_checksums() {
-        let frame = Receiver::default().nudge();
+        let frame = Receiver {
+            peer_mac: Some([2, 0, 0, 0, 0, 1]),
+            ..Receiver::default()
+        }
+        .nudge();
         let ip = &frame[ETHERNET_BYTES..ETHERNET_BYTES + IP_BYTES];
         assert_eq!(checksum(ip), [0, 0]);
         let tcp = &frame[ETHERNET_BYTES + IP_BYTES..];

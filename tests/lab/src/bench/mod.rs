@@ -125,7 +125,7 @@ const NET: Plan = Plan {
 
 const RECOVERY: Plan = Plan {
     name: "recovery",
-    packages: &["device-blk", "recovery", "bench"],
+    packages: &["device-blk", "device-net", "recovery", "bench"],
     body: recovery::run,
 };
 

@@ -95,6 +95,13 @@ struct UpgradeOutcome {
 }
 
 #[derive(Debug, Deserialize)]
+struct NetOutcome {
+    kills: Vec<Value>,
+    wrong: u64,
+    failure: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
 struct BystanderOutcome {
     quiet_p99_ms: Vec<f64>,
     storm_p99_ms: Vec<f64>,
@@ -107,7 +114,9 @@ pub(super) fn run(session: &mut Session) -> Result<()> {
         kill(session, storm)?;
     }
     upgrade(session)?;
-    bystander(session)
+    bystander(session)?;
+    nic(session, "net/kill/spare", &["--spare"])?;
+    nic(session, "net/kill/cold", &[])
 }
 
 fn kill(session: &mut Session, storm: &Storm) -> Result<()> {
@@ -385,19 +394,82 @@ fn bystander(session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-/// Runs the program; its outcome, and the share of all CPUs' time that neither it nor its daemons
+/// A connection through a NIC whose daemon is killed.
+fn nic(session: &mut Session, name: &'static str, args: &[&str]) -> Result<()> {
+    const TARGET_MS: f64 = 200.0;
+    const KILLS: u32 = 300;
+    const QUICK_KILLS: u32 = 10;
+    let row = |what: &str, unit, target: Option<f64>| RowSpec {
+        case: format!("{name}/{what}"),
+        unit,
+        better: Better::Lower,
+        verdict: target.map_or(Verdict::Info, |value| Verdict::Target { value, peer: None }),
+        ..RowSpec::default()
+    };
+    let rows = [
+        row("tcp-gap/p99", "ms", Some(TARGET_MS)),
+        row("tcp-gap/p50", "ms", None),
+        row("kill-to-new-bytes/p99", "ms", None),
+        row("connections-lost-or-bytes-wrong", "count", Some(0.0)),
+    ];
+    if !session.wants(&rows) {
+        return Ok(());
+    }
+    step(format_args!("{name}: a connection through a NIC"));
+    let kills = if session.is_quick { QUICK_KILLS } else { KILLS }.to_string();
+    let args = [args, &["--kills", &kills]].concat();
+    let (outcome, foreign) =
+        match measure_of::<NetOutcome>(session, "device-net", "net-storm", &args) {
+            Ok(measured) => measured,
+            Err(error) => {
+                rows.iter()
+                    .for_each(|spec| session.add_row(Row::failed(spec, &format!("{error:#}"))));
+                return Ok(());
+            }
+        };
+    let lost = outcome.wrong + u64::from(outcome.failure.is_some());
+    let figures = [
+        percentile(&outcome.kills, "gap_ms", 99.0),
+        percentile(&outcome.kills, "gap_ms", 50.0),
+        percentile(&outcome.kills, "first_bytes_ms", 99.0),
+        lost as f64,
+    ];
+    for (spec, figure) in rows.iter().zip(figures) {
+        session.add_row(Row::new(spec, &[figure], &[], &[foreign]));
+    }
+    if let Some(failure) = outcome.failure {
+        step(format_args!("{name}: {failure}"));
+    }
+    session.report.add_events(name, outcome.kills);
+    Ok(())
+}
+
+/// Runs the program on disks; its outcome, and the share of all CPUs' time that neither it nor its daemons
 /// took. What the oracle found wrong is an outcome too.
 fn measure<T: DeserializeOwned>(session: &Session, verb: &str, args: &[&str]) -> Result<(T, f64)> {
+    let dir: &Path = session.ground()?.dir(Medium::FileDirect);
+    let dir = dir.to_str().context("the directory's name is no UTF-8")?;
+    measure_of(
+        session,
+        "device-blk",
+        verb,
+        &[&["--dir", dir], args].concat(),
+    )
+}
+
+fn measure_of<T: DeserializeOwned>(
+    session: &Session,
+    daemon: &str,
+    verb: &str,
+    args: &[&str],
+) -> Result<(T, f64)> {
     const FOUND_WRONG: i32 = 2;
     let ground = session.ground()?;
-    let dir: &Path = ground.dir(Medium::FileDirect);
     let mut command = Command::new(ground.program("recovery")?);
     command
         .arg(verb)
         .arg("--daemon")
-        .arg(ground.program("device-blk")?)
-        .arg("--dir")
-        .arg(dir)
+        .arg(ground.program(daemon)?)
         .args(["--json", "-"])
         .args(args);
     let children_before = children_seconds();
