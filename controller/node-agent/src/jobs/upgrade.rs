@@ -9,8 +9,7 @@ use tonic::Code;
 
 use super::{Context, JobError, Wish as JobWish};
 use crate::{
-    record::DaemonKind,
-    spec::Spec,
+    record::{DaemonKind, RecordError},
     versions::Binary,
     vm::{
         Vm, error_chain,
@@ -45,18 +44,21 @@ impl Context {
         let outcome = self.upgrade_all(&work).await;
         // What no VM uses any more, or never did.
         let collecting = self.blocking(|agent| {
-            let records = agent.env.store.load().unwrap_or_default();
+            let records = agent.env.store.load()?;
             let pins = records.iter().flat_map(|record| &record.pins);
             agent.env.versions.collect(pins);
+            Ok::<(), RecordError>(())
         });
-        collecting.await;
+        if let Err(error) = collecting.await {
+            tracing::warn!("versions that no VM uses stay: {}", error_chain(&error));
+        }
         outcome
     }
 
     async fn upgrade_all(&self, work: &UpgradeDaemons) -> Result<Vec<String>, JobError> {
         let vms = self.vms(work).await?;
         let served_by = match (work.vm_ids.first(), work.device.as_str()) {
-            (Some(_), device) if !device.is_empty() => Some(daemon_of(&vms[0].spec(), device)?),
+            (Some(_), device) if !device.is_empty() => Some(daemon_of(&vms[0], device)?),
             _ => None,
         };
         let named = [DaemonKind::Blk, DaemonKind::Net]
@@ -207,12 +209,17 @@ impl Report {
         while let Some(joined) = upgrading.join_next().await {
             match joined {
                 Ok((name, Ok(Some(done)))) => {
-                    self.done.push(format!(
+                    let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+                    let mut text = format!(
                         "{name}: {} in place of {}, handed over in {:.1} ms",
                         done.to,
                         done.from,
-                        done.handed_over.as_secs_f64() * 1e3
-                    ));
+                        milliseconds(done.handed_over)
+                    );
+                    for (device, stall) in &done.stalls {
+                        text += &format!(", {device} stalled {:.1} ms", milliseconds(*stall));
+                    }
+                    self.done.push(text);
                     let notes = done.notes.iter();
                     self.done
                         .extend(notes.map(|note| format!("{name}: {note}")));
@@ -270,7 +277,8 @@ fn runs(vm: &Vm) -> bool {
 }
 
 /// The daemon that serves a device.
-fn daemon_of(spec: &Spec, device: &str) -> Result<DaemonKind, JobError> {
+fn daemon_of(vm: &Vm, device: &str) -> Result<DaemonKind, JobError> {
+    let (spec, status) = (vm.spec(), vm.status());
     let refuse = |problem: &str| {
         Err(JobError::NoUpgrade {
             vm: spec.id.clone(),
@@ -284,6 +292,16 @@ fn daemon_of(spec: &Spec, device: &str) -> Result<DaemonKind, JobError> {
     }
     if spec.vhost_user.iter().any(|other| other.name == device) {
         return refuse("is served by somebody else's daemon, which its owner upgrades");
+    }
+    let shared = status
+        .processes
+        .iter()
+        .find(|process| !process.network.is_empty() && process.devices.iter().any(|d| d == device));
+    if let Some(shared) = shared {
+        return refuse(&format!(
+            "is served by the device-net of network {}, which all its VMs share",
+            shared.network
+        ));
     }
     match spec.nics.iter().find(|nic| nic.name == device) {
         Some(nic) if nic.user.is_some() => {

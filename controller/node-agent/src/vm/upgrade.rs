@@ -74,6 +74,8 @@ pub(crate) struct Done {
     pub(crate) to: String,
     /// From the first device's being let go of to the last one's being taken over.
     pub(crate) handed_over: Duration,
+    /// For how long each device's guest was served by nobody, where vmm-core can tell.
+    pub(crate) stalls: Vec<(String, Duration)>,
     /// What somebody should know.
     pub(crate) notes: Vec<String>,
 }
@@ -440,6 +442,7 @@ impl Exchange {
                 from: self.from.clone(),
                 to: named(&standby.info, self.new_plan.build()),
                 handed_over,
+                stalls: before.stalls(&self.new_plan).await,
                 notes,
             },
             process: standby.process,

@@ -1,10 +1,12 @@
 //! Exchanging device-blk under verified load: whatever the new version does, no request fails and no
 //! byte is lost.
 
+mod turning_away;
+
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
 
 use api::node::{
-    CancelJobRequest, Job, JobState, ListJobsRequest, ProcessStatus, StartJobRequest,
+    CancelJobRequest, Job, JobState, ListJobsRequest, NicSpec, ProcessStatus, StartJobRequest,
     UpgradeDaemons, VmSpec, start_job_request::Work,
 };
 use nix::sys::signal::Signal;
@@ -14,7 +16,7 @@ use tonic::Code;
 
 use crate::{
     guest,
-    harness::{Agent, built, disk, gone, is_alive, kill_hard, pid, poll, spec},
+    harness::{Agent, built, disk, gone, is_alive, kill_hard, may_make_taps, pid, poll, spec},
     stand_in,
 };
 
@@ -335,6 +337,74 @@ async fn version_that_hangs_in_service_is_rolled_back() {
     assert_eq!(rig.blk().await.pid as i32, old);
     gone(new).await;
     rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn version_that_turns_frontends_away_is_rolled_back() {
+    let mut rig = Rig::start().await;
+    let before = rig.blk().await;
+    let this = std::env::current_exe().unwrap();
+    let script = format!(
+        "{}=\"$*\" exec {} --exact upgrade::turning_away::daemon --ignored --nocapture",
+        turning_away::ARGS,
+        this.display()
+    );
+    let name = "turns-away";
+    let version = env!("CARGO_PKG_VERSION");
+    let binary = rig.executable(
+        name,
+        &format!("[ \"$1\" = --version ] && {{ echo device-blk {version}; exit; }}\n{script}"),
+    );
+    let job = rig.upgrade(name, to(&binary)).await;
+    assert_eq!(job.state(), JobState::Failed);
+    for part in ["rolled back", "root is not connected"] {
+        assert!(job.error.contains(part), "{}", job.error);
+    }
+    assert_eq!(rig.blk().await.pid, before.pid);
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn device_net_is_exchanged_under_a_real_machine() {
+    let mut agent = Agent::start().await;
+    let mut vm = spec("tapped", &guest::sleeper(agent.path()));
+    vm.disks = vec![disk("root", &agent.image("root.raw"))];
+    if may_make_taps() {
+        vm.nics = vec![NicSpec {
+            name: "eth0".into(),
+            ..NicSpec::default()
+        }];
+    }
+    let before = agent.run(&vm).await;
+    // Both kinds, fresh processes of what runs: a hand-over to itself.
+    let request = StartJobRequest {
+        job_id: "fresh".into(),
+        work: Some(Work::Upgrade(UpgradeDaemons::default())),
+    };
+    agent.client.start_job(request).await.unwrap();
+    let job = poll("the job's end", || {
+        let mut client = agent.client.clone();
+        async move {
+            let listed = client.list_jobs(ListJobsRequest {}).await.unwrap();
+            let job = listed.into_inner().jobs.remove(0);
+            (job.state() != JobState::Running).then_some(job)
+        }
+    })
+    .await;
+    assert_eq!(job.state(), JobState::Done, "{}", job.error);
+    println!("{:?}", job.findings);
+    let after = agent
+        .until("tapped", "connected again", |status| {
+            let mut devices = status.devices.iter();
+            devices.all(|device| device.connected && device.incarnations == 2)
+        })
+        .await;
+    let daemons = before.processes.iter().filter(|p| p.name != "vmm-core");
+    assert_eq!(daemons.clone().count(), job.findings.len());
+    for daemon in daemons {
+        assert_ne!(pid(&after, &daemon.name), daemon.pid as i32);
+        assert!(!is_alive(daemon.pid as i32), "{} has ended", daemon.name);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -29,7 +29,7 @@ pub(super) struct Before {
 impl Before {
     /// Asks `vmm-core`.
     pub(super) async fn look(plan: &Plan) -> Self {
-        let devices = health(plan).await.unwrap_or_default();
+        let devices = health(plan, 0).await.unwrap_or_default();
         Self { devices }
     }
 
@@ -38,7 +38,7 @@ impl Before {
     /// # Errors
     /// Why it does not, in words.
     pub(super) async fn gate(
-        self,
+        &self,
         new: &Incarnation,
         plan: &Plan,
         wish: &Wish,
@@ -81,8 +81,22 @@ impl Before {
         }
     }
 
+    /// For how long each device's guest was served by nobody, as `vmm-core` saw it.
+    pub(super) async fn stalls(&self, plan: &Plan) -> Vec<(String, Duration)> {
+        let seen = health(plan, 1).await.unwrap_or_default();
+        let names = plan.devices.iter().map(|device| &device.name);
+        names
+            .filter_map(|name| {
+                let before = self.devices.get(name)?.outages_total;
+                let outage = seen.get(name)?.outages.last()?;
+                let us = outage.first_completion_us.or(outage.replayed_us)?;
+                (outage.number > before).then(|| (name.clone(), Duration::from_micros(us)))
+            })
+            .collect()
+    }
+
     async fn look_again(&self, new: &Incarnation, plan: &Plan) -> Result<(), Problem> {
-        let (served, seen) = tokio::join!(new.devices(ANSWER_WITHIN), health(plan));
+        let (served, seen) = tokio::join!(new.devices(ANSWER_WITHIN), health(plan, 0));
         let served = served.map_err(|error| Problem::Final(error_chain(&error)))?;
         let seen = seen.ok_or_else(|| Problem::Slow("vmm-core does not answer".to_owned()))?;
         for device in &plan.devices {
@@ -161,8 +175,8 @@ fn completed(served: &Device) -> u64 {
 }
 
 /// The machine's devices by name; `None` when `vmm-core` does not answer.
-async fn health(plan: &Plan) -> Option<BTreeMap<String, DeviceHealth>> {
-    let asked = tokio::time::timeout(ANSWER_WITHIN, vmm::devices(plan.dir(), 0)).await;
+async fn health(plan: &Plan, max_outages: u32) -> Option<BTreeMap<String, DeviceHealth>> {
+    let asked = tokio::time::timeout(ANSWER_WITHIN, vmm::devices(plan.dir(), max_outages)).await;
     let devices = asked.ok()?.ok()?.into_iter();
     Some(devices.map(|device| (device.tag.clone(), device)).collect())
 }
