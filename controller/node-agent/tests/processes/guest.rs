@@ -35,6 +35,87 @@ pub(crate) fn listener(dir: &Path) -> PathBuf {
     )
 }
 
+/// Greets, then writes the first sector of its first disk again and again, one request at a time, and prints the
+/// status of each: `0` for done, `1` for an I/O error.
+pub(crate) fn disk_writer(dir: &Path) -> PathBuf {
+    const ECAM: u32 = 0xe000_8000; // bus 0, device 1
+    const BAR: u32 = 0xc000_0000;
+    const NOTIFY: u32 = BAR + 0x3000;
+    let [desc, avail, used, header, data, status] =
+        [0u32, 1, 2, 3, 4, 5].map(|page| 0x20_0000 + page * 0x1000);
+    let chain = |index: u32, gpa: u32, len: u32, flags: u32, next: u32| {
+        let at = desc + index * 16;
+        [
+            (at, gpa),
+            (at + 4, 0),
+            (at + 8, len),
+            (at + 12, next << 16 | flags),
+        ]
+    };
+    let mut code = greeting();
+    // Low enough for the identity mapping, then memory space and bus mastering on.
+    code.extend([(ECAM + 0x10, BAR), (ECAM + 0x14, 0)].map(store32).concat());
+    code.extend(store16((ECAM + 4, 6)));
+    // Virtio 1.2 section 3.1.1: reset, acknowledge, driver, VERSION_1 alone, FEATURES_OK.
+    code.extend([0, 1, 3].map(|value| store8((BAR + 0x14, value))).concat());
+    let features = [(BAR + 8, 0), (BAR + 0xc, 0), (BAR + 8, 1), (BAR + 0xc, 1)];
+    code.extend(features.map(store32).concat());
+    code.extend(store8((BAR + 0x14, 0xb)));
+    code.extend(chain(0, header, 16, 1, 1).map(store32).concat());
+    code.extend(chain(1, data, 512, 1, 2).map(store32).concat());
+    code.extend(chain(2, status, 1, 2, 0).map(store32).concat());
+    code.extend(store32((header, 1))); // VIRTIO_BLK_T_OUT
+    code.extend(store16((avail, 1))); // no interrupts
+    code.extend([(BAR + 0x16, 0), (BAR + 0x18, 4)].map(store16).concat());
+    let areas = [(0x20, desc), (0x28, avail), (0x30, used)];
+    let areas = areas.map(|(at, gpa)| [(BAR + at, gpa), (BAR + at + 4, 0)].map(store32).concat());
+    code.extend(areas.concat());
+    code.extend(store16((BAR + 0x1c, 1))); // queue enable
+    code.extend(store8((BAR + 0x14, 0xf)));
+    code.extend([0x31, 0xdb]); // xor ebx, ebx
+    let mut round = store8((status, 0xff));
+    round.extend([0xff, 0xc3, 0x66, 0x89, 0x1c, 0x25]); // inc ebx; mov [avail idx], bx
+    round.extend((avail + 2).to_le_bytes());
+    round.extend(store16((NOTIFY, 0)));
+    round.extend([0xf3, 0x90, 0x66, 0x8b, 0x0c, 0x25]); // pause; mov cx, [used idx]
+    round.extend((used + 2).to_le_bytes());
+    round.extend([0x66, 0x39, 0xd9, 0x75, 0xf1]); // cmp cx, bx; jne back to pause
+    round.extend([0x8a, 0x04, 0x25]); // mov al, [status]
+    round.extend(status.to_le_bytes());
+    round.extend([0x04, b'0', 0x66, 0xba, 0xf8, 0x03, 0xee]); // add al, '0'; out to COM1
+    round.extend([0xb9, 0x00, 0x08, 0x00, 0x00, 0xe2, 0xfe]); // mov ecx, 2048; loop to itself
+    let back = -(round.len() as i32 + 5);
+    round.push(0xe9); // jmp to the next round
+    round.extend(back.to_le_bytes());
+    code.extend(round);
+    write(dir, "disk-writer", &code)
+}
+
+/// mov eax, address; mov dword [rax], value
+fn store32((address, value): (u32, u32)) -> Vec<u8> {
+    [
+        &[0xb8][..],
+        &address.to_le_bytes(),
+        &[0xc7, 0x00],
+        &value.to_le_bytes(),
+    ]
+    .concat()
+}
+
+fn store16((address, value): (u32, u16)) -> Vec<u8> {
+    [
+        &[0xb8][..],
+        &address.to_le_bytes(),
+        &[0x66, 0xc7, 0x00],
+        &value.to_le_bytes(),
+    ]
+    .concat()
+}
+
+fn store8((address, value): (u32, u8)) -> Vec<u8> {
+    [&[0xb8][..], &address.to_le_bytes(), &[0xc6, 0x00, value]].concat()
+}
+
 fn greeting() -> Vec<u8> {
     let mut code = vec![0x66, 0xba, 0xf8, 0x03]; // mov dx, 0x3f8 (COM1)
     for byte in GREETING.bytes() {

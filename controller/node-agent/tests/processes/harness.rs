@@ -28,6 +28,11 @@ const PROGRAMS: [&str; 3] = ["vmm-core", "device-blk", "device-net"];
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
+/// A console that is silent for this long has nothing more.
+const CONSOLE_PAUSE: Duration = Duration::from_millis(300);
+/// A guest that writes all the time is not listened to for longer.
+const CONSOLE_ENOUGH: Duration = Duration::from_millis(600);
+
 /// An agent and its directories. Everything that runs there ends with it.
 pub(crate) struct Agent {
     dir: tempfile::TempDir,
@@ -54,6 +59,42 @@ impl Agent {
         fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         Self::start_in(dir, bin_dir).await
+    }
+
+    /// The same, with more arguments, one a line.
+    pub(crate) async fn start_with_args(program: &str, script: &str, args: &str) -> Self {
+        let mut agent = Self::start_with(program, script).await;
+        agent.end(Signal::SIGTERM);
+        fs::write(agent.dir.path().join("agent.args"), args).unwrap();
+        agent.start_again().await;
+        agent
+    }
+
+    /// What the guest has written to its console from `offset` on, as far as it is still there.
+    pub(crate) async fn console(&mut self, id: &str, offset: u64) -> (u64, String) {
+        let first = ConsoleInput {
+            vm_id: id.into(),
+            data: Vec::new(),
+            from_offset: offset,
+        };
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        sender.send(first).await.unwrap();
+        let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let mut output = self.client.console(stream).await.unwrap().into_inner();
+        let (mut end, mut seen) = (offset, Vec::new());
+        // What is there comes at once; what is still to come is not waited for.
+        let enough = Instant::now() + CONSOLE_ENOUGH;
+        while let Ok(message) = tokio::time::timeout(CONSOLE_PAUSE, output.message()).await {
+            let Some(message) = message.unwrap() else {
+                break;
+            };
+            end = message.offset + message.data.len() as u64;
+            seen.extend(message.data);
+            if Instant::now() > enough {
+                break;
+            }
+        }
+        (end, String::from_utf8_lossy(&seen).into_owned())
     }
 
     async fn start_in(dir: tempfile::TempDir, bin_dir: PathBuf) -> Self {
@@ -352,6 +393,11 @@ fn spawn(dir: &Path, bin_dir: &Path) -> Child {
         .arg(bin_dir)
         .arg("--metrics-listen")
         .arg(format!("unix:{}", dir.join("metrics.sock").display()))
+        .args(
+            fs::read_to_string(dir.join("agent.args"))
+                .unwrap_or_default()
+                .lines(),
+        )
         .stdin(Stdio::null())
         .stderr(log)
         .spawn()

@@ -5,9 +5,11 @@
 
 mod adoption;
 mod failures;
+mod faults;
 mod guest;
 mod harness;
 mod lifecycle;
+mod outages;
 mod resources;
 mod seed;
 mod stand_in;
