@@ -160,10 +160,17 @@ impl Agent {
         };
         let imports = Imports::open(&dirs.state, dirs.qemu_img.clone()).map_err(uploads)?;
         let host = Host::open(&dirs.state, underlay)?;
-        // Before the VMs, which may want to start in them, or run in them.
-        let networks = Networks::open(&dirs.state, &dirs.run, &dirs.bin, &host.id, underlay)?;
-        let (changes, _) = broadcast::channel(CHANGE_BACKLOG);
         let knobs = Knobs::new(dirs.allowed.faults);
+        // Before the VMs, which may want to start in them, or run in them.
+        let networks = Networks::open(
+            &dirs.state,
+            &dirs.run,
+            &dirs.bin,
+            &host.id,
+            underlay,
+            &knobs,
+        )?;
+        let (changes, _) = broadcast::channel(CHANGE_BACKLOG);
         let env = Arc::new(Env {
             store: Store::open(&dirs.state)?.failing_as(knobs.clone()),
             faults: Faults::open(&dirs.state, dirs.allowed, knobs.clone()),

@@ -102,6 +102,7 @@ impl Networks {
             program,
             dir,
             uplink,
+            knobs: self.inner.knobs.clone(),
         };
         made.switch = Some(plan.ensure(made.switch.take(), &network.ports).await?);
         Ok(())

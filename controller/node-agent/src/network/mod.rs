@@ -12,7 +12,7 @@
 //! record    what survives the agent
 //! policy    what NICs let pass
 //! switch    the device-net that serves the NICs of all VMs, where that is the network's datapath
-//! ports     which NICs those are
+//! ports     which NICs those are, and what the switch was told of each (port)
 //! ```
 
 mod error;
@@ -22,6 +22,7 @@ mod links;
 mod make;
 mod names;
 mod policy;
+mod port;
 mod ports;
 mod programs;
 mod record;
@@ -45,10 +46,11 @@ use api::{
 use tokio::sync::watch;
 
 pub(crate) use error::NetworkError;
-pub(crate) use ports::{PortPlan, port_id};
+pub(crate) use port::{PortPlan, port_id};
 
 use self::{forwarding::Forwarding, ports::Ports, server::Server, switch::Switch};
 use crate::{
+    faults::Knobs,
     spec::Spec,
     vm::{DaemonError, daemon_metrics, error_chain, nics::Nics},
 };
@@ -79,6 +81,7 @@ struct Inner {
     bin_dir: PathBuf,
     host_id: String,
     underlay: Option<IpAddr>,
+    knobs: Knobs,
     forwarding: Forwarding,
     table: Mutex<BTreeMap<String, Arc<Network>>>,
 }
@@ -140,6 +143,7 @@ impl Networks {
         bin_dir: &Path,
         host_id: &str,
         underlay: Option<IpAddr>,
+        knobs: &Knobs,
     ) -> Result<Self, NetworkError> {
         let vms_dir = run_dir.join("vms");
         let state_dir = state_dir.join("networks");
@@ -165,6 +169,7 @@ impl Networks {
                 vms_dir,
                 bin_dir: bin_dir.to_owned(),
                 host_id: host_id.to_owned(),
+                knobs: knobs.clone(),
                 underlay,
                 table: Mutex::new(table),
             }),

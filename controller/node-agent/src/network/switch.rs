@@ -26,9 +26,11 @@ use tonic::{Status, transport::Channel};
 
 use super::{
     error::NetworkError,
-    ports::{PortPlan, Ports, Problem, Step, Told},
+    port::{PortPlan, Told},
+    ports::{Ports, Problem, Step},
 };
 use crate::{
+    faults::Knobs,
     process::{self, Exit, Identity, Process},
     vm::{DaemonError, ending, error_chain, nics::Nics, with_deadline},
 };
@@ -59,6 +61,7 @@ pub(super) struct Plan {
     /// Where its sockets and its log are.
     pub(super) dir: PathBuf,
     pub(super) uplink: Option<Uplink>,
+    pub(super) knobs: Knobs,
 }
 
 /// The way from a switch to the host and the world.
@@ -150,6 +153,7 @@ impl Plan {
             "--fd-socket".into(),
             self.fd_socket().into(),
         ];
+        args.extend(self.knobs.daemon_args().map(Into::into));
         if let Some(uplink) = &self.uplink {
             let end = match uplink {
                 Uplink::Tap(name) => format!("tap={name}"),
@@ -332,7 +336,7 @@ async fn take(plan: &Plan, ports: &Ports, channel: &Channel, step: Step) {
             plan: port,
             told,
         } => {
-            let attached = attach(plan, channel, &id, listener, port, &told).await;
+            let attached = attach(plan, channel, &id, listener, &port, &told).await;
             ports.attached((&id, serial), told, attached);
         }
         Step::Tell { id, serial, told } => {
@@ -357,12 +361,12 @@ async fn attach(
     channel: &Channel,
     id: &str,
     listener: Option<Arc<UnixListener>>,
-    port: PortPlan,
+    port: &PortPlan,
     told: &Told,
 ) -> Result<Arc<UnixListener>, DaemonError> {
     let listener = match listener {
         Some(listener) => listener,
-        None => bind(&port)?,
+        None => bind(port)?,
     };
     let token = uuid::Uuid::new_v4().to_string();
     let sending = {
