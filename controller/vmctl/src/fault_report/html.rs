@@ -49,9 +49,9 @@ pub(crate) fn html(report: &pb::FaultReport) -> String {
             "<details><summary>The campaign</summary><pre>{source}</pre></details>"
         );
     }
-    let _ = write!(
+    let _ = writeln!(
         page,
-        "<footer>Mortise {}, run of {}</footer></main></body></html>\n",
+        "<footer>Mortise {}, run of {}</footer></main></body></html>",
         escape(&report.controller_version),
         crate::output::time(parts.status.start_time),
     );
@@ -107,7 +107,7 @@ fn figures(page: &mut String, parts: &Parts) {
 }
 
 fn section(page: &mut String, title: &str, content: &str) {
-    let _ = write!(page, "<section><h2>{title}</h2>{content}</section>\n");
+    let _ = writeln!(page, "<section><h2>{title}</h2>{content}</section>");
 }
 
 fn checks(report: &pb::FaultReport) -> String {
