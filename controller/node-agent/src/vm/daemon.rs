@@ -467,10 +467,12 @@ impl Plan {
 
     /// The disks among the devices.
     pub(super) fn disks(&self) -> impl Iterator<Item = &Disk> {
-        self.devices.iter().filter_map(|device| match &device.backing {
-            Backing::Disk(disk) => Some(&**disk),
-            Backing::Tap { .. } | Backing::User { .. } => None,
-        })
+        self.devices
+            .iter()
+            .filter_map(|device| match &device.backing {
+                Backing::Disk(disk) => Some(&**disk),
+                Backing::Tap { .. } | Backing::User { .. } => None,
+            })
     }
 
     pub(super) fn volumes(&self) -> &Pool {

@@ -11,8 +11,7 @@ use api::{
     device::{
         Bitmap, CancelJobRequest, CompleteJobRequest, Device, FdRef, GetDeviceRequest,
         GetImageRequest, GetJobRequest, Image, Job, JobState, ListBitmapsRequest, ListJobsRequest,
-        ResizeRequest,
-        SetLimitsRequest, SetPollingRequest, SnapshotRequest, StartBackupRequest,
+        ResizeRequest, SetLimitsRequest, SetPollingRequest, SnapshotRequest, StartBackupRequest,
         StartCheckRequest, StartCommitRequest, StartMirrorRequest,
         device_daemon_client::DeviceDaemonClient, disks_client::DisksClient,
     },

@@ -10,10 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use api::{
-    device::DaemonInfo,
-    node::ProcessStatus,
-};
+use api::{device::DaemonInfo, node::ProcessStatus};
 use tokio::task::JoinSet;
 
 use super::{
@@ -57,7 +54,10 @@ pub(super) struct Machine {
     /// Versions that daemons were exchanged for, not yet in the record.
     pub(super) new_pins: Vec<(DaemonKind, Option<Pinned>)>,
     /// Who is told once they are.
-    pub(super) upgrade_answers: Vec<(upgrade::Answer, Result<upgrade::Done, upgrade::UpgradeError>)>,
+    pub(super) upgrade_answers: Vec<(
+        upgrade::Answer,
+        Result<upgrade::Done, upgrade::UpgradeError>,
+    )>,
     /// Whether processes stand by.
     pub(super) warm_spare: bool,
     /// That it stands still is an outage policy's doing; so is taken to be what an earlier agent left.

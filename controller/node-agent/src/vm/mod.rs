@@ -28,8 +28,8 @@ pub(crate) mod nics;
 mod outage;
 mod passt;
 mod ports;
-mod start;
 mod spare;
+mod start;
 mod status;
 mod stop;
 pub(crate) mod upgrade;
@@ -46,9 +46,9 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tonic::Code;
 
 pub(crate) use self::{
-    upgrade::{Done, UpgradeError, Wish},
     command::Refusal,
     daemon::{DaemonError, mac, with_deadline},
+    upgrade::{Done, UpgradeError, Wish},
     vmm::{devices as vmm_devices, refresh_device},
 };
 use self::{

@@ -87,7 +87,9 @@ pub(crate) type Answer = oneshot::Sender<Result<Done, UpgradeError>>;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UpgradeError {
     /// There is nothing to exchange.
-    #[error("VM {vm} does not run; what it is started with is the version that it was upgraded to last")]
+    #[error(
+        "VM {vm} does not run; what it is started with is the version that it was upgraded to last"
+    )]
     NotRunning {
         /// The VM.
         vm: String,
@@ -109,7 +111,9 @@ pub(crate) enum UpgradeError {
         program: &'static str,
     },
     /// A job would be lost with the old process.
-    #[error("disk {disk} has a {job} under way, which would end with the old process; wait for it or cancel it (vmctl op list)")]
+    #[error(
+        "disk {disk} has a {job} under way, which would end with the old process; wait for it or cancel it (vmctl op list)"
+    )]
     HasJob {
         /// The disk.
         disk: String,
@@ -423,7 +427,10 @@ impl Exchange {
                     passed = before.gate(&standby.incarnation, &self.new_plan, &self.wish) => passed,
                 }
             }
-            Err(error) => Err(format!("the new version did not take over: {}", error_chain(&error))),
+            Err(error) => Err(format!(
+                "the new version did not take over: {}",
+                error_chain(&error)
+            )),
         };
         if let Err(reason) = passed {
             let reason = format!("{} is as it was: {reason}", self.from);

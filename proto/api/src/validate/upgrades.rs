@@ -130,7 +130,12 @@ mod tests {
         ] {
             assert_eq!(upgrade_devices_request(&request(text)).unwrap(), wanted);
         }
-        for text in ["", "web", "projects/p/vms/web/devices/", "projects/p/volumes/v"] {
+        for text in [
+            "",
+            "web",
+            "projects/p/vms/web/devices/",
+            "projects/p/volumes/v",
+        ] {
             let refused = upgrade_devices_request(&request(text)).unwrap_err();
             assert!(refused.message().contains("target"), "{refused}");
         }
