@@ -3,6 +3,7 @@
 mod backends;
 mod guest;
 mod health;
+mod hostile;
 mod packed;
 mod peers;
 mod scripted;

@@ -191,6 +191,15 @@ impl Guest {
         driver.set_status(0xf);
         driver
     }
+
+    /// The same, with no more than `limit` queues.
+    pub(super) fn drive_queues(&self, limit: u64) -> Driver<'_> {
+        let mut driver = Driver::find(self);
+        driver.negotiate(u64::MAX);
+        driver.set_up_some_queues(limit);
+        driver.set_status(0xf);
+        driver
+    }
 }
 
 /// The addresses of the device's structures, found by walking its capabilities.
@@ -281,13 +290,17 @@ impl<'a> Driver<'a> {
 
     /// Enables MSI-X, programs vector `i` with data `0x100 + i`, and enables all queues.
     pub(super) fn set_up_queues(&mut self) {
+        self.set_up_some_queues(u64::MAX);
+    }
+
+    fn set_up_some_queues(&mut self, limit: u64) {
         self.guest.write(self.msix_control, 2, 0x8000);
         let queues = self.guest.read(self.common + 0x12, 2);
         for vector in 0..=queues {
             self.program_vector(vector, false);
         }
         self.guest.write(self.common + 0x10, 2, 0);
-        for queue in 0..queues {
+        for queue in 0..queues.min(limit) {
             let base_gpa = RINGS_GPA + queue * 0x1000;
             let ring = DriverRing::new(&self.guest.memory, base_gpa, QUEUE_SIZE, self.features);
             let addresses = ring.addresses();

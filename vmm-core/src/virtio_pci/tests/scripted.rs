@@ -31,6 +31,8 @@ pub(super) enum Answer {
     Value(u64),
     /// Send these bytes instead of a message.
     Raw(Vec<u8>),
+    /// Send these bytes and hang up.
+    RawThenHangUp(Vec<u8>),
     /// Never answer, and read nothing more.
     Silence,
     /// Hang up.
@@ -71,6 +73,10 @@ fn session(mut stream: UnixStream, script: &Script, seen: &Seen) {
             Answer::Sound => sound_reply(request, flags, &body),
             Answer::Value(value) => Some(message(request, &value.to_le_bytes())),
             Answer::Raw(bytes) => Some(bytes),
+            Answer::RawThenHangUp(bytes) => {
+                let _ = stream.write_all(&bytes);
+                return;
+            }
             Answer::Silence => loop {
                 thread::park();
             },
