@@ -357,7 +357,11 @@ pub(crate) fn args(pid: i32) -> Option<Vec<OsString>> {
     let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let cmdline = cmdline.strip_suffix(b"\0").unwrap_or(&cmdline);
     let words = cmdline.split(|&byte| byte == 0).skip(1);
-    Some(words.map(|word| OsString::from_vec(word.to_vec())).collect())
+    Some(
+        words
+            .map(|word| OsString::from_vec(word.to_vec()))
+            .collect(),
+    )
 }
 
 /// This boot's id: pids and start times mean nothing in another one.

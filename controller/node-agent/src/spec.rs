@@ -319,7 +319,10 @@ impl Spec {
 
     /// What is done in an outage of `device`.
     pub(crate) fn outage_policy(&self, device: &str) -> OutagePolicy {
-        self.outage_policies.get(device).copied().unwrap_or_default()
+        self.outage_policies
+            .get(device)
+            .copied()
+            .unwrap_or_default()
     }
 
     /// Whether `other` is the same machine, apart from what may change while it runs.

@@ -12,8 +12,8 @@ use api::{
     validate::SEED_DISK,
     vmm::{
         DeviceHealth, GetDevicesRequest, GetVmmRequest, PauseRequest, PowerButtonRequest,
-        RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StopRequest,
-        VmmInfo, VmmState, vmm_client::VmmClient,
+        RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StopRequest, VmmInfo, VmmState,
+        vmm_client::VmmClient,
     },
 };
 use serde::Deserialize;

@@ -18,7 +18,10 @@ fn thread_whose_requests_wait_answers() {
     honest.guest.kick(0);
     eventually("the request is taken", || {
         let status = served.status();
-        status.queues.first().is_some_and(|queue| queue.inflight == 1)
+        status
+            .queues
+            .first()
+            .is_some_and(|queue| queue.inflight == 1)
     });
     for _ in 0..100 {
         served.status();
