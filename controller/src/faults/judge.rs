@@ -56,7 +56,10 @@ pub(crate) fn judge(evidence: &Evidence) -> (Vec<FaultCheck>, FaultVerdict) {
         checks.push(open("complete", format!("ended early: {reason}")));
     }
     checks.extend(evidence.hits.iter().map(|hits| check_hits(hits, &expect)));
-    checks.push(check_recovered(evidence));
+    // What was away before anything was done is not the faults' doing.
+    if evidence.hits.iter().any(|hits| hits.begun > 0) {
+        checks.push(check_recovered(evidence));
+    }
     checks.extend(check_oracle(evidence, &expect));
     checks.extend(check_guest_errors(evidence, &expect));
     let limits = [
@@ -419,6 +422,17 @@ mod tests {
     fn a_run_that_was_stopped_never_passes() {
         let stopped = verdict(|run| run.stopped = Some("somebody said so"));
         assert_eq!(stopped, (FaultVerdict::Inconclusive, "complete".into()));
+    }
+
+    #[test]
+    fn what_was_away_before_anything_was_done_is_no_failure() {
+        let away = |run: &mut Run| {
+            run.hits[0].begun = 0;
+            run.hits[0].hits = 0;
+            run.stopped = Some("a probe of the start did not hold");
+            run.devices[0].samples[0].connected = false;
+        };
+        assert_eq!(verdict(away).0, FaultVerdict::Inconclusive);
     }
 
     #[test]
