@@ -155,7 +155,7 @@ mod tests {
         let holds = |edge, reports: &[GuestReport]| verifies(edge, reports).is_none();
         assert!(!holds(Edge::Start, &[]) && !holds(Edge::End, &[]));
         assert!(holds(Edge::During, &[]), "it may be silent for a while");
-        assert!(holds(Edge::Start, &[speaks.clone()]));
+        assert!(holds(Edge::Start, std::slice::from_ref(&speaks)));
         assert!(!holds(Edge::End, &[done.clone(), speaks]));
         assert!(holds(Edge::End, &[done]));
         assert!(!holds(Edge::During, &[wrong]));
