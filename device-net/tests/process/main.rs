@@ -12,6 +12,7 @@ mod guarded;
 mod guest;
 mod host;
 mod hostile;
+mod injected;
 mod packed;
 mod packet;
 mod queues;
