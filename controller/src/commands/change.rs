@@ -18,7 +18,7 @@ pub(super) struct Change {
 /// What became of a wish to change a VM.
 pub(super) enum Begun {
     /// The same request came before; this is what it was answered.
-    Before(pb::Operation),
+    Before(Box<pb::Operation>),
     Now(Box<Change>),
 }
 
@@ -34,7 +34,7 @@ impl Change {
         request: &RequestKey,
     ) -> Result<Begun, CommandError> {
         if let Some(earlier) = request.earlier(store).await? {
-            return Ok(Begun::Before(earlier));
+            return Ok(Begun::Before(Box::new(earlier)));
         }
         let Stored { record, revision } = get_vm(store, vm).await?;
         check_etag(vm, &record.vm.uid, record.vm.generation, etag)?;

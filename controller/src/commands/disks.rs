@@ -101,7 +101,7 @@ pub async fn update_disk(
 ) -> Result<pb::Operation, CommandError> {
     with_retry(|| async {
         let mut changing = match Change::begin(store, vm, etag, request).await? {
-            Begun::Before(operation) => return Ok(operation),
+            Begun::Before(operation) => return Ok(*operation),
             Begun::Now(changing) => changing,
         };
         let spec = changing.spec();

@@ -12,7 +12,7 @@
 //! record    what survives the agent
 //! policy    what NICs let pass
 //! switch    the device-net that serves the NICs of all VMs, where that is the network's datapath
-//! ports     which NICs those are
+//! ports     which NICs those are, and what the switch was told of each (port)
 //! ```
 
 mod error;
@@ -22,6 +22,7 @@ mod links;
 mod make;
 mod names;
 mod policy;
+mod port;
 mod ports;
 mod programs;
 mod record;
@@ -45,7 +46,7 @@ use api::{
 use tokio::sync::watch;
 
 pub(crate) use error::NetworkError;
-pub(crate) use ports::{PortPlan, port_id};
+pub(crate) use port::{PortPlan, port_id};
 
 use self::{forwarding::Forwarding, ports::Ports, server::Server, switch::Switch};
 use crate::{

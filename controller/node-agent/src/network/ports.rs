@@ -13,59 +13,26 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     os::unix::net::UnixListener,
-    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
-use api::{
-    device::{NetConfig, Policy, Polling, SwitchPort},
-    node::NetworkSpec,
-};
+use api::{device::Policy, node::NetworkSpec};
 use tokio::sync::{Notify, watch};
 use tonic::Code;
 
-use super::policy;
+use super::{
+    policy,
+    port::{PortPlan, Told, port_id},
+};
 use crate::{
     process::Process,
     spec::NicTuning,
-    tap::fnv1a,
     vm::{DaemonError, error_chain},
 };
 
 /// What was refused or got lost is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// Of an id, without the digits that make it unique: ids have 63 bytes.
-const MAX_READABLE_BYTES: usize = 50;
-
-/// A NIC as a port of a switch.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct PortPlan {
-    /// The VM.
-    pub(crate) vm: String,
-    /// The NIC's name in it.
-    pub(crate) nic: String,
-    /// Where its `vmm-core` connects to.
-    pub(crate) socket: PathBuf,
-    /// aa:bb:cc:dd:ee:ff
-    pub(crate) mac: String,
-    /// 1 to 16.
-    pub(crate) queue_pairs: u32,
-    /// 0 for the default.
-    pub(crate) mtu: u32,
-    /// Keep a table of flows, whatever the policy says.
-    pub(crate) track_flows: bool,
-    /// What may change while the VM runs.
-    pub(crate) tuning: NicTuning,
-}
-
-/// What the daemon calls a NIC: readable, and unique among all VMs' NICs.
-pub(crate) fn port_id(vm: &str, nic: &str) -> String {
-    let digits = fnv1a(format!("{vm}/{nic}").as_bytes()) & 0xffff_ffff_ffff;
-    let mut readable = format!("{vm}-{nic}");
-    readable.truncate(MAX_READABLE_BYTES);
-    format!("{readable}-{digits:012x}")
-}
 
 /// All ports of one network. Shared by the network, VMs and the daemon's keeper.
 #[derive(Debug)]
@@ -121,13 +88,6 @@ enum State {
     Failed { problem: Problem, retry_at: Instant },
 }
 
-/// What may change of a port that is attached.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Told {
-    pub(super) policy: Option<Policy>,
-    pub(super) tuning: NicTuning,
-}
-
 /// Why a port is not served.
 #[derive(Clone, Debug)]
 pub(super) struct Problem {
@@ -147,7 +107,7 @@ pub(super) enum Step {
         id: String,
         serial: u64,
         listener: Option<Arc<UnixListener>>,
-        plan: PortPlan,
+        plan: Box<PortPlan>,
         told: Told,
     },
     Tell {
@@ -504,7 +464,7 @@ impl Table {
                 id,
                 serial,
                 listener: port.listener.clone(),
-                plan: port.plan.clone(),
+                plan: Box::new(port.plan.clone()),
                 told: wish,
             }),
         }
@@ -584,22 +544,5 @@ fn is_unanswered(error: &DaemonError) -> bool {
     )
 }
 
-impl PortPlan {
-    /// What the daemon is attached with.
-    pub(super) fn config(&self, switch: &str, told: &Told) -> NetConfig {
-        NetConfig {
-            mac: self.mac.clone(),
-            mtu: self.mtu,
-            switch_port: Some(SwitchPort {
-                switch: switch.to_owned(),
-                ..SwitchPort::default()
-            }),
-            queue_pairs: self.queue_pairs,
-            link_down: told.tuning.link_down,
-            policy: told.policy.clone(),
-            limits: Some(told.tuning.limits()),
-            polling: Polling::Unspecified as i32,
-            ..NetConfig::default()
-        }
-    }
-}
+#[cfg(test)]
+mod tests;

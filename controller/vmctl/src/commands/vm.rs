@@ -388,8 +388,13 @@ fn show_processes(status: &pb::VmStatus) {
         .processes
         .iter()
         .map(|process| {
+            // Of several VMs, where it is a network's.
+            let name = match process.network.as_str() {
+                "" => process.name.clone(),
+                network => format!("{} ({network})", process.name),
+            };
             vec![
-                process.name.clone(),
+                name,
                 process.pid.to_string(),
                 output::size(process.rss_kib << 10),
                 output::size(process.pss_kib << 10),

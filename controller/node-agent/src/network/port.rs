@@ -1,0 +1,81 @@
+//! A NIC as a port of its network's switch: what it is called there and attached with.
+
+use std::path::PathBuf;
+
+use api::device::{NetConfig, Policy, Polling, SwitchPort};
+
+use crate::{spec::NicTuning, tap::fnv1a};
+
+/// Of an id, without the digits that make it unique: ids have 63 bytes.
+const MAX_READABLE_BYTES: usize = 50;
+
+/// A NIC as a port of a switch.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct PortPlan {
+    /// The VM.
+    pub(crate) vm: String,
+    /// The NIC's name in it.
+    pub(crate) nic: String,
+    /// Where its `vmm-core` connects to.
+    pub(crate) socket: PathBuf,
+    /// aa:bb:cc:dd:ee:ff
+    pub(crate) mac: String,
+    /// 1 to 16.
+    pub(crate) queue_pairs: u32,
+    /// 0 for the default.
+    pub(crate) mtu: u32,
+    /// Keep a table of flows, whatever the policy says.
+    pub(crate) track_flows: bool,
+    /// What may change while the VM runs.
+    pub(crate) tuning: NicTuning,
+}
+
+/// What the daemon calls a NIC: readable, and unique among all VMs' NICs.
+pub(crate) fn port_id(vm: &str, nic: &str) -> String {
+    let digits = fnv1a(format!("{vm}/{nic}").as_bytes()) & 0xffff_ffff_ffff;
+    let mut readable = format!("{vm}-{nic}");
+    readable.truncate(MAX_READABLE_BYTES);
+    format!("{readable}-{digits:012x}")
+}
+
+/// What may change of a port that is attached.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Told {
+    pub(super) policy: Option<Policy>,
+    pub(super) tuning: NicTuning,
+}
+
+impl PortPlan {
+    /// What the daemon is attached with.
+    pub(super) fn config(&self, switch: &str, told: &Told) -> NetConfig {
+        NetConfig {
+            mac: self.mac.clone(),
+            mtu: self.mtu,
+            switch_port: Some(SwitchPort {
+                switch: switch.to_owned(),
+                ..SwitchPort::default()
+            }),
+            queue_pairs: self.queue_pairs,
+            link_down: told.tuning.link_down,
+            policy: told.policy.clone(),
+            limits: Some(told.tuning.limits()),
+            polling: Polling::Unspecified as i32,
+            ..NetConfig::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_short_and_tell_nics_apart_whose_names_run_together() {
+        assert!(port_id("web", "nic0").starts_with("web-nic0-"));
+        assert_ne!(port_id("a-b", "c"), port_id("a", "b-c"));
+        let long = "a".repeat(63);
+        let id = port_id(&long, &long);
+        assert!(api::names::is_id(&id), "{id}");
+        assert_ne!(id, port_id(&long, &long[1..]));
+    }
+}
