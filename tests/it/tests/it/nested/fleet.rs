@@ -16,18 +16,26 @@ use crate::site;
 pub(super) struct Fleet {
     pub(super) dir: tempfile::TempDir,
     port: u16,
+    /// Of the controller.
+    options: Vec<String>,
     controller: Process,
     controllers: u32,
 }
 
 impl Fleet {
     pub(super) fn start() -> Fleet {
+        Self::start_with(vec!["--standalone".to_owned()])
+    }
+
+    /// A controller with these options.
+    pub(super) fn start_with(options: Vec<String>) -> Fleet {
         let dir = tempfile::tempdir().expect("a folder");
         let port = free_port();
-        let controller = Self::controller(&dir, port, 1);
+        let controller = Self::controller(&dir, port, &options, 1);
         let fleet = Fleet {
             dir,
             port,
+            options,
             controller,
             controllers: 1,
         };
@@ -35,12 +43,13 @@ impl Fleet {
         fleet
     }
 
-    fn controller(dir: &tempfile::TempDir, port: u16, number: u32) -> Process {
+    fn controller(dir: &tempfile::TempDir, port: u16, options: &[String], number: u32) -> Process {
         Process::spawn(
             dir.path(),
             &format!("controller-{number}"),
             Command::new(site::program("controller"))
-                .args(["--standalone", "--listen", &format!("127.0.0.1:{port}")])
+                .args(options)
+                .args(["--listen", &format!("127.0.0.1:{port}")])
                 .arg("--state-dir")
                 .arg(dir.path().join("state"))
                 .arg("--run-dir")
@@ -77,7 +86,7 @@ impl Fleet {
     pub(super) fn kill_and_restart_controller(&mut self) {
         self.controller.kill();
         self.controllers += 1;
-        self.controller = Self::controller(&self.dir, self.port, self.controllers);
+        self.controller = Self::controller(&self.dir, self.port, &self.options, self.controllers);
         self.wait_for_host();
     }
 

@@ -1,6 +1,7 @@
 //! Real Linux guests in `vmm-core`, on a real KVM.
 
 mod boot;
+mod campaigns;
 mod control;
 mod fleet;
 mod managed;
