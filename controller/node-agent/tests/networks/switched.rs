@@ -360,3 +360,34 @@ fn each_obstacle_has_its_error_and_leaves_nothing() {
     host.agent.delete("front").unwrap();
     host.agent.assert_clean();
 }
+
+#[test]
+fn bridged_switch_is_part_of_the_network_of_an_interface_without_a_bridge() {
+    let mut host = Host::start();
+    let world = Namespace::new();
+    host.agent.host.connect("up0", &world, "eth0");
+    world.run("ip addr add 192.0.2.2/24 dev eth0");
+    let mut spec = switched(NetworkKind::Bridged);
+    spec.uplink = "up0".into();
+    spec.endpoints[0].ipv4_address = "192.0.2.5".into();
+    spec.endpoints[0].ipv6_address.clear();
+    let status = host.agent.apply(&spec).unwrap();
+    assert!(status.ready && status.bridge.is_empty(), "{status:?}");
+    host.run("web", WEB_MAC);
+    let (web, cable) = host.guest("web", WEB_MAC);
+    web.run("ip addr add 192.0.2.5/24 dev eth0");
+    let _server = world.serve("192.0.2.2:7000");
+    assert_eq!(web.ask("192.0.2.2:7000").as_deref(), Some("192.0.2.5"));
+    host.kill_switch();
+    cable.await_connections(2);
+    assert_eq!(web.ask("192.0.2.2:7000").as_deref(), Some("192.0.2.5"));
+    host.remove("web", WEB_MAC);
+    host.agent.delete("front").unwrap();
+    host.agent.host.run("ip link show up0");
+    host.agent.assert_clean();
+
+    spec.uplink = "up7".into();
+    let refused = host.agent.apply(&spec).unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    assert!(refused.message().contains("up7"), "{}", refused.message());
+}
