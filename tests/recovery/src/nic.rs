@@ -137,7 +137,7 @@ impl Tap {
             address.sin_addr.s_addr = u32::from_ne_bytes(octets);
             // SAFETY: a sockaddr_in is as long as a sockaddr, and both are plain data.
             request.ifr_ifru.ifru_addr =
-                unsafe { std::mem::transmute::<_, libc::sockaddr>(address) };
+                unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(address) };
             // SAFETY: the call reads one live ifreq.
             check(unsafe { libc::ioctl(socket.as_raw_fd(), call, &raw const request) })?;
         }
@@ -328,7 +328,7 @@ impl Driver {
         let mut count = 0;
         let mut frame = [0; FRAME_BYTES];
         let mut answer = None;
-        while let Some(page) = self.rings[RX].next() {
+        while let Some(page) = self.rings[RX].take_used() {
             count += 1;
             self.memory.read(page, &mut frame);
             let heard = self.receiver.hear(&frame[HEADER_BYTES..]);
@@ -371,7 +371,7 @@ impl Driver {
     }
 
     fn send(&mut self, frame: &[u8]) {
-        while let Some(page) = self.rings[TX].next() {
+        while let Some(page) = self.rings[TX].take_used() {
             self.free.push_back(page);
         }
         // While nobody takes frames they are dropped, as a NIC does.

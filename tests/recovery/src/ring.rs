@@ -353,7 +353,7 @@ impl FrameRing {
     }
 
     /// A buffer that is the driver's again.
-    pub fn next(&mut self) -> Option<usize> {
+    pub fn take_used(&mut self) -> Option<usize> {
         let done = self.queue.completions().next()?;
         self.in_flight -= 1;
         self.slots[usize::from(done.id)].take()
