@@ -85,7 +85,7 @@ pub(crate) fn attach(
     let nic = Arc::new_cyclic(|nic| ServedNic {
         server: Mutex::new(Some(server)),
         device,
-        link_flap: LinkFlap::new(&faults, nic),
+        link_flap: LinkFlap::watch(&faults, nic),
     });
     // What was armed before.
     nic.link_flap.wake();

@@ -29,7 +29,7 @@ pub(super) struct LinkFlap {
 }
 
 impl LinkFlap {
-    pub(super) fn new(faults: &Arc<DeviceFaults>, nic: &Weak<ServedNic>) -> Arc<dyn Wake> {
+    pub(super) fn watch(faults: &Arc<DeviceFaults>, nic: &Weak<ServedNic>) -> Arc<dyn Wake> {
         let flap: Arc<dyn Wake> = Arc::new(Self {
             faults: Arc::clone(faults),
             nic: Weak::clone(nic),

@@ -253,10 +253,8 @@ mod tests {
         assert!(event.take().unwrap());
         // Only now it turns hostile.
         // SAFETY: F_SETFL takes an integer.
-        assert_eq!(
-            unsafe { libc::fcntl(event.as_raw_fd(), libc::F_SETFL, 0) },
-            0
-        );
+        let set = unsafe { libc::fcntl(event.as_raw_fd(), libc::F_SETFL, 0) };
+        assert_eq!(set, 0);
         let (done, rung) = std::sync::mpsc::channel();
         let fill = |event: &EventFd| {
             let full = (u64::MAX - 1).to_ne_bytes();

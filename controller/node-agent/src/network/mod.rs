@@ -376,7 +376,8 @@ impl Networks {
     /// daemons are.
     pub(crate) async fn switch_metrics(&self) -> Vec<(String, String)> {
         let mut metrics = Vec::new();
-        for (id, network) in self.table().clone() {
+        let networks = self.table().clone();
+        for (id, network) in networks {
             if !make::is_switched(&network.seen.borrow().spec) {
                 continue;
             }

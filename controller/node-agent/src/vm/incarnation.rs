@@ -266,7 +266,11 @@ impl Incarnation {
         let within = drain + CALL_DEADLINE;
         match self.in_time(&what, within, client.detach(request())).await {
             Ok(_) => Ok(Drained::Wholly),
-            Err(DaemonError::Call { code, message, .. }) if code == Code::DeadlineExceeded => {
+            Err(DaemonError::Call {
+                code: Code::DeadlineExceeded,
+                message,
+                ..
+            }) => {
                 // It serves the device no more, but keeps it for somebody to look at.
                 let again = self.in_time(&what, within, client.detach(request()));
                 again.await.map(|_| Drained::InPart(message))

@@ -24,7 +24,7 @@ pub(super) async fn joined(env: &Env, spec: &Spec) -> Result<Spec, StartError> {
         let place = env.networks.place(network, &spec.id, &nic.name).await;
         let place = place.map_err(|source| StartError::Network {
             nic: nic.name.clone(),
-            source,
+            source: Box::new(source),
         })?;
         join(nic, place);
     }
@@ -50,7 +50,7 @@ pub(super) async fn attach(env: &Env, spec: &Spec, dir: &Path) -> Result<(), Sta
         let attached = env.networks.attach(network, plan(spec, nic, dir)).await;
         attached.map_err(|source| StartError::Network {
             nic: nic.name.clone(),
-            source,
+            source: Box::new(source),
         })?;
     }
     Ok(())

@@ -114,7 +114,7 @@ pub(crate) enum StartError {
         nic: String,
         /// Why not.
         #[source]
-        source: NetworkError,
+        source: Box<NetworkError>,
     },
     /// There are no user networks here.
     #[error(transparent)]

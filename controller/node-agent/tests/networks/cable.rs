@@ -199,15 +199,15 @@ impl Driver {
     /// Carries frames both ways until the daemon hangs up or the cable is pulled.
     fn carry(&mut self, stream: &UnixStream, pulled: &AtomicBool) {
         while !pulled.load(Ordering::Acquire) {
-            self.to_machine();
-            self.from_machine();
+            self.send_to_machine();
+            self.take_from_machine();
             if self.wait(stream) {
                 return;
             }
         }
     }
 
-    fn to_machine(&mut self) {
+    fn send_to_machine(&mut self) {
         while let Some((head, len)) = self.rings[RX].pop_used() {
             let gpa = self.buffers[RX][usize::from(head)];
             let frame = self.memory.read(gpa, len as usize);
@@ -218,7 +218,7 @@ impl Driver {
         self.kick(RX);
     }
 
-    fn from_machine(&mut self) {
+    fn take_from_machine(&mut self) {
         while let Some((head, _)) = self.rings[TX].pop_used() {
             self.free.push(self.buffers[TX][usize::from(head)]);
         }

@@ -33,7 +33,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("bench", &[]),
     ("faultfs", &[]),
     ("recovery", &["api", "guest"]),
-    ("device-net", &["api", "faults", "filter", "sandbox", "vhost-user"]),
+    (
+        "device-net",
+        &["api", "faults", "filter", "sandbox", "vhost-user"],
+    ),
     ("filter", &[]),
     ("controller", &["api"]),
     ("node-agent", &["api", "luks", "qcow2", "sandbox"]),

@@ -137,7 +137,7 @@ fn backend_that_closes_in_the_middle_of_any_message_is_tried_again() {
 fn backend_that_speaks_rubbish_is_tried_again() {
     survives(8, SHORT, |session, request| {
         // xorshift: the same rubbish in each run.
-        let mut state = session * 0x9e37_79b9_7f4a_7c15 ^ u64::from(request);
+        let mut state = (session * 0x9e37_79b9_7f4a_7c15) ^ u64::from(request);
         let mut byte = || {
             state ^= state << 13;
             state ^= state >> 7;
