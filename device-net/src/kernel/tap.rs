@@ -110,7 +110,12 @@ impl Tap {
 
     /// What frames that come out of the tap may leave unfinished.
     pub(crate) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
-        self.set_offload_flags(offloads.tun_flags())
+        let flags = offloads.tun_flags();
+        // A kernel that does not know a flag refuses all of them.
+        self.set_offload_flags(match self.has_uso {
+            true => flags,
+            false => flags & !(libc::TUN_F_USO4 | libc::TUN_F_USO6),
+        })
     }
 
     /// Shows the host a cable that is in or out (Linux 5.0).
