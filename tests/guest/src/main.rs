@@ -7,10 +7,13 @@ mod disk;
 mod dns;
 mod file_system;
 mod folder;
+mod iperf;
 mod memory;
 mod net;
+mod seed;
 mod serve;
 mod smp;
+mod stall;
 mod stress;
 mod system;
 
@@ -101,6 +104,9 @@ fn prepare() -> Result<Plan, String> {
     {
         system::load_modules("folder")?;
     }
+    if plan.jobs.contains(&Job::Seed) {
+        system::load_modules("seed")?;
+    }
     if plan.end == End::Wait {
         system::load_modules("button")?;
     }
@@ -133,6 +139,13 @@ fn run(job: &Job) -> Report {
             datagrams,
         } => net::ask(*peer, *seed, *datagrams),
         Job::Net { peer, seed, bytes } => net::exchange(*peer, *seed, *bytes),
+        Job::Seed => seed::read(),
+        Job::IperfServer { port } => iperf::serve(*port),
+        Job::Iperf {
+            peer,
+            protocol,
+            seconds,
+        } => iperf::run(*peer, *protocol, *seconds),
         Job::Disk {
             device,
             seed,

@@ -12,6 +12,7 @@ use guest::exchange::as_guest;
 use guest::pattern::BLOCK_LEN;
 use guest::report::{Reached, Report};
 
+use crate::stall::Watch;
 use crate::system::wait_for;
 
 const NIC: &str = "eth0";
@@ -231,6 +232,7 @@ fn try_exchange(peer: SocketAddr, seed: u64, bytes: u64) -> Result<String, Strin
     let socket = |error: std::io::Error| format!("socket: {error}");
     stream.set_read_timeout(Some(LIMIT)).map_err(socket)?;
     stream.set_write_timeout(Some(LIMIT)).map_err(socket)?;
+    let _watch = Watch::over(&stream);
     as_guest(stream, seed, bytes).map(|received| received.to_string())
 }
 

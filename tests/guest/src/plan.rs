@@ -86,6 +86,22 @@ pub enum Job {
         /// Each way; a multiple of the pattern's block.
         bytes: u64,
     },
+    /// Read the NoCloud seed.
+    Seed,
+    /// From now on answer [`Job::Iperf`] of others. Needs iperf3, which is on the root disk.
+    IperfServer {
+        /// Of both protocols.
+        port: u16,
+    },
+    /// Have iperf3 send to another guest.
+    Iperf {
+        /// Who serves.
+        peer: SocketAddr,
+        /// What is sent.
+        protocol: Protocol,
+        /// How long.
+        seconds: u32,
+    },
     /// Write a pattern from the disk's start, flush, read back.
     Disk {
         /// As in `/dev`: vda.
@@ -139,6 +155,15 @@ pub enum Job {
         /// Of `from-host`; its complement is that of `from-guest`.
         seed: u64,
     },
+}
+
+/// Of a load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// A stream.
+    Tcp,
+    /// Datagrams.
+    Udp,
 }
 
 /// How a guest ends.
@@ -199,6 +224,19 @@ impl fmt::Display for Plan {
                     datagrams,
                 } => write!(f, "mortise.udp={peer},{seed},{datagrams} ")?,
                 Job::Net { peer, seed, bytes } => write!(f, "mortise.net={peer},{seed},{bytes} ")?,
+                Job::Seed => write!(f, "mortise.seed=yes ")?,
+                Job::IperfServer { port } => write!(f, "mortise.iperf-server={port} ")?,
+                Job::Iperf {
+                    peer,
+                    protocol,
+                    seconds,
+                } => {
+                    let protocol = match protocol {
+                        Protocol::Tcp => "tcp",
+                        Protocol::Udp => "udp",
+                    };
+                    write!(f, "mortise.iperf={peer},{protocol},{seconds} ")?;
+                }
                 Job::Disk {
                     device,
                     seed,
@@ -297,6 +335,19 @@ impl Plan {
                 seed: seed.parse().ok()?,
                 bytes: bytes.parse().ok()?,
             },
+            ("seed", ["yes"]) => Job::Seed,
+            ("iperf-server", [port]) => Job::IperfServer {
+                port: port.parse().ok()?,
+            },
+            ("iperf", [peer, protocol, seconds]) => Job::Iperf {
+                peer: peer.parse().ok()?,
+                protocol: match *protocol {
+                    "tcp" => Protocol::Tcp,
+                    "udp" => Protocol::Udp,
+                    _ => return None,
+                },
+                seconds: seconds.parse().ok()?,
+            },
             ("disk", [device, seed, bytes]) => Job::Disk {
                 device: (*device).to_owned(),
                 seed: seed.parse().ok()?,
@@ -387,6 +438,13 @@ mod tests {
                     peer: "10.0.0.1:5000".parse().unwrap(),
                     seed: u64::MAX,
                     bytes: 8192,
+                },
+                Job::Seed,
+                Job::IperfServer { port: 5201 },
+                Job::Iperf {
+                    peer: "10.0.0.1:5201".parse().unwrap(),
+                    protocol: Protocol::Udp,
+                    seconds: 3,
                 },
                 Job::Disk {
                     device: "vda".into(),

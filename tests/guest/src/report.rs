@@ -164,6 +164,35 @@ pub enum Report {
         /// What went wrong.
         error: Option<String>,
     },
+    /// The NoCloud seed was found, mounted and read.
+    Seed {
+        /// Its file of that name.
+        user_data: String,
+        /// Its file of that name.
+        meta_data: String,
+        /// Its file of that name.
+        network_config: String,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// Other guests may send by iperf3.
+    IperfServer {
+        /// Of both protocols.
+        port: u16,
+        /// What went wrong.
+        error: Option<String>,
+    },
+    /// What iperf3 says of its load.
+    Iperf {
+        /// Payload.
+        sent_bytes: u64,
+        /// Of them, as the other end counted.
+        received_bytes: u64,
+        /// None of TCP.
+        lost_datagrams: u64,
+        /// What went wrong.
+        error: Option<String>,
+    },
     /// A file system was made, written, checked and read again.
     FileSystem {
         /// As in `/dev`.
@@ -223,6 +252,9 @@ impl Report {
             | Self::Serve { error, .. }
             | Self::Served { error, .. }
             | Self::Udp { error, .. }
+            | Self::Seed { error, .. }
+            | Self::IperfServer { error, .. }
+            | Self::Iperf { error, .. }
             | Self::FileSystem { error, .. }
             | Self::Folder { error, .. }
             | Self::Done { error, .. } => error.as_deref(),

@@ -9,6 +9,8 @@ use guest::datagrams;
 use guest::exchange::as_host;
 use guest::report::Report;
 
+use crate::stall::Watch;
+
 /// A peer that says nothing for so long is given up.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -49,6 +51,7 @@ fn one(stream: TcpStream, seed: u64, bytes: u64) -> Option<Report> {
     if matches!(stream.peek(&mut [0]), Ok(0)) {
         return None;
     }
+    let _watch = Watch::over(&stream);
     let error = deadlines
         .map_err(|error| format!("socket: {error}"))
         .and_then(|()| as_host(stream, seed, bytes))

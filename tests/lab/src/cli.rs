@@ -135,6 +135,7 @@ impl NestedArgs {
             tools,
             files: self.file.iter().map(|file| parse_file(file)).collect(),
             log_name: format!("nested-{}", std::process::id()),
+            cable: None,
         };
         step("booting the nested host");
         let job = Job::Command { argv: self.command };

@@ -47,6 +47,7 @@ impl Demo {
             timeout: Duration::from_secs(600),
             show_console: self.verbose,
             log_name: "demo",
+            neighbour: false,
         };
         let mut report = None;
         let by_hand = self.by_hand;

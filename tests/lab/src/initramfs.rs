@@ -35,6 +35,7 @@ const GUEST_MODULE_SETS: &[(&str, &[&str])] = &[
         &["virtio_pci", "virtio_blk", "virtio_net"],
     ),
     ("/modules/folder", &["virtiofs"]),
+    ("/modules/seed", &["isofs"]),
     ("/modules/button", &["button", "evdev"]),
 ];
 const HOST_MODULES: &[&str] = &[
@@ -50,6 +51,7 @@ const HOST_MODULES: &[&str] = &[
     "nft_ct",
     "nft_fib_inet",
     "nft_masq",
+    "nft_meta_bridge",
     "nft_nat",
     "loop",
     "fuse",
@@ -58,8 +60,8 @@ const HOST_MODULES: &[&str] = &[
     "virtio_blk",
 ];
 
-/// Room for the guest and some writing.
-const ROOTFS_BYTES: u64 = 32 << 20;
+/// Room for the guest, iperf3 and some writing.
+const ROOTFS_BYTES: u64 = 48 << 20;
 /// The same beside the tools and their libraries.
 const TOOLS_ROOTFS_BYTES: u64 = 160 << 20;
 
@@ -135,7 +137,8 @@ pub(crate) fn guest(artifacts: &Artifacts) -> Result<PathBuf> {
 
 /// Builds an ext4 image with a guest in it, for `mortise.root=`; cached like its initramfs.
 pub(crate) fn guest_rootfs(artifacts: &Artifacts) -> Result<PathBuf> {
-    root_disk(artifacts, "guest.ext4", ROOTFS_BYTES, &[])
+    let iperf = std::slice::from_ref(&artifacts.iperf);
+    root_disk(artifacts, "guest.ext4", ROOTFS_BYTES, iperf)
 }
 
 /// The same with fio and the tools of ext4.

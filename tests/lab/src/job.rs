@@ -13,11 +13,15 @@ pub(crate) enum Job {
     Command { argv: Vec<String> },
     /// The main job, verified from end to end.
     Demo { site: Site, by_hand: bool },
+    /// Be a second host: a node agent, for tests that run in the first.
+    Neighbour { site: Site },
     /// The integration tests whose names start with `nested::` and contain `filter`.
     Tests {
         site: Site,
         binary: PathBuf,
         filter: String,
+        /// Those that need a [`Job::Neighbour`], or else the others.
+        two_hosts: bool,
         long: bool,
         /// Each runs so often, until it fails.
         times: u32,

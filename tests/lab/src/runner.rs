@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::artifacts::Artifacts;
+use crate::artifacts::{Artifacts, passt};
 use crate::initramfs::{self, Tool};
 use crate::inside::{self, Events};
 use crate::job::{Event, Job, Site};
 use crate::kvm::Ground;
-use crate::nested::{self, HostPanic};
+use crate::nested::{self, Cable, HostPanic, Neighbour, RunDir};
 use crate::progress::step;
 use crate::workspace::{self, Binary};
 use crate::wrappers;
@@ -18,8 +18,11 @@ use crate::wrappers;
 /// Nested hosts that may be used up by one job: their kernels died once in some 40 boots of guests.
 const NESTED_BOOTS: u32 = 3;
 
-/// What agents and tests of a nested host make networks with.
-const NETWORK_TOOLS: &[&str] = &["nft", "dnsmasq", "ip"];
+/// Room for the host's files and one guest.
+const NEIGHBOUR_MEMORY_MIB: u32 = 2560;
+
+/// What agents and tests of a nested host make networks with, and read captures by.
+const NETWORK_TOOLS: &[&str] = &["nft", "dnsmasq", "ip", "tshark"];
 
 /// What a job may use.
 pub(crate) struct Kit {
@@ -110,6 +113,20 @@ impl Kit {
     }
 }
 
+impl Kit {
+    /// A second host, at the far end of a cable.
+    fn neighbour(&self, options: &nested::Options, cable: Cable) -> Result<Neighbour> {
+        let options = nested::Options {
+            memory_mib: NEIGHBOUR_MEMORY_MIB,
+            log_name: format!("{}-neighbour", options.log_name),
+            cable: Some(cable),
+            ..options.clone()
+        };
+        let site = self.nested_site();
+        Neighbour::start(&self.artifacts, &options, &Job::Neighbour { site })
+    }
+}
+
 /// How a job is run.
 pub(crate) struct Run<'a> {
     pub(crate) ground: &'a Ground,
@@ -121,6 +138,8 @@ pub(crate) struct Run<'a> {
     pub(crate) timeout: Duration,
     pub(crate) show_console: bool,
     pub(crate) log_name: &'a str,
+    /// With a second host beside it.
+    pub(crate) neighbour: bool,
 }
 
 impl Run<'_> {
@@ -140,14 +159,31 @@ impl Run<'_> {
                     tools.truncate(kit.binaries.len());
                 }
                 tools.extend(self.extra_tools);
+                let mut files = vec![(kit.guest_rootfs.clone(), initramfs::GUEST_ROOTFS.into())];
+                if self.third_parties {
+                    let artifacts = workspace::lab_subdir("artifacts")?;
+                    files.extend(passt::files_for_nested(&artifacts)?);
+                }
                 let options = nested::Options {
                     cpus: 2,
                     memory_mib: self.memory_mib,
                     timeout: self.timeout,
                     show_console: self.show_console,
                     tools,
-                    files: vec![(kit.guest_rootfs.clone(), initramfs::GUEST_ROOTFS.into())],
+                    files,
                     log_name: self.log_name.to_owned(),
+                    cable: None,
+                };
+                // A socket path may have 107 bytes, which a deep checkout exceeds; so it lies in /tmp.
+                let sockets = RunDir::create_in(&std::env::temp_dir())?;
+                let (_neighbour, options) = match self.neighbour {
+                    true => {
+                        let [near, far] = Cable::pair(&sockets.0);
+                        let neighbour = kit.neighbour(&options, far)?;
+                        let cable = Some(near);
+                        (Some(neighbour), nested::Options { cable, ..options })
+                    }
+                    false => (None, options),
                 };
                 let mut boots = 1;
                 loop {

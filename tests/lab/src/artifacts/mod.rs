@@ -23,7 +23,7 @@ use crate::{tool, workspace};
 use apt::{Apt, Package};
 
 /// Raised when a lab needs more than an older lab's stamp promises.
-const STAMP_VERSION: u32 = 5;
+const STAMP_VERSION: u32 = 6;
 
 /// Where everything is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -42,6 +42,8 @@ pub(crate) struct Artifacts {
     pub(crate) cryptsetup: Vec<Program>,
     /// fio, mke2fs and e2fsck, for a guest's root disk.
     pub(crate) guest_tools: Vec<Program>,
+    /// What guests send to each other with.
+    pub(crate) iperf: Program,
     /// What hosts make networks with (nft, dnsmasq and ip), and what captures are read by.
     pub(crate) network_tools: Vec<Program>,
 }
@@ -143,6 +145,7 @@ impl Artifacts {
             &artifacts.busybox,
             &artifacts.mke2fs,
             &artifacts.storage_daemon.file,
+            &artifacts.iperf.file,
         ];
         let complete = artifacts.stamp_version == STAMP_VERSION
             && files
@@ -180,6 +183,7 @@ impl Fetcher {
         let cryptsetup = self.programs("cryptsetup-bin", &["cryptsetup"])?;
         let mut guest_tools = self.programs("fio", &["fio"])?;
         guest_tools.extend(self.programs("e2fsprogs", &["mke2fs", "e2fsck"])?);
+        let iperf = self.programs("iperf3", &["iperf3"])?.remove(0);
         let mut network_tools = self.programs("nftables", &["nft"])?;
         network_tools.extend(self.programs("dnsmasq-base", &["dnsmasq"])?);
         network_tools.extend(self.programs("iproute2", &["ip"])?);
@@ -196,6 +200,7 @@ impl Fetcher {
             qemu_utils,
             cryptsetup,
             guest_tools,
+            iperf,
             network_tools,
         })
     }

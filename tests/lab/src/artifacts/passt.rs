@@ -10,6 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use super::Program;
 use crate::progress::step;
 use crate::tool;
 
@@ -47,6 +48,39 @@ pub(crate) fn obtain(dir: &Path) -> Option<PathBuf> {
             None
         }
     }
+}
+
+/// The same in a nested host: (file here, path there), for [`crate::nested::Options`]; nothing where it
+/// cannot be had.
+pub(crate) fn files_for_nested(dir: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let Some(program) = obtain(dir) else {
+        return Ok(Vec::new());
+    };
+    let root = dir.join(format!("passt_{RELEASE}"));
+    if program != root.join("passt") {
+        let program = Program {
+            file: program,
+            library_dirs: Vec::new(),
+        };
+        let mut files: Vec<(PathBuf, String)> = super::libraries(&program)?
+            .into_iter()
+            .map(|(there, here)| (here, format!("/{there}")))
+            .collect();
+        files.push((program.file, "/usr/bin/passt".to_owned()));
+        return Ok(files);
+    }
+    let there = Path::new("/opt/passt");
+    let script = root.join("passt.nested");
+    fs::write(&script, launcher(there))?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let mut files = vec![(script, "/usr/bin/passt".to_owned())];
+    for name in ["ld-linux-x86-64.so.2", "libc.so.6"] {
+        let path = Path::new(LIBRARIES).join(name);
+        files.push((root.join(&path), there.join(&path).display().to_string()));
+    }
+    let path = Path::new("usr/bin/passt");
+    files.push((root.join(path), there.join(path).display().to_string()));
+    Ok(files)
 }
 
 fn serves_vhost_user(program: &Path) -> bool {

@@ -3,6 +3,7 @@
 
 pub(crate) mod child;
 mod demo;
+mod neighbour;
 pub(crate) mod test_run;
 
 use std::fs::File;
@@ -58,15 +59,19 @@ pub(crate) fn run(job: &Job, events: &mut Events) -> Result<i32> {
     match job {
         Job::Command { argv } => command(argv),
         Job::Demo { site, by_hand } => demo::run(site, *by_hand, events),
+        Job::Neighbour { site } => neighbour::run(site),
         Job::Tests {
             site,
             binary,
             filter,
+            two_hosts,
             long,
             times,
             done,
         } => {
-            let times_left = |name: &str| match name.contains(filter) {
+            let is_wanted =
+                |name: &str| name.contains(filter) && test_run::needs_two_hosts(name) == *two_hosts;
+            let times_left = |name: &str| match is_wanted(name) {
                 true => times.saturating_sub(done.iter().filter(|ran| *ran == name).count() as u32),
                 false => 0,
             };

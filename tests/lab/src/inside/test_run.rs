@@ -16,6 +16,8 @@ use crate::tool;
 
 /// Tests that need a KVM live in the module of this name.
 pub(crate) const PREFIX: &str = "nested::";
+/// Those of them that need a second host.
+const TWO_HOSTS_PREFIX: &str = "nested::network::overlay::";
 /// Several boots of an emulated guest on a busy machine.
 const TEST_LIMIT: Duration = Duration::from_secs(240);
 /// For tests marked `#[ignore]`, the long tier.
@@ -31,6 +33,11 @@ const EMULATION_FAILED: &str =
 
 /// In one run.
 const MAX_REPETITIONS: u32 = 3;
+
+/// Whether a test needs a neighbour.
+pub(crate) fn needs_two_hosts(name: &str) -> bool {
+    name.starts_with(TWO_HOSTS_PREFIX)
+}
 
 /// Runs each test `times_left` times or until it fails; the long ones only if asked.
 pub(super) fn run(

@@ -47,6 +47,7 @@ pub(crate) fn main() -> ! {
 }
 
 fn set_up() -> Result<()> {
+    leave_rootfs()?;
     mount_on("devtmpfs", "/dev")?;
     mount_on("proc", "/proc")?;
     mount_on("sysfs", "/sys")?;
@@ -67,6 +68,18 @@ fn set_up() -> Result<()> {
         "kvm-amd did not bring up /dev/kvm; see its console"
     );
     Ok(())
+}
+
+/// Makes the root a mount like others: a process cannot confine itself by `pivot_root` while its root is
+/// the kernel's first one.
+fn leave_rootfs() -> Result<()> {
+    const STEP: &str = "/mnt";
+    let none = None::<&str>;
+    mount(Some("/"), STEP, none, MsFlags::MS_BIND, none)
+        .and_then(|()| nix::unistd::chdir(STEP))
+        .and_then(|()| mount(Some("."), "/", none, MsFlags::MS_MOVE, none))
+        .and_then(|()| nix::unistd::chroot("."))
+        .context("cannot leave the initial root")
 }
 
 fn mount_on(kind: &str, dir: &str) -> Result<()> {

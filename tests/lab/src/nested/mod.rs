@@ -42,6 +42,36 @@ pub(crate) struct Options {
     pub(crate) files: Vec<(PathBuf, String)>,
     /// Of the log in `target/lab/logs`.
     pub(crate) log_name: String,
+    /// To another nested host.
+    pub(crate) cable: Option<Cable>,
+}
+
+/// One end of a cable between two nested hosts: eth0 of each. What is sent while the other one is off
+/// is lost, as it should be.
+#[derive(Clone, Debug)]
+pub(crate) struct Cable {
+    pub(crate) own_socket: PathBuf,
+    pub(crate) other_socket: PathBuf,
+    pub(crate) mac: &'static str,
+}
+
+impl Cable {
+    /// Both ends, with their sockets in `dir`.
+    pub(crate) fn pair(dir: &Path) -> [Self; 2] {
+        let [first, second] = ["cable-1", "cable-2"].map(|name| dir.join(name));
+        [
+            Self {
+                own_socket: first.clone(),
+                other_socket: second.clone(),
+                mac: "52:54:00:00:00:01",
+            },
+            Self {
+                own_socket: second,
+                other_socket: first,
+                mac: "52:54:00:00:00:02",
+            },
+        ]
+    }
 }
 
 /// Boots a nested host, runs the job and hands each event to `on_event`; returns the job's exit
@@ -64,7 +94,7 @@ pub(crate) fn run(
     let socket = socket_dir.0.join("events");
     let listener = UnixListener::bind(&socket)
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
-    let mut machine = Machine::start(artifacts, options, &initrd, &socket)?;
+    let mut machine = Machine::start(artifacts, options, &initrd, Some(&socket))?;
     let console = machine.console(&log, options.show_console)?;
     let deadline = Instant::now() + options.timeout;
     let outcome = follow(listener, &mut machine, deadline, &mut on_event);
@@ -110,6 +140,42 @@ fn shows_panic(console: &Path) -> bool {
     })
 }
 
+/// A second nested host, with a job that does not end; it ends when dropped.
+pub(crate) struct Neighbour {
+    machine: Option<Machine>,
+    console: Option<thread::JoinHandle<()>>,
+    _run_dir: RunDir,
+}
+
+impl Neighbour {
+    /// Boots it, without waiting for anything.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub(crate) fn start(artifacts: &Artifacts, options: &Options, job: &Job) -> Result<Self> {
+        let run_dir = RunDir::create()?;
+        let initrd = run_dir.0.join("initrd.cpio");
+        initramfs::nested_host(&initrd, artifacts, &options.tools, &options.files, job)?;
+        let log = workspace::lab_subdir("logs")?.join(format!("{}.log", options.log_name));
+        let mut machine = Machine::start(artifacts, options, &initrd, None)?;
+        let console = machine.console(&log, options.show_console)?;
+        Ok(Self {
+            machine: Some(machine),
+            console: Some(console),
+            _run_dir: run_dir,
+        })
+    }
+}
+
+impl Drop for Neighbour {
+    fn drop(&mut self) {
+        drop(self.machine.take());
+        if let Some(console) = self.console.take() {
+            let _ = console.join();
+        }
+    }
+}
+
 fn follow(
     listener: UnixListener,
     machine: &mut Machine,
@@ -151,6 +217,21 @@ fn follow(
     }
 }
 
+impl Cable {
+    fn args(&self) -> [String; 4] {
+        [
+            "-netdev".to_owned(),
+            format!(
+                "dgram,id=cable,local.type=unix,local.path={},remote.type=unix,remote.path={}",
+                self.own_socket.display(),
+                self.other_socket.display()
+            ),
+            "-device".to_owned(),
+            format!("virtio-net-pci,netdev=cable,mac={},romfile=", self.mac),
+        ]
+    }
+}
+
 /// A running QEMU; killed on drop.
 struct Machine(Child);
 
@@ -159,7 +240,7 @@ impl Machine {
         artifacts: &Artifacts,
         options: &Options,
         initrd: &Path,
-        socket: &Path,
+        events: Option<&Path>,
     ) -> Result<Self> {
         let mut command = artifacts.qemu.command();
         // The ELF kernel boots by PVH and spares the emulator the decompressor.
@@ -188,8 +269,12 @@ impl Machine {
             ])
             .args(["-serial", "stdio"])
             .arg("-chardev")
-            .arg(format!("socket,id=events,path={}", socket.display()))
+            .arg(match events {
+                Some(socket) => format!("socket,id=events,path={}", socket.display()),
+                None => "null,id=events".to_owned(),
+            })
             .args(["-serial", "chardev:events"])
+            .args(options.cable.iter().flat_map(Cable::args))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());

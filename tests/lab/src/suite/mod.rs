@@ -14,7 +14,7 @@ use clap::Args;
 
 use crate::artifacts::Program;
 use crate::initramfs::Tool;
-use crate::inside::test_run::PREFIX;
+use crate::inside::test_run::{PREFIX, needs_two_hosts};
 use crate::job::{Event, Job, Outcome, TestResult};
 use crate::kvm::Ground;
 use crate::progress::step;
@@ -55,13 +55,16 @@ impl Suite {
             complete &= success || count.failed > 0;
             total.add(&count);
         }
-        if on_kvm.wanted > 0 {
-            let (count, result) = self.on_kvm(&kit, &on_kvm);
+        for (two_hosts, wanted) in [(false, on_kvm.wanted), (true, on_kvm.wanted_of_two_hosts)] {
+            if wanted == 0 {
+                continue;
+            }
+            let (count, result) = self.on_kvm(&kit, &on_kvm, two_hosts);
             total.add(&count);
             if let Err(error) = result {
                 eprintln!("lab: error: {error:#}");
                 // What did not run cannot have passed.
-                let wanted = on_kvm.wanted * u64::from(self.repeat);
+                let wanted = wanted * u64::from(self.repeat);
                 total.failed += wanted.saturating_sub(count.sum()).max(1);
             }
         }
@@ -90,14 +93,15 @@ impl Suite {
             .filter_map(|line| line.strip_suffix(": test"))
             .filter(|name| name.starts_with(PREFIX))
             .collect();
-        let wanted = names
+        let (two_hosts, one_host): (Vec<&str>, Vec<&str>) = names
             .iter()
             .filter(|name| name.contains(self.filter()))
-            .count();
+            .partition(|name| needs_two_hosts(name));
         Ok(OnKvm {
             binary,
             all: names.len() as u64,
-            wanted: wanted as u64,
+            wanted: one_host.len() as u64,
+            wanted_of_two_hosts: two_hosts.len() as u64,
         })
     }
 
@@ -144,15 +148,18 @@ impl Suite {
         Ok((count, success))
     }
 
-    fn on_kvm(&self, kit: &Kit, tests: &OnKvm) -> (Count, Result<()>) {
-        let ground = Ground::choose(self.nested);
+    fn on_kvm(&self, kit: &Kit, tests: &OnKvm, two_hosts: bool) -> (Count, Result<()>) {
+        let ground = match two_hosts {
+            true => Ground::Nested("they need two hosts".to_owned()),
+            false => Ground::choose(self.nested),
+        };
         match &ground {
             Ground::Direct => step("tests on hardware KVM"),
             Ground::Nested(why) => step(format_args!("tests in a nested host: {why}")),
         }
         let mut count = Count::default();
         let done = RefCell::new(Vec::new());
-        let result = self.kvm_run(&ground, tests).and_then(|run| {
+        let result = self.kvm_run(&ground, tests, two_hosts).and_then(|run| {
             let make = |site| Job::Tests {
                 site,
                 binary: if ground == Ground::Direct {
@@ -161,6 +168,7 @@ impl Suite {
                     "/usr/bin/it".into()
                 },
                 filter: self.filter().to_owned(),
+                two_hosts,
                 long: self.all,
                 times: self.repeat,
                 done: done.borrow().clone(),
@@ -178,7 +186,7 @@ impl Suite {
         (count, result.map(drop))
     }
 
-    fn kvm_run<'a>(&self, ground: &'a Ground, tests: &OnKvm) -> Result<Run<'a>> {
+    fn kvm_run<'a>(&self, ground: &'a Ground, tests: &OnKvm, two_hosts: bool) -> Result<Run<'a>> {
         let file = workspace::stripped(&tests.binary)?;
         let program = Program {
             file,
@@ -192,10 +200,11 @@ impl Suite {
                 program,
             }],
             third_parties: true,
-            memory_mib: 6144,
+            memory_mib: if two_hosts { 3072 } else { 6144 },
             timeout: Duration::from_secs(hours * 3600 / 2),
             show_console: self.verbose,
-            log_name: "test",
+            log_name: if two_hosts { "test-two-hosts" } else { "test" },
+            neighbour: two_hosts,
         })
     }
 }
@@ -204,7 +213,9 @@ impl Suite {
 struct OnKvm {
     binary: PathBuf,
     all: u64,
+    /// Of one host.
     wanted: u64,
+    wanted_of_two_hosts: u64,
 }
 
 fn print_result(result: &TestResult) {

@@ -27,6 +27,11 @@ impl Fleet {
         Self::start_with(vec!["--standalone".to_owned()])
     }
 
+    /// A controller here that manages another machine, whose node agent listens there.
+    pub(super) fn start_at(agent: &str) -> Fleet {
+        Self::start_with(vec!["--node".to_owned(), agent.to_owned()])
+    }
+
     /// A controller with these options.
     pub(super) fn start_with(options: Vec<String>) -> Fleet {
         let dir = tempfile::tempdir().expect("a folder");
@@ -72,9 +77,8 @@ impl Fleet {
     /// Attaches to a VM's console, from its beginning; prints it to a file.
     pub(super) fn console_of(&self, vm: &str, log: &Path) -> (Child, ChildStdin) {
         let output = std::fs::File::create(log).expect("a log");
-        let mut vmctl = Command::new(site::program("vmctl"))
-            .args(["--endpoint", &format!("http://127.0.0.1:{}", self.port)])
-            .args(["vm", "console", vm])
+        let mut vmctl = self
+            .command(&["vm", "console", vm])
             .stdin(Stdio::piped())
             .stdout(output)
             .spawn()
@@ -91,11 +95,16 @@ impl Fleet {
     }
 
     pub(super) fn vmctl(&self, arguments: &[&str]) -> Output {
-        Command::new(site::program("vmctl"))
+        self.command(arguments).output().expect("vmctl runs")
+    }
+
+    /// `vmctl`, to be started by the caller.
+    pub(super) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(site::program("vmctl"));
+        command
             .args(["--endpoint", &format!("http://127.0.0.1:{}", self.port)])
-            .args(arguments)
-            .output()
-            .expect("vmctl runs")
+            .args(arguments);
+        command
     }
 
     pub(super) fn done(&self, arguments: &[&str]) -> String {
@@ -197,6 +206,12 @@ impl Fleet {
         self.phase_of("web")
     }
 
+    pub(super) fn wait_until_stopped(&self, vm: &str) {
+        wait_until("the guest's shutdown", || {
+            self.phase_of(vm).ends_with("stopped")
+        });
+    }
+
     /// The same of a VM of another name.
     pub(super) fn phase_of(&self, vm: &str) -> String {
         let vm = self.json(&["vm", "show", vm]);
@@ -287,8 +302,12 @@ pub(super) fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
     }
 }
 
-pub(super) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+pub(super) fn wait_until(what: &str, condition: impl FnMut() -> bool) {
+    wait_until_within(what, Duration::from_secs(60), condition);
+}
+
+pub(super) fn wait_until_within(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + limit;
     while !condition() {
         assert!(Instant::now() < deadline, "waited for {what}");
         std::thread::sleep(Duration::from_millis(50));
