@@ -115,6 +115,8 @@ fn device_name(
 
 #[cfg(test)]
 mod tests {
+    use tonic_types::StatusExt;
+
     use super::*;
 
     fn policy(action: pb::OutageAction, error_after_ms: u32) -> pb::OutagePolicy {
@@ -160,10 +162,13 @@ mod tests {
             .into_iter(),
         );
         let status = found.into_result().unwrap_err();
-        let message = status.message();
-        for wrong in ["[1].device", "[2].device", "[3].action"] {
-            assert!(message.contains(wrong), "{wrong}: {message}");
-        }
-        assert!(!message.contains("[0]"), "{message}");
+        let bad = status.get_details_bad_request().expect("details");
+        let fields: Vec<&str> = bad
+            .field_violations
+            .iter()
+            .map(|v| v.field.as_str())
+            .collect();
+        let of = |field| format!("vm.spec.outage_policies{field}");
+        assert_eq!(fields, ["[1].device", "[2].device", "[3].action"].map(of));
     }
 }

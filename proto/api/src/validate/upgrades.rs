@@ -107,6 +107,8 @@ fn target(name: &str) -> Option<UpgradeTarget> {
 
 #[cfg(test)]
 mod tests {
+    use tonic_types::StatusExt;
+
     use super::*;
 
     fn request(target: &str) -> pb::UpgradeDevicesRequest {
@@ -147,9 +149,23 @@ mod tests {
         wrong.binary = "device-blk".into();
         wrong.program = "vmm-core".into();
         let refused = upgrade_devices_request(&wrong).unwrap_err();
-        for part in ["binary", "absolute", "program", "device-net"] {
-            assert!(refused.message().contains(part), "{part}: {refused}");
-        }
+        let bad = refused.get_details_bad_request().expect("details");
+        let said: Vec<String> = bad
+            .field_violations
+            .iter()
+            .map(|violation| format!("{}: {}", violation.field, violation.description))
+            .collect();
+        let [binary, program] = &said[..] else {
+            panic!("{said:?}");
+        };
+        assert!(
+            binary.starts_with("binary: ") && binary.contains("absolute"),
+            "{binary}"
+        );
+        assert!(
+            program.starts_with("program: ") && program.contains("device-net"),
+            "{program}"
+        );
     }
 
     #[test]
