@@ -367,7 +367,7 @@ async fn version_that_turns_frontends_away_is_rolled_back() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn device_net_is_exchanged_under_a_real_machine() {
     let mut agent = Agent::start().await;
-    let mut vm = spec("tapped", &guest::sleeper(agent.path()));
+    let mut vm = spec("exchanged", &guest::sleeper(agent.path()));
     vm.disks = vec![disk("root", &agent.image("root.raw"))];
     if may_make_taps() {
         vm.nics = vec![NicSpec {
@@ -394,7 +394,7 @@ async fn device_net_is_exchanged_under_a_real_machine() {
     assert_eq!(job.state(), JobState::Done, "{}", job.error);
     println!("{:?}", job.findings);
     let after = agent
-        .until("tapped", "connected again", |status| {
+        .until("exchanged", "connected again", |status| {
             let mut devices = status.devices.iter();
             devices.all(|device| device.connected && device.incarnations == 2)
         })
