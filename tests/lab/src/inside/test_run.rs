@@ -27,12 +27,12 @@ const OUTPUT_LEN: u64 = 16 << 10;
 
 /// Emulated SVM loses a processor's state at a switch between worlds now and then: the nested
 /// host's kernel dies of it (see [`crate::nested::HostPanic`]), or a guest does, at any time and
-/// without a word. What is our own doing happens again, so a test may have one other try.
+/// without a word. What is our own doing happens again, so a test may have other tries.
 const EMULATION_FAILED: &str =
     "a guest ran into a triple fault, as guests of emulated SVM do now and then";
 
-/// In one run.
-const MAX_REPETITIONS: u32 = 3;
+/// In one boot of the nested host.
+const MAX_REPETITIONS: u32 = 6;
 
 /// Whether a test needs a neighbour.
 pub(crate) fn needs_two_hosts(name: &str) -> bool {
@@ -69,18 +69,17 @@ pub(super) fn run(
             }
         } else {
             let limit = if is_long { LONG_TEST_LIMIT } else { TEST_LIMIT };
-            let result = run_one(site, binary, name, limit)?;
-            if result.outcome == Outcome::Failed
+            let mut result = run_one(site, binary, name, limit)?;
+            while result.outcome == Outcome::Failed
                 && repetitions_left > 0
                 && emulation_failed(&result.output)
             {
                 repetitions_left -= 1;
                 let text = format!("{name}: {EMULATION_FAILED}; it runs once more");
                 events.send(&Event::Step { text });
-                run_one(site, binary, name, limit)?
-            } else {
-                result
+                result = run_one(site, binary, name, limit)?;
             }
+            result
         };
         if result.outcome == Outcome::Failed {
             failing = Some(name);
