@@ -152,7 +152,7 @@ pub(super) fn take_apart(fleet: &Fleet, guests: &mut [Guest], network: &str) {
     }
     fleet.done(&["network", "delete", network]);
     let tables = super::output_of("nft", &["list", "tables"]);
-    assert!(!tables.contains("mortise"), "{tables}");
+    assert!(!tables.contains(&format!("mortise-{network}")), "{tables}");
     let links = super::output_of("ip", &["-o", "link"]);
-    assert!(!links.contains("mb-"), "{links}");
+    assert!(!links.contains(&format!("mb-{network}")), "{links}");
 }
