@@ -6,8 +6,8 @@ mod turning_away;
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
 
 use api::node::{
-    CancelJobRequest, Job, JobState, ListJobsRequest, NicSpec, ProcessStatus, StartJobRequest,
-    UpgradeDaemons, VmSpec, start_job_request::Work,
+    CancelJobRequest, Job, JobState, ListJobsRequest, NicSpec, Power, ProcessStatus,
+    StartJobRequest, UpgradeDaemons, VmPhase, VmSpec, start_job_request::Work,
 };
 use nix::sys::signal::Signal;
 use recovery::guest::{Guest, Habits, verify_image};
@@ -405,6 +405,13 @@ async fn device_net_is_exchanged_under_a_real_machine() {
         assert_ne!(pid(&after, &daemon.name), daemon.pid as i32);
         assert!(!is_alive(daemon.pid as i32), "{} has ended", daemon.name);
     }
+    // Its tap goes with it.
+    agent.power(&mut vm, Power::OffNow).await;
+    agent
+        .until("exchanged", "stopped", |status| {
+            status.phase() == VmPhase::Stopped
+        })
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
