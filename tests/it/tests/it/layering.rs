@@ -12,7 +12,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("api", &["faults"]),
     ("vhost-user", &["faults"]),
     ("sandbox", &[]),
-    ("vmm-core", &["api", "faults", "sandbox", "vhost-user"]),
+    ("vmm-core", &["api", "sandbox", "vhost-user"]),
     (
         "device-blk",
         &[
