@@ -384,14 +384,21 @@ impl Driver {
             .free_pages
             .pop_front()
             .expect("a page for each request");
-        let block = self.random.below(self.ledger.blocks());
+        let blocks = self.ledger.blocks();
+        let block = self.random.below(blocks);
         let mut content = [0; BLOCK_LEN];
         let wants_write = self.random.below(100) < self.habits.writes_percent;
-        let write = wants_write.then(|| self.ledger.begin_write(block, &mut content));
-        match write.flatten() {
+        // The next block that is not being written already.
+        let mut steps = 0..if wants_write { blocks } else { 0 };
+        let write = steps.find_map(|step| {
+            let block = (block + step) % blocks;
+            self.ledger.begin_write(block, &mut content)
+        });
+        match write {
             Some(write) => {
                 self.memory.write(page, &content);
-                self.rings[index].write(block, page, &self.memory, Kind::Write(write, page));
+                let kind = Kind::Write(write, page);
+                self.rings[index].write(write.block, page, &self.memory, kind);
             }
             None => {
                 // What a read that does nothing leaves is no block.

@@ -1,6 +1,6 @@
 //! A device daemon of a VM: which devices it serves, and how one incarnation of it comes up.
 //!
-//! Each incarnation gets the same listening sockets but freshly opened images and taps: a lock on
+//! Each incarnation gets the same listening sockets and taps but freshly opened images: a lock on
 //! an image belongs to an open file, so it tells when the last request of the killed incarnation
 //! is over.
 
@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     ffi::OsString,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd},
         unix::net::UnixListener,
     },
     path::{Path, PathBuf},
@@ -41,7 +41,7 @@ use crate::{
     process::{Guard, ProcessError},
     record::DaemonKind,
     spec::{Disk, DiskSource, Nic, NicTuning, Spec, UserNetwork},
-    tap::{self, TapError},
+    tap::{self, KeptTaps, TapError},
     versions::Pinned,
     volumes::Pool,
 };
@@ -66,6 +66,7 @@ pub(super) struct Plan {
     networks: Networks,
     vm: String,
     pub(super) devices: Vec<DevicePlan>,
+    taps: KeptTaps,
     stand_in: StandIn,
     knobs: Knobs,
 }
@@ -287,6 +288,7 @@ pub(super) fn plans(
         networks: networks.clone(),
         vm: spec.id.clone(),
         devices,
+        taps: KeptTaps::default(),
         stand_in: StandIn::default(),
         knobs: Knobs::default(),
     })
@@ -533,6 +535,7 @@ impl Plan {
         let (program, fd_socket) = (self.kind.program(), fd_socket.to_owned());
         let volumes = self.volumes.clone();
         let (networks, vm) = (self.networks.clone(), self.vm.clone());
+        let taps = self.taps.clone();
         let name = device.name.clone();
         let sending = tokio::task::spawn_blocking(move || {
             let send = |fd: BorrowedFd<'_>| {
@@ -570,7 +573,11 @@ impl Plan {
                         }),
                         false => policy,
                     };
-                    let queues = open_tap(&device.name, name, *queue_pairs)?;
+                    let queues = taps.open(name, *queue_pairs);
+                    let queues = queues.map_err(|source| DaemonError::Tap {
+                        nic: device.name.clone(),
+                        source,
+                    })?;
                     let sent: Result<Vec<FdRef>, DaemonError> =
                         queues.iter().map(|queue| send(queue.as_fd())).collect();
                     attach_request::Device::Net(NetConfig {
@@ -616,13 +623,6 @@ pub(super) async fn metrics(dir: &Path, kind: DaemonKind) -> Option<String> {
         )
     };
     tokio::time::timeout(METRICS_DEADLINE, asking).await.ok()?
-}
-
-fn open_tap(nic: &str, name: &str, queue_pairs: u32) -> Result<Vec<OwnedFd>, DaemonError> {
-    tap::open(name, queue_pairs).map_err(|source| DaemonError::Tap {
-        nic: nic.to_owned(),
-        source,
-    })
 }
 
 pub(crate) fn with_deadline<T>(message: T, deadline: Duration) -> tonic::Request<T> {
