@@ -210,7 +210,10 @@ impl Guests {
     }
 
     fn connect(&self, bay: &Bay, name: &str, rig: Rig, sockets: &[PathBuf]) -> Result<Rig> {
-        let frontend = bay.frontend(&format!("{name}-front"), sockets, &self.options)?;
+        // As many buffers are in rings whatever the number of ports, for the caches' sake.
+        let queue_size = (2 * serving::QUEUE_SIZE / self.ports).min(serving::QUEUE_SIZE);
+        let name = format!("{name}-front");
+        let frontend = bay.frontend_with(&name, sockets, queue_size, &[], &self.options)?;
         let mut rig = Rig {
             frontend: Some(frontend),
             ..rig
