@@ -104,6 +104,13 @@ impl Rig {
         Ok(())
     }
 
+    /// Lets it run for a while without counting.
+    pub(super) fn rehearse(&self, time: Duration) -> Result<()> {
+        let _running = self.run()?;
+        thread::sleep(time);
+        interrupt::check()
+    }
+
     /// Lets it run for a while.
     pub(super) fn measure(&self, effort: &Effort) -> Result<Sample> {
         let _running = self.run()?;

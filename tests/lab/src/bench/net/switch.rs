@@ -67,17 +67,19 @@ fn rows(len: usize, has_target: bool) -> Vec<RowSpec> {
         },
         false => Verdict::Info,
     };
-    let mut rows = vec![row(case.clone(), OURS, target(OVS_TARGET, OVS_HAIRPIN))];
-    if has_target {
-        for peer in [VHOST_PMD, VHOST_PMD_BACK] {
-            rows.push(row(
-                format!("{case}/beside-{peer}"),
-                OURS,
-                target(VHOST_PMD_TARGET, peer),
-            ));
+    let mut rows = Vec::new();
+    for (case, ours) in [(case.clone(), OURS), (format!("{case}/polling"), POLLING)] {
+        rows.push(row(case.clone(), ours, target(OVS_TARGET, OVS_HAIRPIN)));
+        if has_target {
+            for peer in [VHOST_PMD, VHOST_PMD_BACK] {
+                rows.push(row(
+                    format!("{case}/beside-{peer}"),
+                    ours,
+                    target(VHOST_PMD_TARGET, peer),
+                ));
+            }
         }
     }
-    rows.push(row(format!("{case}/polling"), POLLING, Verdict::Info));
     rows.push(RowSpec {
         unit: "CPU s per million packets",
         better: Better::Lower,
