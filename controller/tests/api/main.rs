@@ -9,6 +9,7 @@ mod faults;
 #[path = "../../node-agent/tests/processes/guest.rs"]
 mod guest;
 mod harness;
+mod kill_orders;
 mod networks;
 mod operations;
 mod simulated;
