@@ -202,7 +202,12 @@ pub fn flood(interface: &str, load: Load, course: Course) -> io::Result<()> {
             )
         };
         match check(sent) {
-            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                if course.count.is_some() {
+                    // As many as there is room for.
+                    break;
+                }
+            }
             // Until the daemon has brought it up.
             Err(error) if error.raw_os_error() == Some(libc::ENETDOWN) => thread::yield_now(),
             other => {

@@ -103,7 +103,7 @@ fn sending(bay: &Bay) -> Result<Rig> {
     let options = [
         "--forward-mode=csum",
         "--mbuf-size=65535",
-        "--total-num-mbufs=1024",
+        "--total-num-mbufs=2048",
         "--mbcache=64",
         "--burst=8",
     ];
@@ -157,7 +157,14 @@ fn receiving(bay: &Bay) -> Result<Rig> {
     let frontend = bay.frontend("rx64k-front", &sockets, &options)?;
     // The tap passes segments on whole once the driver has said that it takes them.
     frontend.await_ports(1)?;
-    let sender = ["flood", "--interface", "rx64k", "--segments", "--pause", PAUSE];
+    let sender = [
+        "flood",
+        "--interface",
+        "rx64k",
+        "--segments",
+        "--pause",
+        PAUSE,
+    ];
     let sender = bay.load("sender-rx64k", bay.cpus.frontend, &sender)?;
     turns::make_short(frontend.process.pid(), FRONTEND_NICE)?;
     turns::make_short(sender.pid(), 0)?;

@@ -25,8 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) const QUEUE_SIZE: usize = 1024;
 /// Buffers of a backend.
 const BACKEND_BUFFERS: usize = 32_768;
-/// Buffers of a frontend, beside those in its rings: what DPDK's cores keep at hand, and some.
-const SPARE_BUFFERS: usize = 3072;
+/// Buffers of a frontend, beside those in its rings: what DPDK's core keeps at hand. All together must be in fewer
+/// pages than a CPU has in its TLB, for those that are given back may go round through all of them.
+const SPARE_BUFFERS: usize = 1024;
 
 /// What contenders are made with.
 pub(super) struct Bay<'a> {
@@ -157,15 +158,7 @@ impl Bay<'_> {
         // What is said last holds.
         let options: Vec<String> = own.iter().chain(options).cloned().collect();
         let dir = self.ground.run_dir();
-        Testpmd::start(
-            &self.dpdk,
-            dir,
-            name,
-            cores,
-            &devices,
-            &options,
-            Vec::new(),
-        )
+        Testpmd::start(&self.dpdk, dir, name, cores, &devices, &options, Vec::new())
     }
 
     /// A part of the load program, on the daemon's CPU or the frontend's.
@@ -178,7 +171,10 @@ impl Bay<'_> {
     /// A part of the load program that ends by itself, on the daemon's CPU.
     pub(super) fn load_once(&self, args: &[&str]) -> Result<()> {
         let mut command = self.pinned(self.ground.load_program(), self.cpus.daemon);
-        command.args(args).stdin(Stdio::null()).stderr(Stdio::piped());
+        command
+            .args(args)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped());
         let mut load = Guarded::spawn(&mut command)?;
         let status = child::poll("the end of the load", PATIENCE, || {
             interrupt::check()?;
