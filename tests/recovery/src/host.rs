@@ -221,7 +221,7 @@ impl Host {
         }));
         match detached {
             Ok(_) => Ok(()),
-            Err(status) => bail!("detach: {}; {}", status.message(), serving.last_words()),
+            Err(status) => bail!("detach: {}; {}", status.message(), serving.log()),
         }
     }
 
