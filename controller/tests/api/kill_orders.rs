@@ -480,7 +480,7 @@ impl Scene {
         });
         assert_eq!(
             sockets_below(&self.dir.path().join("r")),
-            [PathBuf::new(); 0]
+            Vec::<PathBuf>::new()
         );
     }
 

@@ -105,7 +105,9 @@ impl Client {
     pub(crate) fn share_more(&mut self, more: &MoreMemory) {
         let address = more.0.mapping.as_ptr().as_ptr() as usize;
         let file = more.0.file.as_raw_fd();
-        let shared = self.transport.map_mem_region(address, BUFFER_BYTES, file, 0);
+        let shared = self
+            .transport
+            .map_mem_region(address, BUFFER_BYTES, file, 0);
         shared.unwrap();
     }
 

@@ -9,8 +9,9 @@ use api::device::{
     ArmFaultsRequest, BadDescriptorFault, CorruptFault, CrashFault, DisarmFaultsRequest,
     DisconnectFault, DropFault, ErrorFault, FaultArming, FaultArmingState, FaultOp, FaultRule,
     FaultSelector, FaultTrigger, HangFault, LateReplyFault, LatencyFault, ListFaultsRequest,
-    LostCallFault, LostInflightFault, LostKickFault, MemoryRaceFault, MisdirectFault, OutOfOrderFault, PauseFault,
-    RefuseFeaturesFault, ReorderFault, ShortFault, TornEnd, TornFault, UsedStallFault,
+    LostCallFault, LostInflightFault, LostKickFault, MemoryRaceFault, MisdirectFault,
+    OutOfOrderFault, PauseFault, RefuseFeaturesFault, ReorderFault, ShortFault, TornEnd, TornFault,
+    UsedStallFault,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
