@@ -1,13 +1,9 @@
 //! Fault campaigns on a VM whose guest verifies every block: those in the box, each with the verdict of a
 //! sound system, one on the VM's masters, and one that shows nothing.
 
-use std::io::Write;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::Duration;
 
-use guest::plan::{ENOUGH, End, Job, Plan};
+use guest::plan::{End, Job, Plan};
 use serde_json::Value;
 
 use super::fleet::{Fleet, wait_until};
@@ -16,16 +12,15 @@ use crate::site;
 
 const SEED: u64 = 0xca3b;
 const LEN_BYTES: u64 = 4 << 20;
-const SETTLING: &str = "FAULT_EXPERIMENT_STATE_SETTLING";
 
-/// A guest that verifies its disk until it is told that it is enough.
-fn verifying() -> Plan {
+/// A guest that verifies its disk for so long.
+fn verifying(seconds: u64) -> Plan {
     Plan {
         jobs: vec![Job::Oracle {
             device: "vda".into(),
             seed: SEED,
             bytes: LEN_BYTES,
-            seconds: 1800,
+            seconds,
         }],
         end: End::Wait,
         ..Plan::default()
@@ -36,49 +31,15 @@ fn fleet_that_breaks_things() -> Fleet {
     Fleet::start_with(vec!["--standalone".into(), "--allow-faults".into()])
 }
 
-fn boot(fleet: &Fleet) {
+fn boot(fleet: &Fleet, seconds: u64) {
     fleet.done(&["volume", "create", "data", "--size", "16M"]);
-    fleet.create_vm(&verifying(), &["--disk", "volume=data,name=data"]);
+    fleet.create_vm(&verifying(seconds), &["--disk", "volume=data,name=data"]);
     fleet.done(&["vm", "start", "web"]);
     fleet.wait_for_console("\"job\":\"oracle\"");
 }
 
-/// Runs a campaign; its exit status and its report. The guest's verifier is told to come to its end when
-/// the faults are over: a guest's seconds are longer than others' on an emulated host.
+/// Runs a campaign; its exit status and its report.
 fn run(fleet: &Fleet, arguments: &[&str]) -> (Option<i32>, Value) {
-    let console = fleet.dir.path().join("console-of-run");
-    let (mut reader, mut input) = fleet.console_of("web", &console);
-    let is_over = AtomicBool::new(false);
-    let done = thread::scope(|scope| {
-        scope.spawn(|| {
-            while !is_over.load(Ordering::SeqCst) {
-                let list = fleet.vmctl(&["fault", "list", "-o", "json"]);
-                if String::from_utf8_lossy(&list.stdout).contains(SETTLING) {
-                    let _ = writeln!(input, "{ENOUGH}");
-                    break;
-                }
-                thread::sleep(Duration::from_millis(200));
-            }
-        });
-        let _over = Over(&is_over);
-        run_beside(fleet, arguments)
-    });
-    let _ = reader.kill();
-    let _ = reader.wait();
-    done
-}
-
-/// Says so when it is dropped, also by a panic.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-}
-
-/// The same, and the verifier goes on.
-fn run_beside(fleet: &Fleet, arguments: &[&str]) -> (Option<i32>, Value) {
     let output = fleet.vmctl(&[&["fault", "run"], arguments, &["-o", "json"]].concat());
     let text = String::from_utf8_lossy(&output.stdout);
     let report = serde_json::from_str(&text).unwrap_or_else(|error| {
@@ -119,13 +80,13 @@ fn verdict_of<'a>(report: &'a Value, check: &str) -> &'a Value {
 #[test]
 fn a_storm_passes_and_a_campaign_that_hits_nothing_does_not() {
     let fleet = fleet_that_breaks_things();
-    boot(&fleet);
+    boot(&fleet, 45);
 
     // No request ever touches the disk's last sectors.
     let nothing = "name: nothing\nduration: 1s\ntarget: {vm: web, device: data}\nfaults:\n  \
                    - {id: slow, kind: latency, delay: 1ms, target: {lba: 32760-32767}}\n";
     let nothing = campaign(&fleet, "nothing", nothing);
-    let (status, report) = run_beside(&fleet, &[&nothing]);
+    let (status, report) = run(&fleet, &[&nothing]);
     assert_eq!(status, Some(3), "{}", checks(&report));
     assert_eq!(hits(&report, "slow"), 0);
     assert_eq!(verdict_of(&report, "hits"), "FAULT_VERDICT_INCONCLUSIVE");
@@ -161,7 +122,7 @@ fn a_storm_passes_and_a_campaign_that_hits_nothing_does_not() {
 #[ignore = "long: half a minute of verified writes"]
 fn a_disk_that_lies_is_found_out() {
     let fleet = fleet_that_breaks_things();
-    boot(&fleet);
+    boot(&fleet, 25);
     let (status, report) = run(&fleet, &["lying-disk", "--vm=web", "--duration=10s"]);
     assert_eq!(status, Some(1), "{}", checks(&report));
     assert!(
@@ -211,7 +172,7 @@ fn everything_at_once_passes() {
 #[ignore = "long: half a minute of verified writes"]
 fn kills_of_the_agent_beside_those_of_a_daemon_pass() {
     let fleet = fleet_that_breaks_things();
-    boot(&fleet);
+    boot(&fleet, 40);
     let text = "name: masterless\nduration: 20s\nsettle: 60s\ntarget: {vm: web}\nfaults:\n  \
                 - {id: agent, kind: kill, target: {process: agent}, schedule: {after: 1s, every: 9s}}\n  \
                 - {id: daemon, kind: kill, schedule: {after: 6s, every: 9s}}\nprobes:\n  \
@@ -244,7 +205,7 @@ fn a_clock_that_jumps_disturbs_nobody() {
     );
     agent.wait_for_socket(&path("agent.sock"));
     let fleet = Fleet::start_with(vec!["--node".into(), address, "--allow-faults".into()]);
-    boot(&fleet);
+    boot(&fleet, 40);
     let text = "name: clocks\nduration: 20s\nsettle: 60s\ntarget: {vm: web}\nfaults:\n  \
                 - {id: ahead, kind: clock-step, offset: 1h, length: 6s, schedule: {after: 1s}}\n  \
                 - {id: kill, kind: kill, schedule: {after: 4s, every: 7s}}\nprobes:\n  \
@@ -260,7 +221,7 @@ fn a_clock_that_jumps_disturbs_nobody() {
 /// Runs a campaign that is in the box; each of these faults must hit.
 fn passes(campaign: &str, seconds: u64, faults: &[&str]) {
     let fleet = fleet_that_breaks_things();
-    boot(&fleet);
+    boot(&fleet, seconds + 12);
     let duration = format!("--duration={seconds}s");
     let (status, report) = run(&fleet, &[campaign, "--vm=web", &duration]);
     assert_eq!(
