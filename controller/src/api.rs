@@ -25,7 +25,7 @@ use crate::faults::Experiments;
 use crate::node::Node;
 use crate::plan::Observed;
 use crate::reconciler::with_source;
-use crate::store::{Listing, Range, SharedStore, StoreError};
+use crate::store::{SharedStore, StoreError};
 
 mod console;
 mod devices;
@@ -33,6 +33,7 @@ mod disks;
 mod events;
 mod faults;
 mod hosts;
+mod listing;
 mod mask;
 mod networks;
 mod nics;
@@ -81,34 +82,6 @@ impl Api {
 
     fn observed(&self) -> Arc<Observed> {
         self.node.observed().borrow().clone()
-    }
-
-    /// One page below `prefix`. The token is the last key of the page before.
-    async fn page(
-        &self,
-        prefix: &str,
-        size: u32,
-        token: &str,
-        reverse: bool,
-    ) -> Result<(Listing, String), Status> {
-        if !token.is_empty() && !token.starts_with(prefix) {
-            return Err(invalid_field(
-                "page_token",
-                "is not from an earlier page of this list",
-            ));
-        }
-        let range = Range {
-            prefix: prefix.to_owned(),
-            after: (!token.is_empty()).then(|| token.to_owned()),
-            limit: ::api::validate::page_size(size),
-            reverse,
-        };
-        let listing = self.store.list(range).await.map_err(store_status)?;
-        let next = match listing.items.last() {
-            Some(last) if listing.more => last.key.clone(),
-            _ => String::new(),
-        };
-        Ok((listing, next))
     }
 }
 

@@ -30,8 +30,8 @@ pub use disks::{DiskOnHost, complete_mirror, disk_job, find_disk, update_disk};
 pub use networks::{create_network, delete_network, get_network, update_network, visible_network};
 pub use nics::{find_nic, update_nic};
 pub use security_groups::{
-    create_security_group, delete_security_group, get_security_group, update_security_group,
-    visible_security_group,
+    create_security_group, delete_security_group, get_security_group, members_of_groups,
+    security_group_with, update_security_group, visible_security_group,
 };
 pub use upgrades::upgrade_devices;
 pub(crate) use vms::phase_word;

@@ -20,5 +20,6 @@ pub mod model;
 pub mod node;
 pub mod options;
 pub mod plan;
+pub mod query;
 pub mod reconciler;
 pub mod store;

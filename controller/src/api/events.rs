@@ -24,24 +24,16 @@ impl Events for Api {
         request: Request<ListEventsRequest>,
     ) -> Result<Response<ListEventsResponse>, Status> {
         let request = request.into_inner();
-        let (listing, next_page_token) = self
-            .page(
-                prefix::EVENTS,
-                request.page_size,
-                &request.page_token,
-                false,
-            )
+        let page = self
+            .list("Event", (prefix::EVENTS, false), &request, |item| {
+                let event = event(item)?;
+                Ok(concerns(&event, &request.target).then_some(event))
+            })
             .await?;
-        let mut events = Vec::with_capacity(listing.items.len());
-        for item in &listing.items {
-            events.push(event(item)?);
-        }
-        events.retain(|event| concerns(event, &request.target));
-        let revision = listing.revision;
         Ok(Response::new(ListEventsResponse {
-            events,
-            next_page_token,
-            revision,
+            events: page.items,
+            next_page_token: page.next_page_token,
+            revision: page.revision,
         }))
     }
 

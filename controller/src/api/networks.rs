@@ -36,19 +36,19 @@ impl Networks for Api {
             Parent::All => prefix::NETWORKS.to_owned(),
             Parent::Project(project) => format!("{}{project}/", prefix::NETWORKS),
         };
-        let (listing, next_page_token) = self
-            .page(&prefix, request.page_size, &request.page_token, false)
-            .await?;
         let desired = reconciler::load(&self.store).await.map_err(store_status)?;
         let observed = self.observed();
-        let mut networks = Vec::with_capacity(listing.items.len());
-        for item in listing.items {
-            let record: NetworkRecord = decode(&item.key, &item.value).map_err(store_status)?;
-            networks.push(commands::visible_network(&record, &desired, &observed));
-        }
+        let page = self
+            .list("Network", (&prefix, false), &request, |item| {
+                let record: NetworkRecord = decode(&item.key, &item.value).map_err(store_status)?;
+                let network = commands::visible_network(&record, &desired, &observed);
+                Ok(Some(network))
+            })
+            .await?;
         Ok(Response::new(ListNetworksResponse {
-            networks,
-            next_page_token,
+            networks: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
     }
 

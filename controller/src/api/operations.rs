@@ -32,33 +32,26 @@ impl Operations for Api {
         request: Request<ListOperationsRequest>,
     ) -> Result<Response<ListOperationsResponse>, Status> {
         let request = request.into_inner();
-        let (listing, next_page_token) = self
-            .page(
-                prefix::OPERATIONS,
-                request.page_size,
-                &request.page_token,
-                true,
-            )
+        let page = self
+            .list("Operation", (prefix::OPERATIONS, true), &request, |item| {
+                let operation: Operation = decode(&item.key, &item.value).map_err(store_status)?;
+                let target = operation
+                    .metadata
+                    .as_ref()
+                    .map(|metadata| metadata.target.as_str());
+                let wanted = target.is_some_and(|target| {
+                    let rest = target.strip_prefix(&request.target);
+                    // A VM's disks are the VM's.
+                    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with("/disks/"))
+                });
+                let wanted = request.target.is_empty() || wanted;
+                Ok(wanted.then(|| self.with_progress(operation)))
+            })
             .await?;
-        let mut operations = Vec::with_capacity(listing.items.len());
-        for item in listing.items {
-            let operation: Operation = decode(&item.key, &item.value).map_err(store_status)?;
-            let target = operation
-                .metadata
-                .as_ref()
-                .map(|metadata| metadata.target.as_str());
-            let wanted = target.is_some_and(|target| {
-                let rest = target.strip_prefix(&request.target);
-                // A VM's disks are the VM's.
-                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with("/disks/"))
-            });
-            if request.target.is_empty() || wanted {
-                operations.push(self.with_progress(operation));
-            }
-        }
         Ok(Response::new(ListOperationsResponse {
-            operations,
-            next_page_token,
+            operations: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
     }
 

@@ -27,18 +27,17 @@ impl Vms for Api {
             Parent::All => prefix::VMS.to_owned(),
             Parent::Project(project) => format!("{}{project}/", prefix::VMS),
         };
-        let (listing, next_page_token) = self
-            .page(&prefix, request.page_size, &request.page_token, false)
-            .await?;
         let observed = self.observed();
-        let mut vms = Vec::with_capacity(listing.items.len());
-        for item in listing.items {
-            let record: VmRecord = decode(&item.key, &item.value).map_err(store_status)?;
-            vms.push(commands::visible_vm(&record, &observed));
-        }
+        let page = self
+            .list("Vm", (&prefix, false), &request, |item| {
+                let record: VmRecord = decode(&item.key, &item.value).map_err(store_status)?;
+                Ok(Some(commands::visible_vm(&record, &observed)))
+            })
+            .await?;
         Ok(Response::new(ListVmsResponse {
-            vms,
-            next_page_token,
+            vms: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
     }
 

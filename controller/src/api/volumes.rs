@@ -36,18 +36,17 @@ impl Volumes for Api {
             Parent::All => prefix::VOLUMES.to_owned(),
             Parent::Project(project) => format!("{}{project}/", prefix::VOLUMES),
         };
-        let (listing, next_page_token) = self
-            .page(&prefix, request.page_size, &request.page_token, false)
-            .await?;
         let observed = self.observed();
-        let mut volumes = Vec::with_capacity(listing.items.len());
-        for item in listing.items {
-            let record: VolumeRecord = decode(&item.key, &item.value).map_err(store_status)?;
-            volumes.push(commands::visible_volume(&record, &observed));
-        }
+        let page = self
+            .list("Volume", (&prefix, false), &request, |item| {
+                let record: VolumeRecord = decode(&item.key, &item.value).map_err(store_status)?;
+                Ok(Some(commands::visible_volume(&record, &observed)))
+            })
+            .await?;
         Ok(Response::new(ListVolumesResponse {
-            volumes,
-            next_page_token,
+            volumes: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
     }
 

@@ -72,8 +72,7 @@ async fn list(
         let request = pb::ListEventsRequest {
             page_size: super::PAGE_SIZE,
             page_token,
-            target: target.to_owned(),
-        };
+            target: target.to_owned(), ..Default::default() };
         let page = client
             .list_events(request)
             .await

@@ -352,8 +352,7 @@ async fn list(global: &Global, client: &mut Client, all_projects: bool) -> anyho
         let request = pb::ListFaultExperimentsRequest {
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
-            page_token,
-        };
+            page_token, ..Default::default() };
         let answer = client.list_fault_experiments(request).await;
         let answer = answer.map_err(client::failed)?.into_inner();
         experiments.extend(answer.experiments);

@@ -168,8 +168,7 @@ async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
         let request = pb::ListNetworksRequest {
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
-            page_token,
-        };
+            page_token, ..Default::default() };
         let answer = client
             .list_networks(request)
             .await

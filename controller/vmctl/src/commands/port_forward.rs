@@ -112,8 +112,7 @@ async fn list(global: &Global, channel: &Channel, all_projects: bool) -> anyhow:
         let request = pb::ListVmsRequest {
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
-            page_token,
-        };
+            page_token, ..Default::default() };
         let answer = client.list_vms(request).await.map_err(client::failed)?;
         let answer = answer.into_inner();
         for vm in answer.vms {

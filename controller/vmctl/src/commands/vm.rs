@@ -148,8 +148,7 @@ async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
         let request = pb::ListVmsRequest {
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
-            page_token,
-        };
+            page_token, ..Default::default() };
         let page = client
             .list_vms(request)
             .await

@@ -303,8 +303,7 @@ async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
         let request = pb::ListVolumesRequest {
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
-            page_token,
-        };
+            page_token, ..Default::default() };
         let page = client
             .list_volumes(request)
             .await
