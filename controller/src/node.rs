@@ -185,7 +185,10 @@ impl Node {
     /// What the agent answered.
     pub async fn apply_vm(&self, spec: VmSpec) -> Result<(), Status> {
         let mut client = self.client()?;
-        let request = ApplyVmRequest { spec: Some(spec) };
+        let request = ApplyVmRequest {
+            spec: Some(spec),
+            ..Default::default()
+        };
         call("ApplyVm", client.apply_vm(request)).await?;
         self.look().await
     }

@@ -619,6 +619,7 @@ pub(crate) mod tests {
     fn plain_spec_gets_its_defaults() {
         let request = api::node::ApplyVmRequest {
             spec: Some(api_spec("web")),
+            ..Default::default()
         };
         api::validate::apply_vm_request(&request).unwrap();
         let spec = Spec::from_validated(&api_spec("web"));

@@ -46,6 +46,10 @@ pub fn node_vm_spec(
             .iter()
             .map(node_outage_policy)
             .collect(),
+        // Both enumerations are the same.
+        restart_policy: spec.restart_policy,
+        autostart: spec.autostart,
+        autostart_order: spec.autostart_order,
     }
 }
 
@@ -97,6 +101,7 @@ fn node_disk(disk: pb::Disk, volume_node_id: impl Fn(&str) -> Option<String>) ->
             tls_file: nbd.tls_file,
             tls_hostname: nbd.tls_hostname,
         }),
+        generation: 0,
     }
 }
 

@@ -70,7 +70,10 @@ impl Agent {
 
     pub(crate) fn apply_vm(&mut self, spec: &VmSpec) {
         let spec = Some(spec.clone());
-        let call = self.client.apply_vm(ApplyVmRequest { spec });
+        let call = self.client.apply_vm(ApplyVmRequest {
+            spec,
+            ..Default::default()
+        });
         self.runtime.block_on(call).unwrap();
     }
 

@@ -152,6 +152,7 @@ impl Agent {
     pub(crate) async fn apply(&mut self, spec: &VmSpec) -> Result<VmStatus, Status> {
         let request = ApplyVmRequest {
             spec: Some(spec.clone()),
+            ..Default::default()
         };
         self.client
             .apply_vm(request)
