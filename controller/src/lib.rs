@@ -4,8 +4,9 @@
 //! ```text
 //! api        gRPC handlers: requests in, answers out
 //! commands   what users can ask for, as transactions on the store
-//! store      trait and embedded implementation; model: the records in it
+//! store      (a crate) where state is kept, for one controller or many; model: the records in it
 //! plan       pure: (wanted, seen) -> actions
+//! leader     (of store) which of several controllers acts, and what keeps the others from it
 //! reconciler the loop: load, look, plan, act
 //! faults     experiments: runs, what they saw, their verdicts
 //! node       the connection to a host's agent; agent: starts one in standalone mode
@@ -22,4 +23,7 @@ pub mod options;
 pub mod plan;
 pub mod query;
 pub mod reconciler;
-pub mod store;
+
+/// Records' home, and who leads: a crate of its own.
+pub use ::store;
+pub use ::store::leader;

@@ -1,0 +1,92 @@
+use super::super::conformance;
+use super::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn embedded_store_conforms() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut count = 0;
+    conformance::run_all(|| {
+        count += 1;
+        Arc::new(EmbeddedStore::open(&dir.path().join(format!("{count}.redb"))).unwrap())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn everything_survives_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s.redb");
+    let revision = {
+        let store = EmbeddedStore::open(&path).unwrap();
+        store
+            .commit(Transaction::new().put("a", b"1".to_vec()))
+            .await
+            .unwrap()
+    };
+    let store = EmbeddedStore::open(&path).unwrap();
+    assert_eq!(*store.revision().borrow(), revision);
+    assert_eq!(store.get("a").await.unwrap().unwrap().value, b"1");
+    let mut watch = store.watch("", 0).await.unwrap();
+    assert_eq!(watch.recv().await.unwrap().unwrap().key, "a");
+}
+
+#[tokio::test]
+async fn log_is_bounded_and_late_watchers_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EmbeddedStore::open_with_log(&dir.path().join("s.redb"), 3).unwrap();
+    for n in 0..5u8 {
+        store
+            .commit(Transaction::new().put("k", vec![n]))
+            .await
+            .unwrap();
+    }
+    let error = store.watch("", 1).await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            StoreError::Compacted {
+                after: 1,
+                oldest: 2
+            }
+        ),
+        "{error}"
+    );
+    let mut watch = store.watch("", 2).await.unwrap();
+    for n in 2..5u8 {
+        assert_eq!(watch.recv().await.unwrap().unwrap().value, Some(vec![n]));
+    }
+}
+
+#[tokio::test]
+async fn second_opener_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s.redb");
+    let _first = EmbeddedStore::open(&path).unwrap();
+    assert!(EmbeddedStore::open(&path).is_err());
+}
+
+#[tokio::test]
+async fn store_in_memory_conforms() {
+    conformance::run_all(|| Arc::new(EmbeddedStore::in_memory())).await;
+}
+
+#[tokio::test]
+async fn leases_have_their_time_again_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s.redb");
+    let store = EmbeddedStore::open(&path).unwrap();
+    let lease = store.grant(Duration::from_secs(1)).await.unwrap();
+    let leased = Transaction::new().put_leased("a", vec![1], lease);
+    store.commit(leased).await.unwrap();
+    drop(store);
+    let store = EmbeddedStore::open(&path).unwrap();
+    store.keep_alive(lease).await.unwrap();
+    let revision = *store.revision().borrow();
+    let mut watch = store.watch("a", revision).await.unwrap();
+    let change = tokio::time::timeout(Duration::from_secs(20), watch.recv()).await;
+    assert_eq!(
+        change.unwrap().unwrap().unwrap().value,
+        None,
+        "it ends at last"
+    );
+}
