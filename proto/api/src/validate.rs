@@ -17,6 +17,7 @@ mod networks;
 mod nic_policy;
 mod nics;
 mod node_faults;
+mod projects;
 mod security_groups;
 mod upgrades;
 mod user_network;
@@ -52,6 +53,7 @@ pub use nics::{
     updated_nic, vm_nic_flows_request, vm_nic_request,
 };
 pub use node_faults::{node_arm_faults_request, node_fault};
+pub use projects::{create_project_request, project_name, update_project_request};
 pub use security_groups::*;
 pub use upgrades::{DEVICE_PROGRAMS, UpgradeTarget, upgrade_devices_request};
 pub use vm_disks::*;

@@ -9,6 +9,7 @@ use serde_json::Value;
 /// Every edge between two crates of the workspace, tests' own dependencies left out.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("faults", &[]),
+    ("telemetry", &[]),
     ("api", &["faults"]),
     ("vhost-user", &["faults"]),
     ("sandbox", &[]),
@@ -39,7 +40,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("filter", &[]),
     ("lease", &[]),
-    ("controller", &["api", "lease"]),
+    ("gate", &["api", "store", "telemetry"]),
+    ("controller", &["api", "gate", "lease", "telemetry"]),
     ("node-agent", &["api", "lease", "luks", "qcow2", "sandbox"]),
     ("vmctl", &["api"]),
     ("guest", &[]),
