@@ -167,7 +167,9 @@ async fn keep(store: SharedStore, mut entries: mpsc::Receiver<pb::AuditEntry>) {
         };
         kept = Some(stored);
         if stored > MAX_ENTRIES + SLACK {
-            kept = remove_oldest(&store, stored - MAX_ENTRIES).await.map(|removed| stored - removed);
+            kept = remove_oldest(&store, stored - MAX_ENTRIES)
+                .await
+                .map(|removed| stored - removed);
         }
     }
 }
@@ -224,7 +226,9 @@ async fn remove_oldest(store: &SharedStore, mut surplus: u64) -> Option<u64> {
         let count = items.len() as u64;
         let transaction = items
             .into_iter()
-            .fold(Transaction::new(), |transaction, item| transaction.delete(item.key));
+            .fold(Transaction::new(), |transaction, item| {
+                transaction.delete(item.key)
+            });
         let done: Result<u64, StoreError> = store.commit(transaction).await;
         done.ok()?;
         removed += count;

@@ -154,7 +154,8 @@ impl Gate {
             "per_second".to_owned(),
             self.inner.rate.per_second().to_string(),
         )];
-        details.set_error_info("RATE_LIMITED", errors::DOMAIN, metadata.into_iter().collect());
+        let metadata: std::collections::HashMap<String, String> = metadata.into();
+        details.set_error_info("RATE_LIMITED", errors::DOMAIN, metadata);
         Err(Status::with_error_details(
             Code::ResourceExhausted,
             message,
@@ -383,7 +384,9 @@ fn request_id(request: &Request<Body>) -> String {
                 .bytes()
                 .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
     };
-    given.filter(fits).map_or_else(|| uuid::Uuid::new_v4().to_string(), str::to_owned)
+    given
+        .filter(fits)
+        .map_or_else(|| uuid::Uuid::new_v4().to_string(), str::to_owned)
 }
 
 fn credentials(request: &Request<Body>) -> Credentials {

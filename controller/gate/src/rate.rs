@@ -50,7 +50,10 @@ impl Rate {
             let passed = now.saturating_duration_since(bucket.filled).as_secs_f64();
             (bucket.tokens + passed * rate).min(full)
         };
-        let mut buckets = self.buckets.lock().expect("nothing panics while it is held");
+        let mut buckets = self
+            .buckets
+            .lock()
+            .expect("nothing panics while it is held");
         if buckets.len() >= MAX_CALLERS && !buckets.contains_key(caller) {
             buckets.retain(|_, bucket| level(bucket) < full);
             if buckets.len() >= MAX_CALLERS {

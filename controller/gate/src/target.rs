@@ -190,7 +190,10 @@ mod tests {
             }),
             ..Default::default()
         };
-        assert_eq!(of("Vms/CreateVm", create.encode_to_vec()), "projects/p/vms/v");
+        assert_eq!(
+            of("Vms/CreateVm", create.encode_to_vec()),
+            "projects/p/vms/v"
+        );
         let update = pb::UpdateVolumeRequest {
             volume: Some(pb::Volume {
                 name: "projects/p/volumes/d".into(),
@@ -198,12 +201,18 @@ mod tests {
             }),
             ..Default::default()
         };
-        assert_eq!(of("Volumes/UpdateVolume", update.encode_to_vec()), "projects/p/volumes/d");
+        assert_eq!(
+            of("Volumes/UpdateVolume", update.encode_to_vec()),
+            "projects/p/volumes/d"
+        );
         let project = pb::CreateProjectRequest {
             project_id: "p".into(),
             ..Default::default()
         };
-        assert_eq!(of("Projects/CreateProject", project.encode_to_vec()), "projects/p");
+        assert_eq!(
+            of("Projects/CreateProject", project.encode_to_vec()),
+            "projects/p"
+        );
         assert_eq!(of("Events/ListEvents", vec![]), "");
         assert_eq!(of("Nothing/Of", vec![]), "");
     }
@@ -218,7 +227,10 @@ mod tests {
         };
         let message = [first.encode_to_vec(), second.encode_to_vec()].concat();
         let decoded = pb::GetVmRequest::decode(message.as_slice()).unwrap();
-        assert_eq!(of("mortise.controller.v1.Vms/GetVm", &message), decoded.name);
+        assert_eq!(
+            of("mortise.controller.v1.Vms/GetVm", &message),
+            decoded.name
+        );
     }
 
     #[test]

@@ -40,7 +40,7 @@ impl Projects for Handler {
         &self,
         _: Request<pb::ListProjectsRequest>,
     ) -> Result<Response<pb::ListProjectsResponse>, Status> {
-        Ok(Response::default())
+        Ok(Response::new(Default::default()))
     }
     async fn create_project(
         &self,
@@ -49,20 +49,20 @@ impl Projects for Handler {
         match request.into_inner().project_id.as_str() {
             "taken" => Err(errors::status(Code::AlreadyExists, "TAKEN", "taken", &[])),
             "slow" => std::future::pending().await,
-            _ => Ok(Response::default()),
+            _ => Ok(Response::new(Default::default())),
         }
     }
     async fn update_project(
         &self,
         _: Request<pb::UpdateProjectRequest>,
     ) -> Result<Response<pb::Project>, Status> {
-        Ok(Response::default())
+        Ok(Response::new(Default::default()))
     }
     async fn delete_project(
         &self,
         _: Request<pb::DeleteProjectRequest>,
     ) -> Result<Response<pb::DeleteProjectResponse>, Status> {
-        Ok(Response::default())
+        Ok(Response::new(Default::default()))
     }
 }
 
@@ -96,15 +96,23 @@ async fn site(tokens: &[(&str, &str, Option<&str>)], per_second: u32) -> Site {
     } else {
         Authenticator::off().with_tokens(Tokens::open(&file).unwrap())
     };
-    let gate = Gate::new(authenticator, Rate::new(per_second), Audit::start(store.clone()));
+    let gate = Gate::new(
+        authenticator,
+        Rate::new(per_second),
+        Audit::start(store.clone()),
+    );
     let handler = Handler::default();
     let services = Services::new().with(gate.guard(ProjectsServer::new(handler.clone())));
     let listener = api::listen::tcp("127.0.0.1:0").unwrap();
     let address = listener.address();
     tokio::spawn(async move {
-        serve::on(listener, services, std::future::pending()).await.unwrap();
+        serve::on(listener, services, std::future::pending())
+            .await
+            .unwrap();
     });
-    let channel = api::connect::address(&address, Duration::from_secs(30)).await.unwrap();
+    let channel = api::connect::address(&address, Duration::from_secs(30))
+        .await
+        .unwrap();
     Site {
         client: ProjectsClient::new(channel),
         handler,
@@ -137,7 +145,12 @@ fn create(id: &str) -> pb::CreateProjectRequest {
 async fn audited(site: &Site, count: usize) -> Vec<pb::AuditEntry> {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        let items = site.store.list(Range::all(audit::PREFIX)).await.unwrap().items;
+        let items = site
+            .store
+            .list(Range::all(audit::PREFIX))
+            .await
+            .unwrap()
+            .items;
         if items.len() >= count {
             use prost::Message as _;
             return items
@@ -145,7 +158,11 @@ async fn audited(site: &Site, count: usize) -> Vec<pb::AuditEntry> {
                 .map(|item| pb::AuditEntry::decode(item.value.as_slice()).unwrap())
                 .collect();
         }
-        assert!(Instant::now() < deadline, "{} entries of {count}", items.len());
+        assert!(
+            Instant::now() < deadline,
+            "{} entries of {count}",
+            items.len()
+        );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
@@ -156,53 +173,116 @@ async fn callers_get_as_far_as_their_roles() {
     let nobody = site.client.get_project(get("p")).await.unwrap_err();
     assert_eq!(nobody.code(), Code::Unauthenticated);
     assert_eq!(errors::reason(&nobody).unwrap(), "NO_CREDENTIALS");
-    assert!(nobody.message().contains("mortise.controller.v1.Projects/GetProject"), "{nobody}");
-    let unknown = site.client.get_project(with_token("x", get("p"))).await.unwrap_err();
+    assert!(
+        nobody
+            .message()
+            .contains("mortise.controller.v1.Projects/GetProject"),
+        "{nobody}"
+    );
+    let unknown = site
+        .client
+        .get_project(with_token("x", get("p")))
+        .await
+        .unwrap_err();
     assert_eq!(errors::reason(&unknown).unwrap(), "UNKNOWN_TOKEN");
 
-    let answer = site.client.get_project(with_token("v", get("p"))).await.unwrap();
-    let id = answer.metadata().get(REQUEST_ID).unwrap().to_str().unwrap().to_owned();
-    assert_eq!(answer.into_inner().name, "projects/p", "the message arrives whole");
+    let answer = site
+        .client
+        .get_project(with_token("v", get("p")))
+        .await
+        .unwrap();
+    let id = answer
+        .metadata()
+        .get(REQUEST_ID)
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned();
+    assert_eq!(
+        answer.into_inner().name,
+        "projects/p",
+        "the message arrives whole"
+    );
     let (caller, seen_id) = site.handler.callers.lock().unwrap()[0].clone();
     assert_eq!((caller.name.as_str(), seen_id), ("v-user", id));
 
-    let refused = site.client.create_project(with_token("v", create("p"))).await.unwrap_err();
+    let refused = site
+        .client
+        .create_project(with_token("v", create("p")))
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
     let info = refused.get_details_error_info().unwrap();
     assert_eq!(info.reason, "ROLE_MISSING");
     assert_eq!(info.metadata["role"], "admin");
     assert_eq!(info.metadata["caller"], "v-user");
-    assert!(refused.message().contains("Projects/CreateProject needs the role admin"), "{refused}");
-    site.client.create_project(with_token("a", create("p"))).await.unwrap();
+    assert!(
+        refused
+            .message()
+            .contains("Projects/CreateProject needs the role admin"),
+        "{refused}"
+    );
+    site.client
+        .create_project(with_token("a", create("p")))
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_stay_in_their_projects() {
     let mut site = site(&[("p", "admin", Some("p"))], 0).await;
-    site.client.get_project(with_token("p", get("p"))).await.unwrap();
-    let refused = site.client.get_project(with_token("p", get("q"))).await.unwrap_err();
+    site.client
+        .get_project(with_token("p", get("p")))
+        .await
+        .unwrap();
+    let refused = site
+        .client
+        .get_project(with_token("p", get("q")))
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
     assert_eq!(errors::reason(&refused).unwrap(), "PROJECT_DENIED");
     assert!(refused.message().contains("p-user"), "{refused}");
-    let refused = site.client.create_project(with_token("p", create("q"))).await.unwrap_err();
+    let refused = site
+        .client
+        .create_project(with_token("p", create("q")))
+        .await
+        .unwrap_err();
     assert_eq!(errors::reason(&refused).unwrap(), "PROJECT_DENIED");
     // A name that could not be read might be anybody's.
     let none = pb::DeleteProjectRequest::default();
-    let refused = site.client.delete_project(with_token("p", none)).await.unwrap_err();
+    let refused = site
+        .client
+        .delete_project(with_token("p", none))
+        .await
+        .unwrap_err();
     assert_eq!(errors::reason(&refused).unwrap(), "PROJECT_DENIED");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_changes_something_or_is_refused_is_in_the_audit_log() {
     let mut site = site(&[("a", "admin", None)], 0).await;
-    site.client.get_project(with_token("a", get("p"))).await.unwrap();
+    site.client
+        .get_project(with_token("a", get("p")))
+        .await
+        .unwrap();
     let mut request = with_token("a", create("new"));
-    request.metadata_mut().insert(REQUEST_ID, "mine-1".parse().unwrap());
+    request
+        .metadata_mut()
+        .insert(REQUEST_ID, "mine-1".parse().unwrap());
     site.client.create_project(request).await.unwrap();
-    site.client.create_project(with_token("a", create("taken"))).await.unwrap_err();
+    site.client
+        .create_project(with_token("a", create("taken")))
+        .await
+        .unwrap_err();
     site.client.get_project(get("p")).await.unwrap_err();
     let entries = audited(&site, 3).await;
-    let of = |code: Code| entries.iter().find(|entry| entry.code == code as i32).unwrap();
+    let of = |code: Code| {
+        entries
+            .iter()
+            .find(|entry| entry.code == code as i32)
+            .unwrap()
+    };
     let made = of(Code::Ok);
     assert_eq!(made.caller, "a-user");
     assert_eq!(made.roles, ["admin"]);
@@ -212,7 +292,10 @@ async fn what_changes_something_or_is_refused_is_in_the_audit_log() {
     assert!(made.peer.starts_with("127.0.0.1:"), "{made:?}");
     assert_eq!(of(Code::AlreadyExists).reason, "TAKEN");
     let refused = of(Code::Unauthenticated);
-    assert_eq!((refused.caller.as_str(), refused.reason.as_str()), ("", "NO_CREDENTIALS"));
+    assert_eq!(
+        (refused.caller.as_str(), refused.reason.as_str()),
+        ("", "NO_CREDENTIALS")
+    );
     assert_eq!(entries.len(), 3, "looking leaves no entry: {entries:?}");
 }
 
@@ -240,9 +323,19 @@ async fn too_many_requests_are_told_when_to_come_back() {
     let refused = refused.expect("ten at once are more than two");
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert_eq!(errors::reason(&refused).unwrap(), "RATE_LIMITED");
-    let retry = refused.get_details_retry_info().unwrap().retry_delay.unwrap();
-    assert!(retry > Duration::ZERO && retry <= Duration::from_secs(1), "{retry:?}");
-    site.client.get_project(with_token("b", get("p"))).await.unwrap();
+    let retry = refused
+        .get_details_retry_info()
+        .unwrap()
+        .retry_delay
+        .unwrap();
+    assert!(
+        retry > Duration::ZERO && retry <= Duration::from_secs(1),
+        "{retry:?}"
+    );
+    site.client
+        .get_project(with_token("b", get("p")))
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -253,5 +346,8 @@ async fn without_credentials_set_up_everybody_is_local() {
     }
     site.client.create_project(create("p")).await.unwrap();
     assert_eq!(audited(&site, 1).await[0].caller, "local");
-    assert_eq!(site.handler.callers.lock().unwrap()[0].0, Principal::local());
+    assert_eq!(
+        site.handler.callers.lock().unwrap()[0].0,
+        Principal::local()
+    );
 }

@@ -10,6 +10,7 @@ pub(crate) mod disk;
 pub(crate) mod fault;
 pub(crate) mod network;
 pub(crate) mod nic;
+pub(crate) mod project;
 pub(crate) mod volume;
 
 use crate::spec::{DiskArg, NetArg, ShareArg, VhostUserArg, parse_size};
@@ -55,6 +56,9 @@ pub(crate) struct Global {
     /// No progress on stderr
     #[arg(short, long, global = true)]
     pub(crate) quiet: bool,
+    /// File whose first line is the token that says who asks
+    #[arg(long, global = true, env = "MORTISE_TOKEN_FILE", value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
 }
 
 /// How results are printed.
@@ -119,6 +123,21 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: HostCommand,
     },
+    /// Create, look at and delete projects
+    Project {
+        #[command(subcommand)]
+        command: project::ProjectCommand,
+    },
+    /// Say how much a project may have
+    Quota {
+        #[command(subcommand)]
+        command: project::QuotaCommand,
+    },
+    /// Who asked for what, and what came of it
+    Audit {
+        #[command(subcommand)]
+        command: project::AuditCommand,
+    },
     /// Look at and wait for long-running operations
     Op {
         #[command(subcommand)]
@@ -176,6 +195,12 @@ spec.json holds the API's VmSpec; `vmctl vm show NAME -o json | jq .spec` prints
         /// Of all projects
         #[arg(long)]
         all_projects: bool,
+        /// Which ones, such as 'status.phase = running AND spec.vcpus > 2'
+        #[arg(long, value_name = "FILTER")]
+        filter: Option<String>,
+        /// Such as 'create_time desc, name'
+        #[arg(long, value_name = "FIELDS")]
+        order_by: Option<String>,
     },
     /// Show everything about a VM
     Show {

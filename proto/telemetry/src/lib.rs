@@ -204,7 +204,11 @@ fn text_of(context: &Context) -> Option<String> {
 
 fn fresh() -> String {
     let (trace, span) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
-    format!("00-{}-{}-01", trace.simple(), &span.simple().to_string()[..16])
+    format!(
+        "00-{}-{}-01",
+        trace.simple(),
+        &span.simple().to_string()[..16]
+    )
 }
 
 /// `00-` 32 digits `-` 16 digits `-` 2 digits.
@@ -249,7 +253,10 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert(TRACE_PARENT, given.parse().unwrap());
         let text = continue_trace(&Span::none(), &headers);
-        assert_eq!(text, given, "nobody collects: the trace is passed on as it is");
+        assert_eq!(
+            text, given,
+            "nobody collects: the trace is passed on as it is"
+        );
         scope(text, async {
             let mut metadata = MetadataMap::new();
             inject(&mut metadata);
@@ -262,7 +269,11 @@ mod tests {
 
     #[test]
     fn nonsense_begins_a_new_trace() {
-        for text in ["", "00-xyz", "00-0123456789ABCDEF0123456789abcdef-0123456789abcdef-01"] {
+        for text in [
+            "",
+            "00-xyz",
+            "00-0123456789ABCDEF0123456789abcdef-0123456789abcdef-01",
+        ] {
             let mut headers = HeaderMap::new();
             headers.insert(TRACE_PARENT, text.parse().unwrap());
             let fresh = continue_trace(&Span::none(), &headers);

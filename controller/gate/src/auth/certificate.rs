@@ -21,10 +21,14 @@ pub fn principal(der: &[u8]) -> Result<Principal, AuthError> {
         .subject_alternative_name()
         .map_err(|_| AuthError::NoUser)?
         .ok_or(AuthError::NoUser)?;
-    let uri = names.value.general_names.iter().find_map(|name| match name {
-        GeneralName::URI(uri) => uri.strip_prefix(SCHEME),
-        _ => None,
-    });
+    let uri = names
+        .value
+        .general_names
+        .iter()
+        .find_map(|name| match name {
+            GeneralName::URI(uri) => uri.strip_prefix(SCHEME),
+            _ => None,
+        });
     user(uri.ok_or(AuthError::NoUser)?)
 }
 
@@ -40,12 +44,10 @@ fn user(text: &str) -> Result<Principal, AuthError> {
         match part.split_once('=') {
             Some(("roles", words)) => {
                 for word in words.split(',').filter(|word| !word.is_empty()) {
-                    let role = word
-                        .parse::<Role>()
-                        .map_err(|source| AuthError::BadRole {
-                            name: name.to_owned(),
-                            source,
-                        })?;
+                    let role = word.parse::<Role>().map_err(|source| AuthError::BadRole {
+                        name: name.to_owned(),
+                        source,
+                    })?;
                     roles.insert(role);
                 }
             }
@@ -85,7 +87,8 @@ mod tests {
 
     #[test]
     fn user_and_roles_come_from_the_san() {
-        let der = certificate(&["mortise://users/alice?roles=operator,fault-injector&projects=a,b"]);
+        let der =
+            certificate(&["mortise://users/alice?roles=operator,fault-injector&projects=a,b"]);
         let alice = principal(&der).unwrap();
         assert_eq!(alice.name, "alice");
         assert!(alice.has(Role::Operator) && alice.has(Role::FaultInjector));
@@ -96,10 +99,16 @@ mod tests {
 
     #[test]
     fn certificates_of_others_are_no_users() {
-        assert!(matches!(principal(&certificate(&[])), Err(AuthError::NoUser)));
+        assert!(matches!(
+            principal(&certificate(&[])),
+            Err(AuthError::NoUser)
+        ));
         let host = certificate(&["mortise://hosts/h1"]);
         assert!(matches!(principal(&host), Err(AuthError::NoUser)));
-        assert!(matches!(principal(b"no certificate"), Err(AuthError::NoUser)));
+        assert!(matches!(
+            principal(b"no certificate"),
+            Err(AuthError::NoUser)
+        ));
         let error = principal(&certificate(&["mortise://users/eve?roles=root"])).unwrap_err();
         assert!(matches!(error, AuthError::BadRole { .. }), "{error}");
     }

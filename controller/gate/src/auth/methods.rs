@@ -28,10 +28,7 @@ const METHODS: &[(&str, &[(&str, Need)])] = &[
         "AuditLog",
         &[("ListAuditEntries", ADMIN), ("WatchAuditEntries", ADMIN)],
     ),
-    (
-        "DeviceUpgrades",
-        &[("UpgradeDevices", OPERATOR)],
-    ),
+    ("DeviceUpgrades", &[("UpgradeDevices", OPERATOR)]),
     (
         "Devices",
         &[
@@ -213,7 +210,10 @@ mod tests {
         let known: BTreeSet<String> = TABLE.keys().cloned().collect();
         let missing: Vec<_> = there.difference(&known).collect();
         let gone: Vec<_> = known.difference(&there).collect();
-        assert!(missing.is_empty(), "add to METHODS in auth/methods.rs: {missing:?}");
+        assert!(
+            missing.is_empty(),
+            "add to METHODS in auth/methods.rs: {missing:?}"
+        );
         assert!(gone.is_empty(), "remove from METHODS: {gone:?}");
     }
 

@@ -149,7 +149,9 @@ pub enum AuthError {
     #[error("the metadata `authorization` is not `Bearer TOKEN`")]
     NotBearer,
     /// No file and no provider knows it.
-    #[error("this token is not known here; it may have been withdrawn, or is another installation's")]
+    #[error(
+        "this token is not known here; it may have been withdrawn, or is another installation's"
+    )]
     UnknownToken,
     /// A JWT that is not right.
     #[error("this token is not accepted: {reason}")]
@@ -278,7 +280,10 @@ mod tests {
     fn roles_contain_one_another_but_faults_are_apart() {
         let admin = principal(&[Role::Admin], None);
         assert!(admin.has(Role::Operator) && admin.has(Role::Viewer));
-        assert!(!admin.has(Role::FaultInjector), "breaking things is a role of its own");
+        assert!(
+            !admin.has(Role::FaultInjector),
+            "breaking things is a role of its own"
+        );
         let injector = principal(&[Role::FaultInjector], None);
         assert!(injector.has(Role::Viewer) && !injector.has(Role::Operator));
         assert!(!principal(&[Role::Viewer], None).has(Role::Operator));
@@ -317,6 +322,9 @@ mod tests {
             ..none.clone()
         };
         assert!(matches!(on.authenticate(&basic), Err(AuthError::NotBearer)));
-        assert_eq!(Authenticator::off().authenticate(&none).unwrap(), Principal::local());
+        assert_eq!(
+            Authenticator::off().authenticate(&none).unwrap(),
+            Principal::local()
+        );
     }
 }

@@ -195,9 +195,17 @@ fn words(value: &Value) -> Vec<String> {
 /// Until the authenticator is gone.
 async fn refresh(source: Source, keys: std::sync::Weak<RwLock<JwkSet>>, mut failed: bool) {
     loop {
-        let pause = if failed { RETRY_INTERVAL } else { REFRESH_INTERVAL };
+        let pause = if failed {
+            RETRY_INTERVAL
+        } else {
+            REFRESH_INTERVAL
+        };
         // A file is cheap to look at.
-        let pause = if source.is_file() { RETRY_INTERVAL } else { pause };
+        let pause = if source.is_file() {
+            RETRY_INTERVAL
+        } else {
+            pause
+        };
         tokio::time::sleep(pause).await;
         let Some(keys) = keys.upgrade() else {
             return;

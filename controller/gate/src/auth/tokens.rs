@@ -104,22 +104,29 @@ fn read(path: &Path) -> Result<HashMap<[u8; 32], Principal>, TokensError> {
         });
     }
     let text = fs::read(path).map_err(failed)?;
-    let entries: Vec<Entry> = serde_json::from_slice(&text).map_err(|source| TokensError::Parse {
-        path: path.to_owned(),
-        source,
-    })?;
+    let entries: Vec<Entry> =
+        serde_json::from_slice(&text).map_err(|source| TokensError::Parse {
+            path: path.to_owned(),
+            source,
+        })?;
     let mut known = HashMap::with_capacity(entries.len());
     for entry in entries {
         let digest = digest(&entry.sha256).ok_or_else(|| TokensError::Digest {
             name: entry.name.clone(),
         })?;
-        let roles: Result<_, _> = entry.roles.iter().map(|role| role.parse::<Role>()).collect();
+        let roles: Result<_, _> = entry
+            .roles
+            .iter()
+            .map(|role| role.parse::<Role>())
+            .collect();
         let principal = Principal {
             roles: roles.map_err(|source| TokensError::Role {
                 name: entry.name.clone(),
                 source,
             })?,
-            projects: entry.projects.map(|projects| projects.into_iter().collect()),
+            projects: entry
+                .projects
+                .map(|projects| projects.into_iter().collect()),
             name: entry.name,
         };
         known.insert(digest, principal);
@@ -199,10 +206,17 @@ mod tests {
     fn tokens_are_found_and_a_changed_file_counts() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("tokens.json");
-        fs::write(&file, format!("[{}]", entry("ci", "secret", r#""operator""#))).unwrap();
+        fs::write(
+            &file,
+            format!("[{}]", entry("ci", "secret", r#""operator""#)),
+        )
+        .unwrap();
         let tokens = Tokens::open(&file).unwrap();
         let found = tokens.find("secret").unwrap();
-        assert_eq!((found.name.as_str(), found.has(Role::Operator)), ("ci", true));
+        assert_eq!(
+            (found.name.as_str(), found.has(Role::Operator)),
+            ("ci", true)
+        );
         assert_eq!(tokens.find("secre"), None);
 
         // Withdrawn: another one takes its place, by renaming as careful people do.
@@ -229,7 +243,10 @@ mod tests {
             crate::with_source(&error)
         };
         let role = refused(format!("[{}]", entry("ci", "s", r#""root""#)));
-        assert!(role.contains("token ci") && role.contains("\"root\" is no role"), "{role}");
+        assert!(
+            role.contains("token ci") && role.contains("\"root\" is no role"),
+            "{role}"
+        );
         let digest = refused(r#"[{"name": "ci", "sha256": "ab", "roles": []}]"#.into());
         assert!(digest.contains("sha256sum"), "{digest}");
         let field = refused(r#"[{"name": "ci", "token": "ab", "roles": []}]"#.into());

@@ -40,7 +40,9 @@ async fn list(global: &Global, vm: Option<&str>, limit: u32) -> anyhow::Result<(
         let request = pb::ListOperationsRequest {
             page_size: super::PAGE_SIZE,
             page_token,
-            target: target.clone(), ..Default::default() };
+            target: target.clone(),
+            ..Default::default()
+        };
         let page = client
             .list_operations(request)
             .await

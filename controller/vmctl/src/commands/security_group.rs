@@ -88,7 +88,9 @@ pub(crate) async fn run(
                 let request = pb::ListSecurityGroupsRequest {
                     parent: parent(global, all_projects),
                     page_size: PAGE_SIZE,
-                    page_token, ..Default::default() };
+                    page_token,
+                    ..Default::default()
+                };
                 let answer = client.list_security_groups(request).await;
                 let answer = answer.map_err(client::failed)?.into_inner();
                 groups.extend(answer.security_groups);

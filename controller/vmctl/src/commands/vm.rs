@@ -3,11 +3,11 @@
 use std::io::Read as _;
 use std::process::ExitCode;
 
+use crate::client::Channel;
 use anyhow::Context as _;
 use api::controller as pb;
 use api::controller::vms_client::VmsClient;
 use api::validate::SEED_DISK;
-use tonic::transport::Channel;
 
 use super::{PAGE_SIZE, conclude, parent};
 use crate::cli::{Format, Global, VmCommand, VmCreateArgs};
@@ -17,7 +17,11 @@ use crate::{client, console, json, output, port_forward, spec};
 pub(crate) async fn run(global: &Global, command: VmCommand) -> anyhow::Result<ExitCode> {
     match command {
         VmCommand::Create(args) => create(global, *args).await?,
-        VmCommand::List { all_projects } => list(global, all_projects).await?,
+        VmCommand::List {
+            all_projects,
+            filter,
+            order_by,
+        } => list(global, all_projects, filter, order_by).await?,
         VmCommand::Show { name } => show(global, &name).await?,
         VmCommand::Start { name, wait } => {
             let name = spec::vm_name(&name, &global.project)?;
@@ -140,7 +144,12 @@ pub(super) async fn delete(
         .map_err(client::failed)
 }
 
-async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
+async fn list(
+    global: &Global,
+    all_projects: bool,
+    filter: Option<String>,
+    order_by: Option<String>,
+) -> anyhow::Result<()> {
     let mut client = VmsClient::new(client::connect(global).await?);
     let mut vms = Vec::new();
     let mut page_token = String::new();
@@ -148,7 +157,11 @@ async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
         let request = pb::ListVmsRequest {
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
-            page_token, ..Default::default() };
+            page_token,
+            filter: filter.clone().unwrap_or_default(),
+            order_by: order_by.clone().unwrap_or_default(),
+            ..Default::default()
+        };
         let page = client
             .list_vms(request)
             .await

@@ -54,7 +54,10 @@ pub fn create_project_request(request: &CreateProjectRequest) -> Result<(), Stat
 pub fn update_project_request(request: &UpdateProjectRequest) -> Result<String, Status> {
     let mut violations = Violations::new();
     let project = request.project.clone().unwrap_or_default();
-    let id = project.name.strip_prefix("projects/").filter(|id| names::is_id(id));
+    let id = project
+        .name
+        .strip_prefix("projects/")
+        .filter(|id| names::is_id(id));
     violations.require(id.is_some(), "project.name", || {
         "must be projects/{project}".to_owned()
     });
@@ -77,7 +80,9 @@ pub fn update_project_request(request: &UpdateProjectRequest) -> Result<String, 
 }
 
 fn display_name(violations: &mut Violations, name: &str) {
-    violations.require(name.len() <= MAX_DISPLAY_NAME_BYTES, "project.display_name", || {
-        format!("is longer than {MAX_DISPLAY_NAME_BYTES} bytes")
-    });
+    violations.require(
+        name.len() <= MAX_DISPLAY_NAME_BYTES,
+        "project.display_name",
+        || format!("is longer than {MAX_DISPLAY_NAME_BYTES} bytes"),
+    );
 }

@@ -1,10 +1,10 @@
 //! Signatures by ring, which TLS uses already. Only verifying: nothing here has a private key.
 
+use ::ring::signature::{self as ring, UnparsedPublicKey, VerificationAlgorithm};
 use jsonwebtoken::crypto::{CryptoProvider, JwtSigner, JwtVerifier, KeyUtils};
 use jsonwebtoken::errors::{ErrorKind, Result};
 use jsonwebtoken::signature::{Error, Verifier};
 use jsonwebtoken::{Algorithm, DecodingKey, DecodingKeyKind, EncodingKey};
-use ::ring::signature::{self as ring, UnparsedPublicKey, VerificationAlgorithm};
 
 static RING: CryptoProvider = CryptoProvider {
     signer_factory: no_signer,
@@ -23,16 +23,18 @@ fn no_signer(_: &Algorithm, _: &EncodingKey) -> Result<Box<dyn JwtSigner>> {
 
 fn verifier(algorithm: &Algorithm, key: &DecodingKey) -> Result<Box<dyn JwtVerifier>> {
     let algorithm = *algorithm;
-    let (rsa, other): (Option<&ring::RsaParameters>, Option<&'static dyn VerificationAlgorithm>) =
-        match algorithm {
-            Algorithm::RS256 => (Some(&ring::RSA_PKCS1_2048_8192_SHA256), None),
-            Algorithm::RS384 => (Some(&ring::RSA_PKCS1_2048_8192_SHA384), None),
-            Algorithm::RS512 => (Some(&ring::RSA_PKCS1_2048_8192_SHA512), None),
-            Algorithm::ES256 => (None, Some(&ring::ECDSA_P256_SHA256_FIXED)),
-            Algorithm::ES384 => (None, Some(&ring::ECDSA_P384_SHA384_FIXED)),
-            Algorithm::EdDSA => (None, Some(&ring::ED25519)),
-            _ => return Err(ErrorKind::UnsupportedAlgorithm.into()),
-        };
+    let (rsa, other): (
+        Option<&ring::RsaParameters>,
+        Option<&'static dyn VerificationAlgorithm>,
+    ) = match algorithm {
+        Algorithm::RS256 => (Some(&ring::RSA_PKCS1_2048_8192_SHA256), None),
+        Algorithm::RS384 => (Some(&ring::RSA_PKCS1_2048_8192_SHA384), None),
+        Algorithm::RS512 => (Some(&ring::RSA_PKCS1_2048_8192_SHA512), None),
+        Algorithm::ES256 => (None, Some(&ring::ECDSA_P256_SHA256_FIXED)),
+        Algorithm::ES384 => (None, Some(&ring::ECDSA_P384_SHA384_FIXED)),
+        Algorithm::EdDSA => (None, Some(&ring::ED25519)),
+        _ => return Err(ErrorKind::UnsupportedAlgorithm.into()),
+    };
     let key = match (key.kind(), rsa, other) {
         (DecodingKeyKind::RsaModulusExponent { n, e }, Some(parameters), _) => Key::Rsa {
             parameters,

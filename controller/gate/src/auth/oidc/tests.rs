@@ -45,7 +45,10 @@ impl Signer {
 }
 
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs()
 }
 
 fn claims() -> Value {
@@ -100,7 +103,11 @@ async fn tokens_of_the_provider_are_taken_and_others_refused_with_the_reason() {
     assert!(refused(&Signer::new("k2").sign(&claims())).contains("no key \"k2\""));
     let part = |value: Value| URL_SAFE_NO_PAD.encode(value.to_string());
     let unsigned = format!("{}.{}.", part(json!({"alg": "none"})), part(claims()));
-    assert!(refused(&unsigned).contains("no JWT"), "{}", refused(&unsigned));
+    assert!(
+        refused(&unsigned).contains("no JWT"),
+        "{}",
+        refused(&unsigned)
+    );
     let symmetric = format!("{}.{}.AAAA", part(json!({"alg": "HS256"})), part(claims()));
     assert!(refused(&symmetric).contains("not accepted"));
 }
@@ -122,8 +129,15 @@ async fn keys_come_from_a_url_too() {
         stream.write_all(answer.as_bytes()).await.unwrap();
         String::from_utf8(request).unwrap()
     });
-    let oidc = Oidc::start(provider(Source::new(&url, None))).await.unwrap();
-    assert!(server.await.unwrap().starts_with("GET /keys?all=1 HTTP/1.1\r\n"));
+    let oidc = Oidc::start(provider(Source::new(&url, None)))
+        .await
+        .unwrap();
+    assert!(
+        server
+            .await
+            .unwrap()
+            .starts_with("GET /keys?all=1 HTTP/1.1\r\n")
+    );
     assert_eq!(oidc.verify(&signer.sign(&claims())).unwrap().name, "alice");
 }
 
@@ -131,7 +145,11 @@ async fn keys_come_from_a_url_too() {
 async fn file_without_keys_is_no_start() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("jwks.json");
-    assert!(Oidc::start(provider(Source::File(file.clone()))).await.is_err());
+    assert!(
+        Oidc::start(provider(Source::File(file.clone())))
+            .await
+            .is_err()
+    );
     std::fs::write(&file, "{}").unwrap();
     assert!(Oidc::start(provider(Source::File(file))).await.is_err());
 }
