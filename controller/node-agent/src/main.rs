@@ -8,6 +8,7 @@ mod agent;
 mod cli;
 mod cloud_init;
 mod console;
+mod epoch;
 mod faults;
 mod host;
 mod image;
@@ -44,6 +45,7 @@ use tokio::runtime::Handle;
 use crate::{
     agent::{Agent, Dirs},
     cli::Cli,
+    epoch::Epochs,
     faults::Partitioned,
     service::Service,
 };
@@ -92,15 +94,13 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     tracing::info!(%address, state = %dirs.state.display(), run = %dirs.run.display(), "serving");
     tokio::spawn(faults::run(agent.clone()));
     let knobs = agent.env.knobs.clone();
+    let epochs = Epochs::open(&dirs.state).context("reading whose commands to obey")?;
     let service = Service::new(agent);
     let services = serve::Services::new()
-        .with(Partitioned::new(
-            DevicesServer::new(service.clone()),
-            &knobs,
-        ))
-        .with(Partitioned::new(FaultsServer::new(service.clone()), &knobs))
-        .with(Partitioned::new(NicsServer::new(service.clone()), &knobs))
-        .with(Partitioned::new(NodeAgentServer::new(service), &knobs));
+        .with(epochs.guard(Partitioned::new(DevicesServer::new(service.clone()), &knobs)))
+        .with(epochs.guard(Partitioned::new(FaultsServer::new(service.clone()), &knobs)))
+        .with(epochs.guard(Partitioned::new(NicsServer::new(service.clone()), &knobs)))
+        .with(epochs.guard(Partitioned::new(NodeAgentServer::new(service), &knobs)));
     serve::on(listener, services, serve::terminated()).await?;
     tracing::info!("ending; VMs go on running");
     Ok(())

@@ -11,18 +11,19 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const LEASE: Duration = Duration::from_secs(2);
 
 /// Runs every check, each on a store of its own.
-pub(crate) async fn run_all<S: Store>(mut empty: impl FnMut() -> Arc<S>) {
-    put_get_delete(&*empty()).await;
-    failed_comparison_changes_nothing(&*empty()).await;
-    lists_are_ordered_paged_and_bounded_by_prefix(&*empty()).await;
-    lists_backwards(&*empty()).await;
-    watch_resumes_after_a_revision(&*empty()).await;
-    watch_delivers_more_than_one_batch(empty()).await;
-    concurrent_increments_are_not_lost(empty()).await;
-    last_write_of_a_key_counts(&*empty()).await;
-    keys_go_with_their_lease(&*empty()).await;
-    put_without_a_lease_keeps_the_key(&*empty()).await;
-    lease_that_is_kept_alive_lasts(&*empty()).await;
+pub(crate) async fn run_all<S: Store>(mut empty: impl AsyncFnMut() -> Arc<S>) {
+    put_get_delete(&*empty().await).await;
+    failed_comparison_changes_nothing(&*empty().await).await;
+    lists_are_ordered_paged_and_bounded_by_prefix(&*empty().await).await;
+    lists_backwards(&*empty().await).await;
+    watch_resumes_after_a_revision(&*empty().await).await;
+    watch_delivers_more_than_one_batch(empty().await).await;
+    concurrent_increments_are_not_lost(empty().await).await;
+    watch_after_what_is_yet_to_come_is_refused(&*empty().await).await;
+    last_write_of_a_key_counts(&*empty().await).await;
+    keys_go_with_their_lease(&*empty().await).await;
+    put_without_a_lease_keeps_the_key(&*empty().await).await;
+    lease_that_is_kept_alive_lasts(&*empty().await).await;
 }
 
 async fn put_get_delete(store: &dyn Store) {
@@ -243,6 +244,12 @@ async fn lease_that_is_kept_alive_lasts(store: &dyn Store) {
         tokio::time::sleep(LEASE / 10).await;
     }
     assert!(store.get("a").await.unwrap().is_some());
+}
+
+async fn watch_after_what_is_yet_to_come_is_refused(store: &dyn Store) {
+    let revision = put(store, "a", "1").await;
+    let error = store.watch("a", revision + 1000).await.unwrap_err();
+    assert!(matches!(error, StoreError::Compacted { .. }), "{error}");
 }
 
 async fn put(store: &dyn Store, key: &str, value: &str) -> u64 {

@@ -1,6 +1,7 @@
 //! Where desired state, operations and events live: ordered keys, values of bytes, one revision
 //! that rises with every transaction, leases that take keys with them when they end. One trait;
-//! [`embedded::EmbeddedStore`] keeps everything in one file for one controller.
+//! [`embedded::EmbeddedStore`] keeps everything in one file for one controller,
+//! [`etcd::EtcdStore`] in an etcd cluster for several.
 //!
 //! Every implementation passes `conformance`.
 
@@ -11,9 +12,13 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 
+pub mod backup;
 pub mod embedded;
+#[cfg(feature = "etcd")]
+pub mod etcd;
 mod fenced;
 pub mod leader;
+pub mod schema;
 
 pub use fenced::FencedStore;
 

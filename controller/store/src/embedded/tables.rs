@@ -151,7 +151,9 @@ pub(super) fn changes(
 ) -> Result<Batch, StoreError> {
     let newest = number(transaction, REVISION)?;
     let oldest = number(transaction, COMPACTED)?;
-    if after < oldest {
+    // What is yet to come was another store's: the state was restored.
+    if after < oldest || after > newest {
+        let oldest = oldest.max(after.min(newest));
         return Err(StoreError::Compacted { after, oldest });
     }
     let log = transaction.open_table(LOG).map_err(failed)?;

@@ -5,7 +5,7 @@ use super::*;
 async fn embedded_store_conforms() {
     let dir = tempfile::tempdir().unwrap();
     let mut count = 0;
-    conformance::run_all(|| {
+    conformance::run_all(async || {
         count += 1;
         Arc::new(EmbeddedStore::open(&dir.path().join(format!("{count}.redb"))).unwrap())
     })
@@ -67,7 +67,7 @@ async fn second_opener_is_refused() {
 
 #[tokio::test]
 async fn store_in_memory_conforms() {
-    conformance::run_all(|| Arc::new(EmbeddedStore::in_memory())).await;
+    conformance::run_all(async || Arc::new(EmbeddedStore::in_memory())).await;
 }
 
 #[tokio::test]
