@@ -1,6 +1,6 @@
 //! The controller's program: see the library.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -12,8 +12,9 @@ use clap::Parser as _;
 use controller::agent::Agent;
 use controller::api::Api;
 use controller::faults::Experiments;
+use controller::hosts::Hosts;
+use controller::leases::Leases;
 use controller::metrics;
-use controller::node::Node;
 use controller::options::{self, Options, StateDir};
 use controller::reconciler::{self, Reconciler};
 use controller::store::SharedStore;
@@ -21,13 +22,6 @@ use controller::store::embedded::EmbeddedStore;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("MORTISE_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -39,6 +33,7 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(options: Options) -> anyhow::Result<()> {
+    let telemetry = telemetry::init("controller", options.access.otlp.as_deref())?;
     let state_dir = StateDir::lock(&options.state_dir)?;
     let agent = if options.standalone {
         options::create_dir(&options.run_dir)?;
@@ -64,41 +59,53 @@ async fn run(options: Options) -> anyhow::Result<()> {
         .as_ref()
         .map(Listener::bind)
         .transpose()?;
-    if !options.listen.is_local() {
+    let gate = options.access.gate(&store, false).await?;
+    if !options.listen.is_local() && !gate.authenticates() {
         tracing::warn!(
-            "the API is open to everybody who reaches {}: there is no authentication yet",
+            "the API is open to everybody who reaches {}; have callers say who they are: --tokens or --oidc-issuer",
             options.listen
         );
     }
 
-    let node_address = match (&agent, &options.node) {
-        (Some(agent), _) => agent.address(),
-        (None, Some(node)) => node.clone(),
-        (None, None) => anyhow::bail!("give --standalone or --node"),
-    };
-    let node = Node::new(node_address);
+    let hosts = Hosts::new();
+    let mut named = options.nodes.clone();
     if let Some(agent) = agent {
+        named.push(agent.address());
         tokio::spawn(agent.supervise());
     }
-    tokio::spawn(node.clone().run());
-    tokio::spawn(Reconciler::new(store.clone(), node.clone()).run());
-    let experiments = Experiments::new(store.clone(), node.clone(), options.allow_faults);
+    for address in named {
+        tokio::spawn(hosts.clone().register(store.clone(), address));
+    }
+    tokio::spawn(hosts.clone().run(store.clone()));
+    let leases = Leases::new(options.lease_terms());
+    tokio::spawn(
+        leases
+            .clone()
+            .run(store.clone(), hosts.clone(), Arc::new(hosts.clone())),
+    );
+    tokio::spawn(
+        Reconciler::new(store.clone(), hosts.clone())
+            .with_leases(leases)
+            .run(),
+    );
+    let experiments = Experiments::new(store.clone(), hosts.clone(), options.allow_faults);
     experiments
         .recover()
         .await
         .context("cannot end fault experiments of an earlier run")?;
     if let Some(listener) = metrics_listener {
-        serve_metrics(listener, store.clone(), node.clone());
+        serve_metrics(listener, store.clone(), hosts.clone());
     }
     let terminated = serve::terminated();
     announce(&listener.address());
     serve::on(
         listener,
-        Api::new(store, node, experiments).services(),
+        Api::new(store, hosts, experiments).services(&gate),
         terminated,
     )
     .await?;
     tracing::info!("stopped; VMs and the node agent run on");
+    tokio::task::block_in_place(|| telemetry.shutdown());
     Ok(())
 }
 
@@ -109,13 +116,13 @@ fn announce(address: &Address) {
     tracing::info!(%address, "serving");
 }
 
-fn serve_metrics(listener: Listener, store: SharedStore, node: Node) {
+fn serve_metrics(listener: Listener, store: SharedStore, hosts: Hosts) {
     let runtime = tokio::runtime::Handle::current();
     let render = move || {
-        let observed = node.observed().borrow().clone();
+        let fleet = hosts.fleet();
         let desired = tokio::task::block_in_place(|| runtime.block_on(reconciler::load(&store)));
         desired
-            .map(|desired| metrics::render(&desired, &observed))
+            .map(|desired| metrics::render(&desired, &fleet))
             .unwrap_or_default()
     };
     tokio::spawn(async move {

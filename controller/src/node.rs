@@ -10,6 +10,7 @@ use std::time::Duration;
 use api::device::{CaptureChunk, ListFlowsResponse};
 use api::listen::Address;
 use api::node::devices_client::DevicesClient;
+use api::node::leases_client::LeasesClient;
 use api::node::nics_client::NicsClient;
 use api::node::node_agent_client::NodeAgentClient;
 use api::node::*;
@@ -55,6 +56,22 @@ impl Node {
             channel: watch::Sender::new(None),
             looking: Arc::default(),
         }
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Asks whoever answers at an address who it is.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub async fn identify(address: &Address) -> Result<HostStatus, Status> {
+        let channel = api::connect::address(address, CONNECT_TIMEOUT).await;
+        let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
+        let mut client = NodeAgentClient::new(channel);
+        call("GetHost", client.get_host(GetHostRequest {})).await
     }
 
     /// What was seen last; changes with what is seen.
@@ -179,16 +196,25 @@ impl Node {
         });
     }
 
+    /// Renews the host's lease, or asks for the ticket that a renewal needs.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn renew_lease(
+        &self,
+        request: RenewLeaseRequest,
+    ) -> Result<RenewLeaseResponse, Status> {
+        let mut client = self.connected().map(LeasesClient::new)?;
+        call("RenewLease", client.renew_lease(request)).await
+    }
+
     /// Applies a whole desired state, then looks.
     ///
     /// # Errors
     /// What the agent answered.
     pub async fn apply_vm(&self, spec: VmSpec) -> Result<(), Status> {
         let mut client = self.client()?;
-        let request = ApplyVmRequest {
-            spec: Some(spec),
-            ..Default::default()
-        };
+        let request = ApplyVmRequest { spec: Some(spec) };
         call("ApplyVm", client.apply_vm(request)).await?;
         self.look().await
     }
@@ -199,7 +225,20 @@ impl Node {
     /// What the agent answered.
     pub async fn delete_vm(&self, id: String) -> Result<(), Status> {
         let mut client = self.client()?;
-        found(call("DeleteVm", client.delete_vm(DeleteVmRequest { id })).await)?;
+        let request = DeleteVmRequest { id, evict: false };
+        found(call("DeleteVm", client.delete_vm(request)).await)?;
+        self.look().await
+    }
+
+    /// Stops what a host may still have of a VM that is not its any more, at once, and removes what is
+    /// left of it, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn evict_vm(&self, id: String) -> Result<(), Status> {
+        let mut client = self.client()?;
+        let request = DeleteVmRequest { id, evict: true };
+        found(call("DeleteVm", client.delete_vm(request)).await)?;
         self.look().await
     }
 

@@ -94,8 +94,14 @@ mod tests {
         Moment(Duration::from_millis(millis))
     }
 
+    const TERMS: Terms = Terms {
+        lease: Duration::from_secs(10),
+        grace: Duration::from_secs(2),
+        settle: Duration::from_secs(5),
+    };
+
     fn keeper(now: Moment) -> Keeper {
-        Keeper::new(Terms::default(), 1, now)
+        Keeper::new(TERMS, 1, now)
     }
 
     #[test]
@@ -147,7 +153,7 @@ mod tests {
                 let _ = lease.renew(&renewal, by_host(real));
             }
             let lost = keeper.over_at("a").as_nanos() / 1_000_000;
-            let settle = Terms::default().settle.as_millis() as u64;
+            let settle = TERMS.settle.as_millis() as u64;
             let stage = lease.stage(by_host(lost - settle));
             assert!(
                 matches!(stage, Stage::Lapsed | Stage::Unheld),

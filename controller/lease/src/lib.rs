@@ -83,9 +83,10 @@ pub struct Terms {
 impl Default for Terms {
     fn default() -> Self {
         Self {
-            lease: Duration::from_secs(10),
-            grace: Duration::from_secs(2),
-            settle: Duration::from_secs(5),
+            // Longer than controllers take to elect another leader.
+            lease: Duration::from_secs(30),
+            grace: Duration::from_secs(5),
+            settle: Duration::from_secs(10),
         }
     }
 }

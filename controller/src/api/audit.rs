@@ -44,7 +44,11 @@ impl AuditLog for Api {
         let request = request.into_inner();
         let filter = listing::filter(&descriptor("AuditEntry"), &request.filter)?;
         let after = watches::resume(&self.store, &request.resume_token)?;
-        let watch = self.store.watch(PREFIX, after).await.map_err(store_status)?;
+        let watch = self
+            .store
+            .watch(PREFIX, after)
+            .await
+            .map_err(store_status)?;
         let (sender, receiver) = mpsc::channel(watches::QUEUE);
         tokio::spawn(send(watch, filter, sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))

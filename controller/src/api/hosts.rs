@@ -2,55 +2,60 @@
 
 use api::controller::hosts_server::Hosts;
 use api::controller::*;
-use api::errors;
 use api::validate;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 
-use super::Api;
+use super::{Api, command_status, store_status};
+use crate::commands;
+use crate::model::{self, HostRecord};
+use crate::reconciler::decode;
 
 #[tonic::async_trait]
 impl Hosts for Api {
     async fn get_host(&self, request: Request<GetHostRequest>) -> Result<Response<Host>, Status> {
         let name = request.into_inner().name;
         validate::flat_name(&name, "hosts")?;
-        let host = self.hosts().into_iter().find(|host| host.name == name);
-        host.map(Response::new).ok_or_else(|| {
-            let message = format!("{name} does not exist");
-            errors::status(Code::NotFound, "NOT_FOUND", message, &[("resource", &name)])
-        })
+        let stored = commands::get_host(&self.store, &name).await;
+        let record = stored.map_err(command_status)?.record;
+        Ok(Response::new(self.visible_host(&record)))
     }
 
     async fn list_hosts(
         &self,
-        _request: Request<ListHostsRequest>,
+        request: Request<ListHostsRequest>,
     ) -> Result<Response<ListHostsResponse>, Status> {
-        let hosts = self.hosts();
+        let request = request.into_inner();
+        let page = self
+            .list("Host", (model::HOSTS, false), &request, |item| {
+                let record: HostRecord = decode(&item.key, &item.value).map_err(store_status)?;
+                Ok(Some(self.visible_host(&record)))
+            })
+            .await?;
         Ok(Response::new(ListHostsResponse {
-            hosts,
-            next_page_token: String::new(),
+            hosts: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
+    }
+
+    async fn delete_host(
+        &self,
+        request: Request<DeleteHostRequest>,
+    ) -> Result<Response<DeleteHostResponse>, Status> {
+        let request = request.into_inner();
+        validate::flat_name(&request.name, "hosts")?;
+        let id = model::host_id(&request.name);
+        let answers = self.hosts.observed(id).connected;
+        let deleted =
+            commands::delete_host(&self.store, id, &request.etag, request.force, answers).await;
+        deleted.map_err(command_status)?;
+        Ok(Response::new(DeleteHostResponse {}))
     }
 }
 
 impl Api {
-    /// One controller has one host so far.
-    fn hosts(&self) -> Vec<Host> {
-        let observed = self.observed();
-        let Some(host) = &observed.host else {
-            return vec![];
-        };
-        vec![Host {
-            name: observed.host_name(),
-            hostname: host.hostname.clone(),
-            version: host.version.clone(),
-            cpus: host.cpus,
-            memory_bytes: host.memory_bytes,
-            kvm: host.kvm.clone(),
-            problem: host.problem.clone(),
-            vms_running: host.vms_running,
-            underlay_address: host.underlay_address.clone(),
-            connected: observed.connected,
-            last_seen: observed.last_seen,
-        }]
+    fn visible_host(&self, record: &HostRecord) -> Host {
+        let observed = self.hosts.observed(record.id());
+        model::host(record, &self.hosts.reserved(record.id()), &observed)
     }
 }

@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 use super::{Api, command_status, store_status};
 use crate::commands::{self, RequestKey};
 use crate::model::{NetworkRecord, prefix};
+use crate::plan::Layout;
 use crate::reconciler::{self, decode};
 
 #[tonic::async_trait]
@@ -22,9 +23,7 @@ impl Networks for Api {
         let stored = commands::get_network(&self.store, &name)
             .await
             .map_err(command_status)?;
-        let desired = reconciler::load(&self.store).await.map_err(store_status)?;
-        let network = commands::visible_network(&stored.record, &desired, &self.observed());
-        Ok(Response::new(network))
+        self.network_now(stored.record).await.map(Response::new)
     }
 
     async fn list_networks(
@@ -37,11 +36,12 @@ impl Networks for Api {
             Parent::Project(project) => format!("{}{project}/", prefix::NETWORKS),
         };
         let desired = reconciler::load(&self.store).await.map_err(store_status)?;
-        let observed = self.observed();
+        let wanted = (&desired, &Layout::of(&desired));
+        let fleet = self.fleet();
         let page = self
             .list("Network", (&prefix, false), &request, |item| {
                 let record: NetworkRecord = decode(&item.key, &item.value).map_err(store_status)?;
-                let network = commands::visible_network(&record, &desired, &observed);
+                let network = commands::visible_network(&record, wanted, &fleet);
                 Ok(Some(network))
             })
             .await?;
@@ -140,5 +140,14 @@ fn change(spec: &mut NetworkSpec, given: &NetworkSpec, paths: &[String]) {
             }
             _ => {}
         }
+    }
+}
+
+impl Api {
+    /// What users see of a network.
+    pub(super) async fn network_now(&self, record: NetworkRecord) -> Result<Network, Status> {
+        let desired = reconciler::load(&self.store).await.map_err(store_status)?;
+        let wanted = (&desired, &Layout::of(&desired));
+        Ok(commands::visible_network(&record, wanted, &self.fleet()))
     }
 }

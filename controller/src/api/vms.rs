@@ -27,11 +27,11 @@ impl Vms for Api {
             Parent::All => prefix::VMS.to_owned(),
             Parent::Project(project) => format!("{}{project}/", prefix::VMS),
         };
-        let observed = self.observed();
+        let fleet = self.fleet();
         let page = self
             .list("Vm", (&prefix, false), &request, |item| {
                 let record: VmRecord = decode(&item.key, &item.value).map_err(store_status)?;
-                Ok(Some(commands::visible_vm(&record, &observed)))
+                Ok(Some(commands::visible_vm(&record, &fleet)))
             })
             .await?;
         Ok(Response::new(ListVmsResponse {
@@ -52,9 +52,15 @@ impl Vms for Api {
         let name = Name::vm(&project, &request.vm_id);
         let key = RequestKey::new(&project, &request.request_id, "CreateVm", &request);
         let spec = request.vm.and_then(|vm| vm.spec).unwrap_or_default();
-        let operation =
-            commands::create_vm(&self.store, &name, &spec, &key, request.validate_only).await;
-        operation.map(Response::new).map_err(command_status)
+        let operation = commands::create_vm(
+            &self.store,
+            &self.hosts,
+            &name,
+            &spec,
+            &key,
+            request.validate_only,
+        );
+        operation.await.map(Response::new).map_err(command_status)
     }
 
     async fn delete_vm(
@@ -64,10 +70,10 @@ impl Vms for Api {
         let request = request.into_inner();
         let name = validate::vm_request(&request.name, &request.request_id)?;
         let key = RequestKey::new(&name.project, &request.request_id, "DeleteVm", &request);
-        let observed = self.observed();
+        let fleet = self.fleet();
         let operation = commands::delete_vm(
             &self.store,
-            &observed,
+            &fleet,
             &name,
             &request.etag,
             &key,
@@ -113,7 +119,8 @@ impl Vms for Api {
                 phase,
             }));
         }
-        self.node.reset_vm(stored.record.node_id).await?;
+        let host = self.hosts.reach(&stored.record.host)?;
+        host.reset_vm(stored.record.node_id).await?;
         Ok(Response::new(self.vm(&name).await?))
     }
 
@@ -134,6 +141,6 @@ impl Api {
         let stored = commands::get_vm(&self.store, name)
             .await
             .map_err(command_status)?;
-        Ok(commands::visible_vm(&stored.record, &self.observed()))
+        Ok(commands::visible_vm(&stored.record, &self.fleet()))
     }
 }

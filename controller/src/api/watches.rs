@@ -175,22 +175,37 @@ impl Wanted {
             ResourceKind::Volume => {
                 let record: VolumeRecord = read(change, value)?;
                 let volume = commands::visible_volume(&record, &fleet);
-                (volume.name.clone(), self.passed(volume).map(Resource::Volume))
+                (
+                    volume.name.clone(),
+                    self.passed(volume).map(Resource::Volume),
+                )
             }
             ResourceKind::Network => {
-                let network = self.api.network_now(read::<NetworkRecord>(change, value)?).await?;
-                (network.name.clone(), self.passed(network).map(Resource::Network))
+                let network = self
+                    .api
+                    .network_now(read::<NetworkRecord>(change, value)?)
+                    .await?;
+                (
+                    network.name.clone(),
+                    self.passed(network).map(Resource::Network),
+                )
             }
             ResourceKind::SecurityGroup => {
                 let record: SecurityGroupRecord = read(change, value)?;
                 let group = commands::visible_security_group(&self.api.store, record)
                     .await
                     .map_err(super::command_status)?;
-                (group.name.clone(), self.passed(group).map(Resource::SecurityGroup))
+                (
+                    group.name.clone(),
+                    self.passed(group).map(Resource::SecurityGroup),
+                )
             }
             ResourceKind::Project => {
                 let project = commands::visible_project(&read::<ProjectRecord>(change, value)?);
-                (project.name.clone(), self.passed(project).map(Resource::Project))
+                (
+                    project.name.clone(),
+                    self.passed(project).map(Resource::Project),
+                )
             }
             ResourceKind::Operation => {
                 let operation: Operation = read(change, value)?;
@@ -199,12 +214,18 @@ impl Wanted {
                 if !self.may_see(target.unwrap_or_default()) {
                     return Ok(None);
                 }
-                (operation.name.clone(), self.passed(operation).map(Resource::Operation))
+                (
+                    operation.name.clone(),
+                    self.passed(operation).map(Resource::Operation),
+                )
             }
             ResourceKind::FaultExperiment => {
                 let stored: FaultExperiment = read(change, value)?;
                 let live = self.api.experiments.with_live(stored);
-                (live.name.clone(), self.passed(live).map(Resource::FaultExperiment))
+                (
+                    live.name.clone(),
+                    self.passed(live).map(Resource::FaultExperiment),
+                )
             }
             ResourceKind::Unspecified => return Ok(None),
         };
@@ -220,7 +241,11 @@ impl Wanted {
     /// Masked, if the filter lets it through and the caller may see it.
     fn passed<T: Message + Default>(&self, message: T) -> Option<T> {
         let dynamic = || dynamic(&self.message, &message);
-        if !self.filter.as_ref().is_none_or(|filter| filter.matches(&dynamic())) {
+        if !self
+            .filter
+            .as_ref()
+            .is_none_or(|filter| filter.matches(&dynamic()))
+        {
             return None;
         }
         Some(match &self.mask {

@@ -112,10 +112,7 @@ pub async fn update_project(
                 stored.record,
                 Transaction::new().if_unchanged(key.clone(), stored.revision),
             ),
-            None => (
-                default_project(),
-                Transaction::new().if_absent(key.clone()),
-            ),
+            None => (default_project(), Transaction::new().if_absent(key.clone())),
         };
         check_project_etag(&record, etag)?;
         change(&mut record.project);

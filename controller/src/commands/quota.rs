@@ -70,7 +70,10 @@ pub async fn usage(store: &SharedStore, project: &str) -> Result<pb::QuotaUsage,
         let record: VolumeRecord = decode(&item.key, &item.value)?;
         let spec = record.volume.spec.unwrap_or_default();
         let status = record.volume.status.unwrap_or_default();
-        let bytes = spec.size_bytes.max(status.size_bytes).max(record.wanted_bytes);
+        let bytes = spec
+            .size_bytes
+            .max(status.size_bytes)
+            .max(record.wanted_bytes);
         add(&mut usage, &of_volume(bytes));
     }
     for item in store.list(below(prefix::NETWORKS)).await?.items {
@@ -161,4 +164,3 @@ pub(super) async fn is_empty(store: &SharedStore, project: &str) -> Result<bool,
     }
     Ok(true)
 }
-

@@ -7,7 +7,7 @@ use api::controller as pb;
 use api::names::Name;
 use prost::Message;
 
-use super::{CommandError, check_etag, with_retry};
+use super::{CommandError, check_etag, quota, with_retry};
 use crate::model::{self, SecurityGroupRecord, VmRecord, key, prefix, short};
 use crate::plan::Stored;
 use crate::reconciler::decode;
@@ -54,7 +54,10 @@ pub async fn create_security_group(
             },
         };
         let event = model::new_event(&name.to_string(), "SECURITY_GROUP_CREATED", "");
-        let transaction = require_groups(store, name, &group.rules, Transaction::new())
+        let none = pb::QuotaUsage::default();
+        let transaction =
+            quota::admit(store, &name.project, &none, Transaction::new()).await?;
+        let transaction = require_groups(store, name, &group.rules, transaction)
             .await?
             .if_absent(key(name))
             .put(key(name), record.encode_to_vec())

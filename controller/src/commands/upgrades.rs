@@ -6,18 +6,17 @@ use api::node::{self, start_job_request::Work};
 use api::validate::UpgradeTarget;
 
 use super::disks::with_job;
-use super::{CommandError, RequestKey, get_vm, validated, with_retry};
+use super::{CommandError, RequestKey, get_host, get_vm, validated, with_retry};
 use crate::model;
 use crate::store::{SharedStore, Transaction};
 
-/// Wants daemons exchanged; `host` is the name of the host that is there.
+/// Wants daemons exchanged.
 ///
 /// # Errors
 /// When there is no such VM or host, or the VM does not run.
 pub async fn upgrade_devices(
     store: &SharedStore,
     target: &UpgradeTarget,
-    host: &str,
     request: &pb::UpgradeDevicesRequest,
 ) -> Result<pb::Operation, CommandError> {
     let project = match target {
@@ -29,15 +28,10 @@ pub async fn upgrade_devices(
         if let Some(earlier) = key.earlier(store).await? {
             return Ok(earlier);
         }
-        let (vm_ids, device) = match target {
+        let (host, vm_ids, device) = match target {
             UpgradeTarget::Host(id) => {
-                let name = format!("hosts/{id}");
-                if name != host {
-                    return Err(CommandError::NotFound {
-                        what: format!("host {id}"),
-                    });
-                }
-                (Vec::new(), String::new())
+                get_host(store, id).await?;
+                (id.clone(), Vec::new(), String::new())
             }
             UpgradeTarget::Vm(vm) | UpgradeTarget::Device(vm, _) => {
                 let record = get_vm(store, vm).await?.record;
@@ -52,7 +46,7 @@ pub async fn upgrade_devices(
                     UpgradeTarget::Device(_, device) => device.clone(),
                     _ => String::new(),
                 };
-                (vec![record.node_id], device)
+                (record.host, vec![record.node_id], device)
             }
         };
         let kind = pb::OperationKind::UpgradeDevices;
@@ -73,7 +67,7 @@ pub async fn upgrade_devices(
             version: request.version.clone(),
         });
         store
-            .commit(with_job(transaction, &operation, work))
+            .commit(with_job(transaction, &operation, &host, work))
             .await?;
         Ok(operation)
     })

@@ -92,15 +92,12 @@ fn holds(expression: &Expression, message: &DynamicMessage) -> bool {
         Expression::All(all) => all.iter().all(|inner| holds(inner, message)),
         Expression::Any(any) => any.iter().any(|inner| holds(inner, message)),
         Expression::Not(inner) => !holds(inner, message),
-        Expression::Present(path) => {
-            path.any(message, &mut |value| !is_default(value, path))
-        }
+        Expression::Present(path) => path.any(message, &mut |value| !is_default(value, path)),
         // Nothing of the list, if it is one, may be equal.
-        Expression::Compare(path, Comparator::NotEqual, operand) => {
-            !path.any(message, &mut |value| {
+        Expression::Compare(path, Comparator::NotEqual, operand) => !path
+            .any(message, &mut |value| {
                 compares(value, Comparator::Equal, operand)
-            })
-        }
+            }),
         Expression::Compare(path, comparator, operand) => {
             path.any(message, &mut |value| compares(value, *comparator, operand))
         }
@@ -274,7 +271,12 @@ impl<'a> Parser<'a> {
     }
 
     fn value(&mut self) -> Result<String, QueryError> {
-        let Some(quote) = self.rest().chars().next().filter(|c| matches!(c, '"' | '\'')) else {
+        let Some(quote) = self
+            .rest()
+            .chars()
+            .next()
+            .filter(|c| matches!(c, '"' | '\''))
+        else {
             let word = self.take(|c| !c.is_whitespace() && !matches!(c, '(' | ')' | '"' | '\''));
             if word.is_empty() {
                 return Err(self.problem("here should be a value"));
@@ -360,7 +362,11 @@ fn operand(path: &Path, text: &str) -> Result<Operand, QueryError> {
             "false" => Ok(Operand::Bool(false)),
             _ => Err(bad("true or false")),
         },
-        Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 | Kind::Int64 | Kind::Sint64
+        Kind::Int32
+        | Kind::Sint32
+        | Kind::Sfixed32
+        | Kind::Int64
+        | Kind::Sint64
         | Kind::Sfixed64 => text
             .parse()
             .map(Operand::Signed)
@@ -369,10 +375,7 @@ fn operand(path: &Path, text: &str) -> Result<Operand, QueryError> {
             .parse()
             .map(Operand::Unsigned)
             .map_err(|_| bad("whole number from 0")),
-        Kind::Float | Kind::Double => text
-            .parse()
-            .map(Operand::Float)
-            .map_err(|_| bad("number")),
+        Kind::Float | Kind::Double => text.parse().map(Operand::Float).map_err(|_| bad("number")),
         Kind::Enum(kind) => enum_value(&kind, text)
             .map(Operand::Enum)
             .ok_or_else(|| bad(&known_values(&kind))),

@@ -59,7 +59,13 @@ impl Order {
             }
             let path = Path::parse(message, path)?;
             let sortable = match path.last().kind() {
-                _ if path.fields.iter().any(|field| field.is_list() || field.is_map()) => false,
+                _ if path
+                    .fields
+                    .iter()
+                    .any(|field| field.is_list() || field.is_map()) =>
+                {
+                    false
+                }
                 Kind::Message(inner) => inner.full_name() == "google.protobuf.Timestamp",
                 Kind::Bytes => false,
                 _ => true,
@@ -102,8 +108,9 @@ impl Part {
             Value::F32(value) => Self::Float((*value).into()),
             Value::F64(value) => Self::Float(*value),
             Value::String(value) => Self::Text(value.clone()),
-            other => timestamp(other)
-                .map_or(Self::Absent, |(seconds, nanos)| Self::Time(seconds, nanos)),
+            other => {
+                timestamp(other).map_or(Self::Absent, |(seconds, nanos)| Self::Time(seconds, nanos))
+            }
         }
     }
 

@@ -60,8 +60,14 @@ fn filters_let_through_what_they_say() {
         ("spec.vcpus > 1 status.phase=running", &["web2"]),
         ("spec.vcpus = 1 OR spec.vcpus = 2", &["web", "db"]),
         // OR binds closer: (1 or 2) and running.
-        ("spec.vcpus=1 OR spec.vcpus=2 status.phase=running", &["web"]),
-        ("(spec.vcpus=2 status.phase=stopped) OR spec.vcpus=4", &["db", "web2"]),
+        (
+            "spec.vcpus=1 OR spec.vcpus=2 status.phase=running",
+            &["web"],
+        ),
+        (
+            "(spec.vcpus=2 status.phase=stopped) OR spec.vcpus=4",
+            &["db", "web2"],
+        ),
         ("name = \"*/web*\"", &["web", "web2"]),
         ("name = '*web'", &["web"]),
         ("name : web", &["web", "web2"]),
@@ -81,7 +87,11 @@ fn filters_let_through_what_they_say() {
 fn what_is_no_filter_is_refused_with_the_place() {
     let kind = descriptor("Vm");
     let refused = |text: &str| Filter::parse(&kind, text).unwrap_err().to_string();
-    assert!(refused("sepc.vcpus = 1").contains("has no field sepc"), "{}", refused("sepc.vcpus = 1"));
+    assert!(
+        refused("sepc.vcpus = 1").contains("has no field sepc"),
+        "{}",
+        refused("sepc.vcpus = 1")
+    );
     assert!(refused("spec.vcpus = many").contains("whole number"));
     assert!(refused("status.phase = rnning").contains("running, paused"));
     assert!(refused("spec = 1").contains("name one of its fields"));
@@ -98,7 +108,9 @@ fn what_is_no_filter_is_refused_with_the_place() {
 #[test]
 fn orders_sort_by_each_field_in_turn() {
     let kind = descriptor("Vm");
-    let order = Order::parse(&kind, "status.phase desc, spec.vcpus").unwrap().unwrap();
+    let order = Order::parse(&kind, "status.phase desc, spec.vcpus")
+        .unwrap()
+        .unwrap();
     let mut vms = [
         vm("a", pb::VmPhase::Running, 4),
         vm("b", pb::VmPhase::Stopped, 2),
@@ -125,7 +137,10 @@ fn masks_keep_only_what_they_name() {
         Mask::parse(&kind, Some(&mask))
     };
     let whole = vm("web", pb::VmPhase::Running, 2);
-    let kept = mask(&["name", "status.phase", "spec.disks.name"]).unwrap().unwrap().apply(&whole);
+    let kept = mask(&["name", "status.phase", "spec.disks.name"])
+        .unwrap()
+        .unwrap()
+        .apply(&whole);
     assert_eq!(kept.name, whole.name);
     assert_eq!(kept.status.as_ref().unwrap().phase(), pb::VmPhase::Running);
     assert_eq!(kept.status.unwrap().host, "");
@@ -133,7 +148,10 @@ fn masks_keep_only_what_they_name() {
     assert_eq!((spec.vcpus, spec.disks[0].name.as_str()), (0, "root"));
     assert_eq!(spec.disks[0].source, None);
     // What is named whole stays whole, whatever else is named in it.
-    let kept = mask(&["spec.vcpus", "spec"]).unwrap().unwrap().apply(&whole);
+    let kept = mask(&["spec.vcpus", "spec"])
+        .unwrap()
+        .unwrap()
+        .apply(&whole);
     assert_eq!(kept.spec, whole.spec);
     assert!(mask(&[]).unwrap().is_none());
     assert!(mask(&["spec.vcpu"]).is_err());

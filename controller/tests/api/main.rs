@@ -1,6 +1,7 @@
 //! The controller's program as its users see it: real processes, real sockets. The host behind it is
 //! simulated where the test is about the controller, and real where it is about both.
 
+mod access;
 mod disks;
 mod events;
 mod fault_campaign;
@@ -8,6 +9,7 @@ mod faults;
 #[allow(dead_code, reason = "node-agent's tests use the other guests")]
 #[path = "../../node-agent/tests/processes/guest.rs"]
 mod guest;
+mod fleet;
 mod harness;
 mod networks;
 mod operations;

@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 /// Cheap to clone; all clones are one host.
 #[derive(Clone)]
 pub(crate) struct Host {
+    status: HostStatus,
     state: Arc<Mutex<State>>,
     changed: watch::Sender<u64>,
 }
@@ -43,7 +44,17 @@ impl Host {
 
     /// The same, with more services.
     pub(crate) fn serve_beside(path: &Path, services: Services) -> Self {
+        let status = HostStatus {
+            host_id: "simulated".into(),
+            ..Default::default()
+        };
+        Self::serve_as(path, status, services)
+    }
+
+    /// A host that says this of itself.
+    pub(crate) fn serve_as(path: &Path, status: HostStatus, services: Services) -> Self {
         let host = Self {
+            status,
             state: Arc::default(),
             changed: watch::Sender::new(0),
         };
@@ -86,6 +97,12 @@ impl Host {
     /// Ids of all VMs here.
     pub(crate) fn vms(&self) -> Vec<String> {
         self.state.lock().unwrap().vms.keys().cloned().collect()
+    }
+
+    /// What a VM is doing here, if it is here.
+    pub(crate) fn phase(&self, id: &str) -> Option<VmPhase> {
+        let state = self.state.lock().unwrap();
+        state.vms.get(id).map(|(_, status)| status.phase())
     }
 
     /// The VM's spec as applied last.
@@ -149,10 +166,7 @@ fn after_apply(spec: &VmSpec, before: Option<VmPhase>, held: bool) -> (VmPhase, 
 #[tonic::async_trait]
 impl NodeAgent for Host {
     async fn get_host(&self, _: Request<GetHostRequest>) -> Result<Response<HostStatus>, Status> {
-        Ok(Response::new(HostStatus {
-            host_id: "simulated".into(),
-            ..Default::default()
-        }))
+        Ok(Response::new(self.status.clone()))
     }
 
     async fn apply_vm(
@@ -209,11 +223,11 @@ impl NodeAgent for Host {
         &self,
         request: Request<DeleteVmRequest>,
     ) -> Result<Response<DeleteVmResponse>, Status> {
-        let id = request.into_inner().id;
+        let DeleteVmRequest { id, evict } = request.into_inner();
         self.change(|state| {
             match state.vms.get(&id) {
                 None => return Err(Status::not_found("no such VM")),
-                Some((_, status)) if status.phase() != VmPhase::Stopped => {
+                Some((_, status)) if status.phase() != VmPhase::Stopped && !evict => {
                     return Err(Status::failed_precondition("it runs"));
                 }
                 Some(_) => state.vms.remove(&id),
