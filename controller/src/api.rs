@@ -46,11 +46,14 @@ mod nics;
 mod operations;
 mod projects;
 mod security_groups;
+mod state;
 mod upgrades;
 mod uploads;
 mod vms;
 mod volumes;
 mod watches;
+
+pub use state::StateService;
 
 /// What all handlers work on.
 #[derive(Clone)]

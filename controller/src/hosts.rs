@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::task::JoinHandle;
 use tonic::Status;
 
+use crate::leader::Epoch;
 use crate::model::{self, HostRecord, ReservationRecord};
 use crate::node::Node;
 use crate::plan::{Fleet, Observed, Stored};
@@ -39,6 +40,8 @@ pub struct Hosts {
     changed: watch::Sender<u64>,
     /// Has connections of its own.
     connects: bool,
+    /// What commands carry.
+    epoch: Epoch,
 }
 
 #[derive(Default)]
@@ -119,6 +122,16 @@ impl Hosts {
             known: Arc::default(),
             changed: watch::Sender::new(0),
             connects: true,
+            epoch: Epoch::none(),
+        }
+    }
+
+    /// The same hosts, for commands of this epoch.
+    #[must_use]
+    pub fn with_epoch(&self, epoch: Epoch) -> Self {
+        Self {
+            epoch,
+            ..self.clone()
         }
     }
 
@@ -148,7 +161,7 @@ impl Hosts {
     pub fn get(&self, host: &str) -> Option<Node> {
         let known = self.known();
         let connection = known.get(host)?.connection.as_ref();
-        connection.map(|connection| connection.node.clone())
+        connection.map(|connection| connection.node.clone().with_epoch(self.epoch.clone()))
     }
 
     /// The connection to a host, by its id.
@@ -169,7 +182,8 @@ impl Hosts {
         connections
             .filter_map(|entry| {
                 let connection = entry.connection.as_ref()?;
-                Some((entry.id.clone(), connection.node.clone()))
+                let node = connection.node.clone().with_epoch(self.epoch.clone());
+                Some((entry.id.clone(), node))
             })
             .collect()
     }

@@ -3,26 +3,38 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
+use api::controller::states_server::StatesServer;
 use api::listen::{Address, Listener};
 use api::serve;
 use clap::Parser as _;
 
 use controller::agent::Agent;
-use controller::api::Api;
+use controller::api::{Api, StateService};
 use controller::faults::Experiments;
 use controller::hosts::Hosts;
+use controller::leader::{Candidate, Epoch, Term};
 use controller::leases::Leases;
 use controller::metrics;
-use controller::options::{self, Options, StateDir};
+use controller::options::{self, Command, Options, StateDir};
 use controller::reconciler::{self, Reconciler};
-use controller::store::SharedStore;
-use controller::store::embedded::EmbeddedStore;
+use controller::store::schema::{self, SchemaError};
+use controller::store::{SharedStore, StoreError};
+
+/// For the last words to the store.
+const RESIGN_TIMEOUT: Duration = Duration::from_secs(3);
+/// A state that cannot be led is looked at again after this.
+const SCHEMA_RETRY: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    match run(options) {
+    let done = match &options.command {
+        Some(Command::Migrate(migrate)) => move_state(migrate),
+        None => run(options),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("controller: error: {error:#}");
@@ -46,13 +58,8 @@ async fn run(options: Options) -> anyhow::Result<()> {
     } else {
         None
     };
-    let store_file = state_dir.store_file();
-    let store: SharedStore = Arc::new(EmbeddedStore::open(&store_file).with_context(|| {
-        format!(
-            "cannot open {}; move it away to begin anew",
-            store_file.display()
-        )
-    })?);
+    let opened = options.store.open(state_dir).await?;
+    let store = opened.store.clone();
     let listener = Listener::bind(&options.listen)?;
     let metrics_listener = options
         .metrics_listen
@@ -67,7 +74,15 @@ async fn run(options: Options) -> anyhow::Result<()> {
         );
     }
 
-    let hosts = Hosts::new();
+    let address = listener.address().to_string();
+    let mut candidate = Candidate::new(store.clone(), address, options.store.lease_period());
+    let mut epoch = candidate.epoch();
+    if !opened.shared {
+        candidate = candidate.alone();
+        epoch = Epoch::none();
+    }
+    let leader = candidate.leader();
+    let hosts = Hosts::new().with_epoch(epoch);
     let mut named = options.nodes.clone();
     if let Some(agent) = agent {
         named.push(agent.address());
@@ -77,35 +92,71 @@ async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(hosts.clone().register(store.clone(), address));
     }
     tokio::spawn(hosts.clone().run(store.clone()));
-    let leases = Leases::new(options.lease_terms());
-    tokio::spawn(
-        leases
-            .clone()
-            .run(store.clone(), hosts.clone(), Arc::new(hosts.clone())),
-    );
-    tokio::spawn(
-        Reconciler::new(store.clone(), hosts.clone())
-            .with_leases(leases)
-            .run(),
-    );
     let experiments = Experiments::new(store.clone(), hosts.clone(), options.allow_faults);
-    experiments
-        .recover()
-        .await
-        .context("cannot end fault experiments of an earlier run")?;
+    let leases = Leases::new(options.lease_terms());
+    let leading = tokio::spawn({
+        let (hosts, experiments) = (hosts.clone(), experiments.clone());
+        let work = move |term| lead(term, hosts.clone(), leases.clone(), experiments.clone());
+        candidate.run(work)
+    });
     if let Some(listener) = metrics_listener {
         serve_metrics(listener, store.clone(), hosts.clone());
     }
     let terminated = serve::terminated();
     announce(&listener.address());
-    serve::on(
-        listener,
-        Api::new(store, hosts, experiments).services(&gate),
-        terminated,
-    )
-    .await?;
+    let state = StateService::new(store.clone(), opened.kind(), leader.clone());
+    let services = Api::new(store.clone(), hosts, experiments).services(&gate);
+    let services = services.with(gate.guard(StatesServer::new(state)));
+    serve::on(listener, services, terminated).await?;
+    leading.abort();
+    let _ = leading.await;
+    let last = leader.borrow().clone();
+    if let Some(leader) = last {
+        let resigned = tokio::time::timeout(RESIGN_TIMEOUT, leader.resign(&store)).await;
+        if !matches!(resigned, Ok(Ok(()))) {
+            tracing::warn!("the next leader must wait for the end of this one's lease");
+        }
+    }
     tracing::info!("stopped; VMs and the node agent run on");
     tokio::task::block_in_place(|| telemetry.shutdown());
+    Ok(())
+}
+
+/// What one controller does at a time: everything that changes something by itself. Ends when it leads
+/// no more.
+async fn lead(term: Term, hosts: Hosts, leases: Leases, experiments: Experiments) {
+    let Term { epoch, store } = term;
+    loop {
+        match schema::bring_up_to_date(&store, &[]).await {
+            Ok(()) => break,
+            Err(SchemaError::Store(StoreError::Deposed)) => return,
+            Err(error) => {
+                tracing::error!(error = %reconciler::with_source(&error), "cannot lead");
+                tokio::time::sleep(SCHEMA_RETRY).await;
+            }
+        }
+    }
+    if let Err(error) = experiments.recover().await {
+        tracing::warn!(
+            error = %error.with_causes(),
+            "cannot end fault experiments of an earlier run"
+        );
+    }
+    let hosts = hosts.with_epoch(epoch);
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(
+        leases
+            .clone()
+            .run(store.clone(), hosts.clone(), Arc::new(hosts.clone())),
+    );
+    tasks.spawn(Reconciler::new(store, hosts).with_leases(leases).run());
+    tasks.join_next().await;
+}
+
+#[tokio::main]
+async fn move_state(migrate: &options::Migrate) -> anyhow::Result<()> {
+    let moved = migrate.run().await?;
+    println!("moved {moved} records to {}", migrate.to);
     Ok(())
 }
 

@@ -16,9 +16,12 @@ use api::node::node_agent_client::NodeAgentClient;
 use api::node::*;
 use tokio::sync::{Mutex, watch};
 use tokio_stream::StreamExt;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
+use crate::leader::Epoch;
 use crate::plan::Observed;
 
 mod faults;
@@ -37,6 +40,20 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const MOVING_INTERVAL: Duration = Duration::from_millis(300);
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
+/// A connection whose requests go on with the trace of whoever asks, and say in which epoch.
+type Link = InterceptedService<Channel, Carry>;
+
+/// Puts the task's trace and the epoch into each request.
+#[derive(Debug, Clone)]
+struct Carry(Epoch);
+
+impl Interceptor for Carry {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        telemetry::inject(request.metadata_mut());
+        self.0.call(request)
+    }
+}
+
 /// A host's agent. Cheap to clone.
 #[derive(Clone)]
 pub struct Node {
@@ -45,6 +62,8 @@ pub struct Node {
     channel: watch::Sender<Option<Channel>>,
     /// Answers must be believed in the order of the questions.
     looking: Arc<Mutex<()>>,
+    /// What commands carry.
+    epoch: Epoch,
 }
 
 impl Node {
@@ -55,6 +74,7 @@ impl Node {
             observed: watch::Sender::new(Arc::default()),
             channel: watch::Sender::new(None),
             looking: Arc::default(),
+            epoch: Epoch::none(),
         }
     }
 
@@ -72,6 +92,13 @@ impl Node {
         let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
         let mut client = NodeAgentClient::new(channel);
         call("GetHost", client.get_host(GetHostRequest {})).await
+    }
+
+    /// The same host, for commands of this epoch.
+    #[must_use]
+    pub fn with_epoch(mut self, epoch: Epoch) -> Self {
+        self.epoch = epoch;
+        self
     }
 
     /// What was seen last; changes with what is seen.
@@ -474,21 +501,23 @@ impl Node {
         call("Console", client.console(input)).await
     }
 
-    fn client(&self) -> Result<NodeAgentClient<Channel>, Status> {
+    fn client(&self) -> Result<NodeAgentClient<Link>, Status> {
         self.connected().map(NodeAgentClient::new)
     }
 
-    fn nics_client(&self) -> Result<NicsClient<Channel>, Status> {
+    fn nics_client(&self) -> Result<NicsClient<Link>, Status> {
         self.connected().map(NicsClient::new)
     }
 
-    fn connected(&self) -> Result<Channel, Status> {
-        self.channel.borrow().clone().ok_or_else(|| {
+    fn connected(&self) -> Result<Link, Status> {
+        let channel = self.channel.borrow().clone();
+        let channel = channel.ok_or_else(|| {
             Status::unavailable(format!(
                 "the node agent at {} does not answer",
                 self.address
             ))
-        })
+        })?;
+        Ok(InterceptedService::new(channel, Carry(self.epoch.clone())))
     }
 }
 

@@ -8,13 +8,15 @@ use std::time::Duration;
 
 use ::api::dirs;
 use ::api::listen::Address;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
 
 mod access;
+mod store;
 
 pub use access::{Access, AccessError};
+pub use store::{EtcdAccess, Migrate, OpenError, Opened, StoreOptions};
 
 /// Runs virtual machines: keeps what is wanted and makes hosts do it.
 ///
@@ -23,18 +25,27 @@ pub use access::{Access, AccessError};
 #[derive(Debug, Parser)]
 #[command(
     version,
+    subcommand_negates_reqs = true,
+    args_conflicts_with_subcommands = true,
     after_help = "Examples:
   controller --standalone                              one machine, nothing to configure
   controller --standalone --listen unix:/run/c.sock    reachable by local users only
   controller --node unix:/run/a.sock --node unix:/run/b.sock
                                                        hosts whose agents listen there
+  controller --etcd http://10.0.0.1:2379,http://10.0.0.2:2379,http://10.0.0.3:2379 --node 10.0.0.9:7071
+                                                       one of several controllers
+  controller migrate --from /var/lib/mortise --to http://10.0.0.1:2379
+                                                       the state into etcd
 
 Environment:
   MORTISE_LOG   what to log, such as info or controller=debug (default: info)"
 )]
 pub struct Options {
+    /// Something else than to serve.
+    #[command(subcommand)]
+    pub command: Option<Command>,
     /// Manage this machine: start a node agent here, or adopt the one that runs
-    #[arg(long, conflicts_with = "nodes", required_unless_present = "nodes")]
+    #[arg(long, conflicts_with = "nodes", required_unless_present_any = ["nodes", "etcd"])]
     pub standalone: bool,
     /// Manage the machine whose node agent listens there; may be given several times
     #[arg(long = "node", value_name = "HOST:PORT|unix:PATH")]
@@ -79,6 +90,16 @@ pub struct Options {
     /// Who may ask.
     #[command(flatten)]
     pub access: Access,
+    /// Where the state is kept.
+    #[command(flatten)]
+    pub store: StoreOptions,
+}
+
+/// What the program does besides serving.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Move the state from one store to another
+    Migrate(Migrate),
 }
 
 impl Options {

@@ -33,6 +33,7 @@ const PROTOS: &[&str] = &[
     "mortise/controller/v1/faults.proto",
     "mortise/controller/v1/watches.proto",
     "mortise/controller/v1/audit.proto",
+    "mortise/controller/v1/state.proto",
     "mortise/controller/v1/projects.proto",
 ];
 

@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use tonic::Status;
 use tonic::service::Interceptor;
 
+use crate::backup::RESTORING_KEY;
 use crate::{FencedStore, LeaseId, Range, SharedStore, StoreError, Transaction, Watch};
 
 /// The leader's key; its value is a [`LeaderRecord`], its revision the term.
@@ -64,16 +65,6 @@ pub struct Term {
     pub epoch: Epoch,
     /// Fenced: does nothing more once somebody else leads.
     pub store: SharedStore,
-}
-
-impl Term {
-    /// That of the only controller of its store, which nobody can depose.
-    pub fn only(store: SharedStore) -> Self {
-        Self {
-            epoch: Epoch::none(),
-            store,
-        }
-    }
 }
 
 /// What commands to hosts carry, so that those of a deposed leader are refused there.
@@ -127,6 +118,8 @@ pub struct Candidate {
     store: SharedStore,
     address: String,
     period: Duration,
+    /// The store is this controller's alone.
+    alone: bool,
     leader: watch::Sender<Option<Leader>>,
     epoch: watch::Sender<Option<u64>>,
 }
@@ -140,6 +133,26 @@ pub struct Leader {
     pub epoch: u64,
     /// It is this controller.
     pub here: bool,
+    /// Of its key.
+    revision: u64,
+}
+
+impl Leader {
+    /// Has somebody else lead at once, when this controller does and is about to end. Its work must have
+    /// ended.
+    ///
+    /// # Errors
+    /// When the store fails; then its lease must run out.
+    pub async fn resign(&self, store: &SharedStore) -> Result<(), StoreError> {
+        if !self.here {
+            return Ok(());
+        }
+        let mine = Transaction::new().if_unchanged(KEY, self.revision);
+        match store.commit(mine.delete(KEY)).await {
+            Ok(_) | Err(StoreError::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 struct Held {
@@ -157,9 +170,17 @@ impl Candidate {
             store,
             address,
             period,
+            alone: false,
             leader: watch::Sender::new(None),
             epoch: watch::Sender::new(None),
         }
+    }
+
+    /// Of a store that no other controller uses: nobody is waited for, and there are no epochs.
+    #[must_use]
+    pub fn alone(mut self) -> Self {
+        self.alone = true;
+        self
     }
 
     /// For commands that users give: that of whoever leads.
@@ -181,9 +202,13 @@ impl Candidate {
         loop {
             match self.campaign().await {
                 Ok((held, changes)) => {
+                    let epoch = match self.alone {
+                        true => Epoch::none(),
+                        false => Epoch::fixed(held.leader.epoch),
+                    };
                     let store = FencedStore::new(self.store.clone(), KEY, held.revision);
                     let term = Term {
-                        epoch: Epoch::fixed(held.leader.epoch),
+                        epoch,
                         store: Arc::new(store),
                     };
                     tracing::info!(epoch = held.leader.epoch, "this controller leads");
@@ -211,6 +236,10 @@ impl Candidate {
 
     /// Until this controller leads.
     async fn campaign(&self) -> Result<(Held, Watch), StoreError> {
+        if self.alone && self.store.get(RESTORING_KEY).await?.is_none() {
+            // What is there is of this controller's last life.
+            self.store.commit(Transaction::new().delete(KEY)).await?;
+        }
         loop {
             let seen = self.store.list(Range::all(KEY)).await?;
             let mut changes = self.store.watch(KEY, seen.revision).await?;
@@ -221,6 +250,7 @@ impl Candidate {
                     record,
                     epoch,
                     here: false,
+                    revision: item.revision,
                 }));
                 // A lost message costs no more than another look.
                 let _ = tokio::time::timeout(self.period, changes.recv()).await;
@@ -264,6 +294,7 @@ impl Candidate {
             record,
             epoch,
             here: true,
+            revision,
         };
         self.see(Some(leader.clone()));
         Ok(Some(Held {
@@ -323,7 +354,7 @@ impl Candidate {
     }
 
     fn see(&self, leader: Option<Leader>) {
-        if let Some(leader) = &leader {
+        if let Some(leader) = leader.as_ref().filter(|_| !self.alone) {
             // While nobody leads the last one's is the newest there is.
             self.epoch.send_if_modified(|known| {
                 let newer = *known < Some(leader.epoch);

@@ -123,6 +123,14 @@ const METHODS: &[(&str, &[(&str, Need)])] = &[
         ],
     ),
     (
+        "States",
+        &[
+            ("GetControllerStatus", VIEWER),
+            ("BackupState", ADMIN),
+            ("RestoreState", ADMIN),
+        ],
+    ),
+    (
         "Uploads",
         &[
             ("CreateUpload", OPERATOR),
