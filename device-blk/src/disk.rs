@@ -117,7 +117,7 @@ impl Disk {
             slow: SlowThreshold::new(config.slow_request_ms),
             faults: faults.map_or_else(DeviceFaults::none, |faults| faults.device(&request.id)),
             allowance: Arc::new(match config.leased {
-                true => Allowance::leased(),
+                true => Allowance::leased(config.io_until_boottime_ns),
                 false => Allowance::always(),
             }),
         };

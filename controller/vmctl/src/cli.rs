@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub(crate) mod device;
 pub(crate) mod disk;
 pub(crate) mod fault;
+pub(crate) mod host;
 pub(crate) mod network;
 pub(crate) mod nic;
 pub(crate) mod project;
@@ -118,10 +119,10 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: fault::FaultCommand,
     },
-    /// Look at hosts
+    /// Look at hosts, and take them out of service and back
     Host {
         #[command(subcommand)]
-        command: HostCommand,
+        command: host::HostCommand,
     },
     /// Create, look at and delete projects
     Project {
@@ -302,6 +303,8 @@ pub(crate) struct MachineArgs {
     pub(crate) shares: Vec<ShareArg>,
     #[command(flatten)]
     pub(crate) seed: SeedArgs,
+    #[command(flatten)]
+    pub(crate) placement: host::PlacementArgs,
     /// Virtual CPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
     pub(crate) cpus: Option<u32>,
@@ -311,9 +314,27 @@ pub(crate) struct MachineArgs {
     /// Keep a started, confined process ready for each device daemon: one that dies is replaced at once
     #[arg(long)]
     pub(crate) warm_spare: bool,
+    /// When it does not run although it should, its guest not having ended it: never start it again, on
+    /// the same host, or anywhere [default: never]
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) restart: Option<RestartArg>,
+    /// Start it again after a boot of its host if it ran before; those of lower ORDER first [default: 0]
+    #[arg(long, value_name = "ORDER", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
+    pub(crate) autostart: Option<u32>,
     /// How long the guest may take to shut down before it is stopped hard [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) shutdown_grace: Option<u32>,
+}
+
+/// Of `--restart`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum RestartArg {
+    /// It stays as it is
+    Never,
+    /// Its host starts it again
+    SameHost,
+    /// So does its host; when that is lost, another one does. Its disks must be reached from there
+    Anywhere,
 }
 
 /// What cloud-init in the guest finds.
@@ -346,8 +367,8 @@ pub(crate) struct VmCreateArgs {
     /// The same id again creates nothing twice [default: a random one]
     #[arg(long, value_name = "ID")]
     pub(crate) request_id: Option<String>,
-    /// Only check whether it could be created
-    #[arg(long)]
+    /// Only check whether it could be created, and show what every host says to it
+    #[arg(long, visible_alias = "dry-run")]
     pub(crate) validate_only: bool,
     #[command(flatten)]
     pub(crate) wait: WaitArgs,
@@ -373,13 +394,6 @@ pub(crate) struct RunArgs {
     /// Directory for its sockets
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
-}
-
-/// `vmctl host ...`
-#[derive(Debug, Subcommand)]
-pub(crate) enum HostCommand {
-    /// List hosts
-    List,
 }
 
 /// `vmctl op ...`

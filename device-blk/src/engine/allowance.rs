@@ -24,10 +24,10 @@ impl Allowance {
         }
     }
 
-    /// None yet.
-    pub(crate) const fn leased() -> Self {
+    /// Until then at first.
+    pub(crate) fn leased(until_ns: u64) -> Self {
         Self {
-            until_ns: AtomicU64::new(0),
+            until_ns: AtomicU64::new(until_ns.min(ALWAYS - 1)),
         }
     }
 
@@ -71,7 +71,7 @@ mod tests {
     fn time_is_extended_and_never_cut() {
         assert!(!Allowance::always().is_over());
         assert!(!Allowance::always().is_leased());
-        let allowance = Allowance::leased();
+        let allowance = Allowance::leased(0);
         assert!(allowance.is_leased() && allowance.is_over());
         let hour = 3_600_000_000_000;
         let later = boottime_ns() + hour;
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn time_that_has_passed_allows_nothing() {
-        let allowance = Allowance::leased();
+        let allowance = Allowance::leased(0);
         allowance.extend(boottime_ns());
         assert!(allowance.is_over());
         assert!(allowance.extend(u64::MAX));

@@ -70,10 +70,7 @@ impl Agent {
 
     pub(crate) fn apply_vm(&mut self, spec: &VmSpec) {
         let spec = Some(spec.clone());
-        let call = self.client.apply_vm(ApplyVmRequest {
-            spec,
-            ..Default::default()
-        });
+        let call = self.client.apply_vm(ApplyVmRequest { spec });
         self.runtime.block_on(call).unwrap();
     }
 
