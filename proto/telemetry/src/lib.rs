@@ -6,7 +6,6 @@
 //! Spans go to an OpenTelemetry collector where one is named; trace ids are there anyway, so that log
 //! lines of all processes can be told apart by them.
 
-use std::fmt;
 use std::future::Future;
 use std::io::IsTerminal as _;
 use std::time::{Duration, SystemTime};
@@ -27,7 +26,8 @@ use tonic::metadata::MetadataMap;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 mod served;
@@ -66,12 +66,14 @@ pub fn init(service: &'static str, collector: Option<&str>) -> Result<Telemetry,
         .transpose()?;
     let spans = provider.as_ref().map(|provider| {
         global::set_tracer_provider(provider.clone());
-        tracing_opentelemetry::layer().with_tracer(provider.tracer("mortise"))
+        // What is logged says nothing about what is traced.
+        tracing_opentelemetry::layer()
+            .with_tracer(provider.tracer("mortise"))
+            .with_filter(LevelFilter::INFO)
     });
     tracing_subscriber::registry()
         .with(spans)
-        .with(lines)
-        .with(filter)
+        .with(lines.with_filter(filter))
         .try_init()
         .map_err(|_| TelemetryError::Twice)?;
     Ok(Telemetry { provider })
@@ -232,15 +234,6 @@ pub enum TelemetryError {
     /// A program's mistake.
     #[error("log lines go somewhere already")]
     Twice,
-}
-
-impl fmt::Display for Telemetry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.provider {
-            Some(_) => "spans are sent",
-            None => "spans are not sent",
-        })
-    }
 }
 
 #[cfg(test)]

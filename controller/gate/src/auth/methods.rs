@@ -69,7 +69,11 @@ const METHODS: &[(&str, &[(&str, Need)])] = &[
         &[
             ("GetHost", VIEWER),
             ("ListHosts", VIEWER),
+            ("UpdateHost", ADMIN),
             ("DeleteHost", ADMIN),
+            ("CordonHost", ADMIN),
+            ("UncordonHost", ADMIN),
+            ("DrainHost", ADMIN),
         ],
     ),
     (
