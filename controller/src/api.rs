@@ -364,6 +364,15 @@ fn store_status_ref(error: &StoreError) -> Status {
             format!("{error}; list again and watch from the list's revision"),
             &[("oldest", &oldest.to_string())],
         ),
+        StoreError::Full(_) => {
+            tracing::error!(error = %with_source(error), "the store is full");
+            status(
+                Code::ResourceExhausted,
+                "STORE_FULL",
+                error.to_string(),
+                &[],
+            )
+        }
         _ => {
             tracing::error!(error = %with_source(error), "the store failed");
             status(Code::Unavailable, "STORE_FAILED", with_source(error), &[])

@@ -123,7 +123,7 @@ impl Cache {
                     None => desired.pending.remove(&change.key),
                 };
             }
-            model::JOBS => {
+            prefix::JOBS => {
                 let operation = format!("{}{rest}", prefix::OPERATIONS);
                 match &change.value {
                     Some(value) => {

@@ -32,7 +32,7 @@ mod volumes;
 
 pub use devices::{check_device, devices, outage_policy, update_device};
 pub use disks::{DiskOnHost, complete_mirror, disk_job, find_disk, update_disk};
-pub use hosts::delete_host;
+pub use hosts::{cordon_host, delete_host, drain_host, update_host};
 pub use networks::{create_network, delete_network, get_network, update_network, visible_network};
 pub use nics::{find_nic, update_nic};
 pub use placement::{
@@ -44,7 +44,7 @@ pub use projects::{
 };
 pub use quota::usage;
 pub use security_groups::{
-    create_security_group, delete_security_group, get_security_group, members_of_groups,
+    Members, create_security_group, delete_security_group, get_security_group, members_of_groups,
     security_group_with, update_security_group, visible_security_group,
 };
 pub use upgrades::upgrade_devices;
@@ -279,7 +279,7 @@ pub fn visible_vm(record: &VmRecord, fleet: &Fleet) -> pb::Vm {
     if record.host.is_empty() {
         status.host.clear();
     }
-    if !record.unplaced.is_empty() && status.error.is_none() {
+    if record.host.is_empty() && !record.unplaced.is_empty() && status.error.is_none() {
         status.error = Some(pb::OperationError {
             code: tonic::Code::ResourceExhausted as i32,
             message: format!("no host can have it: {}", record.unplaced),

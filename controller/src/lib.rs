@@ -17,6 +17,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod cache;
 pub mod commands;
 pub mod failover;
 pub mod faults;
@@ -24,6 +25,7 @@ pub mod hosts;
 pub mod leases;
 pub mod metrics;
 pub mod model;
+pub mod moving;
 pub mod node;
 pub mod options;
 pub mod plan;

@@ -81,6 +81,12 @@ pub struct VmRecord {
     /// What its host promised it.
     #[prost(message, optional, tag = "7")]
     pub promised: Option<ReservationRecord>,
+    /// It is shut down to be started on another host.
+    #[prost(bool, tag = "8")]
+    pub moving: bool,
+    /// Why a drain leaves it where it is, after the drain's operation and a blank.
+    #[prost(string, tag = "9")]
+    pub stays: String,
 }
 
 /// A volume as stored.
@@ -115,6 +121,9 @@ pub struct JobRecord {
     /// Id of the host that does it.
     #[prost(string, tag = "4")]
     pub host: String,
+    /// Ids of hosts that do it after that one, if it went well there.
+    #[prost(string, repeated, tag = "5")]
+    pub then: Vec<String>,
 }
 
 /// A request that was given an id.
@@ -151,6 +160,8 @@ pub mod prefix {
     pub const OPERATIONS: &str = "operations/";
     /// Ids of operations that are not done.
     pub const PENDING: &str = "pending/";
+    /// Work of operations on hosts.
+    pub const JOBS: &str = "jobs/";
     /// Events.
     pub const EVENTS: &str = "events/";
     /// Projects.

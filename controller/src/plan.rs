@@ -28,6 +28,7 @@ use crate::model::{
     job_id, node_create_volume, node_vm_spec, noted_device, vm_status, volume_status,
 };
 
+mod drain;
 mod fleet;
 mod networks;
 mod outcome;
@@ -62,8 +63,8 @@ pub struct Desired {
     pub networks: BTreeMap<String, Stored<NetworkRecord>>,
     /// Security groups by name.
     pub security_groups: BTreeMap<String, Stored<SecurityGroupRecord>>,
-    /// Operations that are not done.
-    pub pending: Vec<pb::Operation>,
+    /// Operations that are not done, by name.
+    pub pending: BTreeMap<String, pb::Operation>,
     /// Work of these on hosts, by the operations' names.
     pub jobs: BTreeMap<String, JobRecord>,
 }
@@ -145,6 +146,36 @@ pub enum Action {
         name: String,
         /// Where it is already, found there.
         found: Option<String>,
+    },
+    /// Store why a drain leaves a VM where it is.
+    NoteStays {
+        /// Its name.
+        name: String,
+        /// The drain's operation.
+        drain: String,
+        /// In words.
+        why: String,
+    },
+    /// Shut a VM down, to start it on another host.
+    StopToMove {
+        /// Its name.
+        name: String,
+        /// The drain's operation.
+        drain: String,
+    },
+    /// Take a VM that is off from its host.
+    MoveVm {
+        /// Its name.
+        name: String,
+        /// The drain's operation; empty if that is over.
+        drain: String,
+    },
+    /// Work that several hosts do one after the other is done on one of them.
+    AdvanceJob {
+        /// The operation.
+        name: String,
+        /// Id of the host that is done.
+        host: String,
     },
     /// Nothing is left of a VM that was taken from a host.
     NoteEvicted {
@@ -244,8 +275,21 @@ pub fn plan(desired: &Desired, fleet: &Fleet) -> Vec<Action> {
     for (name, stored) in &desired.volumes {
         plan_volume(name, &stored.record, desired, fleet, &mut actions);
     }
+    drain::plan_drains(desired, fleet, &mut actions);
     plan_jobs(desired, fleet, &mut actions);
-    for operation in &desired.pending {
+    for operation in desired.pending.values() {
+        let metadata = operation.metadata.as_ref();
+        if let Some(drained) = metadata
+            && drained.kind() == pb::OperationKind::DrainHost
+        {
+            let outcome = drain::drain_outcome(operation, &drained.target, desired);
+            actions.extend(outcome.map(|(error, findings)| Action::FinishOperation {
+                name: operation.name.clone(),
+                error,
+                findings,
+            }));
+            continue;
+        }
         if let Some(error) = outcome::outcome(operation, wanted, fleet) {
             let job = fleet.job(job_id(&operation.name));
             actions.push(Action::FinishOperation {
@@ -333,6 +377,16 @@ fn plan_job(
     actions: &mut Vec<Action>,
 ) {
     let job_id = job.start.job_id.clone();
+    if !job.then.is_empty()
+        && let Some(seen) = observed.jobs.get(&job_id)
+        && seen.state() == node::JobState::Done
+    {
+        actions.push(Action::AdvanceJob {
+            name: operation.to_owned(),
+            host: host.to_owned(),
+        });
+        return;
+    }
     let call = match observed.jobs.get(&job_id) {
         None if !job.cancel => Call::StartJob(Box::new(job.start.clone())),
         Some(seen) if job.cancel && !is_job_over(seen) => Call::CancelJob(job_id),

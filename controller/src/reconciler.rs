@@ -4,17 +4,19 @@
 //! Calls to hosts run beside the loop, one at a time for each resource; what fails for now is tried
 //! again after a growing pause, what is refused for good is recorded.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use api::controller as pb;
 use api::names::{NETWORKS, Name, VMS};
+use futures_util::stream::{self, StreamExt as _};
 use prost::Message;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
+use crate::cache::Cache;
 use crate::commands::{self, CommandError, Placing};
 use crate::failover;
 use crate::hosts::Hosts;
@@ -22,6 +24,7 @@ use crate::leases::Leases;
 use crate::model::{
     self, HostRecord, JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, prefix,
 };
+use crate::moving;
 use crate::plan::{self, Action, Call, Desired, Fleet, Stored, plan};
 use crate::reach::Reach;
 use crate::scheduler;
@@ -29,6 +32,13 @@ use crate::store::{Range, SharedStore, StoreError, Transaction};
 
 /// Without any news the loop runs this often.
 const TICK: Duration = Duration::from_secs(5);
+/// A step that took longer is followed by a pause as long as it, but not longer than the other.
+const LONG_STEP: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_millis(250);
+/// Transactions of one step under way at one time.
+const MAX_WRITES: usize = 64;
+/// Records removed in one transaction; etcd takes 128 operations.
+const COLLECT_BATCH: usize = 50;
 /// Calls to hosts at one time.
 const MAX_CALLS: usize = 256;
 /// Of these, to one host.
@@ -45,6 +55,9 @@ const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
 /// See the module.
 pub struct Reconciler {
     store: SharedStore,
+    cache: Cache,
+    /// VMs that were or may have been taken from their hosts, by name, and their records' revisions then.
+    taking: Mutex<HashMap<String, u64>>,
     hosts: Hosts,
     leases: Option<Leases>,
     reach: Arc<dyn Reach>,
@@ -59,6 +72,8 @@ struct Told {
     host: String,
     name: String,
     call: Call,
+    /// Of the request that it is done for.
+    trace_parent: String,
 }
 
 struct Backoff {
@@ -70,6 +85,8 @@ impl Reconciler {
     /// Ready to run.
     pub fn new(store: SharedStore, hosts: Hosts) -> Self {
         Self {
+            cache: Cache::new(store.clone()),
+            taking: Mutex::default(),
             store,
             reach: Arc::new(hosts.clone()),
             hosts,
@@ -97,11 +114,11 @@ impl Reconciler {
     /// Runs for ever. What it does survives its end at any point.
     pub async fn run(mut self) {
         let mut observed = self.hosts.changed();
-        let mut revision = self.store.revision();
         let mut collect_at = Instant::now();
+        let mut collecting = JoinSet::new();
         loop {
             observed.mark_unchanged();
-            revision.mark_unchanged();
+            let begun = Instant::now();
             let seen = self.hosts.fleet();
             match self.step(&seen).await {
                 Ok(()) => {}
@@ -110,16 +127,24 @@ impl Reconciler {
                     tokio::time::sleep(STORE_RETRY).await;
                 }
             }
-            if Instant::now() >= collect_at {
-                if let Err(error) = collect(&self.store).await {
-                    tracing::warn!(error = %with_source(&error), "cannot remove old records");
-                }
+            while collecting.try_join_next().is_some() {}
+            if collecting.is_empty() && Instant::now() >= collect_at {
+                collecting.spawn(collect_all(self.store.clone()));
                 collect_at = Instant::now() + COLLECT_INTERVAL;
+            }
+            // A look at very many takes a while: what comes meanwhile is looked at together.
+            let took = begun.elapsed();
+            if took > LONG_STEP {
+                tokio::time::sleep(took.min(MAX_PAUSE)).await;
             }
             let wake = self.next_retry().unwrap_or(TICK).min(TICK);
             tokio::select! {
                 _ = observed.changed() => {}
-                _ = revision.changed() => {}
+                changed = self.cache.changed() => {
+                    if let Err(error) = changed {
+                        tracing::error!(error = %with_source(&error), "cannot read a change");
+                    }
+                }
                 Some(finished) = self.calls.join_next() => self.finished(finished).await,
                 () = tokio::time::sleep(wake) => {}
             }
@@ -128,35 +153,116 @@ impl Reconciler {
 
     /// One look at everything. What somebody else changed meanwhile is looked at again next time.
     async fn step(&mut self, seen: &Arc<Fleet>) -> Result<(), StoreError> {
-        let mut desired = load(&self.store).await?;
+        self.cache.refresh().await?;
+        let mut desired = std::mem::take(self.cache.desired_mut());
         if let Some(leases) = &self.leases {
             desired.lost = leases.lost(desired.hosts.keys());
         }
-        for action in plan(&desired, seen) {
-            match self.act(&desired, action).await {
-                Ok(()) | Err(StoreError::Conflict { .. }) => {}
-                Err(error) => return Err(error),
+        let actions = self.hold_back(&desired, plan(&desired, seen));
+        let result = self.carry_out(&desired, actions).await;
+        *self.cache.desired_mut() = desired;
+        result
+    }
+
+    /// A VM that was taken from its host, or may have been, is not told to that host again before this is
+    /// seen: the host may be back, and the VM elsewhere a moment later. As long as its record is as it was
+    /// it is taken again, which then happens or shows that it has happened.
+    fn hold_back(&self, desired: &Desired, mut actions: Vec<Action>) -> Vec<Action> {
+        let mut taking = self.taking();
+        taking.retain(|name, revision| {
+            let stored = desired.vms.get(name);
+            stored.is_some_and(|stored| stored.revision == *revision)
+        });
+        if taking.is_empty() {
+            return actions;
+        }
+        actions.retain(|action| match action {
+            Action::Call {
+                name,
+                call: Call::ApplyVm(_),
+                ..
+            }
+            | Action::TakeVm { name, .. } => !taking.contains_key(name),
+            _ => true,
+        });
+        let again = taking.keys().map(|name| Action::TakeVm {
+            name: name.clone(),
+            why: "its host is lost".to_owned(),
+        });
+        actions.extend(again);
+        actions
+    }
+
+    fn taking(&self) -> MutexGuard<'_, HashMap<String, u64>> {
+        self.taking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells hosts, and stores what is to be stored: many at once, since the store takes them together.
+    /// What was asked for is said to be done last, when its effect can be found.
+    async fn carry_out(
+        &mut self,
+        desired: &Desired,
+        actions: Vec<Action>,
+    ) -> Result<(), StoreError> {
+        let mut news = Vec::new();
+        let mut finished = Vec::new();
+        let traces = traces(&desired.pending);
+        for action in actions {
+            match action {
+                Action::Call { host, name, call } => {
+                    let trace_parent = traces.get(name.as_str()).copied().unwrap_or_default();
+                    let trace_parent = trace_parent.to_owned();
+                    self.call(Told {
+                        host,
+                        name,
+                        call,
+                        trace_parent,
+                    });
+                }
+                Action::FinishOperation { .. } => finished.push(action),
+                other => news.push(other),
+            }
+        }
+        for writes in [news, finished] {
+            let mut writes = stream::iter(writes)
+                .map(|action| self.act(desired, action))
+                .buffer_unordered(MAX_WRITES);
+            while let Some(written) = writes.next().await {
+                match written {
+                    Ok(()) | Err(StoreError::Conflict { .. }) => {}
+                    Err(error) => return Err(error),
+                }
             }
         }
         Ok(())
     }
 
-    async fn act(&mut self, desired: &Desired, action: Action) -> Result<(), StoreError> {
+    async fn act(&self, desired: &Desired, action: Action) -> Result<(), StoreError> {
         let store = &self.store;
         match action {
-            Action::Call { host, name, call } => {
-                self.call(Told { host, name, call });
-                Ok(())
-            }
+            // Hosts are told beside this.
+            Action::Call { .. } => Ok(()),
             Action::PlaceVm { name, found } => {
                 place_vm(store, &self.hosts, &desired.vms[&name], found).await
             }
             Action::TakeVm { name, why } => {
-                failover::take_vm(store, &desired.vms[&name], &why).await
+                let stored = &desired.vms[&name];
+                self.taking().insert(name, stored.revision);
+                failover::take_vm(store, stored, &why).await
             }
             Action::PlaceVolume { name, found } => {
                 place_volume(store, &self.hosts, &desired.volumes[&name], found).await
             }
+            Action::NoteStays { name, drain, why } => {
+                moving::note_stays(store, &desired.vms[&name], &drain, &why).await
+            }
+            Action::StopToMove { name, drain } => {
+                moving::stop_to_move(store, &self.hosts, &desired.vms[&name], &drain).await
+            }
+            Action::MoveVm { name, drain } => {
+                moving::move_vm(store, &self.hosts, &desired.vms[&name], &drain).await
+            }
+            Action::AdvanceJob { name, host } => advance_job(store, &name, &host).await,
             Action::NoteEvicted { host, node_id } => {
                 let key = model::eviction_key(&host, &node_id);
                 store.commit(Transaction::new().delete(key)).await.map(drop)
@@ -271,7 +377,8 @@ impl Reconciler {
         }
         self.busy.insert(key);
         let (store, reach) = (self.store.clone(), self.reach.clone());
-        self.calls.spawn(async move {
+        let trace_parent = told.trace_parent.clone();
+        self.calls.spawn(telemetry::scope(trace_parent, async move {
             let result = match told.call.clone() {
                 Call::ApplyVm(spec) => match with_seed(&store, &told.name, *spec).await {
                     Ok(spec) => reach.tell(&told.host, Call::ApplyVm(Box::new(spec))).await,
@@ -281,7 +388,7 @@ impl Reconciler {
                 call => reach.tell(&told.host, call).await,
             };
             (told, result)
-        });
+        }));
     }
 
     async fn finished(
@@ -482,7 +589,7 @@ pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
                 let record: JobRecord = decode(&job.key, &job.value)?;
                 desired.jobs.insert(operation.name.clone(), record);
             }
-            desired.pending.push(operation);
+            desired.pending.insert(operation.name.clone(), operation);
         }
     }
     for item in store.list(Range::all(prefix::VMS)).await?.items {
@@ -648,7 +755,7 @@ async fn record_volume(
 /// transaction: the next thing of this name must not be taken for it.
 async fn forget(
     store: &SharedStore,
-    pending: &[pb::Operation],
+    pending: &BTreeMap<String, pb::Operation>,
     name: &str,
     node_id: &str,
     revision: u64,
@@ -681,7 +788,7 @@ async fn forget(
             }
         }
     }
-    for operation in pending {
+    for operation in pending.values() {
         let metadata = operation.metadata.clone().unwrap_or_default();
         if metadata.target != name {
             continue;
@@ -755,6 +862,23 @@ fn job_event(operation: &pb::Operation) -> Option<pb::Event> {
     Some(event)
 }
 
+/// The next host does it.
+async fn advance_job(store: &SharedStore, name: &str, host: &str) -> Result<(), StoreError> {
+    let key = model::job_key(name);
+    let Some(item) = store.get(&key).await? else {
+        return Ok(());
+    };
+    let mut record: JobRecord = decode(&key, &item.value)?;
+    if record.host != host || record.then.is_empty() {
+        return Ok(());
+    }
+    record.host = record.then.remove(0);
+    let transaction = Transaction::new()
+        .if_unchanged(key.clone(), item.revision)
+        .put(key, record.encode_to_vec());
+    store.commit(transaction).await.map(drop)
+}
+
 /// A host will never do this: note why, and stop wanting it.
 async fn record_refusal(
     store: &SharedStore,
@@ -803,30 +927,48 @@ async fn record_refusal(
     store.commit(transaction).await.map(drop)
 }
 
+/// The trace of the request that wants something, by the operation's name and by its target's.
+fn traces(pending: &BTreeMap<String, pb::Operation>) -> HashMap<&str, &str> {
+    let mut traces = HashMap::new();
+    for (name, operation) in pending {
+        if let Some(metadata) = &operation.metadata {
+            traces.insert(name.as_str(), metadata.trace_parent.as_str());
+            traces.insert(metadata.target.as_str(), metadata.trace_parent.as_str());
+        }
+    }
+    traces
+}
+
+async fn collect_all(store: SharedStore) {
+    if let Err(error) = collect(&store).await {
+        tracing::warn!(error = %with_source(&error), "cannot remove old records");
+    }
+}
+
 /// Removes the oldest done operations, with their request ids, and the oldest events.
 async fn collect(store: &SharedStore) -> Result<(), StoreError> {
     let operations = store.list(Range::all(prefix::OPERATIONS)).await?.items;
     let surplus = operations.len().saturating_sub(MAX_OPERATIONS);
+    let mut keys = Vec::new();
     for item in operations.into_iter().take(surplus) {
         let operation: pb::Operation = decode(&item.key, &item.value)?;
         if !operation.done {
             continue;
         }
-        let mut transaction = Transaction::new().delete(item.key);
+        keys.push(item.key);
         let metadata = operation.metadata.unwrap_or_default();
         let project = metadata.target.split('/').nth(1);
         if let Some(project) = project.filter(|_| !metadata.request_id.is_empty()) {
-            transaction = transaction.delete(model::request_key(project, &metadata.request_id));
+            keys.push(model::request_key(project, &metadata.request_id));
         }
-        store.commit(transaction).await?;
     }
     let events = store.list(Range::all(prefix::EVENTS)).await?.items;
     let surplus = events.len().saturating_sub(MAX_EVENTS);
-    if surplus > 0 {
-        let mut transaction = Transaction::new();
-        for item in events.into_iter().take(surplus) {
-            transaction = transaction.delete(item.key);
-        }
+    keys.extend(events.into_iter().take(surplus).map(|item| item.key));
+    for batch in keys.chunks(COLLECT_BATCH) {
+        let transaction = batch.iter().fold(Transaction::new(), |transaction, key| {
+            transaction.delete(key)
+        });
         store.commit(transaction).await?;
     }
     Ok(())

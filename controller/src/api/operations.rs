@@ -106,6 +106,13 @@ impl Api {
         let stored = commands::get_operation(&self.store, name)
             .await
             .map_err(command_status)?;
+        let metadata = stored.record.metadata.as_ref();
+        let target = metadata.map(|metadata| metadata.target.as_str());
+        if !caller.may_see(target.unwrap_or_default()) {
+            return Err(command_status(CommandError::NotFound {
+                what: name.to_owned(),
+            }));
+        }
         let operation = self.with_progress(stored.record);
         let operation = self.with_placement(operation).await;
         Ok(self.with_volume_progress(operation).await)

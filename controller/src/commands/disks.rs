@@ -26,6 +26,16 @@ pub(super) fn with_job(
     host: &str,
     work: Work,
 ) -> Transaction {
+    with_jobs(transaction, operation, (host, Vec::new()), work)
+}
+
+/// The same, for hosts that do it one after the other.
+pub(super) fn with_jobs(
+    transaction: Transaction,
+    operation: &pb::Operation,
+    (host, then): (&str, Vec<String>),
+    work: Work,
+) -> Transaction {
     let record = JobRecord {
         start: StartJobRequest {
             job_id: model::job_id(&operation.name).to_owned(),
@@ -34,6 +44,7 @@ pub(super) fn with_job(
         complete: false,
         cancel: false,
         host: host.to_owned(),
+        then,
     };
     transaction.put(model::job_key(&operation.name), record.encode_to_vec())
 }

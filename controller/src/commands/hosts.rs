@@ -1,8 +1,9 @@
 //! Commands on hosts.
 
+use api::controller as pb;
 use prost::Message;
 
-use super::{CommandError, get_host, with_retry};
+use super::{CommandError, RequestKey, get_host, with_retry};
 use crate::model::{self, VmRecord, VolumeRecord, prefix};
 use crate::plan::Stored;
 use crate::reconciler::decode;
@@ -69,6 +70,106 @@ pub async fn delete_host(
         }
         store.commit(transaction).await?;
         Ok(())
+    })
+    .await
+}
+
+/// Changes what is decided about a host.
+///
+/// # Errors
+/// When there is none of that id, or it changed.
+pub async fn update_host(
+    store: &SharedStore,
+    id: &str,
+    etag: &str,
+    change: impl Fn(&mut pb::HostSpec),
+) -> Result<model::HostRecord, CommandError> {
+    let event = |_: &model::HostRecord| ("HOST_UPDATED", "");
+    change_host(store, id, etag, event, |record| change(&mut record.spec)).await
+}
+
+/// Has nothing more placed on a host, or takes that back and with it a drain.
+///
+/// # Errors
+/// When there is none of that id.
+pub async fn cordon_host(
+    store: &SharedStore,
+    id: &str,
+    cordoned: bool,
+) -> Result<model::HostRecord, CommandError> {
+    let event = |record: &model::HostRecord| match record.spec.cordoned {
+        true => ("HOST_CORDONED", ""),
+        false => ("HOST_UNCORDONED", ""),
+    };
+    change_host(store, id, "", event, |record| {
+        record.spec.cordoned = cordoned;
+        if !cordoned {
+            record.drain.clear();
+        }
+    })
+    .await
+}
+
+async fn change_host(
+    store: &SharedStore,
+    id: &str,
+    etag: &str,
+    event: impl Fn(&model::HostRecord) -> (&'static str, &'static str),
+    change: impl Fn(&mut model::HostRecord),
+) -> Result<model::HostRecord, CommandError> {
+    with_retry(|| async {
+        let Stored { record, revision } = get_host(store, id).await?;
+        check_etag(&record, etag)?;
+        let mut changed = record.clone();
+        change(&mut changed);
+        if changed == record {
+            return Ok(record);
+        }
+        changed.generation += 1;
+        let key = changed.name.clone();
+        let (reason, words) = event(&changed);
+        let event = model::new_event(&key, reason, words);
+        let transaction = Transaction::new()
+            .if_unchanged(key.clone(), revision)
+            .put(key, changed.encode_to_vec())
+            .put(event.name.clone(), event.encode_to_vec());
+        store.commit(transaction).await?;
+        Ok(changed)
+    })
+    .await
+}
+
+/// Has a host cordoned, and moved from it what can be moved.
+///
+/// # Errors
+/// When there is none of that id.
+pub async fn drain_host(
+    store: &SharedStore,
+    id: &str,
+    request: &RequestKey,
+) -> Result<pb::Operation, CommandError> {
+    with_retry(|| async {
+        if let Some(earlier) = request.earlier(store).await? {
+            return Ok(earlier);
+        }
+        let Stored {
+            mut record,
+            revision,
+        } = get_host(store, id).await?;
+        let kind = pb::OperationKind::DrainHost;
+        record.generation += 1;
+        let mut operation = model::new_operation(kind, &record.name, record.generation);
+        record.spec.cordoned = true;
+        record.drain = operation.name.clone();
+        let key = record.name.clone();
+        let event = model::new_event(&key, "HOST_DRAINING", "");
+        let transaction = request
+            .begin(Transaction::new(), &mut operation)
+            .if_unchanged(key.clone(), revision)
+            .put(key, record.encode_to_vec())
+            .put(event.name.clone(), event.encode_to_vec());
+        store.commit(transaction).await?;
+        Ok(operation)
     })
     .await
 }

@@ -5,10 +5,13 @@ use api::names::DEFAULT_PROJECT;
 use api::node::{self, start_job_request::Work};
 use api::validate::UpgradeTarget;
 
-use super::disks::with_job;
+use super::disks::with_jobs;
 use super::{CommandError, RequestKey, get_host, get_vm, validated, with_retry};
 use crate::model;
-use crate::store::{SharedStore, Transaction};
+use crate::store::{Range, SharedStore, Transaction};
+
+/// Instead of a host's id.
+const ALL_HOSTS: &str = "-";
 
 /// Wants daemons exchanged.
 ///
@@ -28,7 +31,21 @@ pub async fn upgrade_devices(
         if let Some(earlier) = key.earlier(store).await? {
             return Ok(earlier);
         }
+        let mut then = Vec::new();
         let (host, vm_ids, device) = match target {
+            UpgradeTarget::Host(id) if id == ALL_HOSTS => {
+                let listed = store.list(Range::all(model::HOSTS)).await?.items;
+                let mut ids = listed
+                    .iter()
+                    .map(|item| model::host_id(&item.key).to_owned());
+                let Some(first) = ids.next() else {
+                    return Err(CommandError::NotFound {
+                        what: "a host".to_owned(),
+                    });
+                };
+                then = ids.collect();
+                (first, Vec::new(), String::new())
+            }
             UpgradeTarget::Host(id) => {
                 get_host(store, id).await?;
                 (id.clone(), Vec::new(), String::new())
@@ -67,7 +84,7 @@ pub async fn upgrade_devices(
             version: request.version.clone(),
         });
         store
-            .commit(with_job(transaction, &operation, &host, work))
+            .commit(with_jobs(transaction, &operation, (&host, then), work))
             .await?;
         Ok(operation)
     })

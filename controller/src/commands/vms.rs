@@ -15,6 +15,9 @@ use crate::reconciler::decode;
 use crate::scheduler;
 use crate::store::{SharedStore, Transaction};
 
+/// Hosts of which a VM that is only checked is told.
+const MAX_TOLD: usize = 1_000;
+
 /// Stores a VM, not started, and chooses a host for it. While none can have it that may be able to in a
 /// moment, it waits for one.
 ///
@@ -46,10 +49,12 @@ pub async fn create_vm(
         let more = quota::of_vm(&spec);
         let transaction = quota::admit(store, &name.project, &more, transaction).await?;
         let mut operation = model::new_operation(pb::OperationKind::CreateVm, name, 1);
-        let (place, unplaced) = find_host(store, hosts, name, &spec).await?;
         if validate_only {
-            return Ok(validated(operation));
+            return Ok(validated(
+                explained(store, hosts, name, &spec, operation).await?,
+            ));
         }
+        let (place, unplaced) = find_host(store, hosts, name, &spec).await?;
         let node_id = model::node_id(name, &uid);
         let seed = model::take_seed(&mut spec, name, &uid);
         let mut record = VmRecord {
@@ -92,6 +97,36 @@ pub async fn create_vm(
         Ok(operation)
     })
     .await
+}
+
+/// With what every host says to a VM.
+async fn explained(
+    store: &SharedStore,
+    hosts: &Hosts,
+    name: &Name,
+    spec: &pb::VmSpec,
+    mut operation: pb::Operation,
+) -> Result<pb::Operation, CommandError> {
+    if let Some(request) = vm_request(store, name, spec).await? {
+        let told = hosts.explain(&request).into_iter().take(MAX_TOLD);
+        operation.metadata.get_or_insert_default().placement = told.map(told_verdict).collect();
+    }
+    Ok(operation)
+}
+
+fn told_verdict(verdict: scheduler::Verdict) -> pb::PlacementVerdict {
+    let refusals = verdict.refusals.into_iter();
+    pb::PlacementVerdict {
+        host: verdict.host,
+        score: verdict.score,
+        refusals: refusals
+            .map(|refusal| pb::PlacementRefusal {
+                filter: refusal.filter.to_owned(),
+                reason: refusal.reason,
+                passing: refusal.passing,
+            })
+            .collect(),
+    }
 }
 
 /// A host, or why there is none yet.
@@ -223,6 +258,8 @@ async fn set_power(
 /// A new generation, unless this is wanted already. What is on its way off stays so.
 pub(super) fn want_power(record: &mut VmRecord, power: pb::DesiredPower) {
     use pb::DesiredPower::{Off, OffNow};
+    // Whoever says what is wanted now does not want it started again elsewhere.
+    record.moving = false;
     let already = match (record.vm.desired_power(), power) {
         (OffNow, Off) => true,
         (wanted, power) => wanted == power,

@@ -43,9 +43,9 @@ pub struct HostRecord {
     /// started can place VMs.
     #[prost(message, optional, tag = "6")]
     pub inventory: Option<node::HostStatus>,
-    /// It came with a token, and its agent answers only over TLS.
-    #[prost(bool, tag = "7")]
-    pub joined: bool,
+    /// The operation that is to move away from it what can be moved; empty for none.
+    #[prost(string, tag = "7")]
+    pub drain: String,
 }
 
 impl HostRecord {
@@ -188,11 +188,15 @@ pub fn upload_host_key(upload: &Name) -> String {
 
 /// Of what an agent reports, what does not change all the time.
 pub fn inventory(seen: &node::HostStatus) -> node::HostStatus {
-    node::HostStatus {
+    let mut inventory = node::HostStatus {
         vms_running: 0,
         pool_free_bytes: 0,
         ..seen.clone()
+    };
+    for size in &mut inventory.huge_pages {
+        size.free_pages = 0;
     }
+    inventory
 }
 
 /// What users are told about a host.
@@ -219,6 +223,7 @@ pub fn host(
         etag: record.etag(),
         create_time: record.create_time,
         address: record.address.clone(),
+        inventory: Some(seen.clone()),
         reserved: Some(pb::HostReservation {
             vcpus: reserved.vcpus,
             memory_bytes: reserved.memory_bytes,

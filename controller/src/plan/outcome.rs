@@ -149,6 +149,8 @@ fn job_outcome(job: &JobRecord, observed: &Observed) -> Option<Option<pb::Operat
         return gone.then(|| Some(error(Code::Cancelled, "CANCELLED", "cancelled")));
     };
     match seen.state() {
+        // Other hosts follow.
+        node::JobState::Done if !job.then.is_empty() => None,
         node::JobState::Done => Some(None),
         node::JobState::Cancelled => Some(Some(error(Code::Cancelled, "CANCELLED", &seen.error))),
         node::JobState::Failed => Some(Some(pb::OperationError {

@@ -67,7 +67,7 @@ fn desired(vms: Vec<VmRecord>, volumes: Vec<VolumeRecord>) -> Desired {
             })
             .collect(),
         jobs: BTreeMap::new(),
-        pending: vec![],
+        pending: BTreeMap::new(),
         ..Default::default()
     }
 }
@@ -179,7 +179,7 @@ fn host_that_does_not_answer_is_left_alone() {
         vec![vm(3, pb::DesiredPower::Off)],
         vec![volume(Default::default())],
     );
-    wanted.pending = vec![operation(pb::OperationKind::StopVm, VM, 3)];
+    wanted.pending = by_name(operation(pb::OperationKind::StopVm, VM, 3));
     assert_eq!(plan(&wanted, &observed), []);
 }
 
@@ -322,7 +322,7 @@ fn operations_end_as_the_vm_does() {
     ];
     for (kind, generation, record, observed, expected) in cases {
         let mut wanted = desired(vec![record.clone()], vec![]);
-        wanted.pending = vec![operation(kind, VM, generation)];
+        wanted.pending = by_name(operation(kind, VM, generation));
         let outcome = only_outcome(&wanted, &observed)
             .map(|error| error.map(|error| error.reason).unwrap_or_default());
         assert_eq!(
@@ -340,7 +340,7 @@ fn refusal_ends_the_operation_with_its_reason() {
     record.vm.status.as_mut().unwrap().error =
         Some(outcome::error(Code::InvalidArgument, "HOST_REFUSED", "no"));
     let mut wanted = desired(vec![record], vec![]);
-    wanted.pending = vec![operation(pb::OperationKind::StartVm, VM, 2)];
+    wanted.pending = by_name(operation(pb::OperationKind::StartVm, VM, 2));
     let outcome = only_outcome(&wanted, &nothing_seen()).unwrap().unwrap();
     assert_eq!(outcome.reason, "HOST_REFUSED");
 }
@@ -348,9 +348,9 @@ fn refusal_ends_the_operation_with_its_reason() {
 #[test]
 fn delete_ends_when_the_record_is_gone_and_others_are_aborted() {
     let mut wanted = desired(vec![], vec![]);
-    wanted.pending = vec![operation(pb::OperationKind::DeleteVm, VM, 5)];
+    wanted.pending = by_name(operation(pb::OperationKind::DeleteVm, VM, 5));
     assert_eq!(only_outcome(&wanted, &nothing_seen()), Some(None));
-    wanted.pending = vec![operation(pb::OperationKind::StartVm, VM, 4)];
+    wanted.pending = by_name(operation(pb::OperationKind::StartVm, VM, 4));
     let outcome = only_outcome(&wanted, &nothing_seen()).unwrap().unwrap();
     assert_eq!(outcome.reason, "DELETED");
 }
@@ -378,7 +378,7 @@ fn volume_is_made_recorded_and_then_left_alone() {
     let mut record = volume(pb::VolumePhase::Pending);
     record.volume.status = Some(status.clone());
     let mut wanted = desired(vec![], vec![record]);
-    wanted.pending = vec![operation(pb::OperationKind::CreateVolume, VOLUME, 1)];
+    wanted.pending = by_name(operation(pb::OperationKind::CreateVolume, VOLUME, 1));
     assert_eq!(
         plan(&wanted, &observed).len(),
         1,
@@ -417,7 +417,7 @@ const OPERATION: &str = "operations/0-1";
 /// A snapshot that was asked for, and what the host says of its job.
 fn with_job(cancel: bool, complete: bool, seen: Option<node::JobState>) -> (Desired, Observed) {
     let mut wanted = desired(vec![], vec![]);
-    wanted.pending = vec![pb::Operation {
+    wanted.pending = by_name(pb::Operation {
         name: OPERATION.into(),
         metadata: Some(pb::OperationMetadata {
             kind: pb::OperationKind::MirrorDisk as i32,
@@ -425,7 +425,7 @@ fn with_job(cancel: bool, complete: bool, seen: Option<node::JobState>) -> (Desi
             ..Default::default()
         }),
         ..Default::default()
-    }];
+    });
     let record = JobRecord {
         start: node::StartJobRequest {
             job_id: "0-1".into(),
@@ -434,6 +434,7 @@ fn with_job(cancel: bool, complete: bool, seen: Option<node::JobState>) -> (Desi
         complete,
         cancel,
         host: HOST.into(),
+        then: Vec::new(),
     };
     wanted.jobs.insert(OPERATION.into(), record);
     let mut observed = nothing_seen();
@@ -722,4 +723,86 @@ fn overlay_is_told_its_other_hosts_and_what_is_there() {
         .map(|own| own.vm_id.as_str())
         .collect();
     assert_eq!(ours, ["other"], "endpoints of other hosts are theirs");
+}
+
+fn by_name(operation: pb::Operation) -> BTreeMap<String, pb::Operation> {
+    [(operation.name.clone(), operation)].into()
+}
+
+fn draining(record: VmRecord, change: impl FnOnce(&mut pb::VmSpec)) -> Desired {
+    let mut record = record;
+    change(record.vm.spec.get_or_insert_default());
+    let mut wanted = on_two_hosts(vec![record]);
+    wanted.hosts.get_mut(HOST).unwrap().record.drain = OPERATION.into();
+    wanted
+}
+
+#[test]
+fn drain_moves_what_is_off_and_shuts_down_what_may_restart_anywhere() {
+    use pb::DesiredPower::{Off, On};
+    let anywhere = |spec: &mut pb::VmSpec| spec.set_restart_policy(pb::RestartPolicy::Anywhere);
+    let running = seen(3, node::VmPhase::Running);
+    let stopped = seen(3, node::VmPhase::Stopped);
+    let moving = VmRecord {
+        moving: true,
+        ..vm(3, Off)
+    };
+    let pinned = |spec: &mut pb::VmSpec| {
+        spec.placement.get_or_insert_default().host = host_name(HOST);
+    };
+    let cases = [
+        (draining(vm(3, Off), |_| {}), &stopped, "move"),
+        (draining(vm(3, Off), |_| {}), &running, "wait"),
+        (draining(vm(3, On), anywhere), &running, "stop"),
+        (draining(moving.clone(), anywhere), &running, "wait"),
+        (draining(moving, anywhere), &stopped, "move"),
+        (draining(vm(3, On), |_| {}), &running, "stays"),
+        (draining(vm(3, Off), pinned), &stopped, "stays"),
+    ];
+    for (wanted, observed, expected) in cases {
+        let actions = super::plan(&wanted, &two_hosts(observed.clone()));
+        let did = actions.iter().find_map(|action| match action {
+            Action::MoveVm { .. } => Some("move"),
+            Action::StopToMove { .. } => Some("stop"),
+            Action::NoteStays { .. } => Some("stays"),
+            _ => None,
+        });
+        assert_eq!(did.unwrap_or("wait"), expected, "{actions:?}");
+    }
+}
+
+#[test]
+fn drain_is_done_once_all_that_is_left_is_said_to_stay() {
+    let mut record = vm(3, pb::DesiredPower::On);
+    let mut wanted = draining(record.clone(), |_| {});
+    let drain = pb::Operation {
+        name: OPERATION.into(),
+        metadata: Some(pb::OperationMetadata {
+            kind: pb::OperationKind::DrainHost as i32,
+            target: host_name(HOST),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    wanted.pending.insert(OPERATION.into(), drain.clone());
+    let fleet = two_hosts(seen(3, node::VmPhase::Running));
+    let outcome = |wanted: &Desired| {
+        let actions = super::plan(wanted, &fleet);
+        actions.into_iter().find_map(|action| match action {
+            Action::FinishOperation {
+                error, findings, ..
+            } => Some((error, findings)),
+            _ => None,
+        })
+    };
+    assert_eq!(outcome(&wanted), None);
+    record.stays = format!("{OPERATION} is wanted here");
+    wanted = draining(record, |_| {});
+    wanted.pending.insert(OPERATION.into(), drain);
+    let said = vec!["vm web stays: it is wanted here".to_owned()];
+    assert_eq!(outcome(&wanted), Some((None, said)));
+    let host = wanted.hosts.get_mut(HOST).unwrap();
+    host.record.drain.clear();
+    let (error, _) = outcome(&wanted).unwrap();
+    assert_eq!(error.unwrap().reason, "DRAIN_ENDED");
 }

@@ -59,7 +59,8 @@ fn vm_in(project: &str, id: &str) -> pb::CreateVmRequest {
 }
 
 fn reason(status: &tonic::Status) -> String {
-    status.get_details_error_info().unwrap_or_default().reason
+    let info = status.get_details_error_info();
+    info.map(|info| info.reason).unwrap_or_default()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! One controller, several hosts: what is placed where, and how everything finds its host.
 
 use api::controller as pb;
-use api::node::{HostStatus, VmPhase};
+use api::node::{HostStatus, JobState, VmPhase};
 use api::serve::Services;
 use tonic::Code;
 
@@ -225,4 +225,142 @@ async fn console_reaches_the_host_of_its_vm() {
     let mut output = c.vms().console_vm(input).await.unwrap().into_inner();
     let first = output.message().await.unwrap().unwrap();
     assert_eq!(String::from_utf8_lossy(&first.data), "web> ");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn checked_vm_is_told_what_every_host_says() {
+    let fleet = Fleet::of(&[host("a"), host("b")]).await;
+    let c = &fleet.controller;
+    let name = "hosts/a".to_owned();
+    let cordoned = c.hosts().cordon_host(pb::CordonHostRequest { name }).await;
+    assert!(cordoned.unwrap().into_inner().spec.unwrap().cordoned);
+    let verdicts = || async {
+        let request = pb::CreateVmRequest {
+            validate_only: true,
+            ..create_vm("web")
+        };
+        let operation = c.vms().create_vm(request).await.unwrap().into_inner();
+        operation.metadata.unwrap().placement
+    };
+    // What was decided reaches the scheduler a moment later.
+    let refused = |verdicts: &Vec<pb::PlacementVerdict>| {
+        verdicts.len() == 2
+            && verdicts[1]
+                .refusals
+                .iter()
+                .any(|why| why.filter == "cordoned")
+    };
+    let verdicts = poll_async("the refusal", verdicts, refused).await;
+    assert_eq!(verdicts[0].host, "hosts/b");
+    assert!(verdicts[0].refusals.is_empty());
+    assert_eq!(verdicts[1].host, "hosts/a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drained_host_loses_what_may_move_and_names_what_stays() {
+    let fleet = Fleet::of(&[host("a"), host("b")]).await;
+    let c = &fleet.controller;
+    for (vm, policy) in [
+        ("roams", pb::RestartPolicy::Anywhere),
+        ("stays", pb::RestartPolicy::Never),
+        ("sleeps", pb::RestartPolicy::Never),
+    ] {
+        let mut request = create_vm(vm);
+        let spec = request.vm.as_mut().unwrap().spec.as_mut().unwrap();
+        spec.set_restart_policy(policy);
+        spec.placement = Some(pb::Placement {
+            node_selector: [("here".to_owned(), "yes".to_owned())].into(),
+            ..Default::default()
+        });
+        label(c, "hosts/a", Some("yes")).await;
+        label(c, "hosts/b", None).await;
+        let placed = || async { c.vms().create_vm(request.clone()).await };
+        let begun = poll_async("a host with the label", placed, Result::is_ok).await;
+        c.succeeded(begun.unwrap().into_inner()).await;
+        assert_eq!(fleet.host_of(vm).await, "hosts/a");
+        if vm != "sleeps" {
+            let operation = c.start_vm(vm).await;
+            c.succeeded(operation).await;
+        }
+    }
+    label(c, "hosts/b", Some("yes")).await;
+    let mut check = pb::CreateVmRequest {
+        validate_only: true,
+        ..create_vm("checked")
+    };
+    let spec = check.vm.as_mut().unwrap().spec.as_mut().unwrap();
+    spec.placement = Some(pb::Placement {
+        host: "hosts/b".into(),
+        node_selector: [("here".to_owned(), "yes".to_owned())].into(),
+        ..Default::default()
+    });
+    let verdict = || async {
+        let operation = c.vms().create_vm(check.clone()).await.unwrap().into_inner();
+        operation.metadata.unwrap().placement.swap_remove(0)
+    };
+    poll_async("the label", verdict, |first| first.refusals.is_empty()).await;
+    let request = pb::DrainHostRequest {
+        name: "hosts/a".into(),
+        ..Default::default()
+    };
+    let operation = c.hosts().drain_host(request).await.unwrap().into_inner();
+    let operation = c.done(operation).await;
+    assert_eq!(operation.error, None);
+    let findings = operation.metadata.unwrap().findings;
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    assert!(findings[0].starts_with("vm stays stays: "), "{findings:?}");
+    let moved = || async { fleet.hosts[1].phase("roams") };
+    poll_async("it runs again", moved, |phase| {
+        *phase == Some(VmPhase::Running)
+    })
+    .await;
+    let moved = || async { fleet.hosts[1].phase("sleeps") };
+    poll_async("it is there", moved, |phase| {
+        *phase == Some(VmPhase::Stopped)
+    })
+    .await;
+    let left = || async { fleet.hosts[0].vms() };
+    poll_async("the rest", left, |left| left == &["stays"]).await;
+    assert_eq!(fleet.hosts[0].phase("stays"), Some(VmPhase::Running));
+}
+
+/// Gives a host the label, or takes it away.
+async fn label(controller: &Controller, host: &str, value: Option<&str>) {
+    let labels = value.map(|value| ("here".to_owned(), value.to_owned()));
+    let request = pb::UpdateHostRequest {
+        host: Some(pb::Host {
+            name: host.to_owned(),
+            spec: Some(pb::HostSpec {
+                labels: labels.into_iter().collect(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        update_mask: Some(prost_types::FieldMask {
+            paths: vec!["spec.labels".into()],
+        }),
+    };
+    controller.hosts().update_host(request).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn daemons_of_all_hosts_are_upgraded_one_host_after_the_other() {
+    let fleet = Fleet::of(&[host("a"), host("b")]).await;
+    let c = &fleet.controller;
+    let request = pb::UpgradeDevicesRequest {
+        target: "hosts/-".into(),
+        binary: "/opt/device-blk".into(),
+        ..Default::default()
+    };
+    let operation = c.upgrades().upgrade_devices(request).await.unwrap();
+    let operation = operation.into_inner();
+    for host in [0, 1] {
+        let jobs = || async { fleet.hosts[host].jobs().len() };
+        poll_async("the host's turn", jobs, |count| *count == 1).await;
+        if host == 0 {
+            assert!(fleet.hosts[1].jobs().is_empty(), "not yet");
+        }
+        fleet.hosts[host].set_jobs(|job| job.state = JobState::Done as i32);
+    }
+    c.succeeded(operation).await;
 }

@@ -107,7 +107,8 @@ impl Controller {
     /// Waits until so many hosts answer.
     pub(crate) async fn connected(&self, count: usize) -> Vec<pb::Host> {
         let hosts = || async {
-            let answer = self.hosts().list_hosts(pb::ListHostsRequest::default());
+            let mut client = self.hosts();
+            let answer = client.list_hosts(pb::ListHostsRequest::default());
             let hosts = answer.await.unwrap().into_inner().hosts;
             let connected = hosts.into_iter().filter(|host| host.connected);
             connected.collect::<Vec<_>>()

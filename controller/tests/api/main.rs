@@ -2,6 +2,7 @@
 //! simulated where the test is about the controller, and real where it is about both.
 
 mod access;
+mod compatibility;
 mod disks;
 mod events;
 mod fault_campaign;
@@ -13,9 +14,12 @@ mod fleet;
 mod harness;
 mod networks;
 mod operations;
+mod replicas;
 mod simulated;
 mod standalone;
+mod two_hosts;
 mod upgrades;
+mod traces;
 mod uploads;
 mod vms;
 mod volumes;

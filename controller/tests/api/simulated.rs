@@ -32,6 +32,8 @@ struct State {
     /// What arrived of each file.
     uploads: BTreeMap<String, (Vec<UploadFile>, Vec<Vec<u8>>)>,
     starts_are_held: bool,
+    /// What wishes for VMs carried.
+    traces: Vec<String>,
     applied: u64,
     refusal: Option<Status>,
 }
@@ -66,6 +68,11 @@ impl Host {
                 .unwrap();
         });
         host
+    }
+
+    /// The traces that wishes for VMs belonged to.
+    pub(crate) fn traces(&self) -> Vec<String> {
+        self.state.lock().unwrap().traces.clone()
     }
 
     /// VMs stay in STARTING until this is called with `false`.
@@ -173,10 +180,13 @@ impl NodeAgent for Host {
         &self,
         request: Request<ApplyVmRequest>,
     ) -> Result<Response<VmStatus>, Status> {
+        let trace = request.metadata().get("traceparent");
+        let trace = trace.and_then(|trace| trace.to_str().ok()).map(str::to_owned);
         let request = request.into_inner();
         api::validate::apply_vm_request(&request)?;
         let spec = request.spec.unwrap_or_default();
         self.change(|state| {
+            state.traces.extend(trace);
             state.applied += 1;
             if let Some(refusal) = &state.refusal {
                 return Err(refusal.clone());

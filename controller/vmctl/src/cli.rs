@@ -139,6 +139,26 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: project::AuditCommand,
     },
+    /// Write the controllers' whole state to a file; it holds secrets of seeds
+    #[command(after_help = "Examples:
+  vmctl backup /backups/mortise-$(date +%F).state")]
+    Backup {
+        /// Where to; replaced once the new one is whole
+        file: PathBuf,
+    },
+    /// Put the state of a file in the place of the controllers'; hosts then get what it says
+    #[command(after_help = "Examples:
+  vmctl restore mortise.state            into an empty store
+  vmctl restore mortise.state --force    instead of what is there")]
+    Restore {
+        /// What `vmctl backup` wrote
+        file: PathBuf,
+        /// Replace what is there
+        #[arg(long)]
+        force: bool,
+    },
+    /// Which controller leads, and where the state is
+    Controller,
     /// Look at and wait for long-running operations
     Op {
         #[command(subcommand)]

@@ -14,6 +14,7 @@ pub(crate) mod port_forward;
 pub(crate) mod project;
 pub(crate) mod run;
 pub(crate) mod security_group;
+pub(crate) mod state;
 pub(crate) mod vm;
 pub(crate) mod volume;
 

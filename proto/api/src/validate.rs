@@ -17,6 +17,7 @@ mod networks;
 mod nic_policy;
 mod nics;
 mod node_faults;
+mod placement;
 mod projects;
 mod security_groups;
 mod upgrades;
@@ -53,6 +54,7 @@ pub use nics::{
     updated_nic, vm_nic_flows_request, vm_nic_request,
 };
 pub use node_faults::{node_arm_faults_request, node_fault};
+pub use placement::update_host_request;
 pub use projects::{create_project_request, project_name, update_project_request};
 pub use security_groups::*;
 pub use upgrades::{DEVICE_PROGRAMS, UpgradeTarget, upgrade_devices_request};
@@ -304,6 +306,7 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
     if let Some(seed) = &spec.cloud_init {
         cloud_init::controller(&mut machine, seed);
     }
+    placement::placement(machine.found, "vm.spec", spec);
     let policies = spec.outage_policies.iter();
     machine.outage_policies(
         policies.map(|policy| (&policy.device[..], policy.action, policy.error_after_ms)),

@@ -102,15 +102,31 @@ async fn create(global: &Global, args: VmCreateArgs) -> anyhow::Result<()> {
     };
     let answer = VmsClient::new(channel.clone()).create_vm(request).await;
     let operation = answer.map_err(client::failed)?.into_inner();
+    let told = operation.metadata.as_ref();
+    let told = told.map_or(&[][..], |metadata| &metadata.placement);
+    if !told.is_empty() && global.output == Format::Table && !global.quiet {
+        crate::placement::print(told);
+    }
     let doing = format!("creating vm {}", args.name);
     let done = match args.validate_only {
-        true => format!("vm {} could be created", args.name),
+        true if fits(&operation) => format!("vm {} could be created", args.name),
+        true => format!(
+            "vm {} could be created, and no host can have it now",
+            args.name
+        ),
         false => format!(
             "vm {} is created; start it: vmctl vm start {}",
             args.name, args.name
         ),
     };
     conclude(global, &channel, operation, args.wait, &doing, &done).await
+}
+
+/// Some host can have it, or none said anything.
+fn fits(operation: &pb::Operation) -> bool {
+    let metadata = operation.metadata.as_ref();
+    let placement = metadata.map_or(&[][..], |metadata| &metadata.placement);
+    placement.is_empty() || placement.iter().any(|host| host.refusals.is_empty())
 }
 
 fn read(path: &std::path::Path) -> anyhow::Result<String> {
