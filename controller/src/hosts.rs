@@ -439,7 +439,7 @@ impl Hosts {
         let Some(entry) = known.get_mut(id) else {
             return;
         };
-        if entry.connection.is_none() {
+        if self.connects && entry.connection.is_none() {
             return;
         }
         entry.connected = seen.connected;

@@ -325,6 +325,7 @@ mod tests {
             },
             node_id: "a".into(),
             rejected_generation: 3,
+            ..Default::default()
         };
         assert_eq!(
             VmRecord::decode(record.encode_to_vec().as_slice()).unwrap(),

@@ -437,6 +437,7 @@ mod tests {
             },
             node_id: "web".into(),
             rejected_generation: 0,
+            ..Default::default()
         };
         let spec = node_vm_spec(&record, |_| Some("data-1234".into()), |_| None);
         assert_eq!((spec.id.as_str(), spec.generation), ("web", 4));

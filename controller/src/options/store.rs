@@ -100,7 +100,10 @@ impl StoreOptions {
     pub async fn open(&self, state_dir: StateDir) -> Result<Opened, OpenError> {
         let opened = match self.etcd.is_empty() {
             true => open_embedded(state_dir)?,
-            false => open_etcd(&self.etcd, &self.access).await?,
+            false => Opened {
+                _dir: Some(state_dir),
+                ..open_etcd(&self.etcd, &self.access).await?
+            },
         };
         schema::check_usable(&opened.store).await?;
         Ok(opened)

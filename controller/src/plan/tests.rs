@@ -522,7 +522,7 @@ fn job_of_no_operation_is_ended_and_forgotten() {
         match calls(&plan(&Desired::default(), &observed))[..] {
             [(HOST, Call::ForgetJob(_))] => assert!(over),
             [(HOST, Call::CancelJob(_))] => assert!(!over),
-            other => panic!("{other:?}"),
+            _ => panic!("{state:?}"),
         }
     }
 }

@@ -338,7 +338,7 @@ async fn death(site: &mut Site, channel: &Channel, report: &mut Report) -> Resul
                 continue;
             };
             match event.reason.as_str() {
-                "VM_HOST_LOST" => {
+                "VM_TAKEN" => {
                     lost.get_or_insert_with(Instant::now);
                 }
                 "VM_PLACED" if lost.is_some() => placed += 1,
