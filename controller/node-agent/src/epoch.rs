@@ -71,7 +71,10 @@ impl Epochs {
         let Some(text) = offered else {
             return match *newest {
                 0 => Ok(()),
-                newest => Err(self.refusal(newest, "names no epoch, so it comes from a controller with a store of its own")),
+                newest => Err(self.refusal(
+                    newest,
+                    "names no epoch, so it comes from a controller with a store of its own",
+                )),
             };
         };
         let offered: u64 = text
@@ -97,7 +100,9 @@ impl Epochs {
             self.file.display()
         );
         let metadata = [("newest", newest.to_string())];
-        let metadata = metadata.each_ref().map(|(key, value)| (*key, value.as_str()));
+        let metadata = metadata
+            .each_ref()
+            .map(|(key, value)| (*key, value.as_str()));
         // Not final: whoever leads by right asks again.
         api::errors::status(Code::Unavailable, "STALE_EPOCH", message, &metadata)
     }

@@ -88,6 +88,9 @@ struct End {
     sha256: Vec<u8>,
 }
 
+/// What controllers write by themselves before anybody asked for anything.
+const UNASKED: &[&str] = &["audit/", "events/", "hosts/", "reservations/"];
+
 /// What belongs to a running fleet and not to its state.
 fn is_transient(key: &str) -> bool {
     [leader::KEY, EPOCH_BASE_KEY, RESTORING_KEY].contains(&key)
@@ -272,7 +275,9 @@ pub async fn restore(
     }
     let present = store.list(Range::all("")).await?;
     let interrupted = present.items.iter().any(|item| item.key == RESTORING_KEY);
-    let mine = |key: &str| is_transient(key) || key == schema::KEY;
+    let mine = |key: &str| {
+        is_transient(key) || key == schema::KEY || UNASKED.iter().any(|own| key.starts_with(own))
+    };
     let found = present.items.iter().filter(|item| !mine(&item.key)).count();
     if found > 0 && !replace && !interrupted {
         return Err(BackupError::NotEmpty { found });

@@ -1,3 +1,5 @@
+use faultfs::{Effect, Fault, FaultFs, Op};
+
 use super::super::conformance;
 use super::*;
 
@@ -89,4 +91,66 @@ async fn leases_have_their_time_again_after_a_restart() {
         None,
         "it ends at last"
     );
+}
+
+fn mounted() -> Option<FaultFs> {
+    match FaultFs::mount() {
+        Ok(fs) => Some(fs),
+        Err(error) => {
+            eprintln!("skipped: no FUSE here: {error}");
+            None
+        }
+    }
+}
+
+fn big(n: usize) -> Transaction {
+    Transaction::new().put(format!("big/{n:04}"), vec![7; 256 << 10])
+}
+
+#[tokio::test]
+async fn full_disk_refuses_changes_and_nothing_else() {
+    let Some(fs) = mounted() else { return };
+    let store = EmbeddedStore::open(&fs.path("s.redb")).unwrap();
+    let full = fs.inject(Fault::new(Op::Allocate, Effect::Fail(nix::libc::ENOSPC)));
+    let mut kept = 0;
+    let error = loop {
+        match store.commit(big(kept)).await {
+            Ok(_) => kept += 1,
+            Err(error) => break error,
+        }
+        assert!(kept < 1000, "the file grows without space");
+    };
+    assert!(
+        matches!(error, StoreError::Full(_)),
+        "{}",
+        error.with_causes()
+    );
+    let found = store.list(Range::all("big/")).await.unwrap();
+    assert_eq!(found.items.len(), kept, "what was acknowledged is read");
+    fs.lift(full);
+    store.commit(big(kept)).await.unwrap();
+    let found = store.list(Range::all("big/")).await.unwrap();
+    assert_eq!(found.items.len(), kept + 1);
+    drop(store);
+    let store = EmbeddedStore::open(&fs.path("s.redb")).unwrap();
+    let found = store.list(Range::all("big/")).await.unwrap();
+    assert_eq!(found.items.len(), kept + 1, "and after a restart");
+}
+
+#[tokio::test]
+async fn failed_sync_is_answered_by_what_is_there_afterwards() {
+    let Some(fs) = mounted() else { return };
+    let store = EmbeddedStore::open(&fs.path("s.redb")).unwrap();
+    for n in 0..4 {
+        fs.inject(Fault::new(Op::Sync, Effect::Fail(nix::libc::EIO)).times(1));
+        let done = store.commit(big(n)).await;
+        let key = format!("big/{n:04}");
+        let found = store.get(&key).await.unwrap();
+        match done {
+            Ok(revision) => assert_eq!(found.unwrap().revision, revision),
+            Err(StoreError::InDoubt(_)) => {}
+            Err(_) => assert!(found.is_none(), "refused, and {key} is there"),
+        }
+    }
+    store.commit(big(9)).await.unwrap();
 }
