@@ -21,8 +21,8 @@ use ::api::controller::volumes_server::VolumesServer;
 use ::api::controller::watches_server::WatchesServer;
 use ::api::errors::{invalid_field, status};
 use ::api::serve::Services;
-use gate::auth::Principal;
 use gate::Gate;
+use gate::auth::Principal;
 use tonic::{Code, Status};
 
 use crate::commands::CommandError;

@@ -22,9 +22,9 @@ mod disks;
 mod hosts;
 mod networks;
 mod nics;
+mod placement;
 mod projects;
 mod quota;
-mod placement;
 mod security_groups;
 mod upgrades;
 mod vms;
@@ -574,7 +574,9 @@ pub enum CommandError {
         verdicts: Vec<Verdict>,
     },
     /// Something is on the host.
-    #[error("host {host} has {what}; move or delete that first, or use --force where the host is gone for good")]
+    #[error(
+        "host {host} has {what}; move or delete that first, or use --force where the host is gone for good"
+    )]
     HostInUse {
         /// Its id.
         host: String,

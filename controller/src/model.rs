@@ -43,13 +43,13 @@ pub use convert::{
 };
 pub use device::{device, device_events, noted_device};
 pub use host::{
-    EVICTIONS, HOSTS, HostRecord, RESERVATIONS, ReservationRecord, eviction_key, host, host_id,
-    host_name, inventory, has_labels, labelled, reservation_key, upload_host_key,
+    EVICTIONS, HOSTS, HostRecord, RESERVATIONS, ReservationRecord, eviction_key, has_labels, host,
+    host_id, host_name, inventory, labelled, reservation_key, upload_host_key,
 };
+pub use nic::{capture, flow, nic_status};
 pub use project::{
     EXPLICIT_PROJECTS, PROJECT_COLLECTIONS, ProjectRecord, project_key, quota_fence_key,
 };
-pub use nic::{capture, flow, nic_status};
 pub use seed::{seed_key, take_seed};
 
 pub use network::{

@@ -55,8 +55,7 @@ pub async fn create_security_group(
         };
         let event = model::new_event(&name.to_string(), "SECURITY_GROUP_CREATED", "");
         let none = pb::QuotaUsage::default();
-        let transaction =
-            quota::admit(store, &name.project, &none, Transaction::new()).await?;
+        let transaction = quota::admit(store, &name.project, &none, Transaction::new()).await?;
         let transaction = require_groups(store, name, &group.rules, transaction)
             .await?
             .if_absent(key(name))

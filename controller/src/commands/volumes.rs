@@ -5,7 +5,9 @@ use api::names::{Name, VOLUMES};
 use api::node::{self, start_job_request::Work};
 use prost::Message;
 
-use super::{CommandError, RequestKey, check_etag, disks, get_volume, quota, validated, with_retry};
+use super::{
+    CommandError, RequestKey, check_etag, disks, get_volume, quota, validated, with_retry,
+};
 use crate::model::{self, VmRecord, VolumeRecord, key, prefix, short};
 use crate::plan::Stored;
 use crate::reconciler::decode;
@@ -174,8 +176,7 @@ pub async fn resize_volume(
             volume_bytes: size_bytes - status.size_bytes.max(record.wanted_bytes).min(size_bytes),
             ..Default::default()
         };
-        let transaction =
-            quota::admit(store, &name.project, &more, Transaction::new()).await?;
+        let transaction = quota::admit(store, &name.project, &more, Transaction::new()).await?;
         record.wanted_bytes = size_bytes;
         record.volume.generation = record.volume.generation.max(1) + 1;
         let generation = record.volume.generation;

@@ -7,19 +7,19 @@ mod disks;
 mod events;
 mod fault_campaign;
 mod faults;
+mod fleet;
 #[allow(dead_code, reason = "node-agent's tests use the other guests")]
 #[path = "../../node-agent/tests/processes/guest.rs"]
 mod guest;
-mod fleet;
 mod harness;
 mod networks;
 mod operations;
 mod replicas;
 mod simulated;
 mod standalone;
+mod traces;
 mod two_hosts;
 mod upgrades;
-mod traces;
 mod uploads;
 mod vms;
 mod volumes;

@@ -181,7 +181,9 @@ impl NodeAgent for Host {
         request: Request<ApplyVmRequest>,
     ) -> Result<Response<VmStatus>, Status> {
         let trace = request.metadata().get("traceparent");
-        let trace = trace.and_then(|trace| trace.to_str().ok()).map(str::to_owned);
+        let trace = trace
+            .and_then(|trace| trace.to_str().ok())
+            .map(str::to_owned);
         let request = request.into_inner();
         api::validate::apply_vm_request(&request)?;
         let spec = request.spec.unwrap_or_default();

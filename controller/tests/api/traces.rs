@@ -80,7 +80,10 @@ async fn request_its_operation_and_the_host_are_in_one_trace() {
     let found = tokio::time::timeout(PATIENCE, async {
         loop {
             let export = exported.recv().await.unwrap();
-            let scopes = export.resource_spans.into_iter().flat_map(|spans| spans.scope_spans);
+            let scopes = export
+                .resource_spans
+                .into_iter()
+                .flat_map(|spans| spans.scope_spans);
             let mut spans = scopes.flat_map(|scope| scope.spans);
             if let Some(span) = spans.find(|span| hex(&span.trace_id) == TRACE) {
                 return span;

@@ -75,8 +75,8 @@ async fn file_names_with_paths_are_refused() {
                 size_bytes: 6,
                 received_bytes: 0,
             }],
-        ..Default::default()
-    };
+            ..Default::default()
+        };
         let error = site
             .controller
             .uploads()

@@ -102,7 +102,9 @@ async fn pages_cover_all_vms_once() {
         let request = pb::ListVmsRequest {
             parent: "projects/default".into(),
             page_size: 3,
-            page_token, ..Default::default() };
+            page_token,
+            ..Default::default()
+        };
         let page = c.vms().list_vms(request).await.unwrap().into_inner();
         sizes.push(page.vms.len());
         names.extend(page.vms.into_iter().map(|vm| vm.name));

@@ -45,8 +45,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("lease", &[]),
     ("store", &[]),
     ("gate", &["api", "store", "telemetry"]),
-    ("controller", &["api", "gate", "lease", "store", "telemetry"]),
-    ("node-agent", &["api", "lease", "luks", "qcow2", "sandbox", "telemetry"]),
+    (
+        "controller",
+        &["api", "gate", "lease", "store", "telemetry"],
+    ),
+    (
+        "node-agent",
+        &["api", "lease", "luks", "qcow2", "sandbox", "telemetry"],
+    ),
     ("vmctl", &["api"]),
     ("guest", &[]),
     ("fuzz", &["filter", "qcow2", "request", "vhost-user"]),
