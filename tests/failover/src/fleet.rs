@@ -9,6 +9,8 @@ use anyhow::{Context, Result, bail};
 use api::controller as pb;
 use api::controller::hosts_client::HostsClient;
 use api::controller::vms_client::VmsClient;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tonic::transport::Channel;
 
 use crate::machine::Machine;
@@ -46,10 +48,21 @@ pub struct Host {
     port: String,
 }
 
+impl Host {
+    /// Most of a VM's processes have left its network: they are confined.
+    fn kill_all(&self) {
+        // The agent first, for it starts daemons anew.
+        self.machine.kill_all();
+        for (pid, _) in processes_of(&self.dir.display().to_string()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
 impl Drop for Fleet {
     fn drop(&mut self) {
         for host in &self.hosts {
-            host.machine.kill_all();
+            host.kill_all();
         }
         for child in &mut self.children {
             let _ = child.kill();
@@ -267,23 +280,18 @@ impl Fleet {
         Ok(vm.status.unwrap_or_default())
     }
 
-    /// Whether a VM's `vmm-core` lives on a host, and is not being killed.
+    /// Whether a VM's `vmm-core` lives on a host.
     pub fn has_copy(&self, host: usize, id: &str) -> bool {
         let dir = self.hosts[host].dir.join("r/vms").join(id);
-        let dir = dir.display().to_string();
-        self.hosts[host].machine.processes().into_iter().any(|pid| {
-            let read =
-                |file: &str| std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
-            let command = String::from_utf8_lossy(&read("cmdline")).into_owned();
-            let stat = String::from_utf8_lossy(&read("stat")).into_owned();
-            command.contains("vmm-core")
-                && command.contains(&dir)
-                && !stat
-                    .rsplit(')')
-                    .next()
-                    .unwrap_or_default()
-                    .starts_with(" Z")
-        })
+        let of_vm = processes_of(&dir.display().to_string());
+        of_vm
+            .iter()
+            .any(|(_, command)| command.contains("vmm-core\0"))
+    }
+
+    /// Ends everything on a host, at once.
+    pub fn kill_host(&self, host: usize) {
+        self.hosts[host].kill_all();
     }
 
     /// Asks again until there is an answer.
@@ -321,6 +329,20 @@ impl Fleet {
         }
         text
     }
+}
+
+/// Processes that live and whose command lines name something in a directory, with these.
+fn processes_of(dir: &str) -> Vec<(i32, String)> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter_map(|pid| {
+            // A zombie has none.
+            let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let command = String::from_utf8_lossy(&command).into_owned();
+            command.contains(dir).then_some((pid, command))
+        })
+        .collect()
 }
 
 fn name(id: &str) -> String {

@@ -133,7 +133,7 @@ pub fn run(settings: &Settings, step: &mut dyn FnMut(&str)) -> Result<Report> {
     let lost_at = Instant::now();
     fleet.set_cable(lost, false)?;
     if settings.loss == Loss::Kill {
-        fleet.hosts[lost].machine.kill_all();
+        fleet.kill_host(lost);
     }
     let (left, outage, ran_twice) = watch(&fleet, lost, &image, lost_at)?;
     step(&format!(
@@ -166,7 +166,7 @@ pub fn run(settings: &Settings, step: &mut dyn FnMut(&str)) -> Result<Report> {
 
     // Everything stops, so that the disk stands still.
     let other = 1 - lost;
-    fleet.hosts[other].machine.kill_all();
+    fleet.kill_host(other);
     std::thread::sleep(Duration::from_millis(300));
     let (wrong, second) = Found::read(&image)?.of_two_guests(&left);
     step(&format!(
