@@ -398,6 +398,8 @@ impl Hosts {
 
     fn connect(&self, id: &str, node: Node) -> Connection {
         let (hosts, host, of) = (self.clone(), id.to_owned(), node.clone());
+        let told = (self.clone(), id.to_owned());
+        node.tell_at_once(move |seen| told.0.saw(&told.1, seen));
         let task = tokio::spawn(async move {
             let mut observed = of.observed();
             let following = async {

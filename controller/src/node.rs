@@ -4,7 +4,7 @@
 //! Seeing is level-triggered too: a message on the agent's watch only says that it is time to look;
 //! what is believed always comes from one complete answer.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use api::device::{CaptureChunk, ListFlowsResponse};
@@ -40,6 +40,9 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const MOVING_INTERVAL: Duration = Duration::from_millis(300);
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
+/// Is told what was seen.
+type Listener = Box<dyn Fn(Arc<Observed>) + Send + Sync>;
+
 /// A connection whose requests go on with the trace of whoever asks, and say in which epoch.
 type Link = InterceptedService<Channel, Carry>;
 
@@ -62,6 +65,8 @@ pub struct Node {
     channel: watch::Sender<Option<Channel>>,
     /// Answers must be believed in the order of the questions.
     looking: Arc<Mutex<()>>,
+    /// Told what was seen before whoever had it looked goes on.
+    listener: Arc<OnceLock<Listener>>,
     /// What commands carry.
     epoch: Epoch,
 }
@@ -74,6 +79,7 @@ impl Node {
             observed: watch::Sender::new(Arc::default()),
             channel: watch::Sender::new(None),
             looking: Arc::default(),
+            listener: Arc::default(),
             epoch: Epoch::none(),
         }
     }
@@ -99,6 +105,11 @@ impl Node {
     pub fn with_epoch(mut self, epoch: Epoch) -> Self {
         self.epoch = epoch;
         self
+    }
+
+    /// Has `listener` told what is seen, at once: who had it looked finds it there. Counts once.
+    pub fn tell_at_once(&self, listener: impl Fn(Arc<Observed>) + Send + Sync + 'static) {
+        let _ = self.listener.set(Box::new(listener));
     }
 
     /// What was seen last; changes with what is seen.
@@ -209,7 +220,11 @@ impl Node {
             connected: true,
             last_seen: Some(crate::model::now()),
         };
-        self.observed.send_replace(Arc::new(seen));
+        let seen = Arc::new(seen);
+        self.observed.send_replace(seen.clone());
+        if let Some(listener) = self.listener.get() {
+            listener(seen);
+        }
         Ok(())
     }
 
