@@ -18,10 +18,10 @@ use crate::machine::Machine;
 /// A loaded machine of two cores needs a fraction of it.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// How long a host goes on by itself, and how long it then has.
-const LEASE_MS: u32 = 4_000;
+/// How long a host goes on by itself, and how long it then has. A loaded machine renews and kills late.
+const LEASE_MS: u32 = 6_000;
 const GRACE_MS: u32 = 500;
-const SETTLE_MS: u32 = 3_000;
+const SETTLE_MS: u32 = 8_000;
 const CORE: &str = "10.77.0.1";
 const AGENT_PORT: u16 = 7071;
 const DISK_PORT: u16 = 10_809;
