@@ -141,7 +141,7 @@ struct Opened {
     /// Opened, checked and locked here already: a failure must be able to remove sockets. None
     /// when it is on another host: what talks to that is confined, and starts threads; here it is
     /// only connected to.
-    image: Option<Arc<dyn Image>>,
+    image: Option<(Arc<dyn Image>, Attachment)>,
     socket_file: Option<SocketFile>,
 }
 
@@ -186,7 +186,8 @@ fn open(disk: &DiskArg, lock_wait: Duration) -> anyhow::Result<Opened> {
         None => {
             let attachment = attachment_of(&disk.socket)?;
             let name = &config.image_name;
-            Some(assemble(&config, name, files, Some(attachment), lock_wait)?)
+            let image = assemble(&config, name, files, Some(attachment), lock_wait)?;
+            Some((image, attachment))
         }
         Some(source) => {
             source.tls_fd = files.nbd_tls.as_ref().map(|_| FdRef::default());

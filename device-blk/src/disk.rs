@@ -42,6 +42,8 @@ pub(crate) struct Disk {
     pub(crate) jobs: Jobs,
     /// As attached.
     pub(crate) config: BlkConfig,
+    /// What files that become part of the disk later are marked with.
+    pub(crate) attachment: Attachment,
     serving: Mutex<Serving>,
 }
 
@@ -55,7 +57,7 @@ impl Disk {
     /// Serves `opened`, or else what is made of the descriptors among `parts`.
     pub(crate) fn attach(
         parts: Parts,
-        opened: Option<Arc<dyn Image>>,
+        opened: Option<(Arc<dyn Image>, Attachment)>,
         lock_patience: Duration,
         faults: Option<&Arc<Faults>>,
     ) -> Result<Arc<dyn ServedDevice>, Status> {
@@ -83,12 +85,13 @@ impl Disk {
             text => text.to_owned(),
         };
         let name = or_id(&config.image_name);
-        let image = match opened {
-            Some(image) => image,
+        let (image, attachment) = match opened {
+            Some(opened) => opened,
             None => {
                 let files = Files::of_request(&config, fds);
-                let attachment = Some(attachment_of(&listener));
-                assemble(&config, &name, files, attachment, lock_patience)?
+                let attachment = attachment_of(&listener);
+                let image = assemble(&config, &name, files, Some(attachment), lock_patience)?;
+                (image, attachment)
             }
         };
         let image = match config.fail_requests {
@@ -130,6 +133,7 @@ impl Disk {
             tracker,
             jobs: Jobs::default(),
             config,
+            attachment,
             serving: Mutex::new(Serving::Running(server)),
         }))
     }

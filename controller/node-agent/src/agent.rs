@@ -408,6 +408,8 @@ mod tests {
             qemu_img: None,
             passt: None,
             warm_spares: false,
+            zone: String::new(),
+            labels: BTreeMap::new(),
             hang_after: Duration::from_secs(10),
             allowed: Allowed::default(),
         };

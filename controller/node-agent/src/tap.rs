@@ -1,7 +1,8 @@
 //! Tap interfaces: made for a VM's life, given to its device-net as descriptors, removed with it.
 //!
-//! A created tap is persistent, so that it keeps its index, address and bridge while no
-//! device-net has it open; its name follows from the VM's, so that the next agent knows it.
+//! A created tap is persistent, so that it keeps its index, address and bridge while nobody has it
+//! open; its name follows from the VM's, so that the next agent knows it. While an agent is there, it
+//! has it open itself ([`KeptTaps`]).
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,6 +15,10 @@ use rtnetlink::{LinkUnspec, packet_route::link::LinkAttribute};
 use tonic::Code;
 
 use crate::spec::{Cidr, Nic};
+
+mod kept;
+
+pub(crate) use kept::KeptTaps;
 
 const TUN: &str = "/dev/net/tun";
 /// IFNAMSIZ less the NUL.
@@ -427,6 +432,7 @@ mod tests {
 
     #[test]
     fn tap_that_is_not_there_is_named() {
+        KeptTaps::default().open("mt-no-such-0", 1).unwrap_err();
         let error = open("mt-no-such-0", 1).unwrap_err();
         assert_eq!(error.code(), Code::NotFound);
         assert!(error.to_string().contains("mt-no-such-0"));

@@ -6,7 +6,7 @@ use std::path::Path;
 use api::controller as pb;
 use api::controller::fault_injection::Action;
 use api::device::{FaultRule, FaultSelector, FaultTrigger, LatencyFault, fault_rule};
-use api::node::{KillFault, ProcessFault, process_fault};
+use api::node::{FaultProcess, KillFault, ProcessFault, process_fault};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tonic::Response;
@@ -50,12 +50,21 @@ impl Machine {
     }
 
     async fn run(&self, id: &str, fault: pb::FaultInjection) -> pb::FaultReport {
+        self.run_for(id, 1_500, fault).await
+    }
+
+    async fn run_for(
+        &self,
+        id: &str,
+        duration_ms: u32,
+        fault: pb::FaultInjection,
+    ) -> pb::FaultReport {
         let request = pb::CreateFaultExperimentRequest {
             parent: "projects/default".into(),
             experiment_id: id.into(),
             experiment: Some(pb::FaultExperiment {
                 spec: Some(pb::FaultExperimentSpec {
-                    duration_ms: 1_500,
+                    duration_ms,
                     faults: vec![fault],
                     expect: Some(pb::FaultExpectations {
                         max_guest_errors: Some(0),
@@ -83,6 +92,30 @@ impl Machine {
             .get_fault_report(pb::GetFaultReportRequest { name })
             .await;
         report.unwrap().into_inner()
+    }
+}
+
+impl Machine {
+    fn agent_pid(&self) -> Option<i32> {
+        let text = std::fs::read_to_string(self.dir.path().join("r/node-agent.pid")).ok()?;
+        text.trim().parse().ok()
+    }
+
+    /// (VM, program, pid) of all that serves VMs.
+    async fn processes(&self) -> Vec<(String, String, u32)> {
+        let request = pb::ListVmsRequest {
+            parent: "projects/default".into(),
+            ..Default::default()
+        };
+        let listed = self.controller.vms().list_vms(request).await.unwrap();
+        let mut found = Vec::new();
+        for vm in listed.into_inner().vms {
+            for process in vm.status.unwrap_or_default().processes {
+                found.push((vm.name.clone(), process.name, process.pid));
+            }
+        }
+        found.sort();
+        found
     }
 }
 
@@ -238,6 +271,43 @@ async fn kills_and_slow_requests_hit_their_target_and_nobody_else() {
         nothing.checks
     );
     assert_eq!(hits(&nothing), 0);
+    for vm in ["web", "db"] {
+        stop(&machine.controller, vm).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_of_the_agent_hit_it_and_no_vm_notices() {
+    let machine = Machine::new().await;
+    let serving = machine.processes().await;
+    assert_eq!(serving.len(), 4, "{serving:?}");
+    let first = machine.agent_pid();
+    let crash = ProcessFault {
+        action: Some(process_fault::Action::Kill(KillFault::default())),
+    };
+    let fault = pb::FaultInjection {
+        id: "agent".into(),
+        target: Some(pb::FaultTarget {
+            process: FaultProcess::Agent.into(),
+            ..Default::default()
+        }),
+        schedule: Some(pb::FaultSchedule {
+            every_ms: 2_000,
+            ..Default::default()
+        }),
+        action: Some(Action::Process(crash)),
+    };
+    let report = machine.run_for("masterless", 5_000, fault).await;
+    assert_eq!(
+        verdict(&report),
+        pb::FaultVerdict::Pass,
+        "{:?}",
+        report.checks
+    );
+    assert!(hits(&report) >= 2, "{:?}", report.checks);
+    assert_ne!(machine.agent_pid(), first, "another agent");
+    let seen = || machine.processes();
+    poll_async("the same processes as before", seen, |now| *now == serving).await;
     for vm in ["web", "db"] {
         stop(&machine.controller, vm).await;
     }

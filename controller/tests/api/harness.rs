@@ -66,6 +66,10 @@ impl Controller {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
     pub(crate) fn wait(&mut self) -> ExitStatus {
         poll("the controller's end", || self.child.try_wait().unwrap())
     }

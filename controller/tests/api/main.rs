@@ -12,6 +12,7 @@ mod fleet;
 #[path = "../../node-agent/tests/processes/guest.rs"]
 mod guest;
 mod harness;
+mod kill_orders;
 mod networks;
 mod operations;
 mod replicas;

@@ -55,6 +55,7 @@ pub(super) fn put_overlay(
         .map_err(|error| Status::invalid_argument(format!("overlay_fd: {}", chain_of(&error))))?;
     let name = if name.is_empty() { "overlay" } else { name };
     let options = options(disk, lock_patience);
+    lock::keep_waiting(&overlay, name, disk.attachment).map_err(|error| refusal(&error))?;
     // What the guest flushes later must be there too. Most of it is done before it waits.
     flush(&*below)?;
     drop(below);
@@ -150,6 +151,8 @@ fn open_base(
             }
             // The lock goes over to the description that can write.
             lock::release(&below.file);
+            let marked = lock::keep_waiting(&base, &name, disk.attachment);
+            marked.map_err(|error| refusal(&error))?;
             base
         }
         None => below

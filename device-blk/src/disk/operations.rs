@@ -1,5 +1,6 @@
 //! What is asked of a disk that is served; errors are answers to the caller.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use tonic::Status;
 
 use super::{Disk, Serving, layers};
 use crate::assembly::{block_bytes, refusal};
-use crate::image::{Image, SECTOR_BYTES};
+use crate::image::{Image, SECTOR_BYTES, lock};
 use crate::jobs::backup::Backup;
 use crate::jobs::copy::{Fresh, UNIT_BYTES};
 use crate::jobs::mirror::Mirror;
@@ -240,6 +241,10 @@ impl Disk {
         let fd = fds
             .image
             .ok_or_else(|| Status::invalid_argument("target.image_fd: missing"))?;
+        // A mirror makes it the disk's image, and a snapshot that a backing image.
+        let fd = File::from(fd);
+        lock::keep_waiting(&fd, &name, self.attachment).map_err(|error| refusal(&error))?;
+        let fd = OwnedFd::from(fd);
         let opened = match (target.format.as_str(), fds.key) {
             (_, Some(key)) => target::encrypted(fd, name, key, options),
             ("" | "raw", None) => target::raw(fd, name, options),

@@ -9,6 +9,11 @@
 //! Completions wake the thread through an eventfd, which is muted while the thread is at work
 //! anyway, so that it costs nothing under load. (Polling the ring's own descriptor would save
 //! it altogether, but a ring that defers its completions does not wake such a poll.)
+//!
+//! The kernel says by a flag that it has deferred something (`IORING_SQ_TASKRUN`). It sets the flag
+//! after it has put the work on its list, so that a thread which asks in between gets the work, and
+//! the flag appears afterwards, with nothing behind it, until work is deferred once more. So the flag
+//! is a reason to ask the kernel once, and never one to ask until it is gone.
 
 use std::collections::VecDeque;
 use std::io;
@@ -128,13 +133,20 @@ impl Uring {
         // The kernel posts a completion and then looks at the flag; we clear the flag and then
         // look for completions. Without the fence both could miss the other.
         fence(Ordering::SeqCst);
-        self.has_news() || !self.ring.submission().is_empty() || !self.backlog.is_empty()
+        if self.ring.submission().taskrun() {
+            // What is deferred after this is signalled, whatever the flag says then.
+            self.submit();
+        }
+        !self.ring.completion().is_empty()
+            || !self.ring.submission().is_empty()
+            || !self.backlog.is_empty()
     }
 
-    /// Whether there are completions, or will be after a [`Self::submit`].
+    /// Whether there are completions, or may be after a [`Self::submit`].
     #[inline]
     pub(crate) fn has_news(&mut self) -> bool {
-        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
+        !self.ring.completion().is_empty()
+            || (self.unanswered > 0 && self.ring.submission().taskrun())
     }
 
     /// Makes the event unreadable again.
@@ -168,9 +180,10 @@ impl Uring {
     /// Hands what was pushed to the kernel, and lets it post completions that it deferred.
     pub(crate) fn submit(&mut self) {
         let give_up = Instant::now() + SUBMIT_PATIENCE;
-        while self.has_work_for_kernel() {
+        let mut has_deferred = self.ring.submission().taskrun();
+        while self.has_requests_for_kernel() || has_deferred {
             match self.ring.submit() {
-                Ok(_) => {}
+                Ok(_) => has_deferred = false,
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
                 // Short of memory. What is pushed stays, and keeps the thread from sleeping.
                 Err(error) => {
@@ -184,7 +197,7 @@ impl Uring {
         }
     }
 
-    fn has_work_for_kernel(&mut self) -> bool {
+    fn has_requests_for_kernel(&mut self) -> bool {
         let mut queue = self.ring.submission();
         while let Some(entry) = self.backlog.front() {
             // SAFETY: whoever pushed it keeps what it points to until it has completed.
@@ -193,7 +206,7 @@ impl Uring {
             }
             self.backlog.pop_front();
         }
-        !queue.is_empty() || queue.taskrun()
+        !queue.is_empty()
     }
 
     /// The next completion: the request's `user_data` and its result.
@@ -299,6 +312,10 @@ fn restrict(ring: &IoUring) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU32;
+    use std::sync::mpsc::channel;
+    use std::{ptr, thread};
+
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     use super::*;
@@ -373,5 +390,79 @@ mod tests {
         assert!(uring.unmute(), "what came in the meantime is noticed");
         assert_eq!(uring.next_completion(), Some((1, 0)));
         assert!(!uring.unmute());
+    }
+
+    /// `IORING_SQ_TASKRUN`
+    const TASKRUN: u32 = 1 << 2;
+
+    /// Sets the flag as a kernel does that was asked between putting work on its list and saying so.
+    fn pretend_deferred_work(uring: &Uring) {
+        /// Words of `struct io_uring_params`, and the one that tells where the flags are.
+        const PARAMS_WORDS: usize = 30;
+        const FLAGS_AT: usize = 14;
+        const MAPPED_BYTES: usize = 4096;
+        let mut params = [0u32; PARAMS_WORDS];
+        // SAFETY: the parameters are of the size that the kernel reads and writes.
+        let other = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
+        assert!(other >= 0, "{}", io::Error::last_os_error());
+        // SAFETY: the descriptor was just returned and is nobody else's.
+        unsafe { libc::close(other as i32) };
+        let offset_bytes = params[FLAGS_AT] as usize;
+        assert!(offset_bytes + 4 <= MAPPED_BYTES);
+        // SAFETY: a new mapping of the ring's head, which every ring has.
+        let map = unsafe {
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            let fd = uring.ring.as_raw_fd();
+            libc::mmap(
+                ptr::null_mut(),
+                MAPPED_BYTES,
+                access,
+                libc::MAP_SHARED,
+                fd,
+                0,
+            )
+        };
+        assert_ne!(map, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+        // SAFETY: inside the mapping and aligned; the kernel changes it atomically as well.
+        let flags = unsafe { AtomicU32::from_ptr(map.byte_add(offset_bytes).cast()) };
+        flags.fetch_or(TASKRUN, Ordering::SeqCst);
+        // SAFETY: the mapping was made above and is not used any more.
+        unsafe { libc::munmap(map, MAPPED_BYTES) };
+    }
+
+    #[test]
+    fn a_flag_without_work_behind_it_keeps_no_completion_from_the_thread() {
+        let (report, reported) = channel();
+        // Where it fails, this thread does not end.
+        thread::spawn(move || {
+            let mut uring = Uring::new(8).unwrap();
+            let file = tempfile::tempfile().unwrap();
+            push_sync(&mut uring, &file);
+            while uring.ring.completion().is_empty() {
+                uring.submit();
+                thread::yield_now();
+            }
+            pretend_deferred_work(&uring);
+            assert!(uring.ring.submission().taskrun(), "the flag is set");
+            uring.submit();
+            report.send("submit returns").unwrap();
+            assert_eq!(uring.next_completion(), Some((1, 0)));
+            // Nothing is in flight: nobody looks again because of it, and the thread sleeps.
+            assert!(!uring.has_news());
+            assert!(!uring.unmute());
+            report.send("the thread sleeps").unwrap();
+            uring.take_completion_event();
+            push_sync(&mut uring, &file);
+            uring.wait(Instant::now() + Duration::from_secs(20));
+            assert_eq!(uring.next_completion(), Some((1, 0)));
+            report.send("and is woken").unwrap();
+        });
+        for expected in ["submit returns", "the thread sleeps", "and is woken"] {
+            assert_eq!(
+                reported.recv_timeout(Duration::from_secs(20)),
+                Ok(expected),
+                "the thread asks the kernel for work that it does not have"
+            );
+        }
     }
 }

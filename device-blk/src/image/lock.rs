@@ -137,8 +137,7 @@ pub(crate) fn fence(
     const GHOSTS: &str = "requests of the last daemon of this disk still run on it";
     let refused = |source| refusal(name, source);
     let byte = attachment.byte();
-    // A shared lock is in no other one's way.
-    lock(file, libc::F_RDLCK, byte, 1).map_err(refused)?;
+    keep_waiting(file, name, attachment)?;
     let started = Instant::now();
     while is_held_by_other(file, byte).map_err(refused)? {
         if started.elapsed() >= patience {
@@ -150,6 +149,18 @@ pub(crate) fn fence(
         pause(started);
     }
     Ok(())
+}
+
+/// As [`fence`], of a file that becomes part of the disk while this daemon serves it: the ghosts in question
+/// are its own.
+pub(crate) fn keep_waiting(
+    file: &File,
+    name: &str,
+    attachment: Attachment,
+) -> Result<(), ImageError> {
+    // A shared lock is in no other one's way.
+    let locked = lock(file, libc::F_RDLCK, attachment.byte(), 1);
+    locked.map(drop).map_err(|source| refusal(name, source))
 }
 
 /// Lets a writer go on as a reader. For an image that becomes the backing image of another.

@@ -50,6 +50,15 @@ impl SharedBuffer {
     }
 }
 
+/// To be shared later.
+pub(crate) struct MoreMemory(SharedBuffer);
+
+impl MoreMemory {
+    pub(crate) fn new() -> Self {
+        Self(SharedBuffer::new())
+    }
+}
+
 /// A frontend with the crate's block driver.
 pub(crate) struct Client {
     queues: Vec<VirtioBlkQueue<'static, usize>>,
@@ -90,6 +99,16 @@ impl Client {
 
     pub(crate) fn config(&self) -> VirtioBlkConfig {
         self.transport.get_config().unwrap()
+    }
+
+    /// More memory than before: the table changes while the rings run.
+    pub(crate) fn share_more(&mut self, more: &MoreMemory) {
+        let address = more.0.mapping.as_ptr().as_ptr() as usize;
+        let file = more.0.file.as_raw_fd();
+        let shared = self
+            .transport
+            .map_mem_region(address, BUFFER_BYTES, file, 0);
+        shared.unwrap();
     }
 
     pub(crate) fn buffer(&mut self) -> &mut [u8] {

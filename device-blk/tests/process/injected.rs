@@ -9,15 +9,16 @@ use api::device::{
     ArmFaultsRequest, BadDescriptorFault, CorruptFault, CrashFault, DisarmFaultsRequest,
     DisconnectFault, DropFault, ErrorFault, FaultArming, FaultArmingState, FaultOp, FaultRule,
     FaultSelector, FaultTrigger, HangFault, LateReplyFault, LatencyFault, ListFaultsRequest,
-    LostCallFault, LostInflightFault, LostKickFault, MisdirectFault, OutOfOrderFault, PauseFault,
-    RefuseFeaturesFault, ReorderFault, ShortFault, TornEnd, TornFault, UsedStallFault,
+    LostCallFault, LostInflightFault, LostKickFault, MemoryRaceFault, MisdirectFault,
+    OutOfOrderFault, PauseFault, RefuseFeaturesFault, ReorderFault, ShortFault, TornEnd, TornFault,
+    UsedStallFault,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::daemon::{DEADLINE, Daemon, Place, await_some, await_true, read_image};
-use crate::driver::{Client, all_features};
+use crate::driver::{Client, MoreMemory, all_features};
 use crate::io::pattern;
 
 const SECTORS: u64 = 64 << 10;
@@ -194,13 +195,14 @@ fn requests_wait_and_go_on_early_when_disarmed() {
     let began = Instant::now();
     client.read(0, 4096);
     assert!(began.elapsed() >= Duration::from_millis(50));
-    let began = Instant::now();
-    assert_eq!(client.write(0, &pattern(1, 512)), 0);
-    assert!(
-        began.elapsed() < Duration::from_millis(45),
-        "writes do not wait"
-    );
     assert_eq!(bench.disarm().1, 1);
+    bench.arm(on(FaultOp::Read, latency(60_000_000, 0)));
+    assert_eq!(
+        client.write(0, &pattern(1, 512)),
+        0,
+        "writes do not wait for a minute"
+    );
+    bench.disarm();
     bench.arm(rule(latency(60_000_000, 0)));
     client.submit_read(0, 0, 0, 4096, 1);
     client.kick(0);
@@ -515,6 +517,38 @@ fn session_ends_instead_of_an_answer() {
     assert!(refused.is_err(), "the connection was cut");
     assert_eq!(bench.disarm().1, 1);
     assert_eq!(bench.client().write(0, &pattern(2, 4096)), 0);
+}
+
+#[test]
+fn requests_go_on_while_the_memory_table_changes_ring_by_ring() {
+    const COUNT: usize = 16;
+    const LEN: usize = 4096;
+    let mut bench = Bench::with(&["--allow-faults"], ",queues=2");
+    let socket = bench.place.socket("a");
+    let mut client = Client::connect_with(&socket, 2, all_features());
+    bench.arm(rule(Action::MemoryRace(MemoryRaceFault { delay_ms: 50 })));
+    for (id, data) in (0..COUNT).map(|id| (id, pattern(id as u64, LEN))) {
+        client.buffer()[id * LEN..(id + 1) * LEN].copy_from_slice(&data);
+    }
+    let more: Vec<MoreMemory> = (0..3).map(|_| MoreMemory::new()).collect();
+    for (turn, more) in more.iter().enumerate() {
+        for id in 0..COUNT {
+            let at = (turn * COUNT + id) * LEN;
+            client.submit_write(id % 2, at as u64, id * LEN, LEN, id);
+        }
+        client.kick(0);
+        client.kick(1);
+        client.share_more(more);
+        for id in 0..COUNT {
+            assert_eq!(client.completion(id % 2).1, 0);
+        }
+    }
+    let (_, hits) = bench.disarm();
+    assert!(hits >= 3, "{hits}");
+    for at in 0..3 * COUNT {
+        let found = bench.image((at * LEN) as u64, LEN);
+        assert!(found == pattern((at % COUNT) as u64, LEN), "block {at}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! the files.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -120,6 +120,40 @@ fn snapshots_under_load_freeze_what_is_below_and_can_be_merged_again() {
         qemu_img(&["check", "-f", "qcow2"], &manager.place.path("one.qcow2"));
         assert_is_final(&as_qemu_reads(&manager.place, "one.qcow2"), &log);
     }
+}
+
+/// Whether anybody holds the byte of a disk, which a successor of its daemon waits for.
+fn is_fenced(path: &Path) -> bool {
+    /// Where such bytes begin; locks of QEMU's kind are before.
+    const DISKS: i64 = 1 << 40;
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    // SAFETY: all zeroes is a lock of nothing.
+    let mut query: libc::flock = unsafe { std::mem::zeroed() };
+    query.l_type = libc::F_WRLCK as libc::c_short;
+    query.l_whence = libc::SEEK_SET as libc::c_short;
+    query.l_start = DISKS;
+    // SAFETY: F_OFD_GETLK reads and writes one live flock.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut query) };
+    assert_eq!(asked, 0);
+    i32::from(query.l_type) != libc::F_UNLCK
+}
+
+#[test]
+fn successor_waits_for_requests_on_every_layer_of_two_snapshots() {
+    let (mut daemon, mut manager) = disk();
+    snapshot(&mut manager, "one.qcow2");
+    snapshot(&mut manager, "two.qcow2");
+    let layers = ["a.img", "one.qcow2", "two.qcow2"].map(|name| manager.place.path(name));
+    assert_eq!(layers.each_ref().map(|path| is_fenced(path)), [true; 3]);
+    let to = target(&manager, "copy.raw", "raw");
+    mirror(&mut manager, "m", to, false).unwrap();
+    await_job(&mut manager, "m", JobState::Ready);
+    complete(&mut manager, "m");
+    assert!(is_fenced(&manager.place.path("copy.raw")));
+    snapshot(&mut manager, "three.qcow2");
+    assert!(is_fenced(&manager.place.path("copy.raw")));
+    assert!(daemon.end(Signal::SIGTERM).success());
+    assert_eq!(layers.each_ref().map(|path| is_fenced(path)), [false; 3]);
 }
 
 #[test]

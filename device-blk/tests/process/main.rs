@@ -21,6 +21,7 @@ mod layers;
 mod lifecycle;
 mod limits;
 mod locks;
+mod lost_cache;
 mod polling;
 mod qcow2;
 mod qcow2_crash;

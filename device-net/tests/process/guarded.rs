@@ -1,6 +1,5 @@
 //! Policies, limits, flows and captures of a NIC that is in use.
 
-use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 use api::device::nics_client::NicsClient;
@@ -10,65 +9,38 @@ use api::device::{
     ListFlowsRequest, NetLimit, NetLimits, Nic, Policy, PortRange, Security, SecurityRule,
     SetLinkRequest, SetNetLimitsRequest, SetPolicyRequest,
 };
-use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use virtio_bindings::virtio_net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
 
-use crate::daemon::{DEADLINE, Daemon, await_true};
+use crate::daemon::{DEADLINE, await_true};
 use crate::frame::{self, Parsed};
-use crate::guest::{Guest, HEADER_LEN};
-use crate::host::{GUEST_IP, HOST_IP, configure, enter_namespace, is_running};
+use crate::guest::HEADER_LEN;
+use crate::host::{GUEST_IP, HOST_IP, is_running};
+use crate::scene;
 use crate::traffic::{datagram, guest_address, host_socket};
 
-const NIC: &str = "tap=tap0,mac=52:54:00:12:34:56";
 const GUEST_PORT: u16 = 4000;
 
 /// Where a frame of IPv4 has its source address.
 const SOURCE_AT: usize = 26;
 
-/// A guest on a tap, its host, and who manages the NIC.
-struct Scene {
-    runtime: Runtime,
-    nics: NicsClient<Channel>,
-    guest: Guest,
-    host_mac: [u8; 6],
-    host: UdpSocket,
-    _daemon: Daemon,
-}
+/// With who looks after NICs.
+type Scene = scene::Scene<NicsClient<Channel>>;
 
 impl Scene {
     /// None where there are no namespaces.
     fn new() -> Option<Self> {
-        if !enter_namespace() {
-            return None;
-        }
-        let daemon = Daemon::with_nic(NIC);
-        configure("tap0", 1500);
-        let runtime = Runtime::new().unwrap();
-        let control = daemon.control();
-        let connecting = api::connect::unix(&control, DEADLINE);
-        let nics = NicsClient::new(runtime.block_on(connecting).unwrap());
-        let mut guest = Guest::connect(&daemon.socket(), 1);
-        guest.supply(0, 64, 1536);
-        let host_mac = guest.find_host();
-        Some(Self {
-            runtime,
-            nics,
-            guest,
-            host_mac,
-            host: host_socket(),
-            _daemon: daemon,
-        })
+        Self::set(&[], NicsClient::new)
     }
 
     fn nic(&mut self) -> Nic {
-        let asking = self.nics.get_nic(GetNicRequest { id: "net0".into() });
+        let asking = self.client.get_nic(GetNicRequest { id: "net0".into() });
         self.runtime.block_on(asking).unwrap().into_inner()
     }
 
     fn set_policy(&mut self, policy: Policy) -> Result<Nic, Status> {
-        let asking = self.nics.set_policy(SetPolicyRequest {
+        let asking = self.client.set_policy(SetPolicyRequest {
             id: "net0".into(),
             policy: Some(policy),
         });
@@ -78,7 +50,7 @@ impl Scene {
     }
 
     fn set_limits(&mut self, limits: NetLimits) {
-        let asking = self.nics.set_limits(SetNetLimitsRequest {
+        let asking = self.client.set_limits(SetNetLimitsRequest {
             id: "net0".into(),
             limits: Some(limits),
         });
@@ -86,7 +58,7 @@ impl Scene {
     }
 
     fn capture(&mut self, request: CaptureRequest) -> Result<Streaming<CaptureChunk>, Status> {
-        let asking = self.nics.capture(CaptureRequest {
+        let asking = self.client.capture(CaptureRequest {
             id: "net0".into(),
             ..request
         });
@@ -229,7 +201,7 @@ fn security_rules_hold_from_the_next_frame_on() {
         .then_some(())
     });
 
-    let asking = scene.nics.list_flows(ListFlowsRequest {
+    let asking = scene.client.list_flows(ListFlowsRequest {
         id: "net0".into(),
         filter: "udp and host 10.99.0.1".into(),
         max_flows: 0,
@@ -439,7 +411,7 @@ fn link_that_is_down_carries_nothing() {
         return;
     };
     let set_link = |scene: &mut Scene, up| {
-        let asking = scene.nics.set_link(SetLinkRequest {
+        let asking = scene.client.set_link(SetLinkRequest {
             id: "net0".into(),
             up,
         });
@@ -459,10 +431,10 @@ fn link_that_is_down_carries_nothing() {
     scene.guest.send(0, &again);
     scene.host_receives(b"again");
 
-    let nobody = scene.nics.get_nic(GetNicRequest { id: "net9".into() });
+    let nobody = scene.client.get_nic(GetNicRequest { id: "net9".into() });
     let status = scene.runtime.block_on(nobody).unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
-    let untracked = scene.nics.list_flows(ListFlowsRequest {
+    let untracked = scene.client.list_flows(ListFlowsRequest {
         id: "net0".into(),
         ..ListFlowsRequest::default()
     });

@@ -1,7 +1,6 @@
 //! Faults that are armed over the control socket: what each does to a NIC's frames, and that nothing of it
 //! is left afterwards.
 
-use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 use api::device::fault_rule::Action;
@@ -11,56 +10,22 @@ use api::device::{
     FaultRule, FaultSelector, FaultTrigger, LatencyFault, LinkFlapFault, ListFaultsRequest,
     PartitionFault, RateFault, ReorderFault,
 };
-use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 
-use crate::daemon::{DEADLINE, Daemon, await_true};
+use crate::daemon::await_true;
 use crate::frame;
-use crate::guest::Guest;
-use crate::host::{configure, enter_namespace, is_up};
-use crate::traffic::{datagram, guest_address, host_socket};
+use crate::scene;
+use crate::traffic::{datagram, guest_address};
 
 const GUEST_PORT: u16 = 4000;
 
-/// A guest on a tap, its host, and who arms faults.
-struct Scene {
-    runtime: Runtime,
-    faults: FaultsClient<Channel>,
-    guest: Guest,
-    host_mac: [u8; 6],
-    host: UdpSocket,
-    _daemon: Daemon,
-}
+/// With who arms faults.
+type Scene = scene::Scene<FaultsClient<Channel>>;
 
 impl Scene {
     /// None where there are no namespaces.
     fn new() -> Option<Self> {
-        if !enter_namespace() {
-            return None;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let nic = format!(
-            "id=net0,socket={},tap=tap0,mac=52:54:00:12:34:56",
-            dir.path().join("net0.vu").display()
-        );
-        let daemon = Daemon::start(dir, &["--nic", &nic, "--allow-faults"]);
-        await_true("the daemon has opened its tap", || is_up("tap0"));
-        configure("tap0", 1500);
-        let runtime = Runtime::new().unwrap();
-        let control = daemon.control();
-        let connecting = api::connect::unix(&control, DEADLINE);
-        let faults = FaultsClient::new(runtime.block_on(connecting).unwrap());
-        let mut guest = Guest::connect(&daemon.socket(), 1);
-        guest.supply(0, 64, 1536);
-        let host_mac = guest.find_host();
-        Some(Self {
-            runtime,
-            faults,
-            guest,
-            host_mac,
-            host: host_socket(),
-            _daemon: daemon,
-        })
+        Self::set(&["--allow-faults"], FaultsClient::new)
     }
 
     fn arm(&mut self, op: FaultOp, max_hits: u64, action: Action) {
@@ -85,18 +50,18 @@ impl Scene {
             ttl_ms: 60_000,
             seed: 7,
         };
-        let armed = self.runtime.block_on(self.faults.arm_faults(request));
+        let armed = self.runtime.block_on(self.client.arm_faults(request));
         armed.unwrap();
     }
 
     fn hits(&mut self) -> u64 {
-        let listed = self.faults.list_faults(ListFaultsRequest::default());
+        let listed = self.client.list_faults(ListFaultsRequest::default());
         let listed = self.runtime.block_on(listed).unwrap().into_inner();
         listed.armings.last().unwrap().rules[0].hits
     }
 
     fn disarm(&mut self) -> u64 {
-        let ended = self.faults.disarm_faults(DisarmFaultsRequest::default());
+        let ended = self.client.disarm_faults(DisarmFaultsRequest::default());
         let ended = self.runtime.block_on(ended).unwrap().into_inner();
         ended.armings[0].rules[0].hits
     }
@@ -247,14 +212,14 @@ fn late_frames_arrive_and_go_at_once_when_disarmed() {
         began.elapsed()
     );
     assert_eq!(scene.disarm(), 1);
-    let began = Instant::now();
-    scene.send(b"soon");
-    scene.host_receives(b"soon");
-    assert!(
-        began.elapsed() < Duration::from_millis(95),
-        "{:?}",
-        began.elapsed()
-    );
+    // A busy machine may hold up one frame or another, but not all of them.
+    let at_once = (0..10).any(|_| {
+        let began = Instant::now();
+        scene.send(b"soon");
+        scene.host_receives(b"soon");
+        began.elapsed() < Duration::from_millis(95)
+    });
+    assert!(at_once, "frames still wait");
 }
 
 #[test]

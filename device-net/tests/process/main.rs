@@ -16,6 +16,7 @@ mod injected;
 mod packed;
 mod packet;
 mod queues;
+mod scene;
 mod start;
 mod switch;
 mod traffic;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bench::load::{Load, Outcome, Pattern};
-use bench::tap::{self, Tap};
+use bench::tap::{self, Course, Tap};
 use bench::vhost_user::{self, Wait};
 use bench::{meter, packet, uring};
 use clap::{Args, Parser, Subcommand};
@@ -49,8 +49,11 @@ enum Verb {
         /// The tap's name
         #[arg(long)]
         tap: String,
+        /// Take segments of 64 KiB whole
+        #[arg(long)]
+        segments: bool,
     },
-    /// Send packets out through an interface until it is stopped
+    /// Send packets out through an interface until it is stopped, or has sent enough
     Flood(Flood),
 }
 
@@ -98,9 +101,11 @@ struct TapWrite {
     /// The tap's name
     #[arg(long)]
     tap: String,
-    /// Length of each packet, Ethernet header included
-    #[arg(long, default_value = "64", value_parser = parse_packet_len)]
-    bytes: usize,
+    /// Many with each call, by io_uring
+    #[arg(long)]
+    batches: bool,
+    #[command(flatten)]
+    packets: Packets,
 }
 
 #[derive(Debug, Args)]
@@ -108,9 +113,33 @@ struct Flood {
     /// The interface's name
     #[arg(long)]
     interface: String,
+    /// End after so many
+    #[arg(long)]
+    count: Option<u64>,
+    /// Sleep between two calls
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_seconds)]
+    pause: Duration,
+    #[command(flatten)]
+    packets: Packets,
+}
+
+#[derive(Debug, Args)]
+struct Packets {
     /// Length of each packet, Ethernet header included
     #[arg(long, default_value = "64", value_parser = parse_packet_len)]
     bytes: usize,
+    /// Instead, TCP segments of 64 KiB that are yet to be cut
+    #[arg(long, conflicts_with = "bytes")]
+    segments: bool,
+}
+
+impl Packets {
+    fn load(&self) -> tap::Load {
+        match self.segments {
+            true => tap::Load::Segment,
+            false => tap::Load::Packet(self.bytes),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -202,10 +231,28 @@ fn run(verb: &Verb) -> Result<()> {
             vhost_user::hold(&args.sockets, &args.load.load(), wait_for_end)?;
             Ok(())
         }
-        Verb::TapWrite(args) => Ok(open_tap(&args.tap)?.write_forever(args.bytes)?),
-        Verb::TapRead { tap } => Ok(open_tap(tap)?.read_forever()?),
-        Verb::Flood(args) => tap::flood(&args.interface, args.bytes)
-            .with_context(|| format!("cannot send through {}", args.interface)),
+        Verb::TapWrite(args) => {
+            let (tap, load) = (open_tap(&args.tap)?, args.packets.load());
+            match args.batches {
+                true => Ok(tap.write_batches_forever(load)?),
+                false => Ok(tap.write_forever(load)?),
+            }
+        }
+        Verb::TapRead { tap, segments } => {
+            let tap = open_tap(tap)?;
+            if *segments {
+                tap.take_segments()?;
+            }
+            Ok(tap.read_forever()?)
+        }
+        Verb::Flood(args) => {
+            let course = Course {
+                count: args.count,
+                pause: args.pause,
+            };
+            tap::flood(&args.interface, args.packets.load(), course)
+                .with_context(|| format!("cannot send through {}", args.interface))
+        }
     }
 }
 

@@ -23,6 +23,8 @@ pub enum Effect {
     Fail(i32),
     /// A write is carried out, and answered with this error number; what else fails as by `Fail`.
     Lie(i32),
+    /// Success is answered, and nothing is done. Reads are carried out.
+    Skip,
     /// It is carried out and answered when [`FaultFs::release`](crate::FaultFs::release) is called.
     Hold,
     /// It is carried out and answered so much later; others are not kept waiting.

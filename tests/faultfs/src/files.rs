@@ -11,6 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{FileAttr, FileType, INodeNo};
 
+use crate::volatile::Unflushed;
+
 /// The root directory's number in FUSE.
 const ROOT: u64 = 1;
 
@@ -19,6 +21,8 @@ const ROOT: u64 = 1;
 pub(crate) struct Files {
     dir: PathBuf,
     open: Mutex<HashMap<u64, Arc<OpenFile>>>,
+    /// What is not flushed stays in memory.
+    volatile: bool,
 }
 
 /// A file underneath.
@@ -27,6 +31,8 @@ pub(crate) struct OpenFile {
     pub(crate) file: File,
     /// The name it was found by, and those it was given since.
     names: Mutex<Vec<String>>,
+    /// None where what is written is underneath at once.
+    unflushed: Option<Mutex<Unflushed>>,
 }
 
 impl OpenFile {
@@ -52,16 +58,46 @@ impl OpenFile {
             }
         }
         data.truncate(filled);
+        if let Some(unflushed) = &self.unflushed {
+            locked(unflushed).overlay(offset_bytes, &mut data);
+        }
         Ok(data)
+    }
+
+    pub(crate) fn write(&self, offset_bytes: u64, data: &[u8]) -> io::Result<()> {
+        match &self.unflushed {
+            Some(unflushed) => locked(unflushed).write(&self.file, offset_bytes, data),
+            None => self.file.write_all_at(data, offset_bytes),
+        }
+    }
+
+    /// What was written before survives the loss of memory.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.forget(|| false)?;
+        self.file.sync_data()
+    }
+
+    /// Loses pages that `lose` takes, and writes the others back; returns how many were lost.
+    pub(crate) fn forget(&self, mut lose: impl FnMut() -> bool) -> io::Result<u64> {
+        match &self.unflushed {
+            Some(unflushed) => locked(unflushed).write_back(&self.file, || !lose()),
+            None => Ok(0),
+        }
     }
 }
 
 impl Files {
-    pub(crate) fn new(dir: &Path) -> Self {
+    pub(crate) fn new(dir: &Path, volatile: bool) -> Self {
         Self {
             dir: dir.to_owned(),
             open: Mutex::default(),
+            volatile,
         }
+    }
+
+    /// All that were ever looked at.
+    pub(crate) fn all(&self) -> Vec<Arc<OpenFile>> {
+        locked(&self.open).values().cloned().collect()
     }
 
     pub(crate) fn find(&self, name: &OsStr) -> io::Result<FileAttr> {
@@ -90,6 +126,7 @@ impl Files {
             Arc::new(OpenFile {
                 file,
                 names: Mutex::default(),
+                unflushed: self.volatile.then(Mutex::default),
             })
         });
         let mut names = locked(&entry.names);

@@ -11,6 +11,7 @@
 mod fault;
 mod files;
 mod server;
+mod volatile;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ use tempfile::TempDir;
 
 pub use fault::{Effect, Fault, FaultId, Op};
 
+use files::Files;
 use server::{DirectIo, Server, Shared};
 
 /// How long waits of a test last at most.
@@ -45,7 +47,15 @@ impl FaultFs {
     /// # Errors
     /// The kernel refused: there is no `/dev/fuse`, or the process is not root.
     pub fn mount() -> io::Result<Self> {
-        Self::mount_with(DirectIo::Asynchronous)
+        Self::mount_with(DirectIo::Asynchronous, false)
+    }
+
+    /// The same, but what is written stays in memory until it is flushed, and [`Self::forget`] loses it.
+    ///
+    /// # Errors
+    /// As [`Self::mount`].
+    pub fn mount_volatile() -> io::Result<Self> {
+        Self::mount_with(DirectIo::Asynchronous, true)
     }
 
     /// The same, but direct I/O is waited for in the kernel by the thread that began it. FUSE
@@ -54,20 +64,21 @@ impl FaultFs {
     /// # Errors
     /// As [`Self::mount`].
     pub fn mount_synchronous() -> io::Result<Self> {
-        Self::mount_with(DirectIo::Synchronous)
+        Self::mount_with(DirectIo::Synchronous, false)
     }
 
-    fn mount_with(direct_io: DirectIo) -> io::Result<Self> {
+    fn mount_with(direct_io: DirectIo, volatile: bool) -> io::Result<Self> {
         let mounted_at = tempfile::tempdir()?;
         let underneath = tempfile::tempdir()?;
         unshare(CloneFlags::CLONE_NEWNS)?;
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-        let shared = Arc::new(Shared::default());
+        let files = Files::new(underneath.path(), volatile);
+        let shared = Arc::new(Shared::new(files));
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("faultfs".to_owned())];
         config.acl = SessionACL::All;
-        let server = Server::new(underneath.path(), Arc::clone(&shared), direct_io)?;
+        let server = Server::new(Arc::clone(&shared), direct_io)?;
         let session = fuser::spawn_mount(server, mounted_at.path(), &config)?;
         Ok(Self {
             mounted_at,
@@ -126,6 +137,15 @@ impl FaultFs {
             );
             std::thread::sleep(POLL_INTERVAL);
         }
+    }
+
+    /// What a machine does that loses its power: of what was written and not flushed, each page is
+    /// lost or had been written back, as `lose` says. Returns how many were lost.
+    ///
+    /// # Errors
+    /// Those of the file system underneath.
+    pub fn forget(&self, lose: impl FnMut() -> bool) -> io::Result<u64> {
+        self.shared.forget(lose)
     }
 
     /// Carries out what is held, in the order in which it came; returns how many.

@@ -3,8 +3,6 @@
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -28,10 +26,10 @@ const MAX_HELD: u16 = 4096;
 type Action = Box<dyn FnOnce() + Send>;
 
 /// What tests and server share.
-#[derive(Default)]
 pub(crate) struct Shared {
     faults: Mutex<Faults>,
     held: Mutex<Held>,
+    files: Files,
 }
 
 #[derive(Default)]
@@ -51,6 +49,20 @@ impl std::fmt::Debug for Shared {
 }
 
 impl Shared {
+    pub(crate) fn new(files: Files) -> Self {
+        Self {
+            faults: Mutex::default(),
+            held: Mutex::default(),
+            files,
+        }
+    }
+
+    /// See [`OpenFile::forget`].
+    pub(crate) fn forget(&self, mut lose: impl FnMut() -> bool) -> io::Result<u64> {
+        let files = self.files.all();
+        files.iter().map(|file| file.forget(&mut lose)).sum()
+    }
+
     pub(crate) fn inject(&self, fault: Fault) -> FaultId {
         locked(&self.faults).inject(fault)
     }
@@ -94,7 +106,6 @@ impl Shared {
 
 /// The file system as FUSE sees it.
 pub(crate) struct Server {
-    files: Files,
     shared: Arc<Shared>,
     later: Later,
     direct_io: DirectIo,
@@ -116,17 +127,14 @@ struct Permit {
     len: usize,
     /// The error to answer with, whatever was done.
     lie: Option<i32>,
+    /// Nothing is to be done.
+    skip: bool,
 }
 
 impl Server {
-    pub(crate) fn new(
-        underneath: &Path,
-        shared: Arc<Shared>,
-        direct_io: DirectIo,
-    ) -> io::Result<Self> {
+    pub(crate) fn new(shared: Arc<Shared>, direct_io: DirectIo) -> io::Result<Self> {
         Ok(Self {
             direct_io,
-            files: Files::new(underneath),
             shared,
             later: Later::spawn()?,
         })
@@ -155,6 +163,7 @@ impl Server {
             open: file,
             len: len_bytes as usize,
             lie: None,
+            skip: false,
         };
         match effect {
             None => act(Ok(permit)),
@@ -164,6 +173,10 @@ impl Server {
             }
             Some(Effect::Fail(errno) | Effect::Lie(errno)) => {
                 act(Err(io::Error::from_raw_os_error(errno)));
+            }
+            Some(Effect::Skip) => {
+                permit.skip = true;
+                act(Ok(permit));
             }
             Some(Effect::Short(at_most)) => {
                 permit.len = permit.len.min(at_most);
@@ -189,14 +202,14 @@ impl Filesystem for Server {
     }
 
     fn lookup(&self, _: &fuser::Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.files.find(name) {
+        match self.shared.files.find(name) {
             Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
             Err(error) => reply.error(errno(&error)),
         }
     }
 
     fn getattr(&self, _: &fuser::Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.files.attr(inode) {
+        match self.shared.files.attr(inode) {
             Ok(attr) => reply.attr(&TTL, &attr),
             Err(error) => reply.error(errno(&error)),
         }
@@ -220,7 +233,7 @@ impl Filesystem for Server {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let changed = self.files.get(inode).and_then(|open| {
+        let changed = self.shared.files.get(inode).and_then(|open| {
             if let Some(size) = size {
                 open.file.set_len(size)?;
             }
@@ -233,7 +246,7 @@ impl Filesystem for Server {
     }
 
     fn open(&self, _: &fuser::Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        match self.files.get(inode) {
+        match self.shared.files.get(inode) {
             Ok(_) => reply.opened(FileHandle(0), FopenFlags::empty()),
             Err(error) => reply.error(errno(&error)),
         }
@@ -249,7 +262,7 @@ impl Filesystem for Server {
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        match self.files.create(name) {
+        match self.shared.files.create(name) {
             Ok(attr) => reply.created(
                 &TTL,
                 &attr,
@@ -271,11 +284,11 @@ impl Filesystem for Server {
         _: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        answer(reply, self.files.rename(name, new_name));
+        answer(reply, self.shared.files.rename(name, new_name));
     }
 
     fn unlink(&self, _: &fuser::Request, _: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        answer(reply, self.files.remove(name));
+        answer(reply, self.shared.files.remove(name));
     }
 
     fn read(
@@ -290,12 +303,16 @@ impl Filesystem for Server {
         reply: ReplyData,
     ) {
         let request = (Op::Read, offset_bytes, u64::from(len_bytes));
-        self.serve(self.files.get(inode), request, move |go_on| {
-            match go_on.and_then(|Permit { open, len, .. }| open.read(offset_bytes, len)) {
+        self.serve(
+            self.shared.files.get(inode),
+            request,
+            move |go_on| match go_on
+                .and_then(|Permit { open, len, .. }| open.read(offset_bytes, len))
+            {
                 Ok(data) => reply.data(&data),
                 Err(error) => reply.error(errno(&error)),
-            }
-        });
+            },
+        );
     }
 
     fn write(
@@ -312,9 +329,13 @@ impl Filesystem for Server {
     ) {
         let request = (Op::Write, offset_bytes, data.len() as u64);
         let data = data.to_vec();
-        self.serve(self.files.get(inode), request, move |go_on| {
-            let written = go_on.and_then(|Permit { open, len, lie }| {
-                open.file.write_all_at(&data[..len], offset_bytes)?;
+        self.serve(self.shared.files.get(inode), request, move |go_on| {
+            let written = go_on.and_then(|permit| {
+                let Permit { open, len, lie, .. } = &permit;
+                let len = *len;
+                if !permit.skip {
+                    open.write(offset_bytes, &data[..len])?;
+                }
                 lie.map_or(Ok(len), |errno| Err(io::Error::from_raw_os_error(errno)))
             });
             match written {
@@ -343,12 +364,19 @@ impl Filesystem for Server {
         _data_only: bool,
         reply: ReplyEmpty,
     ) {
-        self.serve(self.files.get(inode), (Op::Sync, 0, 0), move |go_on| {
-            answer(
-                reply,
-                go_on.and_then(|Permit { open, .. }| open.file.sync_data()),
-            );
-        });
+        self.serve(
+            self.shared.files.get(inode),
+            (Op::Sync, 0, 0),
+            move |go_on| {
+                answer(
+                    reply,
+                    go_on.and_then(|permit| match permit.skip {
+                        true => Ok(()),
+                        false => permit.open.sync(),
+                    }),
+                );
+            },
+        );
     }
 
     fn fallocate(
@@ -362,8 +390,13 @@ impl Filesystem for Server {
         reply: ReplyEmpty,
     ) {
         let request = (Op::Allocate, offset_bytes, len_bytes);
-        self.serve(self.files.get(inode), request, move |go_on| {
-            let done = go_on.and_then(|Permit { open, .. }| {
+        self.serve(self.shared.files.get(inode), request, move |go_on| {
+            let done = go_on.and_then(|Permit { open, skip, .. }| {
+                if skip {
+                    return Ok(());
+                }
+                // A cache may write back at any time; so nothing that is older comes later.
+                open.forget(|| false)?;
                 let (offset, len) = (offset_bytes as libc::off_t, len_bytes as libc::off_t);
                 // SAFETY: fallocate takes integers and touches no memory of ours.
                 match unsafe { libc::fallocate(open.file.as_raw_fd(), mode, offset, len) } {
@@ -384,7 +417,7 @@ impl Filesystem for Server {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let found = self.files.get(inode).and_then(|open| {
+        let found = self.shared.files.get(inode).and_then(|open| {
             // SAFETY: lseek takes integers; the position is used by nobody.
             match unsafe { libc::lseek(open.file.as_raw_fd(), offset, whence) } {
                 -1 => Err(io::Error::last_os_error()),

@@ -100,3 +100,35 @@ fn short_writes_move_less() {
     let underneath = std::fs::read(fs.underneath("a")).unwrap();
     assert!(underneath[699] == 2 && underneath[700] == 1);
 }
+
+#[test]
+fn what_was_not_flushed_can_be_forgotten_and_what_was_stays() {
+    let Ok(fs) = FaultFs::mount_volatile() else {
+        eprintln!("skipped: no FUSE here");
+        return;
+    };
+    let a = file(&fs);
+    let underneath = || std::fs::read(fs.underneath("a")).unwrap();
+    a.write_all_at(&[2; 8192], 0).unwrap();
+    assert!(underneath() == [1; 16 << 10], "not yet");
+    a.sync_data().unwrap();
+    a.write_all_at(&[3; 512], 4096 - 256).unwrap();
+    assert!(std::fs::read(fs.path("a")).unwrap()[4096 - 256..4096 + 256] == [3; 512]);
+    let mut turn = 0;
+    let lost = fs.forget(|| {
+        turn += 1;
+        turn == 1
+    });
+    assert_eq!(lost.unwrap(), 1);
+    let found = underneath();
+    assert!(found[..4096] == [2; 4096], "lost, and flushed before");
+    assert!(found[4096..4352] == [3; 256], "written back in time");
+    assert!(found[4352..8192] == [2; 8192 - 4352]);
+
+    let lying = fs.inject(Fault::new(Op::Sync, Effect::Skip));
+    a.write_all_at(&[4; 4096], 0).unwrap();
+    a.sync_data().unwrap();
+    assert_eq!(fs.hits(lying), 1);
+    assert_eq!(fs.forget(|| true).unwrap(), 1);
+    assert!(underneath()[..4096] == [2; 4096], "the flush was a lie");
+}

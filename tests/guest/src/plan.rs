@@ -9,6 +9,9 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
+/// A line that ends [`Job::Oracle`] early, on the guest's console.
+pub const ENOUGH: &str = "enough";
+
 /// All that a guest does after it came up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {

@@ -1,7 +1,8 @@
-//! A disk under verified load, past the page cache, for as long as the plan says: what outages,
-//! crashes and upgrades of the disk's daemon look like from here.
+//! A disk under verified load, past the page cache, for as long as the plan says or until the console
+//! says [`ENOUGH`]: what outages, crashes and upgrades of the disk's daemon look like from here.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,7 +10,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::oracle::{BLOCK_LEN, Latencies, Ledger, Summary, digest, examine};
+use guest::plan::ENOUGH;
 use guest::report::Report;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::disk::{self, Aligned};
 
@@ -102,7 +106,7 @@ impl Stress<'_> {
             // Requests in flight at the end are waited for, however long an outage takes.
             while stress.at_work.load(Ordering::SeqCst) > 0 {
                 thread::sleep(REPORT_INTERVAL);
-                if stress.started.elapsed() >= duration {
+                if stress.started.elapsed() >= duration || is_told_enough() {
                     stress.is_over.store(true, Ordering::SeqCst);
                 }
                 stress.report(&mut all, None).print();
@@ -208,6 +212,20 @@ impl Stress<'_> {
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
         lock(&self.ledger)
+    }
+}
+
+/// Looks at what came on the console since the last look.
+fn is_told_enough() -> bool {
+    let console = std::io::stdin();
+    let mut polls = [PollFd::new(console.as_fd(), PollFlags::POLLIN)];
+    if !matches!(poll(&mut polls, PollTimeout::ZERO), Ok(1)) {
+        return false;
+    }
+    let mut input = [0; 256];
+    match nix::unistd::read(&console, &mut input) {
+        Ok(count) => String::from_utf8_lossy(&input[..count]).contains(ENOUGH),
+        Err(_) => false,
     }
 }
 

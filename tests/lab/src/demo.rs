@@ -51,6 +51,7 @@ impl Demo {
         let run = Run {
             ground: &ground,
             extra_tools: Vec::new(),
+            extra_files: Vec::new(),
             third_parties: false,
             memory_mib: 2048,
             timeout: Duration::from_secs(600),

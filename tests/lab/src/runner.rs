@@ -133,6 +133,8 @@ pub(crate) struct Run<'a> {
     pub(crate) ground: &'a Ground,
     /// Also wanted in a nested host.
     pub(crate) extra_tools: Vec<Tool>,
+    /// Also wanted there: (file here, path there).
+    pub(crate) extra_files: Vec<(PathBuf, String)>,
     /// Also wanted there: the third-party daemons.
     pub(crate) third_parties: bool,
     pub(crate) memory_mib: u32,
@@ -160,7 +162,8 @@ impl Run<'_> {
                     tools.truncate(kit.binaries.len());
                 }
                 tools.extend(self.extra_tools);
-                let mut files = vec![(kit.guest_rootfs.clone(), initramfs::GUEST_ROOTFS.into())];
+                let mut files = self.extra_files;
+                files.push((kit.guest_rootfs.clone(), initramfs::GUEST_ROOTFS.into()));
                 if self.third_parties {
                     let artifacts = workspace::lab_subdir("artifacts")?;
                     files.extend(passt::files_for_nested(&artifacts)?);

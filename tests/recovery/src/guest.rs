@@ -80,6 +80,8 @@ pub struct Display {
     quiet: AtomicBool,
     touch: AtomicBool,
     ended: AtomicBool,
+    /// What is in flight is not waited for.
+    abandoned: AtomicBool,
     /// Found guilty: it stopped by itself.
     failed: AtomicBool,
     latencies: Mutex<Vec<Duration>>,
@@ -183,6 +185,7 @@ impl Guest {
             quiet: AtomicBool::new(false),
             touch: AtomicBool::new(false),
             ended: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             latencies: Mutex::default(),
             gap_ns: AtomicU64::new(0),
@@ -235,6 +238,15 @@ impl Guest {
         let ledger = self.join().expect("a guest ends once");
         drop(self.transport.take());
         ledger
+    }
+
+    /// A guest whose machine is gone: what is in flight stays unanswered, and is no violation.
+    ///
+    /// # Panics
+    /// The guest's thread did.
+    pub fn abandon(self) -> Ledger {
+        self.display.abandoned.store(true, Ordering::SeqCst);
+        self.end()
     }
 
     fn join(&mut self) -> Option<Ledger> {
@@ -301,7 +313,8 @@ impl Driver {
             if !self.ledger.summary().is_clean() {
                 return self.give_up();
             }
-            if self.display.ended.load(Ordering::SeqCst) && self.in_flight == 0 {
+            let is_over = self.in_flight == 0 || self.display.abandoned.load(Ordering::SeqCst);
+            if self.display.ended.load(Ordering::SeqCst) && is_over {
                 return self.ledger;
             }
             if self.last_completion.elapsed() > self.habits.patience && self.in_flight > 0 {
@@ -371,14 +384,21 @@ impl Driver {
             .free_pages
             .pop_front()
             .expect("a page for each request");
-        let block = self.random.below(self.ledger.blocks());
+        let blocks = self.ledger.blocks();
+        let block = self.random.below(blocks);
         let mut content = [0; BLOCK_LEN];
         let wants_write = self.random.below(100) < self.habits.writes_percent;
-        let write = wants_write.then(|| self.ledger.begin_write(block, &mut content));
-        match write.flatten() {
+        // The next block that is not being written already.
+        let mut steps = 0..if wants_write { blocks } else { 0 };
+        let write = steps.find_map(|step| {
+            let block = (block + step) % blocks;
+            self.ledger.begin_write(block, &mut content)
+        });
+        match write {
             Some(write) => {
                 self.memory.write(page, &content);
-                self.rings[index].write(block, page, &self.memory, Kind::Write(write, page));
+                let kind = Kind::Write(write, page);
+                self.rings[index].write(write.block, page, &self.memory, kind);
             }
             None => {
                 // What a read that does nothing leaves is no block.

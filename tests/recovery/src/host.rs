@@ -159,7 +159,7 @@ impl Host {
         &self,
         daemon: &mut Daemon,
         listener: &UnixListener,
-        tap: File,
+        tap: &File,
         tap_name: &str,
     ) -> Result<()> {
         let reference = |what: &str| FdRef {
@@ -168,8 +168,7 @@ impl Host {
         for (what, fd) in [("tap", tap.as_fd()), ("socket", listener.as_fd())] {
             api::fds::send(&daemon.fds, what, &[fd], PATIENCE)?;
         }
-        drop(tap);
-        let mac = crate::tcp::MAC.map(|byte| format!("{byte:02x}")).join(":");
+        let mac = crate::nic::MAC.map(|byte| format!("{byte:02x}")).join(":");
         self.ask(
             daemon,
             AttachRequest {
@@ -222,7 +221,7 @@ impl Host {
         }));
         match detached {
             Ok(_) => Ok(()),
-            Err(status) => bail!("detach: {}; {}", status.message(), serving.last_words()),
+            Err(status) => bail!("detach: {}; {}", status.message(), serving.log()),
         }
     }
 

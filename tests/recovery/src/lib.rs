@@ -18,6 +18,6 @@ pub mod nic;
 pub mod random;
 pub mod ring;
 pub mod storm;
-pub mod tcp;
+pub mod tap;
 pub mod transport;
 pub mod upgrade;

@@ -1,19 +1,25 @@
-//! A NIC under TCP load whose daemon is killed again and again: the kernel's TCP on the host sends a
-//! stream through a tap, and a guest of two rings takes it ([`tcp`](crate::tcp)).
+//! A NIC under TCP load whose daemon is killed again and again: between two network namespaces whose
+//! kernels talk TCP to one another. The host's sends a stream through the NIC's tap; the guest's hears
+//! it through a tap of its own ([`tap`](crate::tap)), whose frames a driver carries over two rings.
+//!
+//! ```text
+//!   sender, kernel ── tap ── device-net ══ rings ══ driver ── tap ── kernel, receiver
+//! ```
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, Write};
-use std::net::{SocketAddrV4, TcpListener};
-use std::os::fd::{AsFd, AsRawFd};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
@@ -23,18 +29,25 @@ use crate::host::{Daemon, Fencing, Host, PATIENCE, Readiness};
 use crate::memory::Memory;
 use crate::random::Random;
 use crate::ring::{FrameRing, RingMemory};
-use crate::tcp::{HOST, PORT, Receiver, byte_at};
+use crate::tap::{Framing, Tap};
 use crate::transport::{Flaw, Transport, Wiring, await_true};
 
+/// The guest's hardware address.
+pub(crate) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+/// Where the host listens.
+const PORT: u16 = 5000;
 const TAP: &str = "recovery0";
-const RING_DEPTH: usize = 128;
+const GUESTS_TAP: &str = "guest0";
+const RING_DEPTH: usize = 256;
 const FRAME_BYTES: usize = 2048;
 /// `struct virtio_net_hdr_v1`
 const HEADER_BYTES: usize = 12;
 const RX: usize = 0;
 const TX: usize = 1;
-/// After so long without a frame the guest says once more what it has.
-const NUDGE_INTERVAL: Duration = Duration::from_millis(50);
+/// How long the receiver and the driver sleep at most before they look whether they are wanted.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What came of it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -65,7 +78,8 @@ pub struct Kill {
 /// It could not begin.
 pub fn run(program: &Path, kills: u32, readiness: Readiness, seed: u64) -> Result<Outcome> {
     unshare(CloneFlags::CLONE_NEWNET).context("no network namespace of our own; be root")?;
-    let tap = Tap::make()?;
+    // Held across incarnations, as node-agent does: what comes meanwhile waits in it.
+    let tap = Tap::make(TAP, Framing::VnetHdr, HOST, None)?;
     let mut host = Host::new(program, &[], readiness, Fencing::On)?;
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("nic.vu");
@@ -84,6 +98,8 @@ pub fn run(program: &Path, kills: u32, readiness: Readiness, seed: u64) -> Resul
             let killed = Instant::now();
             daemon.signal(Signal::SIGKILL)?;
             daemon.ended()?;
+            // What the guest's kernel has by now came through the old one.
+            guest.drain();
             let before = guest.state.bytes.load(Ordering::SeqCst);
             daemon = serve(&mut host, &listener, &tap)?;
             guest.await_bytes(before + 1)?;
@@ -99,12 +115,11 @@ pub fn run(program: &Path, kills: u32, readiness: Readiness, seed: u64) -> Resul
         Ok(())
     };
     outcome.failure = storm().err().map(|error| format!("{error:#}"));
-    let receiver = guest.end();
-    (outcome.bytes, outcome.wrong) = receiver.received();
-    if receiver.is_reset() {
-        outcome
-            .failure
-            .get_or_insert("the connection was reset".into());
+    let state = guest.end();
+    outcome.bytes = state.bytes.load(Ordering::SeqCst);
+    outcome.wrong = state.wrong.load(Ordering::SeqCst);
+    if state.is_lost.load(Ordering::SeqCst) {
+        outcome.failure.get_or_insert(LOST.into());
     }
     drop(sender);
     Ok(outcome)
@@ -112,80 +127,13 @@ pub fn run(program: &Path, kills: u32, readiness: Readiness, seed: u64) -> Resul
 
 fn serve(host: &mut Host, listener: &UnixListener, tap: &Tap) -> Result<Daemon> {
     let mut daemon = host.process()?;
-    host.attach_nic(&mut daemon, listener, tap.open()?, TAP)?;
+    host.attach_nic(&mut daemon, listener, tap.file(), TAP)?;
     Ok(daemon)
 }
 
-/// A persistent tap, up, with the host's address; gone with the namespace.
-struct Tap;
-
-impl Tap {
-    fn make() -> Result<Self> {
-        let tap = Self;
-        let file = tap.open()?;
-        // SAFETY: TUNSETPERSIST takes an integer.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST, 1) })?;
-        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-        let mut request = request()?;
-        // SAFETY: all zeroes is an address of no family.
-        let mut address: libc::sockaddr_in = unsafe { std::mem::zeroed() };
-        address.sin_family = libc::AF_INET as libc::sa_family_t;
-        for (call, octets) in [
-            (libc::SIOCSIFADDR, HOST.octets()),
-            (libc::SIOCSIFNETMASK, [255, 255, 255, 0]),
-        ] {
-            address.sin_addr.s_addr = u32::from_ne_bytes(octets);
-            // SAFETY: a sockaddr_in is as long as a sockaddr, and both are plain data.
-            request.ifr_ifru.ifru_addr =
-                unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(address) };
-            // SAFETY: the call reads one live ifreq.
-            check(unsafe { libc::ioctl(socket.as_raw_fd(), call, &raw const request) })?;
-        }
-        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-        // SAFETY: the call reads one live ifreq.
-        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })?;
-        Ok(tap)
-    }
-
-    /// For the next daemon. The last one is dead by now, but the kernel may still be at it.
-    fn open(&self) -> Result<File> {
-        let mut opened = Err(io::Error::from(io::ErrorKind::TimedOut));
-        let waited = await_true(PATIENCE, || {
-            opened = open_tap();
-            !matches!(&opened, Err(error) if error.raw_os_error() == Some(libc::EBUSY))
-        });
-        waited?;
-        opened.context("cannot open the tap")
-    }
-}
-
-fn open_tap() -> io::Result<File> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")?;
-    let mut request = request()?;
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    // SAFETY: TUNSETIFF reads and writes one live ifreq.
-    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
-    Ok(file)
-}
-
-fn request() -> io::Result<libc::ifreq> {
-    // SAFETY: all zeroes is a request without name.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (place, byte) in request.ifr_name.iter_mut().zip(TAP.bytes()) {
-        *place = byte as libc::c_char;
-    }
-    Ok(request)
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    match result {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+/// The byte at a place of the stream.
+fn byte_at(position: u64) -> u8 {
+    (position / 8).to_le_bytes()[(position % 8) as usize]
 }
 
 /// Sends the stream to whoever connects, as fast as TCP lets it.
@@ -218,23 +166,46 @@ impl Sender {
     }
 }
 
-#[derive(Debug, Default)]
+const LOST: &str = "the connection was lost";
+
+#[derive(Debug)]
 struct State {
     bytes: AtomicU64,
+    wrong: AtomicU64,
     gap_ns: AtomicU64,
     ended: AtomicBool,
-    reset: AtomicBool,
+    is_lost: AtomicBool,
+    /// Times that the driver found its rings empty.
+    idle_turns: AtomicU64,
+    /// Has it look again.
+    wake: EventFd,
 }
 
+impl State {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            bytes: AtomicU64::new(0),
+            wrong: AtomicU64::new(0),
+            gap_ns: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
+            is_lost: AtomicBool::new(false),
+            idle_turns: AtomicU64::new(0),
+            wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+        })
+    }
+}
+
+/// The guest's kernel, in a namespace of its own, and its NIC's driver.
 struct Guest {
     state: Arc<State>,
-    thread: JoinHandle<Receiver>,
+    driver: JoinHandle<()>,
+    receiver: JoinHandle<()>,
     _transport: Transport,
 }
 
 impl Guest {
     fn boot(socket: &Path) -> Result<Self> {
-        let memory = Arc::new(Memory::new(2 << 20)?);
+        let memory = Arc::new(Memory::new(4 << 20)?);
         let features = crate::ring::nic_features();
         let mut places = RingMemory::new(socket, features, &memory)?;
         let rings = [
@@ -254,115 +225,152 @@ impl Guest {
             features,
             flaw: Flaw::None,
         })?;
-        let state = Arc::<State>::default();
+        let state = Arc::new(State::new()?);
+        let (tap, receiver) = Self::start_kernel(&state)?;
         let driver = Driver {
             rings,
             memory,
             free: pages.into(),
-            receiver: Receiver::default(),
+            tap,
             state: Arc::clone(&state),
-            last_progress: Instant::now(),
         };
-        let thread = thread::Builder::new()
+        let driver = thread::Builder::new()
             .name("nic".to_owned())
             .spawn(move || driver.run())?;
         Ok(Self {
             state,
-            thread,
+            driver,
+            receiver,
             _transport: transport,
         })
+    }
+
+    /// A namespace lives as long as a thread is in it: the receiver's.
+    fn start_kernel(state: &Arc<State>) -> Result<(Tap, JoinHandle<()>)> {
+        let (taps, tap) = mpsc::sync_channel(1);
+        let state = Arc::clone(state);
+        let receive = move || {
+            let made = unshare(CloneFlags::CLONE_NEWNET)
+                .context("no network namespace for the guest")
+                .and_then(|()| Tap::make(GUESTS_TAP, Framing::Bare, GUEST, Some(MAC)));
+            let is_made = made.is_ok();
+            if taps.send(made).is_ok() && is_made && take_stream(&state).is_err() {
+                state.is_lost.store(true, Ordering::SeqCst);
+            }
+        };
+        let thread = thread::Builder::new()
+            .name("receiver".to_owned())
+            .spawn(receive)?;
+        Ok((tap.recv()??, thread))
+    }
+
+    /// Until the driver has seen its rings empty.
+    fn drain(&self) {
+        let turns = || self.state.idle_turns.load(Ordering::SeqCst);
+        // The turn that is under way may have begun too early.
+        for _ in 0..2 {
+            let before = turns();
+            let _ = self.state.wake.write(1);
+            while turns() == before && !self.driver.is_finished() {
+                thread::yield_now();
+            }
+        }
     }
 
     fn await_bytes(&self, bytes: u64) -> Result<()> {
         let state = &self.state;
         await_true(PATIENCE, || {
-            state.bytes.load(Ordering::SeqCst) >= bytes || state.reset.load(Ordering::SeqCst)
+            state.bytes.load(Ordering::SeqCst) >= bytes || state.is_lost.load(Ordering::SeqCst)
         })
         .context("nothing arrives")?;
-        ensure!(
-            !state.reset.load(Ordering::SeqCst),
-            "the connection was reset"
-        );
+        ensure!(!state.is_lost.load(Ordering::SeqCst), LOST);
         Ok(())
     }
 
-    fn end(self) -> Receiver {
+    fn end(self) -> Arc<State> {
         self.state.ended.store(true, Ordering::SeqCst);
-        self.thread
-            .join()
-            .expect("the guest's thread does not panic")
+        let _ = self.state.wake.write(1);
+        for thread in [self.receiver, self.driver] {
+            thread.join().expect("the guest's threads do not panic");
+        }
+        self.state
     }
 }
 
+/// Connects to the sender, takes its stream and compares it until told to end.
+fn take_stream(state: &State) -> io::Result<()> {
+    let sender = SocketAddrV4::new(HOST, PORT);
+    let mut stream = TcpStream::connect_timeout(&sender.into(), PATIENCE)?;
+    stream.set_read_timeout(Some(LOOK_INTERVAL))?;
+    let mut part = vec![0; 64 << 10];
+    let (mut position, mut last_progress) = (0, Instant::now());
+    while !state.ended.load(Ordering::SeqCst) {
+        let count = match stream.read(&mut part) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(count) => count,
+            Err(error) => match error.kind() {
+                ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => continue,
+                _ => return Err(error),
+            },
+        };
+        let gap_ns = last_progress.elapsed().as_nanos() as u64;
+        last_progress = Instant::now();
+        state.gap_ns.fetch_max(gap_ns, Ordering::SeqCst);
+        let bytes = (position..).zip(&part[..count]);
+        let wrong = bytes.filter(|(place, byte)| **byte != byte_at(*place));
+        state
+            .wrong
+            .fetch_add(wrong.count() as u64, Ordering::SeqCst);
+        position += count as u64;
+        state.bytes.store(position, Ordering::SeqCst);
+    }
+    Ok(())
+}
+
+/// Carries frames between the rings and the guest's kernel.
 struct Driver {
     rings: [FrameRing; 2],
     memory: Arc<Memory>,
     free: VecDeque<usize>,
-    receiver: Receiver,
+    tap: Tap,
     state: Arc<State>,
-    last_progress: Instant,
 }
 
 impl Driver {
-    fn run(mut self) -> Receiver {
+    fn run(mut self) {
         while self.free.len() > RING_DEPTH && self.rings[RX].has_room() {
             self.offer();
         }
         self.rings[RX].kick();
-        self.send(&self.receiver.nudge());
-        let mut last_nudge = Instant::now();
         while !self.state.ended.load(Ordering::SeqCst) {
-            if self.receive() == 0 {
-                if last_nudge.elapsed() > NUDGE_INTERVAL {
-                    last_nudge = Instant::now();
-                    self.send(&self.receiver.nudge());
-                }
-                wait(&self.rings[RX].call);
+            let moved = self.receive() + self.send();
+            if moved == 0 {
+                self.state.idle_turns.fetch_add(1, Ordering::SeqCst);
+                self.sleep();
             }
         }
-        self.receiver
     }
 
-    /// Takes the frames that are there.
+    /// Gives the kernel the frames that are there.
     fn receive(&mut self) -> usize {
         let mut count = 0;
         let mut frame = [0; FRAME_BYTES];
-        let mut answer = None;
-        while let Some(page) = self.rings[RX].take_used() {
+        while count < RING_DEPTH
+            && let Some((page, len_bytes)) = self.rings[RX].take_used(&self.memory)
+        {
             count += 1;
-            self.memory.read(page, &mut frame);
-            let heard = self.receiver.hear(&frame[HEADER_BYTES..]);
-            if heard.is_progress {
-                self.note_progress();
-            }
-            // Acknowledgements of one batch but the last say nothing; a gap needs each of them.
-            if !heard.is_progress
-                && let Some(answer) = heard.answer
-            {
-                self.send(&answer);
-            } else if heard.answer.is_some() {
-                answer = heard.answer;
-            }
+            let len_bytes = len_bytes.clamp(HEADER_BYTES, FRAME_BYTES);
+            let frame = &mut frame[..len_bytes];
+            self.memory.read(page, frame);
+            // What the kernel does not take is lost, as frames are.
+            let _ = self.tap.file().write(&frame[HEADER_BYTES..]);
             self.free.push_back(page);
             self.offer();
-        }
-        if let Some(answer) = answer {
-            self.send(&answer);
         }
         if count > 0 {
             self.rings[RX].kick();
         }
-        let is_reset = self.receiver.is_reset();
-        self.state.reset.store(is_reset, Ordering::SeqCst);
         count
-    }
-
-    fn note_progress(&mut self) {
-        let gap_ns = self.last_progress.elapsed().as_nanos() as u64;
-        self.last_progress = Instant::now();
-        self.state.gap_ns.fetch_max(gap_ns, Ordering::SeqCst);
-        let (bytes, _) = self.receiver.received();
-        self.state.bytes.store(bytes, Ordering::SeqCst);
     }
 
     fn offer(&mut self) {
@@ -370,33 +378,51 @@ impl Driver {
         self.rings[RX].add(page, FRAME_BYTES, true, &self.memory);
     }
 
-    fn send(&mut self, frame: &[u8]) {
-        while let Some(page) = self.rings[TX].take_used() {
+    /// Sends what the kernel has, as long as there is room for it.
+    fn send(&mut self) -> usize {
+        while let Some((page, _)) = self.rings[TX].take_used(&self.memory) {
             self.free.push_back(page);
         }
-        // While nobody takes frames they are dropped, as a NIC does.
-        if !self.rings[TX].has_room() {
-            return;
+        let mut count = 0;
+        let mut frame = [0; FRAME_BYTES];
+        while self.can_send()
+            && let Ok(len_bytes) = self.tap.file().read(&mut frame[HEADER_BYTES..])
+        {
+            count += 1;
+            let page = self.free.pop_front().expect("there is one, as was seen");
+            let with_header = &frame[..HEADER_BYTES + len_bytes];
+            self.memory.write(page, with_header);
+            self.rings[TX].add(page, with_header.len(), false, &self.memory);
         }
-        let Some(page) = self.free.pop_front() else {
-            return;
-        };
-        let with_header = [&[0; HEADER_BYTES], frame].concat();
-        self.memory.write(page, &with_header);
-        self.rings[TX].add(page, with_header.len(), false, &self.memory);
-        self.rings[TX].kick();
+        if count > 0 {
+            self.rings[TX].kick();
+        }
+        count
     }
-}
 
-/// Waits for an event, for a few milliseconds at most.
-fn wait(event: &EventFd) {
-    // SAFETY: the descriptor is open while `event` lives, which is longer than the call.
-    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) };
-    let mut polls = [nix::poll::PollFd::new(
-        fd.as_fd(),
-        nix::poll::PollFlags::POLLIN,
-    )];
-    if nix::poll::poll(&mut polls, 5_u8).is_ok() {
-        let _ = event.read();
+    fn can_send(&self) -> bool {
+        self.rings[TX].has_room() && !self.free.is_empty()
+    }
+
+    /// Until there is something to do, or it is time to look.
+    fn sleep(&self) {
+        let events = [&self.rings[RX].call, &self.rings[TX].call, &self.state.wake];
+        // SAFETY: the descriptors are open while `self` lives, which is longer than the call.
+        let fds = events.map(|event| unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) });
+        let wants = match self.can_send() {
+            true => PollFlags::POLLIN,
+            false => PollFlags::empty(),
+        };
+        let mut polls = [
+            PollFd::new(fds[0], PollFlags::POLLIN),
+            PollFd::new(fds[1], PollFlags::POLLIN),
+            PollFd::new(fds[2], PollFlags::POLLIN),
+            PollFd::new(self.tap.file().as_fd(), wants),
+        ];
+        if poll(&mut polls, LOOK_INTERVAL.as_millis() as u8).is_ok() {
+            for event in events {
+                let _ = event.read();
+            }
+        }
     }
 }

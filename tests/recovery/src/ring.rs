@@ -26,6 +26,11 @@ mod request {
 }
 const F_FLUSH: u64 = 1 << 9;
 const F_MQ: u64 = 1 << 12;
+/// `struct virtq_used` (Virtio 1.2 section 2.7.8): the ring, an element of it, and the length in that,
+/// whose lower half is enough for a frame.
+const ELEMENTS_OFFSET: usize = 4;
+const ELEMENT_BYTES: usize = 8;
+const LEN_OFFSET: usize = 4;
 /// No status is this.
 const UNANSWERED: u8 = 0xff;
 
@@ -252,8 +257,6 @@ impl Ring {
     /// The crate trusts its device; a chain that is freed twice would never be right again.
     fn check_next(&self, memory: &Memory) -> Result<(), Unasked> {
         const INDEX_OFFSET: usize = 2;
-        const ELEMENTS_OFFSET: usize = 4;
-        const ELEMENT_BYTES: usize = 8;
         if self.is_packed {
             return Ok(());
         }
@@ -285,6 +288,7 @@ pub struct FrameRing {
     /// The buffer's place, by chain.
     slots: Vec<Option<usize>>,
     in_flight: usize,
+    reaped: u16,
     kick: EventFd,
     pub(crate) call: EventFd,
     /// The queue is in it.
@@ -312,6 +316,7 @@ impl RingMemory<'_> {
             size,
             slots: vec![None; depth],
             in_flight: 0,
+            reaped: 0,
             kick: event()?,
             call: event()?,
             _memory: Arc::clone(self.memory),
@@ -352,11 +357,18 @@ impl FrameRing {
         self.in_flight += 1;
     }
 
-    /// A buffer that is the driver's again.
-    pub fn take_used(&mut self) -> Option<usize> {
+    /// A buffer that is the driver's again, and how many bytes the backend put into it, which the crate
+    /// keeps to itself.
+    pub fn take_used(&mut self, memory: &Memory) -> Option<(usize, usize)> {
+        let used = self.queue.device_area_ptr() as usize;
         let done = self.queue.completions().next()?;
+        let position = usize::from(self.reaped % self.size);
+        let element = used + ELEMENTS_OFFSET + position * ELEMENT_BYTES;
+        let len_bytes = usize::from(memory.load_u16(element + LEN_OFFSET));
+        self.reaped = self.reaped.wrapping_add(1);
         self.in_flight -= 1;
-        self.slots[usize::from(done.id)].take()
+        let place = self.slots[usize::from(done.id)].take()?;
+        Some((place, len_bytes))
     }
 
     /// Tells the backend, if it wants to be told.

@@ -90,7 +90,8 @@ pub struct Wiring {
 pub struct Progress {
     /// Backends whose rings were started.
     pub sessions: AtomicU64,
-    /// Connections that were lost.
+    /// Connections that were lost, of those that had a ring running: the backend may have answered
+    /// requests before all of them were.
     pub hang_ups: AtomicU64,
     /// Attempts that failed, and why the last one did.
     failures: Mutex<(u64, String)>,
@@ -205,23 +206,29 @@ impl Keeper {
     fn run(mut self) {
         let mut was_served = false;
         while !self.has_ended() {
-            match self.session(was_served) {
+            let mut has_served = false;
+            let session = self.session(was_served, &mut has_served);
+            was_served |= has_served;
+            let failure = match session {
                 Ok(stream) => {
-                    was_served = true;
                     self.progress.sessions.fetch_add(1, Ordering::SeqCst);
                     await_hang_up(&stream);
-                    // In this order: what the driver finds when it is woken now is the old
-                    // backend's.
-                    self.progress.hang_ups.fetch_add(1, Ordering::SeqCst);
-                    self.ring_all_calls();
+                    None
                 }
-                Err(failure) => {
-                    let mut failures = self.progress.lock();
-                    failures.0 += 1;
-                    failures.1 = failure.to_string();
-                    drop(failures);
-                    thread::sleep(RETRY_INTERVAL);
-                }
+                Err(failure) => Some(failure),
+            };
+            if has_served {
+                // In this order: what the driver finds when it is woken now is the old
+                // backend's.
+                self.progress.hang_ups.fetch_add(1, Ordering::SeqCst);
+                self.ring_all_calls();
+            }
+            if let Some(failure) = failure {
+                let mut failures = self.progress.lock();
+                failures.0 += 1;
+                failures.1 = failure.to_string();
+                drop(failures);
+                thread::sleep(RETRY_INTERVAL);
             }
             *self.open.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
@@ -231,8 +238,9 @@ impl Keeper {
         self.progress.ended.load(Ordering::SeqCst)
     }
 
-    /// One transaction, from the connection to running rings.
-    fn session(&mut self, was_served: bool) -> Result<UnixStream, Failure> {
+    /// One transaction, from the connection to running rings. From the first of them on, the
+    /// backend serves, also when the transaction comes to no end.
+    fn session(&mut self, was_served: bool, has_served: &mut bool) -> Result<UnixStream, Failure> {
         let stream = UnixStream::connect(&self.wiring.socket)?;
         *self.open.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone()?);
         if self.has_ended() {
@@ -268,6 +276,7 @@ impl Keeper {
             self.start_ring(&mut frontend, index, was_served)?;
         }
         for index in 0..self.wiring.rings.len() {
+            *has_served = true;
             frontend
                 .set_vring_enable(index, true)
                 .at("SET_VRING_ENABLE")?;

@@ -81,6 +81,10 @@ impl Series {
         mut serving: Daemon,
         rounds: u32,
     ) -> (Option<Daemon>, Option<String>) {
+        // A backend that has answered nothing yet may leave without a hang-up.
+        if let Err(error) = self.await_completion(&serving) {
+            return (None, Some(format!("{error:#}")));
+        }
         for _ in 0..rounds {
             match self.round(serving) {
                 Ok(next) => serving = next,
@@ -111,13 +115,7 @@ impl Series {
         self.host.hand_over(from, to)?;
         let attached = began.elapsed();
         self.hang_ups += 1;
-        let waited = await_true(PATIENCE, || {
-            display.first_completion(self.hang_ups).is_some() || display.has_failed()
-        });
-        if display.has_failed() {
-            bail!("the guest gave up");
-        }
-        waited.with_context(|| format!("no request completes; {}", to.log()))?;
+        self.await_completion(to)?;
         // Requests that waited are among those that complete now.
         std::thread::sleep(PAUSE);
         let longest = display.take_latencies().into_iter().max();
@@ -125,6 +123,22 @@ impl Series {
             longest_ms: longest.unwrap_or_default().as_secs_f64() * 1e3,
             gap_ms: display.take_gap().as_secs_f64() * 1e3,
             attached_ms: attached.as_secs_f64() * 1e3,
+        })
+    }
+
+    /// Waits for the first completion after the last hang-up.
+    fn await_completion(&self, serving: &Daemon) -> Result<()> {
+        let display = self.guest.display();
+        let waited = await_true(PATIENCE, || {
+            display.first_completion(self.hang_ups).is_some() || display.has_failed()
+        });
+        if display.has_failed() {
+            bail!("the guest gave up");
+        }
+        waited.with_context(|| {
+            let failure = self.guest.progress().last_failure();
+            let log = serving.log();
+            format!("no request completes ({failure}); {log}")
         })
     }
 }

@@ -142,6 +142,16 @@ pub(crate) enum NetworkError {
         /// What it said.
         message: String,
     },
+    /// The kernel does not filter frames on bridges.
+    #[error(
+        "network {id}: this host's kernel cannot filter frames on a bridge, which a network with a VNI needs; \
+         load the module: modprobe nft_meta_bridge (kernels built without CONFIG_NFT_BRIDGE_META have none: \
+         boot the distribution's full kernel, or leave out the VNI)"
+    )]
+    NoBridgeRules {
+        /// The network.
+        id: String,
+    },
     /// dnsmasq could not be started.
     #[error("network {id}")]
     Spawn {

@@ -78,8 +78,29 @@ async fn run(id: &str, script: &str) -> Result<(), NetworkError> {
             action: "setting its nftables rules",
         });
     }
+    if blames_bridge_family(script, &said) {
+        return Err(NetworkError::NoBridgeRules { id: id.to_owned() });
+    }
     let first = said.lines().find(|line| !line.trim().is_empty());
     Err(failed(first.unwrap_or("failed without a word").to_owned()))
+}
+
+/// Whether nft says of a line of the bridge's table that the kernel does not know what it asks for: the module for
+/// it is not there, or may not be loaded.
+fn blames_bridge_family(script: &str, said: &str) -> bool {
+    let opens_table = |line: &str| line.starts_with("table bridge ") && line.ends_with('{');
+    let Some(table_line) = script.lines().position(opens_table) else {
+        return false;
+    };
+    // FILE:LINE:COLUMNS: Error: ...
+    said.lines().any(|complaint| {
+        let line = complaint.split(':').nth(1);
+        let line = line.and_then(|line| line.parse::<usize>().ok());
+        line.is_some_and(|line| line > table_line)
+            && ["No such file or directory", "not supported"]
+                .iter()
+                .any(|reason| complaint.contains(reason))
+    })
 }
 
 impl Ruleset<'_> {
@@ -287,6 +308,26 @@ fn family(address: IpAddr) -> &'static str {
 mod tests {
     use super::*;
     use api::node::{Endpoint, PortForward};
+
+    #[test]
+    fn kernel_that_cannot_filter_frames_is_told_from_other_mistakes() {
+        let script = "table inet a {\n}\ntable bridge a {\n  chain c {\n    iifname \"x\" drop\n";
+        let says = |line: usize, reason: &str| {
+            format!("/dev/stdin:{line}:5-20: Error: Could not process rule: {reason}\n    ^^^^\n")
+        };
+        let missing = "No such file or directory";
+        assert!(blames_bridge_family(script, &says(5, missing)));
+        assert!(blames_bridge_family(
+            script,
+            &says(3, "Operation not supported")
+        ));
+        assert!(!blames_bridge_family(script, &says(1, missing)));
+        assert!(!blames_bridge_family(script, &says(5, "File exists")));
+        assert!(!blames_bridge_family(
+            "table inet a {\n}\n",
+            &says(5, missing)
+        ));
+    }
 
     fn spec(kind: NetworkKind) -> NetworkSpec {
         NetworkSpec {

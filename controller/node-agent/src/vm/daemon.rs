@@ -1,6 +1,6 @@
 //! A device daemon of a VM: which devices it serves, and how one incarnation of it comes up.
 //!
-//! Each incarnation gets the same listening sockets but freshly opened images and taps: a lock on
+//! Each incarnation gets the same listening sockets and taps but freshly opened images: a lock on
 //! an image belongs to an open file, so it tells when the last request of the killed incarnation
 //! is over.
 
@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     ffi::OsString,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd},
         unix::net::UnixListener,
     },
     path::{Path, PathBuf},
@@ -44,7 +44,7 @@ use crate::{
     process::{Guard, ProcessError},
     record::DaemonKind,
     spec::{Disk, DiskSource, Nic, NicTuning, Spec, UserNetwork},
-    tap::{self, TapError},
+    tap::{self, KeptTaps, TapError},
     versions::Pinned,
     volumes::Pool,
 };
@@ -69,6 +69,7 @@ pub(super) struct Plan {
     networks: Networks,
     vm: String,
     pub(super) devices: Vec<DevicePlan>,
+    taps: KeptTaps,
     stand_in: StandIn,
     knobs: Knobs,
     /// Of a VM that runs under the host's lease.
@@ -292,6 +293,7 @@ pub(super) fn plans(
         networks: networks.clone(),
         vm: spec.id.clone(),
         devices,
+        taps: KeptTaps::default(),
         stand_in: StandIn::default(),
         knobs: Knobs::default(),
         leases: None,
@@ -557,6 +559,7 @@ impl Plan {
         let volumes = self.volumes.clone();
         let (networks, vm) = (self.networks.clone(), self.vm.clone());
         let io_until = self.leases.as_ref().map(Leases::io_until);
+        let taps = self.taps.clone();
         let name = device.name.clone();
         let sending = tokio::task::spawn_blocking(move || {
             let send = |fd: BorrowedFd<'_>| {
@@ -596,7 +599,11 @@ impl Plan {
                         }),
                         false => policy,
                     };
-                    let queues = open_tap(&device.name, name, *queue_pairs)?;
+                    let queues = taps.open(name, *queue_pairs);
+                    let queues = queues.map_err(|source| DaemonError::Tap {
+                        nic: device.name.clone(),
+                        source,
+                    })?;
                     let sent: Result<Vec<FdRef>, DaemonError> =
                         queues.iter().map(|queue| send(queue.as_fd())).collect();
                     attach_request::Device::Net(NetConfig {
@@ -642,13 +649,6 @@ pub(super) async fn metrics(dir: &Path, kind: DaemonKind) -> Option<String> {
         )
     };
     tokio::time::timeout(METRICS_DEADLINE, asking).await.ok()?
-}
-
-fn open_tap(nic: &str, name: &str, queue_pairs: u32) -> Result<Vec<OwnedFd>, DaemonError> {
-    tap::open(name, queue_pairs).map_err(|source| DaemonError::Tap {
-        nic: nic.to_owned(),
-        source,
-    })
 }
 
 pub(crate) fn with_deadline<T>(message: T, deadline: Duration) -> tonic::Request<T> {

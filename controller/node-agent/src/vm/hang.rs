@@ -195,7 +195,7 @@ impl Machine {
                 );
                 process.signal(Signal::SIGKILL);
                 daemon.hangs += 1;
-                daemon.hung = Some(reason);
+                daemon.killed = Some(format!("hung and was killed: {reason}"));
                 daemon.watch.forget();
             }
         }

@@ -89,8 +89,10 @@ pub(super) struct Daemon {
     pub(super) down_since: Option<Instant>,
     /// Times it was killed because it hung.
     pub(super) hangs: u64,
-    /// Why it is being killed.
-    pub(super) hung: Option<String>,
+    /// Why it is being killed: what goes behind the program's name.
+    pub(super) killed: Option<String>,
+    /// It is not what `vmm-core` wants, as far as is known.
+    pub(super) is_refused: bool,
     pub(super) watch: hang::Watch,
 }
 
@@ -113,7 +115,8 @@ impl Daemon {
             upgrade: None,
             down_since: None,
             hangs: 0,
-            hung: None,
+            killed: None,
+            is_refused: false,
             watch: hang::Watch::default(),
         }
     }
@@ -141,7 +144,8 @@ impl Daemon {
             spare: None,
             upgrade: None,
             hangs: 0,
-            hung: None,
+            killed: None,
+            is_refused: false,
             watch: hang::Watch::default(),
         }
     }
@@ -235,15 +239,16 @@ impl Machine {
         let daemon = &mut self.daemons[index];
         daemon.process = None;
         let program = daemon.plan.kind.program();
-        daemon.last_error = match daemon.hung.take() {
-            Some(reason) => format!("{program} hung and was killed: {reason}"),
+        daemon.last_error = match daemon.killed.take() {
+            Some(reason) => format!("{program} {reason}"),
             None => ending(program, exit, &daemon.plan.log()),
         };
         daemon.down_since.get_or_insert_with(Instant::now);
-        daemon.pause = if daemon.up_since.elapsed() >= STABLE_AFTER {
-            Duration::ZERO
-        } else {
-            next_pause(daemon.pause)
+        daemon.pause = match daemon.up_since.elapsed() >= STABLE_AFTER {
+            // Meanwhile a stand-in has the disk.
+            _ if daemon.is_refused => LONGEST_PAUSE,
+            true => Duration::ZERO,
+            false => next_pause(daemon.pause),
         };
         tracing::warn!(dir = %self.dir.display(), "{}; restarting it", daemon.last_error);
         self.restart(index);

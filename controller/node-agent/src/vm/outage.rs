@@ -4,7 +4,8 @@
 //! stall        nothing: vmm-core keeps trying, the guest's requests wait
 //! error-after  T later a stand-in takes the disk: device-blk, told to fail every request. It opens and locks the
 //!              image as ever, so nothing fails before the dead process' I/O is over. The real daemon's next
-//!              process ends it right before it takes the disk itself.
+//!              process ends it right before it takes the disk itself. A daemon that is there and that vmm-core
+//!              refuses is ended for that, and the next one is tried after a pause.
 //! pause-vm     the vCPUs stand still until vmm-core has a daemon again
 //! ```
 //!
@@ -16,15 +17,17 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant, SystemTime},
 };
 
 use api::{device::attach_request, vmm::DeviceConnection};
+use nix::sys::signal::Signal;
 use tokio::task::JoinHandle;
 
 use super::{
     daemon::{DaemonError, Listeners, Plan},
     error_chain,
+    health::Health,
     incarnation::Standby,
     machine::{Daemon, Machine},
     vmm,
@@ -33,6 +36,9 @@ use crate::{
     record::DaemonKind,
     spec::{OutagePolicy, Spec},
 };
+
+/// What the next process has to be accepted by `vmm-core`, once one was refused.
+const ACCEPTED_WITHIN: Duration = Duration::from_secs(1);
 
 /// What fails requests in place of a daemon, if anything does. A plan's clones share it.
 #[derive(Clone, Debug, Default)]
@@ -175,6 +181,39 @@ impl Daemon {
         names.filter(is_due).collect()
     }
 
+    /// The disk whose requests are to fail because `vmm-core` refuses this process, and why.
+    fn refusal(&self, spec: &Spec, health: &Health) -> Option<(Duration, String)> {
+        if self.plan.kind != DaemonKind::Blk || self.process.is_none() || self.upgrade.is_some() {
+            return None;
+        }
+        self.plan.devices.iter().find_map(|device| {
+            let OutagePolicy::ErrorAfter(after) = spec.outage_policy(&device.name) else {
+                return None;
+            };
+            let seen = health.device(&device.name)?;
+            let stalled = SystemTime::try_from(seen.stalled_since?).ok()?;
+            let stalled = stalled.elapsed().unwrap_or_default();
+            let patience = if self.is_refused {
+                ACCEPTED_WITHIN
+            } else {
+                after
+            };
+            let is_due = stalled >= patience && self.up_since.elapsed() >= patience;
+            is_due.then(|| (after, seen.last_error.clone()))
+        })
+    }
+
+    fn is_accepted(&self, health: &Health) -> bool {
+        let accepted = |name: &str| {
+            let device = health.device(name);
+            device.is_some_and(|device| device.connection() == DeviceConnection::Connected)
+        };
+        let mut devices = self.plan.devices.iter();
+        self.process.is_some()
+            && self.up_since.elapsed() >= ACCEPTED_WITHIN
+            && devices.all(|device| accepted(&device.name))
+    }
+
     fn serves(&self, device: &str) -> bool {
         self.plan.devices.iter().any(|own| own.name == device)
     }
@@ -190,12 +229,34 @@ impl Machine {
 
     /// Brings about what outage policies ask for now.
     pub(super) async fn enforce_policies(&mut self, spec: &Spec) {
+        self.end_refused(spec);
         for daemon in &self.daemons {
             let devices = daemon.to_fail(spec);
             let stand_in = daemon.plan.stand_in();
             stand_in.keep(devices, &daemon.plan, &daemon.listeners);
         }
         self.pause_or_resume(spec).await;
+    }
+
+    /// Their ends are noticed as any are.
+    fn end_refused(&mut self, spec: &Spec) {
+        for daemon in &mut self.daemons {
+            if daemon.is_accepted(&self.health) {
+                daemon.is_refused = false;
+            }
+            let (Some((after, why)), Some(process)) =
+                (daemon.refusal(spec, &self.health), &daemon.process)
+            else {
+                continue;
+            };
+            let reason = format!("was refused by vmm-core and is ended: {why}");
+            tracing::warn!(dir = %self.dir.display(), pid = process.pid(), "{} {reason}", daemon.plan.kind.program());
+            process.signal(Signal::SIGKILL);
+            daemon.killed = Some(reason);
+            daemon.is_refused = true;
+            // Requests have waited for so long already.
+            daemon.down_since = Instant::now().checked_sub(after);
+        }
     }
 
     async fn pause_or_resume(&mut self, spec: &Spec) {

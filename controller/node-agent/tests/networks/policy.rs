@@ -112,11 +112,19 @@ fn nic_joins_its_network_and_its_policy_follows_the_network() {
         pids.find_map(|process| (process.pid != 0).then_some(process.pid as i32))
     };
     let first = daemon().unwrap();
+    // Somebody holds the tap throughout: frames wait in it, and nobody sees a cable pulled out.
+    let carrier_changes = || {
+        agent
+            .host
+            .run("cat /sys/class/net/mt-web-0/carrier_changes")
+    };
+    let before = carrier_changes();
     nix::sys::signal::kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     poll("the successor's rule", || {
         daemon().filter(|pid| *pid != first)?;
         (rules(&agent.nic()?) == 1).then_some(())
     });
+    assert_eq!(carrier_changes(), before);
 
     let refused = agent.delete("front").unwrap_err();
     assert!(

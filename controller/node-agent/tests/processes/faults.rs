@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use api::{
     device::{
-        CrashFault, ErrorFault, FaultOp, FaultRule, FaultSelector, FaultTrigger, fault_rule::Action,
+        CrashFault, DisconnectFault, ErrorFault, FaultOp, FaultRule, FaultSelector, FaultTrigger,
+        fault_rule::Action,
     },
     node::{
         ArmFaultsRequest, ControllerPartitionFault, DisarmFaultsRequest, Fault, FaultEventKind,
         FaultState, FaultStatus, FaultTarget, FdExhaustionFault, FreezeFault, HostFault, KillFault,
-        ListFaultsRequest, ProcessFault, SetFaultSwitchRequest, SlowStartFault, StoreLossFault,
+        ListFaultsRequest, OutOfMemoryFault, OutageAction, OutagePolicy, ProcessFault,
+        SetFaultSwitchRequest, SlowStartFault, StoreLossFault, VersionSkewFault, VmSpec,
         WatchFaultsRequest, fault, faults_client::FaultsClient, host_fault, process_fault,
     },
 };
@@ -26,6 +28,7 @@ const ALLOW: &str = "--allow-faults\n--hang-after\n60\n";
 /// A VM that writes, and where its console has been read to.
 struct Rig {
     agent: Agent,
+    vm: VmSpec,
     faults: FaultsClient<Channel>,
     offset: u64,
 }
@@ -40,6 +43,7 @@ impl Rig {
         let faults = client(&agent).await;
         let mut rig = Self {
             agent,
+            vm,
             faults,
             offset: 0,
         };
@@ -324,4 +328,103 @@ async fn agent_is_cut_off_and_loses_its_store_for_a_while() {
     let first = events.message().await.unwrap().unwrap();
     assert_eq!(first.kind(), FaultEventKind::Armed);
     assert_eq!(first.fault_id, "store");
+}
+
+#[tokio::test]
+async fn daemon_that_runs_out_of_memory_is_killed_by_the_kernel_and_replaced() {
+    let mut rig = Rig::start(ALLOW).await;
+    let first = rig.blk().await;
+    let action = process_fault::Action::OutOfMemory(OutOfMemoryFault { limit_bytes: 0 });
+    let armed = rig.arm("oom", process(action)).await.unwrap();
+    if armed.targets[0].error.contains("no memory cgroup") {
+        eprintln!("skipped: {}", armed.targets[0].error);
+        return;
+    }
+    assert_eq!(armed.hits, 1, "{armed:?}");
+    rig.until_replaced(first).await;
+    let log = std::fs::read_to_string(rig.agent.path().join("agent.log")).unwrap();
+    assert!(
+        log.contains("signal: 9") || log.contains("SIGKILL"),
+        "{log}"
+    );
+    rig.disarm(&["oom"]).await;
+    rig.prints("00").await;
+}
+
+#[tokio::test]
+async fn daemons_of_two_versions_take_turns_and_the_guest_goes_on() {
+    let mut rig = Rig::start(ALLOW).await;
+    let other = rig.agent.path().join("other-device-blk");
+    std::fs::copy(built("device-blk"), &other).unwrap();
+    let program = |pid: i32| std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+    let first = rig.blk().await;
+    assert_ne!(program(first), other);
+    let binary = other.display().to_string();
+    let skew = process_fault::Action::VersionSkew(VersionSkewFault { binary });
+    rig.arm("skew", process(skew)).await.unwrap();
+    kill_hard(first);
+    rig.until_replaced(first).await;
+    assert_eq!(rig.until_hits("skew", 1).await.hits, 1);
+    let second = rig.blk().await;
+    assert_eq!(program(second), other);
+    rig.prints("00").await;
+    rig.disarm(&["skew"]).await;
+    kill_hard(second);
+    rig.until_replaced(second).await;
+    assert_ne!(program(rig.blk().await), other);
+    rig.prints("00").await;
+}
+
+#[tokio::test]
+async fn requests_fail_while_vmm_core_gets_nowhere_with_a_daemon_that_is_there() {
+    let mut rig = Rig::start(ALLOW).await;
+    let mut vm = rig.vm.clone();
+    vm.generation += 1;
+    vm.outage_policies = vec![OutagePolicy {
+        device: "root".into(),
+        action: OutageAction::ErrorAfter.into(),
+        error_after_ms: 1000,
+    }];
+    rig.agent.apply(&vm).await.unwrap();
+    // No handshake succeeds any more, and what there is ends with the next write.
+    let selectors = [
+        FaultSelector {
+            messages: vec!["GET_FEATURES".to_owned()],
+            ..FaultSelector::default()
+        },
+        FaultSelector {
+            ops: vec![FaultOp::Write.into()],
+            ..FaultSelector::default()
+        },
+    ];
+    for (id, selector) in ["handshake", "session"].into_iter().zip(selectors) {
+        let rule = FaultRule {
+            selector: Some(selector),
+            action: Some(Action::Disconnect(DisconnectFault {})),
+            ..FaultRule::default()
+        };
+        rig.arm(id, fault::Fault::Rule(rule)).await.unwrap();
+    }
+    let refused = rig.blk().await;
+    rig.prints("11").await;
+    let status = rig
+        .agent
+        .until("web", "failing", |status| {
+            status.devices[0].failing_requests
+        })
+        .await;
+    let process = status
+        .processes
+        .iter()
+        .find(|process| process.name == "device-blk");
+    let why = &process.unwrap().last_error;
+    assert!(why.contains("was refused by vmm-core"), "{why}");
+    rig.disarm(&["handshake", "session"]).await;
+    rig.agent
+        .until("web", "served again", |status| {
+            let now = pid_or_none(status);
+            now != 0 && now != refused && !status.devices[0].failing_requests
+        })
+        .await;
+    rig.prints("000").await;
 }

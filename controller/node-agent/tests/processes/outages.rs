@@ -4,7 +4,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use api::node::{
-    DeviceDetails, GetDevicesRequest, OutageAction, OutagePolicy, VmPhase, VmSpec, VmStatus,
+    DeviceDetails, GetDevicesRequest, OutageAction, OutagePolicy, Power, VmPhase, VmSpec, VmStatus,
     devices_client::DevicesClient,
 };
 use faultfs::{Effect, Fault, FaultFs, Op};
@@ -35,7 +35,7 @@ impl Rig {
     async fn start_on(tardy_seconds: u32, storage: Option<&FaultFs>) -> Self {
         // The first process after the first one is late: what comes up meanwhile is a stand-in.
         let script = format!(
-            "cd $(dirname $0)\necho x >> starts\n\
+            "cd $(dirname $0)\n[ -e away ] && exit 1\necho x >> starts\n\
              [ $(wc -l < starts) = 2 ] && sleep {tardy_seconds}\nexec {} \"$@\"",
             built("device-blk").display()
         );
@@ -210,6 +210,49 @@ async fn requests_fail_after_the_policys_time_and_are_served_again() {
     // Both of its processes' starts, and the stand-in's.
     let starts = fs::read_to_string(rig.agent.path().join("bin/starts")).unwrap();
     assert_eq!(starts.lines().count(), 3);
+}
+
+#[tokio::test]
+#[ignore = "long: more than a minute without a daemon"]
+async fn daemon_that_was_away_for_more_than_a_minute_heals_its_device() {
+    let mut rig = Rig::start(0).await;
+    let away = rig.agent.path().join("bin/away");
+    fs::write(&away, "").unwrap();
+    kill_hard(rig.blk().await);
+    rig.until("out", |status| !status.devices[0].connected)
+        .await;
+    let back = std::time::Instant::now() + Duration::from_secs(61);
+    while std::time::Instant::now() < back {
+        assert!(!rig.printed().await.contains('1'), "a request failed");
+        assert_eq!(restarts(&rig.agent.status("web").await), (0, 0));
+    }
+    fs::remove_file(&away).unwrap();
+    rig.until("restarted", |status| restarts(status) == (1, 0))
+        .await;
+    rig.prints("00").await;
+    let outage = &rig.device().await.health.unwrap().outages[0];
+    assert!(outage.first_completion_us > Some(60_000_000), "{outage:?}");
+}
+
+/// Others answered that the device was removed, and kept its slot for ever.
+#[tokio::test]
+async fn vm_can_be_stopped_and_its_disk_used_again_while_the_daemon_is_away() {
+    let mut rig = Rig::start(600).await;
+    kill_hard(rig.blk().await);
+    rig.until("out", |status| !status.devices[0].connected)
+        .await;
+    let (image, mut vm) = (rig.vm.disks[0].clone(), rig.vm.clone());
+    rig.agent.power(&mut vm, Power::OffNow).await;
+    rig.until("stopped", |status| status.phase() == VmPhase::Stopped)
+        .await;
+    rig.agent.delete("web").await.unwrap();
+    assert_eq!(rig.agent.processes(), [0; 0]);
+    // The same name, and the same disk in the same place.
+    let mut again = spec("web", &guest::disk_writer(rig.agent.path()));
+    again.disks = vec![image];
+    rig.agent.run(&again).await;
+    rig.offset = 0;
+    rig.prints("00").await;
 }
 
 #[tokio::test]

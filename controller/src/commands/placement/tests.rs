@@ -62,7 +62,10 @@ async fn forget(store: &SharedStore, name: &Name) {
         let transaction = release(store, &stored.record, transaction).await.unwrap();
         match store.commit(transaction).await {
             Err(StoreError::Conflict { .. }) => {}
-            done => return drop(done.unwrap()),
+            done => {
+                done.unwrap();
+                return;
+            }
         }
     }
 }

@@ -69,8 +69,8 @@ impl Run {
                 self.ledger.update(&statuses, &self.began);
             }
             Err(status) if is_switched_off(&status) => return Err(refused(&status)),
-            // An agent that is killed does not answer any more.
-            Err(status) if is_away(&status) && is_agents(injection) => {
+            // An agent that is killed does not answer any more; one that is away already is not hit.
+            Err(status) if is_agents(injection) && has_hung_up(&status) => {
                 let at_ms = self.began.elapsed_ms();
                 self.ledger
                     .hit(index, at_ms, "", "", "the agent hung up".into());
@@ -294,6 +294,11 @@ impl Run {
 fn is_agents(fault: &FaultInjection) -> bool {
     let target = fault.target.as_ref();
     target.is_some_and(|target| target.process() == FaultProcess::Agent)
+}
+
+/// In the midst of a call.
+fn has_hung_up(status: &Status) -> bool {
+    is_away(status) && status.code() != Code::Unavailable
 }
 
 fn is_away(status: &Status) -> bool {

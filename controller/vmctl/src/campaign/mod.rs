@@ -97,6 +97,13 @@ impl Reader<'_> {
             let at = format!("faults[{index}]");
             faults.extend(self.fault(fault, &at, file));
         }
+        if self.overrides.duration.is_some() {
+            squeeze(
+                &mut faults,
+                duration_ms,
+                self.ms(Some(&file.duration), "duration"),
+            );
+        }
         if faults.is_empty() && file.faults.is_empty() {
             self.problems
                 .add(&file.name, "faults", "are missing".into());
@@ -384,6 +391,37 @@ impl Reader<'_> {
             .problems
             .take(text, field, words::duration_us(&text.value));
         (us / 1000).min(u64::from(u32::MAX)) as u32
+    }
+}
+
+/// Where a duration is too short for all faults to begin, the whole schedule becomes faster.
+fn squeeze(faults: &mut [pb::FaultInjection], duration_ms: u32, usual_ms: u32) {
+    let schedules = faults
+        .iter_mut()
+        .filter_map(|fault| fault.schedule.as_mut());
+    let mut schedules: Vec<&mut pb::FaultSchedule> = schedules.collect();
+    let is_long_enough = schedules
+        .iter()
+        .all(|schedule| schedule.after_ms < duration_ms);
+    // A file whose own duration is too short has a mistake, which is told.
+    if is_long_enough || duration_ms >= usual_ms {
+        return;
+    }
+    let scaled = |ms: u32| match ms {
+        0 => 0,
+        ms => (u64::from(ms) * u64::from(duration_ms) / u64::from(usual_ms)).max(1) as u32,
+    };
+    for schedule in &mut schedules {
+        let pb::FaultSchedule {
+            after_ms,
+            every_ms,
+            jitter_ms,
+            times: _,
+            for_ms,
+        } = schedule;
+        for ms in [after_ms, every_ms, jitter_ms, for_ms] {
+            *ms = scaled(*ms);
+        }
     }
 }
 

@@ -268,3 +268,27 @@ fn every_kind_can_be_read_with_what_it_needs() {
         read(&text).unwrap_or_else(|complaint| panic!("{}: {complaint}", kind.name));
     }
 }
+
+#[test]
+fn a_duration_too_short_for_all_faults_squeezes_the_schedule() {
+    let text = library::find("lost-kick").expect("it ships").text;
+    let read = |duration: &str| {
+        let overrides = Overrides {
+            vm: Some("web".into()),
+            duration: Some(duration.into()),
+            ..Overrides::default()
+        };
+        let campaign = parse(text, "lost-kick", "default", &overrides);
+        let schedules = campaign.unwrap().spec.faults.into_iter();
+        let times = |schedule: pb::FaultSchedule| (schedule.after_ms, schedule.for_ms);
+        schedules
+            .map(|fault| times(fault.schedule.unwrap()))
+            .collect::<Vec<_>>()
+    };
+    let usual = [(2_000, 8_000), (12_000, 8_000), (22_000, 6_000)];
+    assert_eq!(read("30s"), usual);
+    assert_eq!(read("25s"), usual, "all of them begin");
+    assert_eq!(read("5m"), usual, "a longer one only lasts longer");
+    let squeezed = [(1_000, 4_000), (6_000, 4_000), (11_000, 3_000)];
+    assert_eq!(read("15s"), squeezed);
+}

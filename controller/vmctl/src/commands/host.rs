@@ -4,10 +4,10 @@ use std::process::ExitCode;
 
 use api::controller as pb;
 use api::controller::hosts_client::HostsClient;
-use tonic::transport::Channel;
 
 use crate::cli::host::{HostCommand, HostSetArgs};
 use crate::cli::{Format, Global};
+use crate::client::Channel;
 use crate::placement::{host_name, pair};
 use crate::{client, json, output};
 

@@ -261,10 +261,16 @@ pub(super) fn prefetch_read(address: *const u8) {
 /// Asks the CPU for the cache line at `address`, to write.
 #[inline]
 pub(super) fn prefetch_write(address: *const u8) {
+    // The intrinsic asks for the line to be read where the compiler is not told that the CPU has the instruction:
+    // the write then has to ask for the line again. CPUs that lack it do nothing.
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch is a hint, valid for any address.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(address.cast());
+        std::arch::asm!(
+            "prefetchw [{address}]",
+            address = in(reg) address,
+            options(nostack, preserves_flags),
+        );
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;

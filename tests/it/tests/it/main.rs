@@ -11,6 +11,7 @@ mod process;
 mod qemu;
 mod qemu_formats;
 mod qemu_frontend;
+mod qemu_kills;
 mod qemu_resize;
 mod qemu_switch;
 mod reflection;

@@ -1,4 +1,4 @@
-//! QEMU, emulating, as the VMM of a test guest whose devices our daemons serve.
+//! QEMU as the VMM of a test guest, with whatever daemons serve its devices.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,18 +12,30 @@ use crate::site;
 pub(crate) struct Qemu {
     command: Command,
     devices: u32,
+    reconnects: bool,
 }
 
 impl Qemu {
     /// Two CPUs and shared memory, no device yet.
     pub(crate) fn new(plan: &Plan) -> Self {
         let mut command = Command::new(site::path("QEMU"));
+        command.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
+        Self::with(command, plan)
+    }
+
+    /// The same where there is a KVM, and QEMU is among the tools.
+    pub(crate) fn on_kvm(plan: &Plan) -> Self {
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-accel", "kvm", "-cpu", "host"]);
+        Self::with(command, plan)
+    }
+
+    fn with(mut command: Command, plan: &Plan) -> Self {
         command
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-serial", "stdio"])
             .args(["-machine", "q35,memory-backend=ram"])
-            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"])
-            .args(["-m", "512M", "-object"])
+            .args(["-smp", "2", "-m", "512M", "-object"])
             .arg("memory-backend-memfd,id=ram,size=512M,share=on")
             .arg("-kernel")
             .arg(site::path("GUEST_KERNEL"))
@@ -36,6 +48,15 @@ impl Qemu {
         Self {
             command,
             devices: 0,
+            reconnects: false,
+        }
+    }
+
+    /// Devices that come after this connect again, a second after their daemon hung up.
+    pub(crate) fn reconnecting(self) -> Self {
+        Self {
+            reconnects: true,
+            ..self
         }
     }
 
@@ -89,9 +110,13 @@ impl Qemu {
     fn chardev(&mut self, socket: &Path) -> String {
         let id = format!("c{}", self.devices);
         self.devices += 1;
+        let reconnect = match self.reconnects {
+            true => ",reconnect=1",
+            false => "",
+        };
         self.command.args([
             "-chardev",
-            &format!("socket,id={id},path={}", socket.display()),
+            &format!("socket,id={id},path={}{reconnect}", socket.display()),
         ]);
         id
     }

@@ -12,16 +12,21 @@ use super::{Apt, Fetcher, Program, unpacked_program};
 use crate::workspace;
 
 /// Raised when more is needed than an older stamp promises.
-const STAMP_VERSION: u32 = 1;
+const STAMP_VERSION: u32 = 2;
 
 /// The package with testpmd; its headers and static libraries are not wanted.
 const TESTPMD_PACKAGE: &str = "dpdk-dev";
+/// In the tree of unpacked packages, and how deep.
+const TESTPMD: &str = "usr/bin/dpdk-testpmd";
+const PROGRAM_DEPTH: usize = 3;
 const OPEN_VSWITCH_PACKAGE: &str = "openvswitch-switch-dpdk";
 /// Drivers are loaded at run time, so testpmd does not depend on them all.
-const DRIVER_PACKAGES: [&str; 3] = [
+const DRIVER_PACKAGES: [&str; 5] = [
     "librte-net-virtio23",
     "librte-net-vhost23",
     "librte-net-tap23",
+    "librte-net-af-packet23",
+    "librte-net-pcap23",
 ];
 
 /// Where everything is.
@@ -59,6 +64,7 @@ impl Dpdk {
         if let Some(dpdk) = Self::from_stamp(&stamp) {
             return Ok(dpdk);
         }
+        discard(&stamp, &dir)?;
         let root = Fetcher::new(&dir)?.fresh("dpdk", packages)?;
         let dpdk = Self::in_tree(&root)?;
         fs::write(&stamp, serde_json::to_vec_pretty(&dpdk)?)?;
@@ -83,7 +89,7 @@ impl Dpdk {
         };
         Ok(Self {
             stamp_version: STAMP_VERSION,
-            testpmd: program("usr/bin/dpdk-testpmd")?,
+            testpmd: program(TESTPMD)?,
             driver_dir: only_directory_in(&libraries)?,
             open_vswitch: OpenVswitch {
                 vswitchd: program("usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk")?,
@@ -95,6 +101,22 @@ impl Dpdk {
             },
         })
     }
+}
+
+/// Removes what an older stamp describes: it is incomplete, and would be taken for the same packages.
+fn discard(stamp: &Path, dir: &Path) -> Result<()> {
+    let Ok(bytes) = fs::read(stamp) else {
+        return Ok(());
+    };
+    if let Ok(old) = serde_json::from_slice::<Dpdk>(&bytes)
+        && let Some(root) = old.testpmd.file.ancestors().nth(PROGRAM_DEPTH)
+        && root.starts_with(dir)
+        && root != dir
+        && root.is_dir()
+    {
+        fs::remove_dir_all(root).with_context(|| format!("cannot remove {}", root.display()))?;
+    }
+    fs::remove_file(stamp).with_context(|| format!("cannot remove {}", stamp.display()))
 }
 
 /// The packages, with the libraries that testpmd and the drivers need.

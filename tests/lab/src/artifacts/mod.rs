@@ -107,6 +107,24 @@ impl Qemu {
         }
         command
     }
+
+    /// What a VM without display and network cards needs, for a nested host: (file here, path there).
+    pub(crate) fn firmware(&self) -> Vec<(PathBuf, String)> {
+        const NAMES: [&str; 5] = [
+            "bios-256k.bin",
+            "kvmvapic.bin",
+            "linuxboot.bin",
+            "linuxboot_dma.bin",
+            "pvh.bin",
+        ];
+        let system = ["/usr/share/qemu", "/usr/share/seabios"].map(PathBuf::from);
+        let dirs = || self.data_dirs.iter().chain(&system);
+        let find = |name: &str| dirs().map(|dir| dir.join(name)).find(|file| file.is_file());
+        NAMES
+            .iter()
+            .filter_map(|name| Some((find(name)?, format!("/usr/share/qemu/{name}"))))
+            .collect()
+    }
 }
 
 impl Artifacts {

@@ -185,7 +185,7 @@ fn run_one(site: &Site, binary: &Path, name: &str, limit: Duration) -> Result<Te
     drop(test);
     let output = match outcome {
         Outcome::Failed => tail(&log)? + &why,
-        _ => String::new(),
+        _ => tables(&tail(&log)?),
     };
     let elapsed_ms = started.elapsed().as_millis() as u64;
     Ok(TestResult {
@@ -194,6 +194,12 @@ fn run_one(site: &Site, binary: &Path, name: &str, limit: Duration) -> Result<Te
         elapsed_ms,
         output,
     })
+}
+
+/// What a test that passed measured.
+fn tables(output: &str) -> String {
+    let rows = output.lines().filter(|line| line.starts_with('|'));
+    rows.map(|row| format!("{row}\n")).collect()
 }
 
 fn tail(log: &Path) -> Result<String> {
@@ -234,6 +240,15 @@ mod tests {
         assert!(tries.another("b", "wrong data").is_some());
         assert_eq!(tries.another("c", "wrong data"), None);
         assert_eq!(Tries::default().another("d", triple_fault), None);
+    }
+
+    #[test]
+    fn tables_of_tests_that_passed_are_shown() {
+        let output = "running 1 test\n| pairing | kills |\n|---|---|\n| ours | 10 |\nok\n";
+        assert_eq!(
+            tables(output),
+            "| pairing | kills |\n|---|---|\n| ours | 10 |\n"
+        );
     }
 
     #[test]

@@ -159,7 +159,8 @@ impl Suite {
         }
         let mut count = Count::default();
         let done = RefCell::new(Vec::new());
-        let result = self.kvm_run(&ground, tests, two_hosts).and_then(|run| {
+        let run = self.kvm_run(kit, &ground, tests, two_hosts);
+        let result = run.and_then(|run| {
             let make = |site| Job::Tests {
                 site,
                 binary: if ground == Ground::Direct {
@@ -186,19 +187,37 @@ impl Suite {
         (count, result.map(drop))
     }
 
-    fn kvm_run<'a>(&self, ground: &'a Ground, tests: &OnKvm, two_hosts: bool) -> Result<Run<'a>> {
+    fn kvm_run<'a>(
+        &self,
+        kit: &Kit,
+        ground: &'a Ground,
+        tests: &OnKvm,
+        two_hosts: bool,
+    ) -> Result<Run<'a>> {
         let file = workspace::stripped(&tests.binary)?;
         let program = Program {
             file,
             library_dirs: Vec::new(),
         };
         let hours = if self.all { 10 } else { 1 };
+        let mut extra_tools = vec![Tool {
+            name: "it".into(),
+            program,
+        }];
+        let mut extra_files = Vec::new();
+        // Only long tests set others' VMMs beside ours.
+        if self.all && !two_hosts {
+            let qemu = &kit.artifacts.qemu;
+            extra_tools.push(Tool {
+                name: qemu.program.name(),
+                program: qemu.program.clone(),
+            });
+            extra_files = qemu.firmware();
+        }
         Ok(Run {
             ground,
-            extra_tools: vec![Tool {
-                name: "it".into(),
-                program,
-            }],
+            extra_tools,
+            extra_files,
             third_parties: true,
             memory_mib: if two_hosts { 3072 } else { 6144 },
             timeout: Duration::from_secs(hours * 3600 / 2),

@@ -7,6 +7,7 @@ mod fleet;
 mod managed;
 mod network;
 mod outage;
+mod side_by_side;
 mod third_party;
 
 use std::path::{Path, PathBuf};
@@ -44,6 +45,15 @@ impl Default for Vmm {
 impl Vmm {
     /// Starts it, with its console in the process's output.
     fn spawn(&self, dir: &Path, plan: &Plan) -> Process {
+        Process::spawn(dir, "vmm-core", &mut self.command(dir, plan))
+    }
+
+    /// The same, for a guest that is told something later.
+    fn spawn_listening(&self, dir: &Path, plan: &Plan) -> Process {
+        Process::spawn_listening(dir, "vmm-core", &mut self.command(dir, plan))
+    }
+
+    fn command(&self, dir: &Path, plan: &Plan) -> Command {
         let mut command = Command::new(site::program("vmm-core"));
         command
             .arg("--kernel")
@@ -64,7 +74,8 @@ impl Vmm {
         for device in &self.devices {
             command.args(["--device", device]);
         }
-        Process::spawn(dir, "vmm-core", command.args(&self.more))
+        command.args(&self.more);
+        command
     }
 }
 

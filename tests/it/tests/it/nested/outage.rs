@@ -52,7 +52,7 @@ fn a_killed_device_blk_is_replaced_and_the_guest_sees_no_error() {
     expect_pattern(&image, SEED, LEN_BYTES);
 }
 
-fn allocated_bytes(image: &std::path::Path) -> u64 {
+pub(super) fn allocated_bytes(image: &std::path::Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata(image)
         .expect("the image is there")

@@ -9,6 +9,7 @@ mod loads;
 mod namespace;
 mod open_vswitch;
 mod rig;
+mod segments;
 mod serving;
 mod switch;
 mod tap;
@@ -37,6 +38,7 @@ pub(super) fn run(session: &mut Session) -> Result<()> {
     dropping::run(session)?;
     tap::run(session)?;
     tap_receive::run(session)?;
+    segments::run(session)?;
     idle::run(session)
 }
 

@@ -6,9 +6,17 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Uid, getgid, getuid};
+
+use super::super::interrupt;
+use crate::inside::child;
+
+/// For a tap to be made by a process that has just begun.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Moves this thread, and what it starts from now on, to a namespace of its own.
 pub(super) fn enter() -> Result<()> {
@@ -43,6 +51,14 @@ pub(super) fn own(command: &mut Command) {
     let leave = || Ok(unshare(CloneFlags::CLONE_NEWNET)?);
     // SAFETY: the closure makes one system call and allocates nothing.
     unsafe { command.pre_exec(leave) };
+}
+
+/// Waits until somebody has made a tap.
+pub(super) fn await_tap(tap: &str) -> Result<()> {
+    child::poll(&format!("the tap {tap}"), PATIENCE, || {
+        interrupt::check()?;
+        Ok(packets_to_host(tap).is_ok().then_some(()))
+    })
 }
 
 /// What came to the host through a tap's descriptor, in packets.

@@ -65,11 +65,21 @@ impl Rig {
 
     /// Tells the frontend to begin, waits until packets arrive, and brings everything to rest.
     pub(super) fn begin(&mut self, command: &str) -> Result<()> {
+        self.begin_with(command, || Ok(()))
+    }
+
+    /// The same with something else that has to be done for packets to come, each time after the command.
+    pub(super) fn begin_with(
+        &mut self,
+        command: &str,
+        mut inject: impl FnMut() -> Result<()>,
+    ) -> Result<()> {
         let running = self.run()?;
         let deadline = Instant::now() + PATIENCE;
         let mut first = None;
         let mut sent_at = Instant::now();
         self.tell(command)?;
+        inject()?;
         loop {
             interrupt::check()?;
             match (first, self.packets()) {
@@ -86,11 +96,19 @@ impl Rig {
                 sent_at = Instant::now();
                 self.tell("stop")?;
                 self.tell(command)?;
+                inject()?;
             }
             thread::sleep(LOOK);
         }
         drop(running);
         Ok(())
+    }
+
+    /// Lets it run for a while without counting.
+    pub(super) fn rehearse(&self, time: Duration) -> Result<()> {
+        let _running = self.run()?;
+        thread::sleep(time);
+        interrupt::check()
     }
 
     /// Lets it run for a while.

@@ -12,6 +12,8 @@ use crate::progress::step;
 
 /// The limit: one thread that writes to a tap and does nothing else.
 const LIMIT: &str = "writev";
+/// The least that the kernel takes: one thread that hands it the same packet, many with each call.
+const KERNEL: &str = "io_uring";
 
 /// Of the limit, and of the vhost PMD's way to a tap.
 const LIMIT_TARGET: f64 = 0.95;
@@ -57,11 +59,19 @@ fn rows(len: usize, has_target: bool) -> Vec<RowSpec> {
         let beside = format!("{case}/beside-{VHOST_PMD}");
         rows.push(row(beside, verdict(VHOST_PMD_TARGET, Some(VHOST_PMD))));
     }
-    rows.push(RowSpec {
+    let cost = |case: String, ours: &'static str, verdict: Verdict| RowSpec {
         unit: "CPU s per million packets",
         better: Better::Lower,
         metric: Metric::CpuPerMillion,
-        ..row(format!("{case}/daemon-cpu"), verdict(CPU_TARGET, None))
+        ours,
+        ..row(case, verdict)
+    };
+    let cpu = format!("{case}/daemon-cpu");
+    rows.push(cost(cpu.clone(), OURS, verdict(CPU_TARGET, None)));
+    // Of a target below this, the kernel is the reason.
+    rows.push(RowSpec {
+        peers: vec![LIMIT],
+        ..cost(format!("{cpu}/kernel-alone"), KERNEL, Verdict::Info)
     });
     rows
 }
@@ -70,11 +80,13 @@ fn compare(bay: &Bay, session: &Session, len: usize) -> Result<Samples> {
     let effort = &session.effort;
     let ours = ours(bay, len)?;
     let vhost_pmd = vhost_pmd(bay, len)?;
-    let limit = limit(bay, len)?;
+    let limit = limit(bay, LIMIT, len, &[])?;
+    let kernel = self::limit(bay, KERNEL, len, &["--batches"])?;
     let contenders = [
         Contender::new(OURS, || ours.measure(effort)),
         Contender::new(VHOST_PMD, || vhost_pmd.measure(effort)),
         Contender::new(LIMIT, || limit.measure(effort)),
+        Contender::new(KERNEL, || kernel.measure(effort)),
     ];
     Samples::take(&contenders, effort.rounds)
 }
@@ -104,11 +116,12 @@ fn vhost_pmd(bay: &Bay, len: usize) -> Result<Rig> {
     Ok(rig)
 }
 
-fn limit(bay: &Bay, len: usize) -> Result<Rig> {
+/// Named as its tap.
+fn limit(bay: &Bay, name: &'static str, len: usize, further: &[&str]) -> Result<Rig> {
     let bytes = len.to_string();
-    let args = ["tap-write", "--tap", LIMIT, "--bytes", &bytes];
-    let daemon = bay.load("tap-writev", bay.cpus.daemon, &args)?;
-    let mut rig = Rig::new(daemon, Count::AtTap(LIMIT));
+    let args = [&["tap-write", "--tap", name, "--bytes", &bytes], further].concat();
+    let daemon = bay.load(&format!("tap-{name}"), bay.cpus.daemon, &args)?;
+    let mut rig = Rig::new(daemon, Count::AtTap(name));
     rig.begin("")?;
     Ok(rig)
 }

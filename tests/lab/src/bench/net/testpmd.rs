@@ -78,7 +78,7 @@ impl Testpmd {
             command.args(["--vdev", device]);
         }
         command
-            .args(["--", "-i", "--no-lsc-interrupt", "--total-num-mbufs=32768"])
+            .args(["--", "-i", "--no-lsc-interrupt"])
             .args(options)
             .stdin(Stdio::piped());
         Ok(Self {

@@ -1,6 +1,5 @@
-//! How processes that share a CPU take turns. A frontend that polls takes as much of the CPU as the
-//! sender beside it, and for milliseconds at a time unless it is told otherwise: longer than any ring
-//! lasts, so that rings would overflow and stand empty in turn whatever serves them.
+//! How processes that share a CPU take turns. Who has slept, and wants a short turn, gets the CPU at once from a
+//! frontend that polls; otherwise it may have to wait for milliseconds: longer than any ring lasts.
 
 use std::fs;
 use std::io;
