@@ -216,7 +216,8 @@ impl Header {
             ),
         ] {
             let fits = offset.checked_add(len).is_some_and(|end| end <= MAX_OFFSET);
-            if len > 0 && (offset == 0 || !offset.is_multiple_of(cluster_bytes) || !fits) {
+            let is_missing = len > 0 && offset == 0;
+            if is_missing || !offset.is_multiple_of(cluster_bytes) || !fits {
                 return Err(Error::corrupt(format!("{what} at offset {offset:#x}")));
             }
         }

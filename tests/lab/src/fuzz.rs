@@ -28,6 +28,8 @@ const MAX_INPUT_BYTES: u32 = 24 << 10;
 /// Of a panic: what and where.
 const SAID_LINES: usize = 4;
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// The exit code when an input was found that breaks a promise.
+const FOUND: i32 = 3;
 
 /// The fuzzing's command line.
 #[derive(Debug, Args)]
@@ -50,7 +52,7 @@ struct Outcome {
 }
 
 impl Fuzz {
-    /// Exit code 0 only if every target kept its promise.
+    /// Exit code 0 only if every target kept its promise, [`FOUND`] if one did not.
     pub(crate) fn run(self) -> Result<i32> {
         step("building the fuzz targets");
         let programs = self.wanted(build()?)?;
@@ -90,7 +92,7 @@ impl Fuzz {
             outcome.print()?;
         }
         let failed = outcomes.iter().filter(|outcome| !outcome.passed);
-        Ok(i32::from(failed.count() > 0))
+        Ok(if failed.count() > 0 { FOUND } else { 0 })
     }
 
     fn wanted(&self, all: Vec<Binary>) -> Result<Vec<Binary>> {
