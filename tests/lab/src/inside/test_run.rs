@@ -7,6 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::Events;
 use super::child::Guarded;
@@ -37,6 +39,17 @@ const MAX_REPETITIONS: u32 = 6;
 /// Of tests that failed otherwise on an emulated host, in one boot: what lost a processor's state
 /// did to the host or a guest need not be a triple fault. The first failure is shown all the same.
 const MAX_SECOND_TRIES: u32 = 2;
+
+/// What tests start, and the beginnings of what `node-agent` calls its interfaces.
+const LEFT_PROGRAMS: &[&str] = &[
+    "controller",
+    "node-agent",
+    "vmm-core",
+    "device-blk",
+    "device-net",
+    "dnsmasq",
+];
+const LEFT_INTERFACES: &[&str] = &["mt-", "mb-", "mu-", "mx-"];
 
 /// Whether a test needs a neighbour.
 pub(crate) fn needs_two_hosts(name: &str) -> bool {
@@ -79,6 +92,7 @@ pub(super) fn run(
             {
                 let text = format!("{name}: {why}; it runs once more");
                 events.send(&Event::Step { text });
+                clear_away();
                 result = run_one(site, binary, name, limit)?;
             }
             result
@@ -125,6 +139,29 @@ impl Tries {
         self.had_second = Some(name.to_owned());
         Some(format!("it FAILED on an emulated host:\n{output}\n{name}"))
     }
+}
+
+/// Ends what a failed test left on an emulated host, which is there for tests alone: its next try
+/// would meet networks of its own name.
+fn clear_away() {
+    let entries = |dir| std::fs::read_dir(dir).into_iter().flatten().flatten();
+    for process in entries("/proc") {
+        let comm = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        let pid = process.file_name().to_string_lossy().parse::<i32>();
+        if let (true, Ok(pid)) = (LEFT_PROGRAMS.contains(&comm.trim()), pid) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+    for interface in entries("/sys/class/net") {
+        let name = interface.file_name();
+        if LEFT_INTERFACES
+            .iter()
+            .any(|prefix| name.to_string_lossy().starts_with(prefix))
+        {
+            let _ = Command::new("ip").args(["link", "del"]).arg(&name).status();
+        }
+    }
+    let _ = Command::new("nft").args(["flush", "ruleset"]).status();
 }
 
 /// Whether this is a nested host without hardware virtualization.
