@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use tonic::Response;
 
 use crate::guest;
-use crate::harness::{Controller, built, poll_async, vm_name};
+use crate::harness::{Controller, built, create_vm_of, poll_async, vm_name};
 
 /// Sectors of the guest's disk.
 const SECTORS: u64 = 2048;
@@ -147,16 +147,11 @@ async fn start(controller: &Controller, vm: &str, kernel: &Path, image: String) 
         }],
         ..Default::default()
     };
-    let request = pb::CreateVmRequest {
-        parent: "projects/default".into(),
-        vm_id: vm.into(),
-        vm: Some(pb::Vm {
-            spec: Some(spec),
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    let made = controller.vms().create_vm(request).await.unwrap();
+    let made = controller
+        .vms()
+        .create_vm(create_vm_of(vm, spec))
+        .await
+        .unwrap();
     controller.succeeded(made.into_inner()).await;
     let started = controller.start_vm(vm).await;
     controller.succeeded(started).await;

@@ -228,10 +228,16 @@ pub(crate) fn vm_name(id: &str) -> String {
 }
 
 pub(crate) fn create_vm(id: &str) -> pb::CreateVmRequest {
-    let spec = pb::VmSpec {
-        kernel: "/boot/vmlinuz".into(),
-        ..Default::default()
-    };
+    create_vm_of(
+        id,
+        pb::VmSpec {
+            kernel: "/boot/vmlinuz".into(),
+            ..Default::default()
+        },
+    )
+}
+
+pub(crate) fn create_vm_of(id: &str, spec: pb::VmSpec) -> pb::CreateVmRequest {
     pb::CreateVmRequest {
         parent: "projects/default".into(),
         vm_id: id.into(),

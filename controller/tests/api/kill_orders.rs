@@ -19,7 +19,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::guest;
-use crate::harness::{Controller, PATIENCE, built, poll, poll_async, vm_name};
+use crate::harness::{Controller, PATIENCE, built, create_vm_of, poll, poll_async, vm_name};
 
 /// Its guest writes.
 const BUSY: &str = "web";
@@ -174,15 +174,7 @@ impl Scene {
             }],
             ..Default::default()
         };
-        pb::CreateVmRequest {
-            parent: "projects/default".into(),
-            vm_id: vm.into(),
-            vm: Some(pb::Vm {
-                spec: Some(spec),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }
+        create_vm_of(vm, spec)
     }
 
     async fn make(&mut self, next: Move) {

@@ -37,7 +37,8 @@ pub(crate) fn fault_fs() -> Option<FaultFs> {
     or_skip(FaultFs::mount())
 }
 
-fn or_skip(mounted: std::io::Result<FaultFs>) -> Option<FaultFs> {
+/// The same of any mount.
+pub(crate) fn or_skip(mounted: std::io::Result<FaultFs>) -> Option<FaultFs> {
     match mounted {
         Ok(fs) => Some(fs),
         Err(error) => {
@@ -47,8 +48,8 @@ fn or_skip(mounted: std::io::Result<FaultFs>) -> Option<FaultFs> {
     }
 }
 
-/// An empty disk of [`DISK_BYTES`] in `file`.
-fn make(kind: Kind, file: &Path) {
+/// An empty disk of `capacity_bytes` in `file`.
+pub(crate) fn make(kind: Kind, file: &Path, capacity_bytes: u64) {
     let image = File::options()
         .read(true)
         .write(true)
@@ -56,10 +57,10 @@ fn make(kind: Kind, file: &Path) {
         .open(file)
         .unwrap();
     match kind {
-        Kind::Raw | Kind::RawPageCache => image.set_len(DISK_BYTES).unwrap(),
+        Kind::Raw | Kind::RawPageCache => image.set_len(capacity_bytes).unwrap(),
         Kind::Qcow2 => {
             let options = qcow2::CreateOptions {
-                capacity_bytes: DISK_BYTES,
+                capacity_bytes,
                 ..qcow2::CreateOptions::default()
             };
             qcow2::create(&image, &options).unwrap();
@@ -70,7 +71,7 @@ fn make(kind: Kind, file: &Path) {
                 ..FormatOptions::default()
             };
             image
-                .set_len(options.payload_offset_bytes + DISK_BYTES)
+                .set_len(options.payload_offset_bytes + capacity_bytes)
                 .unwrap();
             luks::format(&image, KEY.as_bytes(), &options).unwrap();
         }
@@ -117,7 +118,7 @@ impl Rig {
 
     fn on(fs: FaultFs, kind: Kind, more: &str) -> Self {
         let place = Place::new();
-        make(kind, &fs.underneath("a.img"));
+        make(kind, &fs.underneath("a.img"), DISK_BYTES);
         place.image("b.img", 2048);
         let spec = spec(&place, kind, "a", &fs.path("a.img"));
         let daemon = Daemon::start(&place, &[&format!("{spec}{more}"), &place.disk("b")]);
@@ -317,7 +318,7 @@ fn sparse_image_on_a_full_file_system_is_written_again_when_there_is_room() {
         mount(Some("small"), &small, Some("tmpfs"), flags, Some(size)).unwrap();
     };
     resize(MsFlags::empty(), "size=4m");
-    make(Kind::Raw, &small.join("a.img"));
+    make(Kind::Raw, &small.join("a.img"), DISK_BYTES);
     let spec = spec(&place, Kind::Raw, "a", &small.join("a.img"));
     let mut daemon = Daemon::start(&place, &[&spec]);
     let mut client = Client::connect_with(&place.socket("a"), 2, all_features());
@@ -416,7 +417,7 @@ fn image_truncated_behind_our_back_is_an_error_and_no_end() {
     for kind in [Kind::Raw, Kind::RawPageCache, Kind::Qcow2, Kind::Encrypted] {
         let place = Place::new();
         let path = place.path("a.img");
-        make(kind, &path);
+        make(kind, &path, DISK_BYTES);
         let mut daemon = Daemon::start(&place, &[&spec(&place, kind, "a", &path)]);
         let mut client = Client::connect_with(&place.socket("a"), 2, all_features());
         let mut manager = Manager::of(place);

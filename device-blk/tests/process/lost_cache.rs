@@ -4,7 +4,6 @@
 //! The storage is a FUSE file system that keeps what was not flushed in memory, and loses a part of it,
 //! each page by chance: caches write back when they like.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
@@ -19,6 +18,7 @@ use recovery::transport::await_true as await_within;
 
 use crate::daemon::DEADLINE;
 use crate::driver::Client;
+use crate::faults::{Kind, make, or_skip};
 
 const BLOCKS: u64 = 256;
 /// Survived before the one that takes the cache along.
@@ -28,44 +28,12 @@ const ENOUGH: u64 = 1500;
 /// A flush among so many requests: seldom, because one that is in flight at the end is carried out.
 const FLUSH_EVERY: u64 = 200;
 
-/// How a disk is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Raw,
-    RawPageCache,
-    Qcow2,
-}
-
-impl Kind {
-    fn config(self) -> BlkConfig {
-        BlkConfig {
-            page_cache: self == Kind::RawPageCache,
-            format: match self {
-                Kind::Qcow2 => "qcow2".to_owned(),
-                Kind::Raw | Kind::RawPageCache => String::new(),
-            },
-            ..BlkConfig::default()
-        }
-    }
-
-    fn make(self, file: &Path) {
-        let image = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(file)
-            .unwrap();
-        let capacity_bytes = BLOCKS * BLOCK_LEN as u64;
-        match self {
-            Kind::Raw | Kind::RawPageCache => image.set_len(capacity_bytes).unwrap(),
-            Kind::Qcow2 => {
-                let options = qcow2::CreateOptions {
-                    capacity_bytes,
-                    ..qcow2::CreateOptions::default()
-                };
-                qcow2::create(&image, &options).unwrap();
-            }
-        }
+fn config(kind: Kind) -> BlkConfig {
+    let format = if kind == Kind::Qcow2 { "qcow2" } else { "" };
+    BlkConfig {
+        page_cache: kind == Kind::RawPageCache,
+        format: format.to_owned(),
+        ..BlkConfig::default()
     }
 }
 
@@ -83,7 +51,7 @@ struct Found {
 fn cut_power(fs: &FaultFs, kind: Kind, seed: u64) -> Found {
     let image = fs.path("a.img");
     let disk = Disk {
-        config: kind.config(),
+        config: config(kind),
         ..Disk::raw(&image, 2)
     };
     let program = Path::new(env!("CARGO_BIN_EXE_device-blk"));
@@ -98,7 +66,7 @@ fn cut_power(fs: &FaultFs, kind: Kind, seed: u64) -> Found {
         // A page cache shows who reads what is being written a mixture, byte by byte.
         writes_percent: match kind {
             Kind::RawPageCache => 100,
-            Kind::Raw | Kind::Qcow2 => 50,
+            _ => 50,
         },
         seed,
         ..Habits::default()
@@ -149,16 +117,9 @@ fn read_all(socket: &Path) -> Vec<u8> {
 }
 
 fn volatile(kind: Kind) -> Option<FaultFs> {
-    match FaultFs::mount_volatile() {
-        Ok(fs) => {
-            kind.make(&fs.underneath("a.img"));
-            Some(fs)
-        }
-        Err(error) => {
-            eprintln!("skipped: no FUSE here: {error}");
-            None
-        }
-    }
+    let fs = or_skip(FaultFs::mount_volatile())?;
+    make(kind, &fs.underneath("a.img"), BLOCKS * BLOCK_LEN as u64);
+    Some(fs)
 }
 
 fn flushed_writes_survive(kind: Kind) {

@@ -3,7 +3,7 @@
 use guest::plan::{End, Job, Plan};
 use guest::report::{Report, UP_LINE};
 
-use super::{Vmm, device_blk, disk_device, image};
+use super::{Vmm, device_blk, disk_device, disk_plan, image};
 use crate::guest_run;
 use crate::qemu_frontend::expect_pattern;
 use crate::site;
@@ -82,15 +82,7 @@ fn a_guest_that_reboots_boots_again_with_its_disk() {
         devices: vec![disk_device(dir.path())],
         ..Vmm::default()
     };
-    let plan = Plan {
-        jobs: vec![Job::Disk {
-            device: "vda".into(),
-            seed: SEED,
-            bytes: LEN_BYTES,
-        }],
-        end: End::Reboot,
-        ..Plan::default()
-    };
+    let plan = disk_plan(SEED, LEN_BYTES, End::Reboot);
     let mut process = vmm.spawn(dir.path(), &plan);
     guest_run::wait_for_line(&mut process, UP_LINE, 2);
     // The second life's disk job works as well as the first one's.

@@ -12,6 +12,7 @@ use guest::plan::{End, Job, Plan};
 use guest::report::UP_LINE;
 use serde_json::Value;
 
+use super::disk_plan;
 use super::fleet::{Fleet, find, free_port, kill, machine_options, pid_of, wait_until};
 use crate::qemu_frontend::expect_pattern;
 use crate::site;
@@ -23,15 +24,7 @@ const LEN_BYTES: u64 = 1 << 20;
 fn a_vm_runs_on_while_controller_and_agent_are_killed_and_is_adopted() {
     let mut fleet = Fleet::start();
     fleet.done(&["volume", "create", "data", "--size", "16M"]);
-    let plan = Plan {
-        jobs: vec![Job::Disk {
-            device: "vda".into(),
-            seed: SEED,
-            bytes: LEN_BYTES,
-        }],
-        end: End::Wait,
-        ..Plan::default()
-    };
+    let plan = disk_plan(SEED, LEN_BYTES, End::Wait);
     fleet.create_vm(&plan, &["--disk", "volume=data"]);
     fleet.done(&["vm", "start", "web"]);
     let processes = fleet.processes();
@@ -161,15 +154,7 @@ fn received(stream: &TcpStream) -> u64 {
 fn vmctl_run_starts_a_controller_prints_the_console_and_leaves_nothing() {
     let dir = tempfile::tempdir().expect("a folder");
     let image = super::image(dir.path(), "disk.raw", 16 << 20);
-    let plan = Plan {
-        jobs: vec![Job::Disk {
-            device: "vda".into(),
-            seed: SEED,
-            bytes: LEN_BYTES,
-        }],
-        end: End::PowerOff,
-        ..Plan::default()
-    };
+    let plan = disk_plan(SEED, LEN_BYTES, End::PowerOff);
     let endpoint = format!("http://127.0.0.1:{}", free_port());
     let folder = |name: &str| format!("--{name}={}", dir.path().join(name).display());
     let run = Command::new(site::program("vmctl"))

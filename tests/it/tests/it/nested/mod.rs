@@ -13,7 +13,7 @@ mod third_party;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use guest::plan::Plan;
+use guest::plan::{End, Job, Plan};
 
 use crate::process::Process;
 use crate::site;
@@ -106,6 +106,19 @@ fn device_blk(dir: &Path, image: &Path) -> Process {
     );
     daemon.wait_for_socket(&dir.join("blk.sock"));
     daemon
+}
+
+/// Fills and verifies the first disk.
+fn disk_plan(seed: u64, bytes: u64, end: End) -> Plan {
+    Plan {
+        jobs: vec![Job::Disk {
+            device: "vda".into(),
+            seed,
+            bytes,
+        }],
+        end,
+        ..Plan::default()
+    }
 }
 
 fn disk_socket(dir: &Path) -> PathBuf {

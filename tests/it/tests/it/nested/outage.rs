@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use guest::plan::{End, Job, Plan};
+use guest::plan::End;
 use guest::report::{Report, UP_LINE};
 
-use super::{Vmm, device_blk, disk_device, image};
+use super::{Vmm, device_blk, disk_device, disk_plan, image};
 use crate::guest_run;
 use crate::qemu_frontend::expect_pattern;
 
@@ -22,15 +22,7 @@ fn a_killed_device_blk_is_replaced_and_the_guest_sees_no_error() {
         devices: vec![disk_device(dir.path())],
         ..Vmm::default()
     };
-    let plan = Plan {
-        jobs: vec![Job::Disk {
-            device: "vda".into(),
-            seed: SEED,
-            bytes: LEN_BYTES,
-        }],
-        end: End::PowerOff,
-        ..Plan::default()
-    };
+    let plan = disk_plan(SEED, LEN_BYTES, End::PowerOff);
     let mut process = vmm.spawn(dir.path(), &plan);
     guest_run::wait_for_line(&mut process, UP_LINE, 1);
     for kill in 1..=KILLS {

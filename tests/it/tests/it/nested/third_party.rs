@@ -11,7 +11,7 @@ use guest::plan::{End, Job, Plan};
 use guest::report::{Report, UP_LINE};
 
 use super::outage::allocated_bytes;
-use super::{Vmm, disk_device, disk_socket, image};
+use super::{Vmm, disk_device, disk_plan, disk_socket, image};
 use crate::guest_run;
 use crate::process::Process;
 use crate::qemu_frontend::expect_pattern;
@@ -52,15 +52,7 @@ fn qemu_storage_daemon_serves_a_disk() {
         devices: vec![disk_device(dir.path())],
         ..Vmm::default()
     };
-    let plan = Plan {
-        jobs: vec![Job::Disk {
-            device: "vda".into(),
-            seed: SEED,
-            bytes: LEN_BYTES,
-        }],
-        end: End::PowerOff,
-        ..Plan::default()
-    };
+    let plan = disk_plan(SEED, LEN_BYTES, End::PowerOff);
     let reports = guest_run::finish(&mut vmm.spawn(dir.path(), &plan));
     assert!(reports.iter().any(|report| matches!(
         report,
@@ -85,15 +77,7 @@ fn qemu_storage_daemon_that_is_killed_comes_back_and_health_says_what_is_not_gua
         devices: vec![disk_device(dir.path())],
         ..Vmm::default()
     };
-    let plan = Plan {
-        jobs: vec![Job::Disk {
-            device: "vda".into(),
-            seed: SEED,
-            bytes: LEN_BYTES,
-        }],
-        end: End::PowerOff,
-        ..Plan::default()
-    };
+    let plan = disk_plan(SEED, LEN_BYTES, End::PowerOff);
     let mut process = vmm.spawn(dir.path(), &plan);
     guest_run::wait_for_line(&mut process, UP_LINE, 1);
     daemon.wait_until("the guest writes", || {
