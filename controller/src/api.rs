@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use ::api::controller::audit_log_server::AuditLogServer;
 use ::api::controller::device_upgrades_server::DeviceUpgradesServer;
 use ::api::controller::devices_server::DevicesServer;
 use ::api::controller::disks_server::DisksServer;
@@ -12,104 +13,97 @@ use ::api::controller::hosts_server::HostsServer;
 use ::api::controller::networks_server::NetworksServer;
 use ::api::controller::nics_server::NicsServer;
 use ::api::controller::operations_server::OperationsServer;
+use ::api::controller::projects_server::ProjectsServer;
 use ::api::controller::security_groups_server::SecurityGroupsServer;
 use ::api::controller::uploads_server::UploadsServer;
 use ::api::controller::vms_server::VmsServer;
 use ::api::controller::volumes_server::VolumesServer;
+use ::api::controller::watches_server::WatchesServer;
 use ::api::errors::{invalid_field, status};
 use ::api::serve::Services;
+use gate::Gate;
+use gate::auth::Principal;
 use tonic::{Code, Status};
 
 use crate::commands::CommandError;
 use crate::faults::Experiments;
-use crate::node::Node;
-use crate::plan::Observed;
+use crate::hosts::Hosts;
+use crate::plan::Fleet;
 use crate::reconciler::with_source;
-use crate::store::{Listing, Range, SharedStore, StoreError};
+use crate::store::{SharedStore, StoreError};
 
+mod audit;
 mod console;
 mod devices;
 mod disks;
 mod events;
 mod faults;
 mod hosts;
+mod listing;
 mod mask;
 mod networks;
 mod nics;
 mod operations;
+mod projects;
 mod security_groups;
+mod state;
 mod upgrades;
 mod uploads;
 mod vms;
 mod volumes;
+mod watches;
+
+pub use state::StateService;
 
 /// What all handlers work on.
 #[derive(Clone)]
 pub struct Api {
     store: SharedStore,
-    node: Node,
+    hosts: Hosts,
     experiments: Experiments,
 }
 
 impl Api {
-    /// Handlers on `store` for VMs on `node`.
-    pub fn new(store: SharedStore, node: Node, experiments: Experiments) -> Self {
+    /// Handlers on `store` for VMs on `hosts`.
+    pub fn new(store: SharedStore, hosts: Hosts, experiments: Experiments) -> Self {
         Self {
             store,
-            node,
+            hosts,
             experiments,
         }
     }
 
-    /// All services, to be served.
-    pub fn services(self) -> Services {
+    /// All services, behind the gate.
+    pub fn services(self, gate: &Gate) -> Services {
         Services::new()
-            .with(VmsServer::new(self.clone()))
-            .with(VolumesServer::new(self.clone()))
-            .with(UploadsServer::new(self.clone()))
-            .with(DisksServer::new(self.clone()))
-            .with(DevicesServer::new(self.clone()))
-            .with(DeviceUpgradesServer::new(self.clone()))
-            .with(NetworksServer::new(self.clone()))
-            .with(NicsServer::new(self.clone()))
-            .with(SecurityGroupsServer::new(self.clone()))
-            .with(HostsServer::new(self.clone()))
-            .with(OperationsServer::new(self.clone()))
-            .with(FaultExperimentsServer::new(self.clone()))
-            .with(EventsServer::new(self))
+            .with(gate.guard(VmsServer::new(self.clone())))
+            .with(gate.guard(VolumesServer::new(self.clone())))
+            .with(gate.guard(UploadsServer::new(self.clone())))
+            .with(gate.guard(DisksServer::new(self.clone())))
+            .with(gate.guard(DevicesServer::new(self.clone())))
+            .with(gate.guard(DeviceUpgradesServer::new(self.clone())))
+            .with(gate.guard(NetworksServer::new(self.clone())))
+            .with(gate.guard(NicsServer::new(self.clone())))
+            .with(gate.guard(SecurityGroupsServer::new(self.clone())))
+            .with(gate.guard(HostsServer::new(self.clone())))
+            .with(gate.guard(OperationsServer::new(self.clone())))
+            .with(gate.guard(FaultExperimentsServer::new(self.clone())))
+            .with(gate.guard(EventsServer::new(self.clone())))
+            .with(gate.guard(ProjectsServer::new(self.clone())))
+            .with(gate.guard(AuditLogServer::new(self.clone())))
+            .with(gate.guard(WatchesServer::new(self)))
     }
 
-    fn observed(&self) -> Arc<Observed> {
-        self.node.observed().borrow().clone()
+    /// What was seen last, everywhere.
+    fn fleet(&self) -> Arc<Fleet> {
+        self.hosts.fleet()
     }
+}
 
-    /// One page below `prefix`. The token is the last key of the page before.
-    async fn page(
-        &self,
-        prefix: &str,
-        size: u32,
-        token: &str,
-        reverse: bool,
-    ) -> Result<(Listing, String), Status> {
-        if !token.is_empty() && !token.starts_with(prefix) {
-            return Err(invalid_field(
-                "page_token",
-                "is not from an earlier page of this list",
-            ));
-        }
-        let range = Range {
-            prefix: prefix.to_owned(),
-            after: (!token.is_empty()).then(|| token.to_owned()),
-            limit: ::api::validate::page_size(size),
-            reverse,
-        };
-        let listing = self.store.list(range).await.map_err(store_status)?;
-        let next = match listing.items.last() {
-            Some(last) if listing.more => last.key.clone(),
-            _ => String::new(),
-        };
-        Ok((listing, next))
-    }
+/// Who asks; the gate has put it there.
+fn caller<T>(request: &tonic::Request<T>) -> Principal {
+    let known = request.extensions().get::<Principal>();
+    known.cloned().unwrap_or_else(Principal::local)
 }
 
 /// A refused command in the API's words.
@@ -156,6 +150,25 @@ fn command_status(error: CommandError) -> Status {
             message,
             &[("resource", what)],
         ),
+        CommandError::NoHost { what, verdicts, .. } => {
+            // Details are sent in a header: those that were nearest are enough.
+            const MAX_TOLD: usize = 16;
+            let told = verdicts.iter().take(MAX_TOLD).map(|verdict| {
+                let reasons = verdict.refusals.iter();
+                let reasons = reasons.map(|refusal| refusal.reason.as_str());
+                let reasons: Vec<&str> = reasons.collect();
+                (verdict.host.as_str(), reasons.join("; "))
+            });
+            let told: Vec<(&str, String)> = told.collect();
+            let metadata = told.iter().map(|(host, reasons)| (*host, reasons.as_str()));
+            let metadata: Vec<(&str, &str)> =
+                metadata.chain([("resource", what.as_str())]).collect();
+            status(Code::ResourceExhausted, "NO_HOST", message, &metadata)
+        }
+        CommandError::HostInUse { host, .. } => {
+            let metadata = [("host", host.as_str())];
+            status(Code::FailedPrecondition, "HOST_IN_USE", message, &metadata)
+        }
         CommandError::VolumeInUse { volume, vms } => {
             let metadata = [("volume", volume.as_str()), ("vms", vms)];
             status(
@@ -289,6 +302,46 @@ fn command_status(error: CommandError) -> Status {
                 &metadata,
             )
         }
+        CommandError::NoSuchProject { project } => {
+            let metadata = [("project", project.as_str())];
+            status(
+                Code::FailedPrecondition,
+                "PROJECT_NOT_FOUND",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::ProjectInUse { project } => {
+            let metadata = [("project", project.as_str())];
+            status(
+                Code::FailedPrecondition,
+                "PROJECT_IN_USE",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::QuotaExceeded {
+            project,
+            figure,
+            limit,
+            used,
+            asked,
+        } => {
+            let [limit, used, asked] = [limit, used, asked].map(ToString::to_string);
+            let metadata = [
+                ("project", project.as_str()),
+                ("figure", figure),
+                ("limit", &limit),
+                ("used", &used),
+                ("asked", &asked),
+            ];
+            status(
+                Code::ResourceExhausted,
+                "QUOTA_EXCEEDED",
+                message,
+                &metadata,
+            )
+        }
         CommandError::Store(StoreError::Conflict { key }) => status(
             Code::Aborted,
             "CONTENTION",
@@ -311,6 +364,15 @@ fn store_status_ref(error: &StoreError) -> Status {
             format!("{error}; list again and watch from the list's revision"),
             &[("oldest", &oldest.to_string())],
         ),
+        StoreError::Full(_) => {
+            tracing::error!(error = %with_source(error), "the store is full");
+            status(
+                Code::ResourceExhausted,
+                "STORE_FULL",
+                error.to_string(),
+                &[],
+            )
+        }
         _ => {
             tracing::error!(error = %with_source(error), "the store failed");
             status(Code::Unavailable, "STORE_FAILED", with_source(error), &[])

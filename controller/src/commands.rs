@@ -10,16 +10,21 @@ use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
 use crate::model::{self, RequestRecord, VmRecord, VolumeRecord, key, short};
-use crate::plan::{Observed, Stored};
+use crate::plan::{Fleet, Observed, Stored};
 use crate::reconciler::decode;
+use crate::scheduler::Verdict;
 use crate::store::{SharedStore, StoreError, Transaction};
 
 mod addresses;
 mod change;
 mod devices;
 mod disks;
+mod hosts;
 mod networks;
 mod nics;
+mod placement;
+mod projects;
+mod quota;
 mod security_groups;
 mod upgrades;
 mod vms;
@@ -27,11 +32,20 @@ mod volumes;
 
 pub use devices::{check_device, devices, outage_policy, update_device};
 pub use disks::{DiskOnHost, complete_mirror, disk_job, find_disk, update_disk};
+pub use hosts::{cordon_host, delete_host, drain_host, update_host};
 pub use networks::{create_network, delete_network, get_network, update_network, visible_network};
 pub use nics::{find_nic, update_nic};
+pub use placement::{
+    Place, Placing, get_host, is_local, no_host, place, place_at, place_upload, place_volume,
+    release, unplace, upload_host, vm_request,
+};
+pub use projects::{
+    create_project, default_project, delete_project, get_project, update_project, visible_project,
+};
+pub use quota::usage;
 pub use security_groups::{
-    create_security_group, delete_security_group, get_security_group, update_security_group,
-    visible_security_group,
+    Members, create_security_group, delete_security_group, get_security_group, members_of_groups,
+    security_group_with, update_security_group, visible_security_group,
 };
 pub use upgrades::upgrade_devices;
 pub(crate) use vms::phase_word;
@@ -90,6 +104,7 @@ impl RequestKey {
     fn begin(&self, transaction: Transaction, operation: &mut pb::Operation) -> Transaction {
         if let Some(metadata) = &mut operation.metadata {
             metadata.request_id = self.id.clone();
+            metadata.trace_parent = telemetry::trace_parent();
         }
         let transaction = transaction
             .put(operation.name.clone(), operation.encode_to_vec())
@@ -252,14 +267,25 @@ fn is_cancellable_job(kind: pb::OperationKind) -> bool {
 }
 
 /// What users see of a VM: as stored, with what was seen last.
-pub fn visible_vm(record: &VmRecord, observed: &Observed) -> pb::Vm {
+pub fn visible_vm(record: &VmRecord, fleet: &Fleet) -> pb::Vm {
+    let observed: &Observed = fleet.of(&record.host);
     let mut vm = record.vm.clone();
     vm.etag = model::etag(&vm.uid, vm.generation);
     let stored = vm.status.take().unwrap_or_default();
     let mut status = match observed.vms.get(&record.node_id) {
-        Some(seen) => model::vm_status(seen, &observed.host_name()),
+        Some(seen) => model::vm_status(seen, &model::host_name(&record.host)),
         None => stored.clone(),
     };
+    if record.host.is_empty() {
+        status.host.clear();
+    }
+    if record.host.is_empty() && !record.unplaced.is_empty() && status.error.is_none() {
+        status.error = Some(pb::OperationError {
+            code: tonic::Code::ResourceExhausted as i32,
+            message: format!("no host can have it: {}", record.unplaced),
+            reason: "NO_HOST".to_owned(),
+        });
+    }
     if status.phase() == pb::VmPhase::Unspecified {
         status.phase = pb::VmPhase::Pending as i32;
     }
@@ -272,13 +298,14 @@ pub fn visible_vm(record: &VmRecord, observed: &Observed) -> pb::Vm {
 }
 
 /// What users see of a volume: as stored, with what was seen last.
-pub fn visible_volume(record: &VolumeRecord, observed: &Observed) -> pb::Volume {
+pub fn visible_volume(record: &VolumeRecord, fleet: &Fleet) -> pb::Volume {
+    let observed: &Observed = fleet.of(&record.host);
     let mut volume = record.volume.clone();
     volume.generation = volume.generation.max(1);
     volume.etag = model::etag(&volume.uid, volume.generation);
     let stored = volume.status.take().unwrap_or_default();
     let mut status = match observed.volumes.get(&record.node_id) {
-        Some(seen) => model::volume_status(seen, &observed.host_name()),
+        Some(seen) => model::volume_status(seen, &model::host_name(&record.host)),
         None => stored,
     };
     if status.phase() == pb::VolumePhase::Unspecified {
@@ -535,6 +562,54 @@ pub enum CommandError {
     NotCancellable {
         /// Its name.
         operation: String,
+    },
+    /// No host can have it, and waiting does not help.
+    #[error("no host can have {what}: {hosts}")]
+    NoHost {
+        /// `vm web`
+        what: String,
+        /// What each of them says, in words.
+        hosts: String,
+        /// What each of them says.
+        verdicts: Vec<Verdict>,
+    },
+    /// Something is on the host.
+    #[error(
+        "host {host} has {what}; move or delete that first, or use --force where the host is gone for good"
+    )]
+    HostInUse {
+        /// Its id.
+        host: String,
+        /// VMs and volumes.
+        what: String,
+    },
+    /// Nobody made the project.
+    #[error("there is no project {project}; an admin makes it: vmctl project create {project}")]
+    NoSuchProject {
+        /// Its id.
+        project: String,
+    },
+    /// Projects with something in them stay.
+    #[error("something is in project {project}; delete it first")]
+    ProjectInUse {
+        /// Its id.
+        project: String,
+    },
+    /// The project has what it may have.
+    #[error(
+        "project {project} may have {limit} {figure} and has {used}: {asked} more is too much; delete something, or have an admin raise it: vmctl quota set {project}"
+    )]
+    QuotaExceeded {
+        /// Its id.
+        project: String,
+        /// Of the quota.
+        figure: &'static str,
+        /// The most there may be.
+        limit: u64,
+        /// What there is.
+        used: u64,
+        /// What was asked for.
+        asked: u64,
     },
     /// The store failed.
     #[error(transparent)]

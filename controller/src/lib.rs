@@ -2,10 +2,14 @@
 //! hosts' node agents do it.
 //!
 //! ```text
-//! api        gRPC handlers: requests in, answers out
+//! gate       what requests pass first: auth (who may do what), rates, the audit log; telemetry: traces
+//! api        gRPC handlers: requests in, answers out; query: filters, orders and masks of lists
 //! commands   what users can ask for, as transactions on the store
-//! store      trait and embedded implementation; model: the records in it
+//! store      (a crate) where state is kept, for one controller or many; model: the records in it
 //! plan       pure: (wanted, seen) -> actions
+//! leader     (of store) which of several controllers acts, and what keeps the others from it
+//! hosts      all hosts: connections, what was seen; scheduler: which of them gets a VM
+//! leases     which hosts are lost; failover: what is taken from them
 //! reconciler the loop: load, look, plan, act
 //! faults     experiments: runs, what they saw, their verdicts
 //! node       the connection to a host's agent; agent: starts one in standalone mode
@@ -13,12 +17,23 @@
 
 pub mod agent;
 pub mod api;
+pub mod cache;
 pub mod commands;
+pub mod failover;
 pub mod faults;
+pub mod hosts;
+pub mod leases;
 pub mod metrics;
 pub mod model;
+pub mod moving;
 pub mod node;
 pub mod options;
 pub mod plan;
+pub mod query;
+pub mod reach;
 pub mod reconciler;
-pub mod store;
+pub mod scheduler;
+
+/// Records' home, and who leads: a crate of its own.
+pub use ::store;
+pub use ::store::leader;

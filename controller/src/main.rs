@@ -1,34 +1,40 @@
 //! The controller's program: see the library.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
+use api::controller::states_server::StatesServer;
 use api::listen::{Address, Listener};
 use api::serve;
 use clap::Parser as _;
 
 use controller::agent::Agent;
-use controller::api::Api;
+use controller::api::{Api, StateService};
 use controller::faults::Experiments;
+use controller::hosts::Hosts;
+use controller::leader::{Candidate, Epoch, Term};
+use controller::leases::Leases;
 use controller::metrics;
-use controller::node::Node;
-use controller::options::{self, Options, StateDir};
+use controller::options::{self, Command, Options, StateDir};
 use controller::reconciler::{self, Reconciler};
-use controller::store::SharedStore;
-use controller::store::embedded::EmbeddedStore;
+use controller::store::schema::{self, SchemaError};
+use controller::store::{SharedStore, StoreError};
+
+/// For the last words to the store.
+const RESIGN_TIMEOUT: Duration = Duration::from_secs(3);
+/// A state that cannot be led is looked at again after this.
+const SCHEMA_RETRY: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("MORTISE_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
-    match run(options) {
+    let done = match &options.command {
+        Some(Command::Migrate(migrate)) => move_state(migrate),
+        None => run(options),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("controller: error: {error:#}");
@@ -39,6 +45,7 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(options: Options) -> anyhow::Result<()> {
+    let telemetry = telemetry::init("controller", options.access.otlp.as_deref())?;
     let state_dir = StateDir::lock(&options.state_dir)?;
     let agent = if options.standalone {
         options::create_dir(&options.run_dir)?;
@@ -51,54 +58,105 @@ async fn run(options: Options) -> anyhow::Result<()> {
     } else {
         None
     };
-    let store_file = state_dir.store_file();
-    let store: SharedStore = Arc::new(EmbeddedStore::open(&store_file).with_context(|| {
-        format!(
-            "cannot open {}; move it away to begin anew",
-            store_file.display()
-        )
-    })?);
+    let opened = options.store.open(state_dir).await?;
+    let store = opened.store.clone();
     let listener = Listener::bind(&options.listen)?;
     let metrics_listener = options
         .metrics_listen
         .as_ref()
         .map(Listener::bind)
         .transpose()?;
-    if !options.listen.is_local() {
+    let gate = options.access.gate(&store, false).await?;
+    if !options.listen.is_local() && !gate.authenticates() {
         tracing::warn!(
-            "the API is open to everybody who reaches {}: there is no authentication yet",
+            "the API is open to everybody who reaches {}; have callers say who they are: --tokens or --oidc-issuer",
             options.listen
         );
     }
 
-    let node_address = match (&agent, &options.node) {
-        (Some(agent), _) => agent.address(),
-        (None, Some(node)) => node.clone(),
-        (None, None) => anyhow::bail!("give --standalone or --node"),
-    };
-    let node = Node::new(node_address);
+    let address = listener.address().to_string();
+    let mut candidate = Candidate::new(store.clone(), address, options.store.lease_period());
+    let mut epoch = candidate.epoch();
+    if !opened.shared {
+        candidate = candidate.alone();
+        epoch = Epoch::none();
+    }
+    let leader = candidate.leader();
+    let hosts = Hosts::new().with_epoch(epoch);
+    let mut named = options.nodes.clone();
     if let Some(agent) = agent {
+        named.push(agent.address());
         tokio::spawn(agent.supervise());
     }
-    tokio::spawn(node.clone().run());
-    tokio::spawn(Reconciler::new(store.clone(), node.clone()).run());
-    let experiments = Experiments::new(store.clone(), node.clone(), options.allow_faults);
-    experiments
-        .recover()
-        .await
-        .context("cannot end fault experiments of an earlier run")?;
+    for address in named {
+        tokio::spawn(hosts.clone().register(store.clone(), address));
+    }
+    tokio::spawn(hosts.clone().run(store.clone()));
+    let experiments = Experiments::new(store.clone(), hosts.clone(), options.allow_faults);
+    let leases = Leases::new(options.lease_terms());
+    let leading = tokio::spawn({
+        let (hosts, experiments) = (hosts.clone(), experiments.clone());
+        let work = move |term| lead(term, hosts.clone(), leases.clone(), experiments.clone());
+        candidate.run(work)
+    });
     if let Some(listener) = metrics_listener {
-        serve_metrics(listener, store.clone(), node.clone());
+        serve_metrics(listener, store.clone(), hosts.clone());
     }
     let terminated = serve::terminated();
     announce(&listener.address());
-    serve::on(
-        listener,
-        Api::new(store, node, experiments).services(),
-        terminated,
-    )
-    .await?;
+    let state = StateService::new(store.clone(), opened.kind(), leader.clone());
+    let services = Api::new(store.clone(), hosts, experiments).services(&gate);
+    let services = services.with(gate.guard(StatesServer::new(state)));
+    serve::on(listener, services, terminated).await?;
+    leading.abort();
+    let _ = leading.await;
+    let last = leader.borrow().clone();
+    if let Some(leader) = last {
+        let resigned = tokio::time::timeout(RESIGN_TIMEOUT, leader.resign(&store)).await;
+        if !matches!(resigned, Ok(Ok(()))) {
+            tracing::warn!("the next leader must wait for the end of this one's lease");
+        }
+    }
     tracing::info!("stopped; VMs and the node agent run on");
+    tokio::task::block_in_place(|| telemetry.shutdown());
+    Ok(())
+}
+
+/// What one controller does at a time: everything that changes something by itself. Ends when it leads
+/// no more.
+async fn lead(term: Term, hosts: Hosts, leases: Leases, experiments: Experiments) {
+    let Term { epoch, store } = term;
+    loop {
+        match schema::bring_up_to_date(&store, &[]).await {
+            Ok(()) => break,
+            Err(SchemaError::Store(StoreError::Deposed)) => return,
+            Err(error) => {
+                tracing::error!(error = %reconciler::with_source(&error), "cannot lead");
+                tokio::time::sleep(SCHEMA_RETRY).await;
+            }
+        }
+    }
+    if let Err(error) = experiments.recover().await {
+        tracing::warn!(
+            error = %error.with_causes(),
+            "cannot end fault experiments of an earlier run"
+        );
+    }
+    let hosts = hosts.with_epoch(epoch);
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(
+        leases
+            .clone()
+            .run(store.clone(), hosts.clone(), Arc::new(hosts.clone())),
+    );
+    tasks.spawn(Reconciler::new(store, hosts).with_leases(leases).run());
+    tasks.join_next().await;
+}
+
+#[tokio::main]
+async fn move_state(migrate: &options::Migrate) -> anyhow::Result<()> {
+    let moved = migrate.run().await?;
+    println!("moved {moved} records to {}", migrate.to);
     Ok(())
 }
 
@@ -109,13 +167,13 @@ fn announce(address: &Address) {
     tracing::info!(%address, "serving");
 }
 
-fn serve_metrics(listener: Listener, store: SharedStore, node: Node) {
+fn serve_metrics(listener: Listener, store: SharedStore, hosts: Hosts) {
     let runtime = tokio::runtime::Handle::current();
     let render = move || {
-        let observed = node.observed().borrow().clone();
+        let fleet = hosts.fleet();
         let desired = tokio::task::block_in_place(|| runtime.block_on(reconciler::load(&store)));
         desired
-            .map(|desired| metrics::render(&desired, &observed))
+            .map(|desired| metrics::render(&desired, &fleet))
             .unwrap_or_default()
     };
     tokio::spawn(async move {

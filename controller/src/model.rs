@@ -16,7 +16,11 @@
 //! faultExperiments/{project}/{id}       controller.v1 FaultExperiment
 //! fault-reports/{project}/{id}          its controller.v1 FaultReport
 //! fault-switch-off                      there while nothing may be broken on purpose
+//! projects/{project}           ProjectRecord
+//! quota-fence/{project}        changes with all that counts against the project's quota
+//! audit/{id}                   controller.v1 AuditEntry; ids sort by age
 //! seeds/{project}/{vm}         node.v1 CloudInit of the VM, if it has one
+//! hosts/{host}, reservations/{host}, evictions/{host}/{node id}, upload-hosts/{project}/{upload}   see `host`
 //! ```
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -28,15 +32,24 @@ use prost_types::Timestamp;
 
 mod convert;
 mod device;
+mod host;
 mod network;
 mod nic;
+mod project;
 mod seed;
 
 pub use convert::{
     complete_spec, disk_status, node_create_volume, node_vm_spec, vm_status, volume_status,
 };
 pub use device::{device, device_events, noted_device};
+pub use host::{
+    EVICTIONS, HOSTS, HostRecord, RESERVATIONS, ReservationRecord, eviction_key, has_labels, host,
+    host_id, host_name, inventory, labelled, reservation_key, upload_host_key,
+};
 pub use nic::{capture, flow, nic_status};
+pub use project::{
+    EXPLICIT_PROJECTS, PROJECT_COLLECTIONS, ProjectRecord, project_key, quota_fence_key,
+};
 pub use seed::{seed_key, take_seed};
 
 pub use network::{
@@ -56,6 +69,24 @@ pub struct VmRecord {
     /// The generation that the host refused for good; `vm.status.error` says why.
     #[prost(uint64, tag = "3")]
     pub rejected_generation: u64,
+    /// Id of the host that was chosen for it; empty: none is.
+    #[prost(string, tag = "4")]
+    pub host: String,
+    /// How often a host was chosen for it.
+    #[prost(uint64, tag = "5")]
+    pub placements: u64,
+    /// Why no host can have it, as was told last; empty while one has it.
+    #[prost(string, tag = "6")]
+    pub unplaced: String,
+    /// What its host promised it.
+    #[prost(message, optional, tag = "7")]
+    pub promised: Option<ReservationRecord>,
+    /// It is shut down to be started on another host.
+    #[prost(bool, tag = "8")]
+    pub moving: bool,
+    /// Why a drain leaves it where it is, after the drain's operation and a blank.
+    #[prost(string, tag = "9")]
+    pub stays: String,
 }
 
 /// A volume as stored.
@@ -67,6 +98,12 @@ pub struct VolumeRecord {
     /// Its id on hosts.
     #[prost(string, tag = "2")]
     pub node_id: String,
+    /// Id of the host whose pool has it; empty: none was chosen.
+    #[prost(string, tag = "3")]
+    pub host: String,
+    /// The size that it was last asked to get; it counts against the quota from then on.
+    #[prost(uint64, tag = "30")]
+    pub wanted_bytes: u64,
 }
 
 /// Work that a host does for an operation.
@@ -81,6 +118,12 @@ pub struct JobRecord {
     /// It is to end.
     #[prost(bool, tag = "3")]
     pub cancel: bool,
+    /// Id of the host that does it.
+    #[prost(string, tag = "4")]
+    pub host: String,
+    /// Ids of hosts that do it after that one, if it went well there.
+    #[prost(string, repeated, tag = "5")]
+    pub then: Vec<String>,
 }
 
 /// A request that was given an id.
@@ -117,8 +160,12 @@ pub mod prefix {
     pub const OPERATIONS: &str = "operations/";
     /// Ids of operations that are not done.
     pub const PENDING: &str = "pending/";
+    /// Work of operations on hosts.
+    pub const JOBS: &str = "jobs/";
     /// Events.
     pub const EVENTS: &str = "events/";
+    /// Projects.
+    pub const PROJECTS: &str = "projects/";
 }
 
 /// Key of a VM or volume.
@@ -278,6 +325,7 @@ mod tests {
             },
             node_id: "a".into(),
             rejected_generation: 3,
+            ..Default::default()
         };
         assert_eq!(
             VmRecord::decode(record.encode_to_vec().as_slice()).unwrap(),

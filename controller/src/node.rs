@@ -4,20 +4,24 @@
 //! Seeing is level-triggered too: a message on the agent's watch only says that it is time to look;
 //! what is believed always comes from one complete answer.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use api::device::{CaptureChunk, ListFlowsResponse};
 use api::listen::Address;
 use api::node::devices_client::DevicesClient;
+use api::node::leases_client::LeasesClient;
 use api::node::nics_client::NicsClient;
 use api::node::node_agent_client::NodeAgentClient;
 use api::node::*;
 use tokio::sync::{Mutex, watch};
 use tokio_stream::StreamExt;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
+use crate::leader::Epoch;
 use crate::plan::Observed;
 
 mod faults;
@@ -36,6 +40,23 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const MOVING_INTERVAL: Duration = Duration::from_millis(300);
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
+/// Is told what was seen.
+type Listener = Box<dyn Fn(Arc<Observed>) + Send + Sync>;
+
+/// A connection whose requests go on with the trace of whoever asks, and say in which epoch.
+type Link = InterceptedService<Channel, Carry>;
+
+/// Puts the task's trace and the epoch into each request.
+#[derive(Debug, Clone)]
+struct Carry(Epoch);
+
+impl Interceptor for Carry {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        telemetry::inject(request.metadata_mut());
+        self.0.call(request)
+    }
+}
+
 /// A host's agent. Cheap to clone.
 #[derive(Clone)]
 pub struct Node {
@@ -44,6 +65,10 @@ pub struct Node {
     channel: watch::Sender<Option<Channel>>,
     /// Answers must be believed in the order of the questions.
     looking: Arc<Mutex<()>>,
+    /// Told what was seen before whoever had it looked goes on.
+    listener: Arc<OnceLock<Listener>>,
+    /// What commands carry.
+    epoch: Epoch,
 }
 
 impl Node {
@@ -54,7 +79,37 @@ impl Node {
             observed: watch::Sender::new(Arc::default()),
             channel: watch::Sender::new(None),
             looking: Arc::default(),
+            listener: Arc::default(),
+            epoch: Epoch::none(),
         }
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Asks whoever answers at an address who it is.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub async fn identify(address: &Address) -> Result<HostStatus, Status> {
+        let channel = api::connect::address(address, CONNECT_TIMEOUT).await;
+        let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
+        let mut client = NodeAgentClient::new(channel);
+        call("GetHost", client.get_host(GetHostRequest {})).await
+    }
+
+    /// The same host, for commands of this epoch.
+    #[must_use]
+    pub fn with_epoch(mut self, epoch: Epoch) -> Self {
+        self.epoch = epoch;
+        self
+    }
+
+    /// Has `listener` told what is seen, at once: who had it looked finds it there. Counts once.
+    pub fn tell_at_once(&self, listener: impl Fn(Arc<Observed>) + Send + Sync + 'static) {
+        let _ = self.listener.set(Box::new(listener));
     }
 
     /// What was seen last; changes with what is seen.
@@ -165,7 +220,11 @@ impl Node {
             connected: true,
             last_seen: Some(crate::model::now()),
         };
-        self.observed.send_replace(Arc::new(seen));
+        let seen = Arc::new(seen);
+        self.observed.send_replace(seen.clone());
+        if let Some(listener) = self.listener.get() {
+            listener(seen);
+        }
         Ok(())
     }
 
@@ -177,6 +236,18 @@ impl Node {
             }
             was_connected
         });
+    }
+
+    /// Renews the host's lease, or asks for the ticket that a renewal needs.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn renew_lease(
+        &self,
+        request: RenewLeaseRequest,
+    ) -> Result<RenewLeaseResponse, Status> {
+        let mut client = self.connected().map(LeasesClient::new)?;
+        call("RenewLease", client.renew_lease(request)).await
     }
 
     /// Applies a whole desired state, then looks.
@@ -196,7 +267,20 @@ impl Node {
     /// What the agent answered.
     pub async fn delete_vm(&self, id: String) -> Result<(), Status> {
         let mut client = self.client()?;
-        found(call("DeleteVm", client.delete_vm(DeleteVmRequest { id })).await)?;
+        let request = DeleteVmRequest { id, evict: false };
+        found(call("DeleteVm", client.delete_vm(request)).await)?;
+        self.look().await
+    }
+
+    /// Stops what a host may still have of a VM that is not its any more, at once, and removes what is
+    /// left of it, then looks.
+    ///
+    /// # Errors
+    /// What the agent answered.
+    pub async fn evict_vm(&self, id: String) -> Result<(), Status> {
+        let mut client = self.client()?;
+        let request = DeleteVmRequest { id, evict: true };
+        found(call("DeleteVm", client.delete_vm(request)).await)?;
         self.look().await
     }
 
@@ -432,21 +516,23 @@ impl Node {
         call("Console", client.console(input)).await
     }
 
-    fn client(&self) -> Result<NodeAgentClient<Channel>, Status> {
+    fn client(&self) -> Result<NodeAgentClient<Link>, Status> {
         self.connected().map(NodeAgentClient::new)
     }
 
-    fn nics_client(&self) -> Result<NicsClient<Channel>, Status> {
+    fn nics_client(&self) -> Result<NicsClient<Link>, Status> {
         self.connected().map(NicsClient::new)
     }
 
-    fn connected(&self) -> Result<Channel, Status> {
-        self.channel.borrow().clone().ok_or_else(|| {
+    fn connected(&self) -> Result<Link, Status> {
+        let channel = self.channel.borrow().clone();
+        let channel = channel.ok_or_else(|| {
             Status::unavailable(format!(
                 "the node agent at {} does not answer",
                 self.address
             ))
-        })
+        })?;
+        Ok(InterceptedService::new(channel, Carry(self.epoch.clone())))
     }
 }
 

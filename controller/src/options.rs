@@ -4,12 +4,19 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ::api::dirs;
 use ::api::listen::Address;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
+
+mod access;
+mod store;
+
+pub use access::{Access, AccessError};
+pub use store::{EtcdAccess, Migrate, OpenError, Opened, StoreOptions};
 
 /// Runs virtual machines: keeps what is wanted and makes hosts do it.
 ///
@@ -18,21 +25,31 @@ use thiserror::Error;
 #[derive(Debug, Parser)]
 #[command(
     version,
+    subcommand_negates_reqs = true,
+    args_conflicts_with_subcommands = true,
     after_help = "Examples:
   controller --standalone                              one machine, nothing to configure
   controller --standalone --listen unix:/run/c.sock    reachable by local users only
-  controller --listen 10.0.0.1:7070 --node 10.0.0.2:7071
+  controller --node unix:/run/a.sock --node unix:/run/b.sock
+                                                       hosts whose agents listen there
+  controller --etcd http://10.0.0.1:2379,http://10.0.0.2:2379,http://10.0.0.3:2379 --node 10.0.0.9:7071
+                                                       one of several controllers
+  controller migrate --from /var/lib/mortise --to http://10.0.0.1:2379
+                                                       the state into etcd
 
 Environment:
   MORTISE_LOG   what to log, such as info or controller=debug (default: info)"
 )]
 pub struct Options {
+    /// Something else than to serve.
+    #[command(subcommand)]
+    pub command: Option<Command>,
     /// Manage this machine: start a node agent here, or adopt the one that runs
-    #[arg(long, conflicts_with = "node", required_unless_present = "node")]
+    #[arg(long, conflicts_with = "nodes", required_unless_present_any = ["nodes", "etcd"])]
     pub standalone: bool,
-    /// Manage the machine whose node agent listens there
-    #[arg(long, value_name = "HOST:PORT|unix:PATH")]
-    pub node: Option<Address>,
+    /// Manage the machine whose node agent listens there; may be given several times
+    #[arg(long = "node", value_name = "HOST:PORT|unix:PATH")]
+    pub nodes: Vec<Address>,
     /// Where to serve the API; port 0 lets the system choose
     #[arg(
         long,
@@ -59,9 +76,43 @@ pub struct Options {
     /// that is started may do so, too; one that is adopted keeps what it had
     #[arg(long)]
     pub allow_faults: bool,
+    /// How long a host that lost contact goes on with VMs that are restarted anywhere: then their disks
+    /// stop and they are paused. Longer than another controller takes to lead
+    #[arg(long, value_name = "MS", default_value = "30000", value_parser = clap::value_parser!(u32).range(500..=3_600_000))]
+    pub host_lease_ms: u32,
+    /// How long they stay paused before the host stops them
+    #[arg(long, value_name = "MS", default_value = "5000", value_parser = clap::value_parser!(u32).range(100..=3_600_000))]
+    pub host_grace_ms: u32,
+    /// How long that takes at most. All three and one percent after the last contact they are started
+    /// elsewhere
+    #[arg(long, value_name = "MS", default_value = "10000", value_parser = clap::value_parser!(u32).range(500..=3_600_000))]
+    pub host_settle_ms: u32,
+    /// Who may ask.
+    #[command(flatten)]
+    pub access: Access,
+    /// Where the state is kept.
+    #[command(flatten)]
+    pub store: StoreOptions,
+}
+
+/// What the program does besides serving.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Move the state from one store to another
+    Migrate(Migrate),
 }
 
 impl Options {
+    /// What hosts are granted.
+    pub fn lease_terms(&self) -> lease::Terms {
+        let term = |term_ms: u32| Duration::from_millis(term_ms.into());
+        lease::Terms {
+            lease: term(self.host_lease_ms),
+            grace: term(self.host_grace_ms),
+            settle: term(self.host_settle_ms),
+        }
+    }
+
     /// The directory of the other programs.
     ///
     /// # Errors

@@ -3,6 +3,8 @@
 //! remembered between two calls, and a restarted controller goes on where the last one ended.
 //!
 //! ```text
+//! VM on no host:      ---------------------------------> PlaceVm: the scheduler says where
+//! VM seen elsewhere:  it was taken from that host -----> EvictVm there
 //! VM, not deleting:   host has not this generation ----> ApplyVm
 //!                     host has it, its status is news -> RecordVm (and note a guest's own shutdown)
 //! VM, deleting:       host knows it, it runs ----------> ApplyVm (powered off), wait
@@ -15,16 +17,25 @@
 //! job of no one:      it is over ----------------------> ForgetJob
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use api::controller as pb;
 use api::node;
-use tonic::Code;
 
+use crate::failover;
 use crate::model::{
-    JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, job_id, network_status,
-    node_create_volume, node_network_spec, node_vm_spec, noted_device, vm_status, volume_status,
+    HostRecord, JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, host_name,
+    job_id, node_create_volume, node_vm_spec, noted_device, vm_status, volume_status,
 };
+
+mod drain;
+mod fleet;
+mod networks;
+mod outcome;
+
+pub use fleet::{Fleet, Observed};
+pub use networks::{Layout, network_status_now};
+pub(crate) use outcome::gone;
 
 /// A record and the revision that wrote it.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +49,12 @@ pub struct Stored<T> {
 /// Everything that is wanted.
 #[derive(Debug, Clone, Default)]
 pub struct Desired {
+    /// Hosts by id.
+    pub hosts: BTreeMap<String, Stored<HostRecord>>,
+    /// What is to go from hosts: a host's id, and a VM's id there.
+    pub evictions: BTreeSet<(String, String)>,
+    /// Ids of hosts that surely run nothing any more that needs a lease.
+    pub lost: BTreeSet<String>,
     /// VMs by name.
     pub vms: BTreeMap<String, Stored<VmRecord>>,
     /// Volumes by name.
@@ -46,65 +63,133 @@ pub struct Desired {
     pub networks: BTreeMap<String, Stored<NetworkRecord>>,
     /// Security groups by name.
     pub security_groups: BTreeMap<String, Stored<SecurityGroupRecord>>,
-    /// Operations that are not done.
-    pub pending: Vec<pb::Operation>,
+    /// Operations that are not done, by name.
+    pub pending: BTreeMap<String, pb::Operation>,
     /// Work of these on hosts, by the operations' names.
     pub jobs: BTreeMap<String, JobRecord>,
 }
 
-/// Everything that was seen on the host.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Observed {
-    /// The host, once it answered.
-    pub host: Option<node::HostStatus>,
-    /// By node id.
-    pub vms: BTreeMap<String, node::VmStatus>,
-    /// By node id.
-    pub volumes: BTreeMap<String, node::VolumeStatus>,
-    /// By node id.
-    pub networks: BTreeMap<String, node::NetworkStatus>,
-    /// By id.
-    pub jobs: BTreeMap<String, node::Job>,
-    /// It answered the last time it was asked.
-    pub connected: bool,
-    /// When it answered last.
-    pub last_seen: Option<prost_types::Timestamp>,
-}
+impl Desired {
+    /// The id of the host that there is, if there is one alone.
+    pub fn only_host(&self) -> Option<&str> {
+        match self.hosts.len() {
+            1 => self.hosts.keys().next().map(String::as_str),
+            _ => None,
+        }
+    }
 
-impl Observed {
-    /// The host's resource name; empty if it never answered.
-    pub fn host_name(&self) -> String {
-        self.host
-            .as_ref()
-            .map(|host| format!("hosts/{}", host.host_id))
-            .unwrap_or_default()
+    /// Who does a job. One of an older controller does not say.
+    pub fn host_of_job<'a>(&'a self, job: &'a JobRecord) -> &'a str {
+        match job.host.as_str() {
+            "" => self.only_host().unwrap_or_default(),
+            host => host,
+        }
     }
 }
 
-impl Observed {
-    /// Something goes on there that says nothing by itself.
-    pub fn is_moving(&self) -> bool {
-        self.volumes.values().any(|volume| volume.creating)
-            || self.jobs.values().any(|job| !is_job_over(job))
-    }
+/// What a host is told.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Call {
+    /// What a VM should be.
+    ApplyVm(Box<node::VmSpec>),
+    /// Remove a stopped VM's leftovers, by its id there.
+    DeleteVm(String),
+    /// Stop a VM that is not the host's any more, at once, and remove its leftovers; by its id there.
+    EvictVm(String),
+    /// Make a volume.
+    CreateVolume(Box<node::CreateVolumeRequest>),
+    /// Remove a volume, by its id there.
+    DeleteVolume(String),
+    /// What a network should be.
+    ApplyNetwork(Box<node::NetworkSpec>),
+    /// Remove a network, by its id there.
+    DeleteNetwork(String),
+    /// Begin an operation's work.
+    StartJob(Box<node::StartJobRequest>),
+    /// Have a mirror switch over, by the job's id.
+    CompleteJob(String),
+    /// End an operation's work, by the job's id.
+    CancelJob(String),
+    /// Nobody asks for this job any more.
+    ForgetJob(String),
 }
 
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
-    /// Tell the host what the VM should be.
-    ApplyVm {
-        /// Its name.
+    /// Tell a host something.
+    Call {
+        /// Its id.
+        host: String,
+        /// Whom it is about: calls about the same thing follow one another.
         name: String,
-        /// The whole of it.
-        spec: node::VmSpec,
+        /// What to tell.
+        call: Call,
     },
-    /// Have the host remove a stopped VM's leftovers.
-    DeleteVm {
+    /// Choose a host for a VM.
+    PlaceVm {
         /// Its name.
         name: String,
-        /// Its id on the host.
+        /// Where it is already, found there: it was made before hosts were chosen.
+        found: Option<String>,
+    },
+    /// Take a VM from its host, which runs it no more, so that another one is chosen.
+    TakeVm {
+        /// Its name.
+        name: String,
+        /// For people.
+        why: String,
+    },
+    /// Choose a host for a volume.
+    PlaceVolume {
+        /// Its name.
+        name: String,
+        /// Where it is already, found there.
+        found: Option<String>,
+    },
+    /// Store why a drain leaves a VM where it is.
+    NoteStays {
+        /// Its name.
+        name: String,
+        /// The drain's operation.
+        drain: String,
+        /// In words.
+        why: String,
+    },
+    /// Shut a VM down, to start it on another host.
+    StopToMove {
+        /// Its name.
+        name: String,
+        /// The drain's operation.
+        drain: String,
+    },
+    /// Take a VM that is off from its host.
+    MoveVm {
+        /// Its name.
+        name: String,
+        /// The drain's operation; empty if that is over.
+        drain: String,
+    },
+    /// Work that several hosts do one after the other is done on one of them.
+    AdvanceJob {
+        /// The operation.
+        name: String,
+        /// Id of the host that is done.
+        host: String,
+    },
+    /// Nothing is left of a VM that was taken from a host.
+    NoteEvicted {
+        /// The host's id.
+        host: String,
+        /// The VM's id there.
         node_id: String,
+    },
+    /// Store what a host's agent reports of it.
+    RecordHost {
+        /// Its id.
+        host: String,
+        /// To be stored.
+        inventory: Box<node::HostStatus>,
     },
     /// Remove the record: nothing is left on any host.
     ForgetVm {
@@ -120,20 +205,6 @@ pub enum Action {
         /// The VM ended by itself: it is not wanted running any more.
         ended: bool,
     },
-    /// Have the host make a volume.
-    CreateVolume {
-        /// Its name.
-        name: String,
-        /// The whole of it.
-        request: node::CreateVolumeRequest,
-    },
-    /// Have the host remove a volume.
-    DeleteVolume {
-        /// Its name.
-        name: String,
-        /// Its id on the host.
-        node_id: String,
-    },
     /// Remove the record.
     ForgetVolume {
         /// Its name.
@@ -148,19 +219,12 @@ pub enum Action {
         /// It lies on another volume.
         based: bool,
     },
-    /// Tell the host what a network should be.
-    ApplyNetwork {
+    /// Store which hosts may have a network, before they are told and after it is gone from some.
+    NoteNetwork {
         /// Its name.
         name: String,
-        /// The whole of it.
-        spec: node::NetworkSpec,
-    },
-    /// Have the host remove a network.
-    DeleteNetwork {
-        /// Its name.
-        name: String,
-        /// Its id on the host.
-        node_id: String,
+        /// Ids of hosts.
+        hosts: Vec<String>,
     },
     /// Remove the record.
     ForgetNetwork {
@@ -174,32 +238,6 @@ pub enum Action {
         /// To be stored.
         status: pb::NetworkStatus,
     },
-    /// Have the host begin an operation's work.
-    StartJob {
-        /// The operation.
-        name: String,
-        /// The work.
-        request: node::StartJobRequest,
-    },
-    /// Have a mirror switch over.
-    CompleteJob {
-        /// The operation.
-        name: String,
-        /// Of the job.
-        job_id: String,
-    },
-    /// Have the host end an operation's work.
-    CancelJob {
-        /// The operation.
-        name: String,
-        /// Of the job.
-        job_id: String,
-    },
-    /// Nobody asks for this job any more.
-    ForgetJob {
-        /// Of the job.
-        job_id: String,
-    },
     /// The operation is done.
     FinishOperation {
         /// Its name.
@@ -211,45 +249,49 @@ pub enum Action {
     },
 }
 
-/// What to do next. News are recorded before operations finish, so that whoever waited for an
-/// operation finds its effect.
-pub fn plan(desired: &Desired, observed: &Observed) -> Vec<Action> {
-    let mut actions = Vec::new();
-    // A host that does not answer is told nothing, and what it said last may not be true any more.
-    if observed.connected {
-        for (name, stored) in &desired.networks {
-            plan_network(name, &stored.record, desired, observed, &mut actions);
-        }
-        for (name, stored) in &desired.vms {
-            plan_vm(name, &stored.record, desired, observed, &mut actions);
-        }
-        for (name, stored) in &desired.volumes {
-            plan_volume(name, &stored.record, desired, observed, &mut actions);
-        }
-        for (operation, job) in &desired.jobs {
-            plan_job(operation, job, observed, &mut actions);
-        }
-        for (job_id, job) in &observed.jobs {
-            // Also one whose operation was cancelled while the host was being told to begin.
-            let wanted = desired
-                .jobs
-                .values()
-                .any(|known| known.start.job_id == *job_id);
-            if wanted {
-                continue;
-            }
-            let job_id = job_id.clone();
-            actions.push(if is_job_over(job) {
-                Action::ForgetJob { job_id }
-            } else {
-                let name = job_id.clone();
-                Action::CancelJob { name, job_id }
-            });
+impl Action {
+    fn call(host: &str, name: &str, call: Call) -> Self {
+        Self::Call {
+            host: host.to_owned(),
+            name: name.to_owned(),
+            call,
         }
     }
-    for operation in &desired.pending {
-        if let Some(error) = outcome(operation, desired, observed) {
-            let job = observed.jobs.get(job_id(&operation.name));
+}
+
+/// What to do next. News are recorded before operations finish, so that whoever waited for an
+/// operation finds its effect.
+pub fn plan(desired: &Desired, fleet: &Fleet) -> Vec<Action> {
+    let mut actions = Vec::new();
+    let layout = Layout::of(desired);
+    let wanted = (desired, &layout);
+    plan_hosts(desired, fleet, &mut actions);
+    for (name, stored) in &desired.networks {
+        networks::plan_network(name, &stored.record, wanted, fleet, &mut actions);
+    }
+    for (name, stored) in &desired.vms {
+        plan_vm(name, &stored.record, wanted, fleet, &mut actions);
+    }
+    for (name, stored) in &desired.volumes {
+        plan_volume(name, &stored.record, desired, fleet, &mut actions);
+    }
+    drain::plan_drains(desired, fleet, &mut actions);
+    plan_jobs(desired, fleet, &mut actions);
+    for operation in desired.pending.values() {
+        let metadata = operation.metadata.as_ref();
+        if let Some(drained) = metadata
+            && drained.kind() == pb::OperationKind::DrainHost
+        {
+            let outcome = drain::drain_outcome(operation, &drained.target, desired);
+            actions.extend(outcome.map(|(error, findings)| Action::FinishOperation {
+                name: operation.name.clone(),
+                error,
+                findings,
+            }));
+            continue;
+        }
+        if let Some(error) = outcome::outcome(operation, wanted, fleet) {
+            let job = fleet.job(job_id(&operation.name));
             actions.push(Action::FinishOperation {
                 name: operation.name.clone(),
                 error,
@@ -260,21 +302,100 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Vec<Action> {
     actions
 }
 
-fn plan_job(operation: &str, job: &JobRecord, observed: &Observed, actions: &mut Vec<Action>) {
-    let (name, job_id) = (operation.to_owned(), job.start.job_id.clone());
-    match observed.jobs.get(&job_id) {
-        None if !job.cancel => actions.push(Action::StartJob {
-            name,
-            request: job.start.clone(),
-        }),
-        Some(seen) if job.cancel && !is_job_over(seen) => {
-            actions.push(Action::CancelJob { name, job_id });
-        }
-        Some(seen) if job.complete && seen.state() == node::JobState::Ready => {
-            actions.push(Action::CompleteJob { name, job_id });
-        }
-        _ => {}
+/// What hosts report of themselves, and what they have that is not theirs any more.
+fn plan_hosts(desired: &Desired, fleet: &Fleet, actions: &mut Vec<Action>) {
+    let mut homes: HashMap<&str, &VmRecord> = HashMap::new();
+    if fleet.hosts.len() > 1 {
+        let records = desired.vms.values().map(|stored| &stored.record);
+        homes.extend(records.map(|record| (record.node_id.as_str(), record)));
     }
+    for (host, observed) in fleet.connected() {
+        let stored = desired.hosts.get(host);
+        let seen = observed.host.as_ref().map(crate::model::inventory);
+        if let (Some(stored), Some(inventory)) = (stored, seen)
+            && stored.record.inventory.as_ref() != Some(&inventory)
+        {
+            actions.push(Action::RecordHost {
+                host: host.to_owned(),
+                inventory: Box::new(inventory),
+            });
+        }
+        for node_id in observed.vms.keys() {
+            let home = homes.get(node_id.as_str());
+            let moved = home.is_some_and(|home| home.placements > 0 && home.host != host);
+            if moved || is_evicted(desired, host, node_id) {
+                let call = Call::EvictVm(node_id.clone());
+                actions.push(Action::call(host, node_id, call));
+            }
+        }
+    }
+    for (host, node_id) in &desired.evictions {
+        let observed = fleet.of(host);
+        if observed.connected && !observed.vms.contains_key(node_id) {
+            actions.push(Action::NoteEvicted {
+                host: host.clone(),
+                node_id: node_id.clone(),
+            });
+        }
+    }
+}
+
+fn is_evicted(desired: &Desired, host: &str, node_id: &str) -> bool {
+    !desired.evictions.is_empty()
+        && desired
+            .evictions
+            .contains(&(host.to_owned(), node_id.to_owned()))
+}
+
+fn plan_jobs(desired: &Desired, fleet: &Fleet, actions: &mut Vec<Action>) {
+    let mut wanted: BTreeSet<&str> = BTreeSet::new();
+    for (operation, job) in &desired.jobs {
+        wanted.insert(&job.start.job_id);
+        let host = desired.host_of_job(job);
+        if fleet.of(host).connected {
+            plan_job(operation, job, (host, fleet.of(host)), actions);
+        }
+    }
+    for (host, observed) in fleet.connected() {
+        for (job_id, job) in &observed.jobs {
+            // Also one whose operation was cancelled while the host was being told to begin.
+            if !wanted.contains(job_id.as_str()) {
+                let call = match is_job_over(job) {
+                    true => Call::ForgetJob(job_id.clone()),
+                    false => Call::CancelJob(job_id.clone()),
+                };
+                actions.push(Action::call(host, job_id, call));
+            }
+        }
+    }
+}
+
+fn plan_job(
+    operation: &str,
+    job: &JobRecord,
+    (host, observed): (&str, &Observed),
+    actions: &mut Vec<Action>,
+) {
+    let job_id = job.start.job_id.clone();
+    if !job.then.is_empty()
+        && let Some(seen) = observed.jobs.get(&job_id)
+        && seen.state() == node::JobState::Done
+    {
+        actions.push(Action::AdvanceJob {
+            name: operation.to_owned(),
+            host: host.to_owned(),
+        });
+        return;
+    }
+    let call = match observed.jobs.get(&job_id) {
+        None if !job.cancel => Call::StartJob(Box::new(job.start.clone())),
+        Some(seen) if job.cancel && !is_job_over(seen) => Call::CancelJob(job_id),
+        Some(seen) if job.complete && seen.state() == node::JobState::Ready => {
+            Call::CompleteJob(job_id)
+        }
+        _ => return,
+    };
+    actions.push(Action::call(host, operation, call));
 }
 
 fn is_job_over(job: &node::Job) -> bool {
@@ -284,35 +405,43 @@ fn is_job_over(job: &node::Job) -> bool {
     )
 }
 
-fn job_outcome(job: &JobRecord, observed: &Observed) -> Option<Option<pb::OperationError>> {
-    let Some(seen) = observed.jobs.get(&job.start.job_id) else {
-        let gone = job.cancel && observed.connected;
-        return gone.then(|| Some(error(Code::Cancelled, "CANCELLED", "cancelled")));
-    };
-    match seen.state() {
-        node::JobState::Done => Some(None),
-        node::JobState::Cancelled => Some(Some(error(Code::Cancelled, "CANCELLED", &seen.error))),
-        node::JobState::Failed => Some(Some(pb::OperationError {
-            code: seen.error_code,
-            message: seen.error.clone(),
-            reason: "JOB_FAILED".to_owned(),
-        })),
-        _ => None,
-    }
-}
-
 fn plan_vm(
     name: &str,
     record: &VmRecord,
-    desired: &Desired,
-    observed: &Observed,
+    wanted: (&Desired, &Layout),
+    fleet: &Fleet,
     actions: &mut Vec<Action>,
 ) {
+    let (desired, _) = wanted;
+    let host = record.host.as_str();
+    if host.is_empty() {
+        plan_unplaced_vm(name, record, fleet, actions);
+        return;
+    }
+    let observed = fleet.of(host);
+    let seen = observed
+        .vms
+        .get(&record.node_id)
+        .filter(|_| observed.connected);
+    if let Some(why) = failover::taken(record, desired, &desired.lost, seen) {
+        let name = name.to_owned();
+        actions.push(Action::TakeVm { name, why });
+        return;
+    }
+    // A host that does not answer is told nothing, and what it said last may not be true any more. What
+    // is to go from it goes first.
+    if !observed.connected || is_evicted(desired, host, &record.node_id) {
+        return;
+    }
     let seen = observed.vms.get(&record.node_id);
     let current = seen.is_some_and(|seen| seen.observed_generation >= record.vm.generation);
-    let apply = || Action::ApplyVm {
-        name: name.to_owned(),
-        spec: node_vm_spec(
+    let session = observed.host.as_ref();
+    let session = session.map(|host| host.lease_session.clone());
+    let session = session.unwrap_or_default();
+    // An agent without leases would run it whatever happens.
+    let may_start = !failover::roams(record) || !session.is_empty();
+    let apply = || {
+        let mut spec = node_vm_spec(
             record,
             |volume| {
                 let stored = desired.volumes.get(volume)?;
@@ -322,11 +451,17 @@ fn plan_vm(
                 let stored = desired.networks.get(network)?;
                 Some(stored.record.node_id.clone())
             },
-        ),
+        );
+        // Read before the records were: what is decided now belongs to this session of the host.
+        spec.lease_session.clone_from(&session);
+        Action::call(host, name, Call::ApplyVm(Box::new(spec)))
     };
     if let Some(seen) = seen {
-        let status = vm_status(seen, &observed.host_name());
-        let ended = current && record.vm.desired_power() == pb::DesiredPower::On && is_over(seen);
+        let status = vm_status(seen, &host_name(host));
+        let ended = current
+            && record.vm.desired_power() == pb::DesiredPower::On
+            && is_over(seen)
+            && !failover::is_given_up(record, seen);
         if ended || is_news(&record.status(), &status, record) {
             actions.push(Action::RecordVm {
                 name: name.to_owned(),
@@ -340,74 +475,39 @@ fn plan_vm(
             None => actions.push(Action::ForgetVm {
                 name: name.to_owned(),
             }),
-            Some(seen) if is_over(seen) => actions.push(Action::DeleteVm {
-                name: name.to_owned(),
-                node_id: record.node_id.clone(),
-            }),
+            Some(seen) if is_over(seen) => {
+                let call = Call::DeleteVm(record.node_id.clone());
+                actions.push(Action::call(host, name, call));
+            }
             Some(_) if !current => actions.push(apply()),
             Some(_) => {}
         }
     } else if !current
         && record.rejected_generation != record.vm.generation
+        && may_start
         && (record.vm.desired_power() != pb::DesiredPower::On
-            || has_networks(record, desired, observed))
+            || networks::has_networks(record, wanted, &observed.networks))
     {
         actions.push(apply());
     }
 }
 
-/// The host was told all that is wanted of the networks that the VM's NICs are in. Whether that went
-/// well it says itself when the VM starts.
-fn has_networks(record: &VmRecord, desired: &Desired, observed: &Observed) -> bool {
-    let spec = record.vm.spec.as_ref();
-    spec.into_iter()
-        .flat_map(|spec| &spec.nics)
-        .filter_map(|nic| desired.networks.get(&nic.network))
-        .all(|stored| {
-            let wanted = node_network_spec(&stored.record, desired);
-            let seen = observed.networks.get(&wanted.id);
-            seen.is_some_and(|seen| seen.observed_revision == wanted.revision)
-        })
-}
-
-fn plan_network(
-    name: &str,
-    record: &NetworkRecord,
-    desired: &Desired,
-    observed: &Observed,
-    actions: &mut Vec<Action>,
-) {
+/// One that no host was ever chosen for is where it is seen: its record is older than that hosts are
+/// chosen.
+fn plan_unplaced_vm(name: &str, record: &VmRecord, fleet: &Fleet, actions: &mut Vec<Action>) {
+    let seen = |(_, observed): &(&str, &Observed)| observed.vms.contains_key(&record.node_id);
+    let found = match record.placements {
+        0 => fleet.connected().find(seen),
+        _ => None,
+    };
     let name = name.to_owned();
-    let seen = observed.networks.get(&record.node_id);
-    if record.network.deleting {
-        actions.push(match seen {
-            None => Action::ForgetNetwork { name },
-            Some(_) => Action::DeleteNetwork {
-                name,
-                node_id: record.node_id.clone(),
-            },
-        });
-        return;
-    }
-    let spec = node_network_spec(record, desired);
-    if let Some(seen) = seen {
-        // What changes all the time is added when somebody reads.
-        let status = pb::NetworkStatus {
-            leases: Vec::new(),
-            ..network_status(seen, &spec.revision, &observed.host_name())
-        };
-        let stored = record.network.status.clone().unwrap_or_default();
-        // While something new is told there is no news yet.
-        if status.phase() != pb::NetworkPhase::Pending && stored != status {
-            actions.push(Action::RecordNetwork {
-                name: name.clone(),
-                status,
-            });
-        }
-    }
-    if seen.is_none_or(|seen| !seen.ready || seen.observed_revision != spec.revision) {
-        actions.push(Action::ApplyNetwork { name, spec });
-    }
+    actions.push(match (record.vm.deleting, found) {
+        (true, None) => Action::ForgetVm { name },
+        (_, found) => Action::PlaceVm {
+            name,
+            found: found.map(|(host, _)| host.to_owned()),
+        },
+    });
 }
 
 /// Nothing of the VM runs.
@@ -435,22 +535,29 @@ fn plan_volume(
     name: &str,
     record: &VolumeRecord,
     desired: &Desired,
-    observed: &Observed,
+    fleet: &Fleet,
     actions: &mut Vec<Action>,
 ) {
+    let host = record.host.as_str();
+    if host.is_empty() {
+        plan_unplaced_volume(name, record, fleet, actions);
+        return;
+    }
+    let observed = fleet.of(host);
+    if !observed.connected {
+        return;
+    }
     let name = name.to_owned();
     let seen = observed.volumes.get(&record.node_id);
     let stored = record.volume.status.clone().unwrap_or_default();
     match (record.volume.deleting, seen) {
         (true, None) => actions.push(Action::ForgetVolume { name }),
         (true, Some(_)) => {
-            actions.push(Action::DeleteVolume {
-                name,
-                node_id: record.node_id.clone(),
-            });
+            let call = Call::DeleteVolume(record.node_id.clone());
+            actions.push(Action::call(host, &name, call));
         }
         (false, Some(seen)) if !seen.creating => {
-            let status = volume_status(seen, &observed.host_name());
+            let status = volume_status(seen, &host_name(host));
             let spec = record.volume.spec.as_ref();
             // A mirror made one of its own of a linked clone.
             let detached = seen.base.is_empty() && spec.is_some_and(|spec| !spec.base.is_empty());
@@ -467,171 +574,39 @@ fn plan_volume(
         }
         // Asking again for one that is being made waits for it.
         (false, _) if stored.phase() != pb::VolumePhase::Failed => {
-            actions.push(Action::CreateVolume {
-                name,
-                request: node_create_volume(record, |volume| {
-                    desired
-                        .volumes
-                        .get(volume)
-                        .map(|stored| stored.record.node_id.clone())
-                }),
+            let request = node_create_volume(record, |volume| {
+                desired
+                    .volumes
+                    .get(volume)
+                    .map(|stored| stored.record.node_id.clone())
             });
+            let call = Call::CreateVolume(Box::new(request));
+            actions.push(Action::call(host, &name, call));
         }
         (false, _) => {}
     }
 }
 
-/// `None` while the operation goes on; then its error, if any.
-fn outcome(
-    operation: &pb::Operation,
-    desired: &Desired,
-    observed: &Observed,
-) -> Option<Option<pb::OperationError>> {
-    let metadata = operation.metadata.as_ref()?;
-    let target = metadata.target.as_str();
-    if let Some(job) = desired.jobs.get(&operation.name) {
-        return job_outcome(job, observed);
-    }
-    match metadata.kind() {
-        pb::OperationKind::DeleteVm => (!desired.vms.contains_key(target)).then_some(None),
-        pb::OperationKind::DeleteVolume => (!desired.volumes.contains_key(target)).then_some(None),
-        pb::OperationKind::DeleteNetwork => {
-            (!desired.networks.contains_key(target)).then_some(None)
-        }
-        pb::OperationKind::CreateNetwork | pb::OperationKind::UpdateNetwork => {
-            match desired.networks.get(target) {
-                None => Some(Some(gone(target))),
-                Some(stored) => network_outcome(&stored.record, desired, observed),
-            }
-        }
-        pb::OperationKind::CreateVolume => match desired.volumes.get(target) {
-            None => Some(Some(gone(target))),
-            Some(stored) => volume_outcome(&stored.record),
+/// As with VMs: one that is seen is there.
+fn plan_unplaced_volume(
+    name: &str,
+    record: &VolumeRecord,
+    fleet: &Fleet,
+    actions: &mut Vec<Action>,
+) {
+    let seen = |(_, observed): &(&str, &Observed)| observed.volumes.contains_key(&record.node_id);
+    let found = fleet.connected().find(seen);
+    let failed =
+        record.volume.status.as_ref().map(pb::VolumeStatus::phase) == Some(pb::VolumePhase::Failed);
+    let name = name.to_owned();
+    actions.push(match (record.volume.deleting, found) {
+        (true, None) => Action::ForgetVolume { name },
+        (false, None) if failed => return,
+        (_, found) => Action::PlaceVolume {
+            name,
+            found: found.map(|(host, _)| host.to_owned()),
         },
-        kind @ (pb::OperationKind::UpdateDisk
-        | pb::OperationKind::UpdateNic
-        | pb::OperationKind::UpdateDevice) => {
-            let devices = match kind {
-                pb::OperationKind::UpdateNic => "/nics/",
-                pb::OperationKind::UpdateDevice => "/devices/",
-                _ => "/disks/",
-            };
-            let vm = target.split(devices).next().unwrap_or(target);
-            match desired.vms.get(vm) {
-                None => Some(Some(gone(vm))),
-                Some(stored) => vm_outcome(metadata, &stored.record, observed),
-            }
-        }
-        pb::OperationKind::CreateVm | pb::OperationKind::StartVm | pb::OperationKind::StopVm => {
-            match desired.vms.get(target) {
-                None => Some(Some(gone(target))),
-                Some(stored) => vm_outcome(metadata, &stored.record, observed),
-            }
-        }
-        // Their jobs are gone, or this controller is older than what stored them.
-        _ => Some(Some(error(
-            Code::Internal,
-            "UNKNOWN_OPERATION",
-            "its work is not known any more",
-        ))),
-    }
-}
-
-fn network_outcome(
-    record: &NetworkRecord,
-    desired: &Desired,
-    observed: &Observed,
-) -> Option<Option<pb::OperationError>> {
-    let wanted = node_network_spec(record, desired);
-    let seen = observed
-        .networks
-        .get(&record.node_id)
-        .filter(|seen| observed.connected && seen.observed_revision == wanted.revision)?;
-    let status = network_status(seen, &wanted.revision, "");
-    match status.phase() {
-        pb::NetworkPhase::Ready => Some(None),
-        pb::NetworkPhase::Failed => Some(status.error),
-        _ => None,
-    }
-}
-
-fn volume_outcome(record: &VolumeRecord) -> Option<Option<pb::OperationError>> {
-    let status = record.volume.status.clone().unwrap_or_default();
-    match status.phase() {
-        pb::VolumePhase::Ready => Some(None),
-        pb::VolumePhase::Failed => Some(status.error),
-        _ => None,
-    }
-}
-
-fn vm_outcome(
-    metadata: &pb::OperationMetadata,
-    record: &VmRecord,
-    observed: &Observed,
-) -> Option<Option<pb::OperationError>> {
-    let generation = metadata.generation;
-    if record.rejected_generation >= generation && record.rejected_generation > 0 {
-        let refusal = record.status().error;
-        return Some(refusal.or_else(|| Some(superseded(metadata))));
-    }
-    let seen = observed
-        .vms
-        .get(&record.node_id)
-        .filter(|_| observed.connected);
-    let settled = seen.filter(|seen| seen.observed_generation >= generation);
-    match metadata.kind() {
-        pb::OperationKind::CreateVm
-        | pb::OperationKind::UpdateDisk
-        | pb::OperationKind::UpdateNic
-        | pb::OperationKind::UpdateDevice => settled.map(|_| None),
-        pb::OperationKind::StartVm if record.vm.generation > generation => {
-            Some(Some(superseded(metadata)))
-        }
-        pb::OperationKind::StartVm => settled.and_then(|seen| match seen.phase() {
-            // Paused and stopped guests were running before.
-            node::VmPhase::Running | node::VmPhase::Paused | node::VmPhase::Stopped => Some(None),
-            node::VmPhase::Failed => Some(Some(pb::OperationError {
-                code: if seen.error_code == 0 {
-                    Code::Internal as i32
-                } else {
-                    seen.error_code
-                },
-                message: seen.error.clone(),
-                reason: "VM_START_FAILED".to_owned(),
-            })),
-            _ => None,
-        }),
-        _ if record.vm.generation > generation
-            && record.vm.desired_power() == pb::DesiredPower::On =>
-        {
-            Some(Some(superseded(metadata)))
-        }
-        _ => settled.filter(|seen| is_over(seen)).map(|_| None),
-    }
-}
-
-fn superseded(metadata: &pb::OperationMetadata) -> pb::OperationError {
-    error(
-        Code::Aborted,
-        "SUPERSEDED",
-        &format!(
-            "something else was asked of {} before this was done",
-            metadata.target
-        ),
-    )
-}
-
-/// Why an operation on something that was deleted meanwhile ends.
-pub(crate) fn gone(target: &str) -> pb::OperationError {
-    error(Code::Aborted, "DELETED", &format!("{target} was deleted"))
-}
-
-fn error(code: Code, reason: &str, message: &str) -> pb::OperationError {
-    pb::OperationError {
-        code: code as i32,
-        message: message.to_owned(),
-        reason: reason.to_owned(),
-    }
+    });
 }
 
 #[cfg(test)]

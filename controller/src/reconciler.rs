@@ -4,27 +4,45 @@
 //! Calls to hosts run beside the loop, one at a time for each resource; what fails for now is tried
 //! again after a growing pause, what is refused for good is recorded.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use api::controller as pb;
 use api::names::{NETWORKS, Name, VMS};
+use futures_util::stream::{self, StreamExt as _};
 use prost::Message;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tonic::{Code, Status};
 
+use crate::cache::Cache;
+use crate::commands::{self, CommandError, Placing};
+use crate::failover;
+use crate::hosts::Hosts;
+use crate::leases::Leases;
 use crate::model::{
-    self, JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, prefix,
+    self, HostRecord, JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, prefix,
 };
-use crate::node::Node;
-use crate::plan::{self, Action, Desired, Observed, Stored, plan};
+use crate::moving;
+use crate::plan::{self, Action, Call, Desired, Fleet, Stored, plan};
+use crate::reach::Reach;
+use crate::scheduler;
 use crate::store::{Range, SharedStore, StoreError, Transaction};
 
 /// Without any news the loop runs this often.
 const TICK: Duration = Duration::from_secs(5);
+/// A step that took longer is followed by a pause as long as it, but not longer than the other.
+const LONG_STEP: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_millis(250);
+/// Transactions of one step under way at one time.
+const MAX_WRITES: usize = 64;
+/// Records removed in one transaction; etcd takes 128 operations.
+const COLLECT_BATCH: usize = 50;
 /// Calls to hosts at one time.
-const MAX_CALLS: usize = 32;
+const MAX_CALLS: usize = 256;
+/// Of these, to one host.
+const MAX_HOST_CALLS: usize = 32;
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(15);
 /// A failing store is given this long before the next attempt.
@@ -37,11 +55,25 @@ const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
 /// See the module.
 pub struct Reconciler {
     store: SharedStore,
-    node: Node,
-    calls: JoinSet<(Action, Result<(), Status>)>,
-    /// Resources that a call is under way for.
-    busy: HashSet<String>,
-    backoff: HashMap<String, Backoff>,
+    cache: Cache,
+    /// VMs that were or may have been taken from their hosts, by name, and their records' revisions then.
+    taking: Mutex<HashMap<String, u64>>,
+    hosts: Hosts,
+    leases: Option<Leases>,
+    reach: Arc<dyn Reach>,
+    calls: JoinSet<(Told, Result<(), Status>)>,
+    /// Resources that a call is under way for, and the hosts that are called.
+    busy: HashSet<(String, String)>,
+    backoff: HashMap<(String, String), Backoff>,
+}
+
+/// A call to a host.
+struct Told {
+    host: String,
+    name: String,
+    call: Call,
+    /// Of the request that it is done for.
+    trace_parent: String,
 }
 
 struct Backoff {
@@ -51,167 +83,319 @@ struct Backoff {
 
 impl Reconciler {
     /// Ready to run.
-    pub fn new(store: SharedStore, node: Node) -> Self {
+    pub fn new(store: SharedStore, hosts: Hosts) -> Self {
         Self {
+            cache: Cache::new(store.clone()),
+            taking: Mutex::default(),
             store,
-            node,
+            reach: Arc::new(hosts.clone()),
+            hosts,
+            leases: None,
             calls: JoinSet::new(),
             busy: HashSet::new(),
             backoff: HashMap::new(),
         }
     }
 
+    /// Takes VMs from hosts that are lost. Without, no host ever is.
+    #[must_use]
+    pub fn with_leases(mut self, leases: Leases) -> Self {
+        self.leases = Some(leases);
+        self
+    }
+
+    /// Tells hosts by another way than the connections to them.
+    #[must_use]
+    pub fn with_reach(mut self, reach: Arc<dyn Reach>) -> Self {
+        self.reach = reach;
+        self
+    }
+
     /// Runs for ever. What it does survives its end at any point.
     pub async fn run(mut self) {
-        let mut observed = self.node.observed();
-        let mut revision = self.store.revision();
+        let mut observed = self.hosts.changed();
         let mut collect_at = Instant::now();
+        let mut collecting = JoinSet::new();
         loop {
             observed.mark_unchanged();
-            revision.mark_unchanged();
-            let seen = observed.borrow().clone();
+            let begun = Instant::now();
+            let seen = self.hosts.fleet();
             match self.step(&seen).await {
-                Ok(()) | Err(StoreError::Conflict { .. }) => {}
+                Ok(()) => {}
                 Err(error) => {
                     tracing::error!(error = %with_source(&error), "cannot reconcile");
                     tokio::time::sleep(STORE_RETRY).await;
                 }
             }
-            if Instant::now() >= collect_at {
-                if let Err(error) = collect(&self.store).await {
-                    tracing::warn!(error = %with_source(&error), "cannot remove old records");
-                }
+            while collecting.try_join_next().is_some() {}
+            if collecting.is_empty() && Instant::now() >= collect_at {
+                collecting.spawn(collect_all(self.store.clone()));
                 collect_at = Instant::now() + COLLECT_INTERVAL;
+            }
+            // A look at very many takes a while: what comes meanwhile is looked at together.
+            let took = begun.elapsed();
+            if took > LONG_STEP {
+                tokio::time::sleep(took.min(MAX_PAUSE)).await;
             }
             let wake = self.next_retry().unwrap_or(TICK).min(TICK);
             tokio::select! {
                 _ = observed.changed() => {}
-                _ = revision.changed() => {}
+                changed = self.cache.changed() => {
+                    if let Err(error) = changed {
+                        tracing::error!(error = %with_source(&error), "cannot read a change");
+                    }
+                }
                 Some(finished) = self.calls.join_next() => self.finished(finished).await,
                 () = tokio::time::sleep(wake) => {}
             }
         }
     }
 
-    async fn step(&mut self, seen: &Arc<Observed>) -> Result<(), StoreError> {
-        let desired = load(&self.store).await?;
-        for action in plan(&desired, seen) {
-            match &action {
-                Action::ApplyVm { name, .. }
-                | Action::DeleteVm { name, .. }
-                | Action::CreateVolume { name, .. }
-                | Action::DeleteVolume { name, .. }
-                | Action::ApplyNetwork { name, .. }
-                | Action::DeleteNetwork { name, .. }
-                | Action::StartJob { name, .. }
-                | Action::CompleteJob { name, .. }
-                | Action::CancelJob { name, .. }
-                | Action::ForgetJob { job_id: name } => {
-                    let name = name.clone();
-                    self.call(name, action);
-                }
-                Action::RecordVm {
-                    name,
-                    status,
-                    ended,
-                } => {
-                    record_vm(&self.store, &desired.vms[name], status, *ended).await?;
-                }
-                Action::RecordVolume {
-                    name,
-                    status,
-                    based,
-                } => {
-                    record_volume(&self.store, &desired.volumes[name], status, *based).await?;
-                }
-                Action::ForgetVm { name } if !self.busy.contains(name) => {
-                    let Stored { record, revision } = &desired.vms[name];
-                    forget(
-                        &self.store,
-                        &desired.pending,
+    /// One look at everything. What somebody else changed meanwhile is looked at again next time.
+    async fn step(&mut self, seen: &Arc<Fleet>) -> Result<(), StoreError> {
+        self.cache.refresh().await?;
+        let mut desired = std::mem::take(self.cache.desired_mut());
+        if let Some(leases) = &self.leases {
+            desired.lost = leases.lost(desired.hosts.keys());
+        }
+        let actions = self.hold_back(&desired, plan(&desired, seen));
+        let result = self.carry_out(&desired, actions).await;
+        *self.cache.desired_mut() = desired;
+        result
+    }
+
+    /// A VM that was taken from its host, or may have been, is not told to that host again before this is
+    /// seen: the host may be back, and the VM elsewhere a moment later. As long as its record is as it was
+    /// it is taken again, which then happens or shows that it has happened.
+    fn hold_back(&self, desired: &Desired, mut actions: Vec<Action>) -> Vec<Action> {
+        let mut taking = self.taking();
+        taking.retain(|name, revision| {
+            let stored = desired.vms.get(name);
+            stored.is_some_and(|stored| stored.revision == *revision)
+        });
+        if taking.is_empty() {
+            return actions;
+        }
+        actions.retain(|action| match action {
+            Action::Call {
+                name,
+                call: Call::ApplyVm(_),
+                ..
+            }
+            | Action::TakeVm { name, .. } => !taking.contains_key(name),
+            _ => true,
+        });
+        let again = taking.keys().map(|name| Action::TakeVm {
+            name: name.clone(),
+            why: "its host is lost".to_owned(),
+        });
+        actions.extend(again);
+        actions
+    }
+
+    fn taking(&self) -> MutexGuard<'_, HashMap<String, u64>> {
+        self.taking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells hosts, and stores what is to be stored: many at once, since the store takes them together.
+    /// What was asked for is said to be done last, when its effect can be found.
+    async fn carry_out(
+        &mut self,
+        desired: &Desired,
+        actions: Vec<Action>,
+    ) -> Result<(), StoreError> {
+        let mut news = Vec::new();
+        let mut finished = Vec::new();
+        let traces = traces(&desired.pending);
+        for action in actions {
+            match action {
+                Action::Call { host, name, call } => {
+                    let trace_parent = traces.get(name.as_str()).copied().unwrap_or_default();
+                    let trace_parent = trace_parent.to_owned();
+                    self.call(Told {
+                        host,
                         name,
-                        &record.node_id,
-                        *revision,
-                    )
-                    .await?;
+                        call,
+                        trace_parent,
+                    });
                 }
-                Action::ForgetVolume { name } if !self.busy.contains(name) => {
-                    let Stored { record, revision } = &desired.volumes[name];
-                    forget(
-                        &self.store,
-                        &desired.pending,
-                        name,
-                        &record.node_id,
-                        *revision,
-                    )
-                    .await?;
-                }
-                Action::ForgetNetwork { name } if !self.busy.contains(name) => {
-                    let Stored { record, revision } = &desired.networks[name];
-                    forget(
-                        &self.store,
-                        &desired.pending,
-                        name,
-                        &record.node_id,
-                        *revision,
-                    )
-                    .await?;
-                }
-                Action::RecordNetwork { name, status } => {
-                    record_network(&self.store, &desired.networks[name], status).await?;
-                }
-                Action::ForgetVm { .. }
-                | Action::ForgetVolume { .. }
-                | Action::ForgetNetwork { .. } => {}
-                Action::FinishOperation {
-                    name,
-                    error,
-                    findings,
-                } => {
-                    finish(&self.store, name, error.clone(), findings).await?;
+                Action::FinishOperation { .. } => finished.push(action),
+                other => news.push(other),
+            }
+        }
+        for writes in [news, finished] {
+            let mut writes = stream::iter(writes)
+                .map(|action| self.act(desired, action))
+                .buffer_unordered(MAX_WRITES);
+            while let Some(written) = writes.next().await {
+                match written {
+                    Ok(()) | Err(StoreError::Conflict { .. }) => {}
+                    Err(error) => return Err(error),
                 }
             }
         }
         Ok(())
     }
 
-    fn call(&mut self, name: String, action: Action) {
+    async fn act(&self, desired: &Desired, action: Action) -> Result<(), StoreError> {
+        let store = &self.store;
+        match action {
+            // Hosts are told beside this.
+            Action::Call { .. } => Ok(()),
+            Action::PlaceVm { name, found } => {
+                place_vm(store, &self.hosts, &desired.vms[&name], found).await
+            }
+            Action::TakeVm { name, why } => {
+                let stored = &desired.vms[&name];
+                self.taking().insert(name, stored.revision);
+                failover::take_vm(store, stored, &why).await
+            }
+            Action::PlaceVolume { name, found } => {
+                place_volume(store, &self.hosts, &desired.volumes[&name], found).await
+            }
+            Action::NoteStays { name, drain, why } => {
+                moving::note_stays(store, &desired.vms[&name], &drain, &why).await
+            }
+            Action::StopToMove { name, drain } => {
+                moving::stop_to_move(store, &self.hosts, &desired.vms[&name], &drain).await
+            }
+            Action::MoveVm { name, drain } => {
+                moving::move_vm(store, &self.hosts, &desired.vms[&name], &drain).await
+            }
+            Action::AdvanceJob { name, host } => advance_job(store, &name, &host).await,
+            Action::NoteEvicted { host, node_id } => {
+                let key = model::eviction_key(&host, &node_id);
+                store.commit(Transaction::new().delete(key)).await.map(drop)
+            }
+            Action::RecordHost { host, inventory } => {
+                let Stored { record, revision } = desired.hosts[&host].clone();
+                let record = HostRecord {
+                    inventory: Some(*inventory),
+                    ..record
+                };
+                let key = record.name.clone();
+                let transaction = Transaction::new()
+                    .if_unchanged(key.clone(), revision)
+                    .put(key, record.encode_to_vec());
+                store.commit(transaction).await.map(drop)
+            }
+            Action::RecordVm {
+                name,
+                status,
+                ended,
+            } => record_vm(store, &desired.vms[&name], &status, ended).await,
+            Action::RecordVolume {
+                name,
+                status,
+                based,
+            } => record_volume(store, &desired.volumes[&name], &status, based).await,
+            Action::RecordNetwork { name, status } => {
+                record_network(store, &desired.networks[&name], &status).await
+            }
+            Action::NoteNetwork { name, hosts } => {
+                let Stored { record, revision } = desired.networks[&name].clone();
+                let key = key_of(&name);
+                let transaction = Transaction::new()
+                    .if_unchanged(key.clone(), revision)
+                    .put(key, NetworkRecord { hosts, ..record }.encode_to_vec());
+                store.commit(transaction).await.map(drop)
+            }
+            Action::ForgetVm { name } => {
+                let Stored { record, revision } = &desired.vms[&name];
+                if self.is_busy(&record.host, &name) {
+                    return Ok(());
+                }
+                let given_back = commands::release(store, record, Transaction::new()).await?;
+                let node_id = &record.node_id;
+                forget(
+                    store,
+                    &desired.pending,
+                    &name,
+                    node_id,
+                    *revision,
+                    given_back,
+                )
+                .await
+            }
+            Action::ForgetVolume { name } => {
+                let Stored { record, revision } = &desired.volumes[&name];
+                if self.is_busy(&record.host, &name) {
+                    return Ok(());
+                }
+                let (node_id, transaction) = (&record.node_id, Transaction::new());
+                forget(
+                    store,
+                    &desired.pending,
+                    &name,
+                    node_id,
+                    *revision,
+                    transaction,
+                )
+                .await
+            }
+            Action::ForgetNetwork { name } => {
+                if self.busy.iter().any(|(_, busy)| *busy == name) {
+                    return Ok(());
+                }
+                let Stored { record, revision } = &desired.networks[&name];
+                let (node_id, transaction) = (&record.node_id, Transaction::new());
+                forget(
+                    store,
+                    &desired.pending,
+                    &name,
+                    node_id,
+                    *revision,
+                    transaction,
+                )
+                .await
+            }
+            Action::FinishOperation {
+                name,
+                error,
+                findings,
+            } => finish(store, &name, error, &findings).await,
+        }
+    }
+
+    fn is_busy(&self, host: &str, name: &str) -> bool {
+        self.busy.contains(&(host.to_owned(), name.to_owned()))
+    }
+
+    fn call(&mut self, told: Told) {
+        let key = (told.host.clone(), told.name.clone());
         let waits = self
             .backoff
-            .get(&name)
+            .get(&key)
             .is_some_and(|backoff| backoff.until > Instant::now());
-        if waits || self.busy.contains(&name) || self.calls.len() >= MAX_CALLS {
+        let of_host = || self.busy.iter().filter(|(host, _)| *host == told.host);
+        if waits
+            || self.busy.contains(&key)
+            || self.calls.len() >= MAX_CALLS
+            || (self.busy.len() >= MAX_HOST_CALLS && of_host().count() >= MAX_HOST_CALLS)
+        {
             return;
         }
-        self.busy.insert(name);
-        let (node, store) = (self.node.clone(), self.store.clone());
-        self.calls.spawn(async move {
-            let result = match action.clone() {
-                Action::ApplyVm { name, spec } => match with_seed(&store, &name, spec).await {
-                    Ok(spec) => node.apply_vm(spec).await,
+        self.busy.insert(key);
+        let (store, reach) = (self.store.clone(), self.reach.clone());
+        let trace_parent = told.trace_parent.clone();
+        self.calls.spawn(telemetry::scope(trace_parent, async move {
+            let result = match told.call.clone() {
+                Call::ApplyVm(spec) => match with_seed(&store, &told.name, *spec).await {
+                    Ok(spec) => reach.tell(&told.host, Call::ApplyVm(Box::new(spec))).await,
                     // The next attempt may read it.
                     Err(error) => Err(Status::unavailable(with_source(&error))),
                 },
-                Action::DeleteVm { node_id, .. } => node.delete_vm(node_id).await,
-                Action::CreateVolume { request, .. } => node.create_volume(request).await,
-                Action::DeleteVolume { node_id, .. } => node.delete_volume(node_id).await,
-                Action::ApplyNetwork { spec, .. } => node.apply_network(spec).await,
-                Action::DeleteNetwork { node_id, .. } => node.delete_network(node_id).await,
-                Action::StartJob { request, .. } => node.start_job(request).await,
-                Action::CompleteJob { job_id, .. } => node.complete_job(job_id).await,
-                Action::CancelJob { job_id, .. } => node.cancel_job(job_id).await,
-                Action::ForgetJob { job_id } => node.forget_job(job_id).await,
-                _ => Ok(()),
+                call => reach.tell(&told.host, call).await,
             };
-            (action, result)
-        });
+            (told, result)
+        }));
     }
 
     async fn finished(
         &mut self,
-        finished: Result<(Action, Result<(), Status>), tokio::task::JoinError>,
+        finished: Result<(Told, Result<(), Status>), tokio::task::JoinError>,
     ) {
-        let (action, result) = match finished {
+        let (told, result) = match finished {
             Ok(finished) => finished,
             Err(error) => {
                 // Whose call it was is not known; all are free to be made again.
@@ -220,42 +404,26 @@ impl Reconciler {
                 return;
             }
         };
-        let (Action::ApplyVm { name, .. }
-        | Action::DeleteVm { name, .. }
-        | Action::CreateVolume { name, .. }
-        | Action::DeleteVolume { name, .. }
-        | Action::ApplyNetwork { name, .. }
-        | Action::DeleteNetwork { name, .. }
-        | Action::StartJob { name, .. }
-        | Action::CompleteJob { name, .. }
-        | Action::CancelJob { name, .. }
-        | Action::ForgetJob { job_id: name }) = &action
-        else {
-            return;
-        };
-        self.busy.remove(name);
+        let Told { host, name, .. } = &told;
+        let key = (host.clone(), name.clone());
+        self.busy.remove(&key);
         let Err(status) = result else {
-            self.backoff.remove(name);
+            self.backoff.remove(&key);
             return;
         };
-        tracing::warn!(%name, %status, "the host did not do what was asked");
+        tracing::warn!(%host, %name, %status, "the host did not do what was asked");
         if is_final(status.code())
-            && let Err(error) = record_refusal(&self.store, &action, &status).await
+            && let Err(error) = record_refusal(&self.store, &told, &status).await
         {
             tracing::warn!(%name, error = %with_source(&error), "cannot record a host's refusal");
         }
         let pause = self
             .backoff
-            .get(name)
+            .get(&key)
             .map_or(FIRST_BACKOFF, |last| last.pause * 2);
         let pause = pause.min(MAX_BACKOFF);
-        self.backoff.insert(
-            name.clone(),
-            Backoff {
-                pause,
-                until: Instant::now() + pause,
-            },
-        );
+        let until = Instant::now() + pause;
+        self.backoff.insert(key, Backoff { pause, until });
     }
 
     fn next_retry(&self) -> Option<Duration> {
@@ -268,6 +436,102 @@ impl Reconciler {
         due.min()
             .map(|until| until - now + Duration::from_millis(1))
     }
+}
+
+/// Chooses a host for a VM that has none, or notes where it was found.
+async fn place_vm(
+    store: &SharedStore,
+    hosts: &Hosts,
+    stored: &Stored<VmRecord>,
+    found: Option<String>,
+) -> Result<(), StoreError> {
+    let mut record = stored.record.clone();
+    let Ok(name) = Name::parse_vm(&record.vm.name) else {
+        return Ok(());
+    };
+    let spec = record.vm.spec.clone().unwrap_or_default();
+    let request = match commands::vm_request(store, &name, &spec).await {
+        Ok(Some(request)) => request,
+        Ok(None) => return unplaced(store, stored, "its volumes have no host yet").await,
+        Err(CommandError::Store(error)) => return Err(error),
+        Err(error) => return unplaced(store, stored, &error.to_string()).await,
+    };
+    let place = match found {
+        Some(host) => commands::place_at(store, &host, &request).await?,
+        None => match commands::place(hosts, &request).await? {
+            Placing::Found(place) => place,
+            Placing::None(verdicts) => {
+                return unplaced(store, stored, &scheduler::words(&verdicts)).await;
+            }
+        },
+    };
+    place.note(&mut record);
+    let target = model::host_name(place.host());
+    let event = model::new_event(&record.vm.name, "VM_PLACED", format!("on {target}"));
+    let transaction = Transaction::new()
+        .if_unchanged(model::key(&name), stored.revision)
+        .put(model::key(&name), record.encode_to_vec())
+        .put(event.name.clone(), event.encode_to_vec());
+    let done = store.commit(place.promise(transaction)).await;
+    place.settle(store, hosts, done).await.map(drop)
+}
+
+/// Notes why no host can have a VM, if that is news.
+async fn unplaced(
+    store: &SharedStore,
+    stored: &Stored<VmRecord>,
+    words: &str,
+) -> Result<(), StoreError> {
+    if stored.record.unplaced == words {
+        return Ok(());
+    }
+    let record = VmRecord {
+        unplaced: words.to_owned(),
+        ..stored.record.clone()
+    };
+    let key = key_of(&record.vm.name);
+    let mut transaction = Transaction::new().if_unchanged(key.clone(), stored.revision);
+    if !words.is_empty() {
+        let mut event = model::new_event(&record.vm.name, "VM_NOT_PLACED", words);
+        event.warning = true;
+        transaction = transaction.put(event.name.clone(), event.encode_to_vec());
+    }
+    let transaction = transaction.put(key, record.encode_to_vec());
+    store.commit(transaction).await.map(drop)
+}
+
+/// Chooses a host for a volume that has none, or notes where it was found.
+async fn place_volume(
+    store: &SharedStore,
+    hosts: &Hosts,
+    stored: &Stored<VolumeRecord>,
+    found: Option<String>,
+) -> Result<(), StoreError> {
+    let mut record = stored.record.clone();
+    let Ok(name) = Name::parse_volume(&record.volume.name) else {
+        return Ok(());
+    };
+    let spec = record.volume.spec.clone().unwrap_or_default();
+    let host = match found {
+        Some(host) => host,
+        None => match commands::place_volume(store, hosts, &name, &spec).await {
+            Ok(host) => host,
+            Err(CommandError::Store(error)) => return Err(error),
+            Err(error) => {
+                tracing::debug!(%name, %error, "no host can have a volume");
+                return Ok(());
+            }
+        },
+    };
+    if host.is_empty() {
+        return Ok(());
+    }
+    record.host = host;
+    let key = model::key(&name);
+    let transaction = Transaction::new()
+        .if_unchanged(key.clone(), stored.revision)
+        .put(key, record.encode_to_vec());
+    store.commit(transaction).await.map(drop)
 }
 
 /// Adds the content of the VM's seed, which is not in its record.
@@ -303,6 +567,18 @@ fn is_final(code: Code) -> bool {
 /// Everything that is wanted, as of now.
 pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
     let mut desired = Desired::default();
+    for item in store.list(Range::all(model::HOSTS)).await?.items {
+        let record: HostRecord = decode(&item.key, &item.value)?;
+        let (id, revision) = (record.id().to_owned(), item.revision);
+        desired.hosts.insert(id, Stored { record, revision });
+    }
+    for item in store.list(Range::all(model::EVICTIONS)).await?.items {
+        let of = item.key.trim_start_matches(model::EVICTIONS);
+        if let Some((host, node_id)) = of.split_once('/') {
+            let eviction = (host.to_owned(), node_id.to_owned());
+            desired.evictions.insert(eviction);
+        }
+    }
     // Operations come first: each was stored together with its target, so a target that is missing
     // from what is read after it was deleted, and is not merely too new to be seen.
     for item in store.list(Range::all(prefix::PENDING)).await?.items {
@@ -313,7 +589,7 @@ pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
                 let record: JobRecord = decode(&job.key, &job.value)?;
                 desired.jobs.insert(operation.name.clone(), record);
             }
-            desired.pending.push(operation);
+            desired.pending.insert(operation.name.clone(), operation);
         }
     }
     for item in store.list(Range::all(prefix::VMS)).await?.items {
@@ -479,10 +755,11 @@ async fn record_volume(
 /// transaction: the next thing of this name must not be taken for it.
 async fn forget(
     store: &SharedStore,
-    pending: &[pb::Operation],
+    pending: &BTreeMap<String, pb::Operation>,
     name: &str,
     node_id: &str,
     revision: u64,
+    transaction: Transaction,
 ) -> Result<(), StoreError> {
     let parsed = Name::parse_vm(name)
         .or_else(|_| Name::parse_volume(name))
@@ -494,7 +771,7 @@ async fn forget(
         _ => "VOLUME_DELETED",
     };
     let event = model::new_event(name, reason, "");
-    let mut transaction = Transaction::new()
+    let mut transaction = transaction
         .if_unchanged(model::key(&parsed), revision)
         .delete(model::key(&parsed))
         .delete(model::node_id_key(&parsed, node_id))
@@ -511,7 +788,7 @@ async fn forget(
             }
         }
     }
-    for operation in pending {
+    for operation in pending.values() {
         let metadata = operation.metadata.clone().unwrap_or_default();
         if metadata.target != name {
             continue;
@@ -585,10 +862,27 @@ fn job_event(operation: &pb::Operation) -> Option<pb::Event> {
     Some(event)
 }
 
+/// The next host does it.
+async fn advance_job(store: &SharedStore, name: &str, host: &str) -> Result<(), StoreError> {
+    let key = model::job_key(name);
+    let Some(item) = store.get(&key).await? else {
+        return Ok(());
+    };
+    let mut record: JobRecord = decode(&key, &item.value)?;
+    if record.host != host || record.then.is_empty() {
+        return Ok(());
+    }
+    record.host = record.then.remove(0);
+    let transaction = Transaction::new()
+        .if_unchanged(key.clone(), item.revision)
+        .put(key, record.encode_to_vec());
+    store.commit(transaction).await.map(drop)
+}
+
 /// A host will never do this: note why, and stop wanting it.
 async fn record_refusal(
     store: &SharedStore,
-    action: &Action,
+    told: &Told,
     status: &Status,
 ) -> Result<(), StoreError> {
     let error = pb::OperationError {
@@ -596,10 +890,11 @@ async fn record_refusal(
         message: api::errors::explain(status),
         reason: api::errors::reason(status).unwrap_or_else(|| "HOST_REFUSED".to_owned()),
     };
-    let (name, generation) = match action {
-        Action::StartJob { name, .. } => return finish(store, name, Some(error), &[]).await,
-        Action::ApplyVm { name, spec } => (name, spec.generation),
-        Action::CreateVolume { name, .. } => (name, 0),
+    let name = &told.name;
+    let generation = match &told.call {
+        Call::StartJob(_) => return finish(store, name, Some(error), &[]).await,
+        Call::ApplyVm(spec) => spec.generation,
+        Call::CreateVolume(_) => 0,
         // A deletion stays wanted: what stands in its way may go.
         _ => return Ok(()),
     };
@@ -609,9 +904,9 @@ async fn record_refusal(
     };
     let mut event = model::new_event(name, "HOST_REFUSED", error.message.clone());
     event.warning = true;
-    let value = if matches!(action, Action::ApplyVm { .. }) {
+    let value = if matches!(told.call, Call::ApplyVm(_)) {
         let mut record: VmRecord = decode(&key, &item.value)?;
-        if record.vm.generation != generation {
+        if record.vm.generation != generation || record.host != told.host {
             return Ok(());
         }
         record.rejected_generation = generation;
@@ -632,30 +927,48 @@ async fn record_refusal(
     store.commit(transaction).await.map(drop)
 }
 
+/// The trace of the request that wants something, by the operation's name and by its target's.
+fn traces(pending: &BTreeMap<String, pb::Operation>) -> HashMap<&str, &str> {
+    let mut traces = HashMap::new();
+    for (name, operation) in pending {
+        if let Some(metadata) = &operation.metadata {
+            traces.insert(name.as_str(), metadata.trace_parent.as_str());
+            traces.insert(metadata.target.as_str(), metadata.trace_parent.as_str());
+        }
+    }
+    traces
+}
+
+async fn collect_all(store: SharedStore) {
+    if let Err(error) = collect(&store).await {
+        tracing::warn!(error = %with_source(&error), "cannot remove old records");
+    }
+}
+
 /// Removes the oldest done operations, with their request ids, and the oldest events.
 async fn collect(store: &SharedStore) -> Result<(), StoreError> {
     let operations = store.list(Range::all(prefix::OPERATIONS)).await?.items;
     let surplus = operations.len().saturating_sub(MAX_OPERATIONS);
+    let mut keys = Vec::new();
     for item in operations.into_iter().take(surplus) {
         let operation: pb::Operation = decode(&item.key, &item.value)?;
         if !operation.done {
             continue;
         }
-        let mut transaction = Transaction::new().delete(item.key);
+        keys.push(item.key);
         let metadata = operation.metadata.unwrap_or_default();
         let project = metadata.target.split('/').nth(1);
         if let Some(project) = project.filter(|_| !metadata.request_id.is_empty()) {
-            transaction = transaction.delete(model::request_key(project, &metadata.request_id));
+            keys.push(model::request_key(project, &metadata.request_id));
         }
-        store.commit(transaction).await?;
     }
     let events = store.list(Range::all(prefix::EVENTS)).await?.items;
     let surplus = events.len().saturating_sub(MAX_EVENTS);
-    if surplus > 0 {
-        let mut transaction = Transaction::new();
-        for item in events.into_iter().take(surplus) {
-            transaction = transaction.delete(item.key);
-        }
+    keys.extend(events.into_iter().take(surplus).map(|item| item.key));
+    for batch in keys.chunks(COLLECT_BATCH) {
+        let transaction = batch.iter().fold(Transaction::new(), |transaction, key| {
+            transaction.delete(key)
+        });
         store.commit(transaction).await?;
     }
     Ok(())

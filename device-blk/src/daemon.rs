@@ -15,6 +15,7 @@ use anyhow::{Context, anyhow};
 use api::daemon::{DeviceTable, Parts};
 use api::device::attach_request::{Device as DeviceConfig, Listener as ListenerConfig};
 use api::device::disks_server::DisksServer;
+use api::device::leases_server::LeasesServer;
 use api::device::{AttachRequest, BackingImage, FdRef};
 use api::fds::Inbox;
 use api::listen::{self, SocketFile, Sweeper};
@@ -30,6 +31,7 @@ use crate::engine::ring_maker;
 use crate::engine::uring::Uring;
 use crate::image::lock::Attachment;
 use crate::image::{Image, chain, raw};
+use crate::leases::LeaseService;
 use crate::remote;
 
 /// Runs until SIGTERM or SIGINT.
@@ -121,6 +123,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let disks = DisksServer::new(DiskService::new(table.clone(), lock_wait));
     let services = Services::new()
         .with(disks)
+        .with(LeasesServer::new(LeaseService(table.clone())))
         .with(api::fault_control::service(faults));
     api::daemon::run(&table, services, control, metrics)?;
     tracing::info!("drained and stopped");

@@ -19,6 +19,7 @@ use vhost_user::backend::{self, Server};
 use crate::assembly::{self, Files, assemble};
 use crate::cli::MAX_QUEUES;
 use crate::device::{BlkDevice, serial_id};
+use crate::engine::allowance::Allowance;
 use crate::engine::backend::ServeOptions;
 use crate::image::failing::FailingImage;
 use crate::image::lock::Attachment;
@@ -118,6 +119,10 @@ impl Disk {
             observer: tracker.clone(),
             slow: SlowThreshold::new(config.slow_request_ms),
             faults: faults.map_or_else(DeviceFaults::none, |faults| faults.device(&request.id)),
+            allowance: Arc::new(match config.leased {
+                true => Allowance::leased(config.io_until_boottime_ns),
+                false => Allowance::always(),
+            }),
         };
         let device = Arc::new(BlkDevice::new(image, num_queues, options));
         let server = Server::spawn(&request.id, listener, device.clone())
@@ -141,6 +146,23 @@ impl Disk {
 
     pub(crate) fn set_polling(&self, mode: Polling) {
         self.device.backend().set_polling(polling(mode));
+    }
+
+    /// Lets it do I/O until a moment of `CLOCK_BOOTTIME`.
+    ///
+    /// # Errors
+    /// `FAILED_PRECONDITION` when it may for ever.
+    pub(crate) fn allow_io(&self, id: &str, until_boottime_ns: u64) -> Result<(), Status> {
+        let backend = self.device.backend();
+        if !backend.allowance().is_leased() {
+            return Err(Status::failed_precondition(format!(
+                "device {id:?} was not attached as leased: it needs no leave"
+            )));
+        }
+        if backend.allowance().extend(until_boottime_ns) {
+            backend.wake_queues();
+        }
+        Ok(())
     }
 
     fn serving(&self) -> MutexGuard<'_, Serving> {
@@ -216,6 +238,7 @@ impl ServedDevice for Disk {
                 nbd: image.remote_status().map(remote::describe),
             }),
             net: None,
+            io_stopped: self.device.backend().allowance().is_over(),
         }
     }
 

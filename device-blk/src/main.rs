@@ -33,6 +33,7 @@ mod engine;
 mod image;
 mod jobs;
 mod latency;
+mod leases;
 mod limiter;
 mod nbd_serve;
 mod remote;

@@ -11,12 +11,15 @@ const PROTOS: &[&str] = &[
     "mortise/device/v1/nics.proto",
     "mortise/device/v1/disks.proto",
     "mortise/device/v1/faults.proto",
+    "mortise/device/v1/leases.proto",
     "mortise/node/v1/networks.proto",
     "mortise/node/v1/upgrade.proto",
     "mortise/node/v1/node.proto",
     "mortise/node/v1/nics.proto",
     "mortise/node/v1/devices.proto",
     "mortise/node/v1/faults.proto",
+    "mortise/node/v1/leases.proto",
+    "mortise/controller/v1/placement.proto",
     "mortise/controller/v1/vms.proto",
     "mortise/controller/v1/volumes.proto",
     "mortise/controller/v1/networks.proto",
@@ -28,6 +31,10 @@ const PROTOS: &[&str] = &[
     "mortise/controller/v1/operations.proto",
     "mortise/controller/v1/events.proto",
     "mortise/controller/v1/faults.proto",
+    "mortise/controller/v1/watches.proto",
+    "mortise/controller/v1/audit.proto",
+    "mortise/controller/v1/state.proto",
+    "mortise/controller/v1/projects.proto",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -41,6 +48,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "mortise.node.v1.CloudInit",
             "mortise.controller.v1.CloudInit",
         ])
+        // The same message is to have the same bytes: requests are told apart by their digests.
+        .btree_map(".")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -15,17 +15,22 @@ use api::node::VmStatus;
 use tokio::sync::{Mutex, broadcast};
 use tonic::Code;
 
+use lease::Restart;
+
 use crate::{
+    autostart::Autostart,
     faults::{Allowed, Faults, Knobs},
     host::{Host, HostError},
     image::Claims,
     import::Imports,
+    inventory::Inventory,
     jobs::Jobs,
+    leases::{LeaseError, Leases},
     network::{NetworkError, Networks},
     process,
     promised::Promised,
-    record::{RecordError, Store},
-    spec::{DiskSource, Spec},
+    record::{Record, RecordError, Store},
+    spec::{DiskSource, Power, Spec},
     versions::Versions,
     vm::{Env, Refusal, Vm},
     volumes::{Pool, VolumeError},
@@ -39,12 +44,16 @@ const MAX_VMS: usize = 4096;
 /// An agent that was killed while it forked leaves the lock to the child until that executes its
 /// program.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// Less than a caller waits for its answer.
+const EVICT_PATIENCE: Duration = Duration::from_secs(8);
 const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The agent's state. Shared by all calls.
 pub(crate) struct Agent {
     /// What does not change.
     pub(crate) host: Host,
+    /// What a scheduler wants to know of it.
+    pub(crate) inventory: Inventory,
     /// What the VMs share.
     pub(crate) env: Arc<Env>,
     /// Work on volumes and disks.
@@ -67,6 +76,9 @@ pub(crate) struct Dirs {
     pub(crate) qemu_img: Option<PathBuf>,
     /// What makes user networks, if it was named.
     pub(crate) passt: Option<PathBuf>,
+    /// Where the host is, and what people call it.
+    pub(crate) zone: String,
+    pub(crate) labels: BTreeMap<String, String>,
     /// Processes stand by for the daemons of all VMs.
     pub(crate) warm_spares: bool,
     /// A daemon that does not get on for this long is killed.
@@ -119,6 +131,9 @@ pub(crate) enum CallError {
     /// Too many VMs.
     #[error("this host has {MAX_VMS} VMs already; delete some")]
     TooMany,
+    /// It may not be started here now.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
     /// The VM refused.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -133,6 +148,8 @@ impl CallError {
         match self {
             Self::NotFound { .. } => Code::NotFound,
             Self::TooMany => Code::ResourceExhausted,
+            // The next wish may well be of the present session.
+            Self::Lease(_) => Code::Unavailable,
             Self::Refused(refusal) => refusal.code(),
             Self::Record(_) => Code::Internal,
         }
@@ -171,8 +188,19 @@ impl Agent {
             &knobs,
         )?;
         let (changes, _) = broadcast::channel(CHANGE_BACKLOG);
+        let store = Store::open(&dirs.state)?.failing_as(knobs.clone());
+        let records = store.load()?;
+        let boot_id = process::boot_id();
+        let is_leased = |record: &Record| {
+            record.spec.restart == Restart::Anywhere && record.state.is_of_boot(&boot_id)
+        };
+        let comes_back = records.iter().filter(|record| {
+            record.spec.comes_back() && record.state.ran() && !record.state.is_of_boot(&boot_id)
+        });
         let env = Arc::new(Env {
-            store: Store::open(&dirs.state)?.failing_as(knobs.clone()),
+            leases: Leases::open(&dirs.run, &boot_id, records.iter().any(is_leased)),
+            autostart: Autostart::of(comes_back.map(|record| record.spec.autostart_order)),
+            store,
             faults: Faults::open(&dirs.state, dirs.allowed, knobs.clone()),
             knobs,
             volumes: Pool::open(&dirs.state, &dirs.run, claims.clone(), imports.clone())?,
@@ -186,10 +214,9 @@ impl Agent {
             hang_after: dirs.hang_after,
             passt: dirs.passt.clone(),
             networks,
-            boot_id: process::boot_id(),
+            boot_id,
             changes,
         });
-        let records = env.store.load()?;
         env.versions.remove_unfinished();
         env.versions
             .collect(records.iter().flat_map(|record| &record.pins));
@@ -199,8 +226,15 @@ impl Agent {
             .collect();
         // After the VMs, which say what NICs a switch has.
         env.networks.adopt();
+        let inventory = Inventory::open(
+            &dirs.state,
+            &dirs.bin,
+            dirs.zone.clone(),
+            dirs.labels.clone(),
+        );
         Ok(Self {
             host,
+            inventory,
             env,
             vms: Mutex::new(vms),
             jobs: Jobs::default(),
@@ -208,11 +242,14 @@ impl Agent {
         })
     }
 
-    /// Makes `spec` a VM's wish; the VM need not exist yet.
+    /// Makes `spec` a VM's wish; the VM need not exist yet. `session` is the host's lease's, as the
+    /// controller knows it.
     ///
     /// # Errors
     /// When the wish is refused or cannot be kept.
-    pub(crate) async fn apply(&self, spec: Spec) -> Result<VmStatus, CallError> {
+    pub(crate) async fn apply(&self, spec: Spec, session: &str) -> Result<VmStatus, CallError> {
+        let permit = self.env.leases.permit(spec.restart, spec.power, session);
+        let _permit = permit.await?;
         let vm = {
             let mut vms = self.vms.lock().await;
             match vms.get(&spec.id) {
@@ -259,6 +296,34 @@ impl Agent {
             vms.remove(id);
         }
         Ok(())
+    }
+
+    /// Stops a VM at once, whatever was wished of it, and forgets it: it is another host's now. One that is
+    /// not there is no error.
+    ///
+    /// # Errors
+    /// When it did not stop in time; it stops nevertheless.
+    pub(crate) async fn evict(&self, id: &str) -> Result<(), CallError> {
+        let Ok(vm) = self.find(id).await else {
+            return Ok(());
+        };
+        let spec = vm.spec();
+        if vm.is_active() && spec.power != Power::OffNow {
+            let off = Spec {
+                power: Power::OffNow,
+                generation: spec.generation + 1,
+                ..Spec::clone(&spec)
+            };
+            match vm.apply(off).await {
+                Ok(()) | Err(Refusal::Gone { .. }) => {}
+                Err(refusal) => return Err(refusal.into()),
+            }
+        }
+        let mut status = vm.watch();
+        let stopped = status.wait_for(|_| !vm.is_active());
+        // Whether it did, deleting says.
+        let _ = tokio::time::timeout(EVICT_PATIENCE, stopped).await;
+        self.delete(id).await
     }
 
     /// One VM.
@@ -343,6 +408,8 @@ mod tests {
             qemu_img: None,
             passt: None,
             warm_spares: false,
+            zone: String::new(),
+            labels: BTreeMap::new(),
             hang_after: Duration::from_secs(10),
             allowed: Allowed::default(),
         };

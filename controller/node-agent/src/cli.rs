@@ -32,6 +32,12 @@ pub(crate) struct Cli {
     /// This host's address that other hosts send to what overlay networks carry.
     #[arg(long, value_name = "IP")]
     pub(crate) underlay_address: Option<std::net::IpAddr>,
+    /// Hosts of one zone fail together: a rack, a room.
+    #[arg(long, value_name = "ZONE")]
+    pub(crate) zone: Option<String>,
+    /// What VMs may ask of their host; may be given several times.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
+    pub(crate) labels: Vec<(String, String)>,
     /// Makes user networks [default: beside node-agent, or in PATH].
     #[arg(long, value_name = "FILE", env = "MORTISE_PASST")]
     pub(crate) passt: Option<PathBuf>,
@@ -50,6 +56,9 @@ pub(crate) struct Cli {
     /// Serve /metrics for Prometheus over HTTP here: HOST:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) metrics_listen: Option<Address>,
+    /// Send traces to this OpenTelemetry collector (OTLP over gRPC).
+    #[arg(long, value_name = "http://HOST:PORT", env = "MORTISE_OTLP")]
+    pub(crate) otlp: Option<String>,
 }
 
 /// Of `--allow-faults`.
@@ -67,4 +76,10 @@ impl Cli {
             clock: self.allow_faults == Some(AllowFaults::Clock),
         }
     }
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let parts = text.split_once('=').filter(|(key, _)| !key.is_empty());
+    let (key, value) = parts.ok_or("must be KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
 }

@@ -84,6 +84,7 @@ pub(crate) fn disk(dir: &Path) -> Disk {
         page_cache: false,
         slow_request_ms: 0,
         tuning: Default::default(),
+        generation: 0,
     }
 }
 

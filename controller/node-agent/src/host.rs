@@ -200,7 +200,7 @@ fn meminfo_bytes(name: &str) -> u64 {
     parse_meminfo_bytes(&meminfo, name)
 }
 
-fn parse_meminfo_bytes(meminfo: &str, name: &str) -> u64 {
+pub(crate) fn parse_meminfo_bytes(meminfo: &str, name: &str) -> u64 {
     meminfo
         .lines()
         .filter_map(|line| line.split_once(':'))

@@ -5,14 +5,18 @@
 //! survive the agent is in [`record`].
 
 mod agent;
+mod autostart;
 mod cli;
 mod cloud_init;
 mod console;
+mod epoch;
 mod faults;
 mod host;
 mod image;
 mod import;
+mod inventory;
 mod jobs;
+mod leases;
 mod metrics;
 mod network;
 mod process;
@@ -26,15 +30,15 @@ mod versions;
 mod vm;
 mod volumes;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use api::{
     listen::Listener,
     metrics::serve_http,
     node::{
-        devices_server::DevicesServer, faults_server::FaultsServer, nics_server::NicsServer,
-        node_agent_server::NodeAgentServer,
+        devices_server::DevicesServer, faults_server::FaultsServer, leases_server::LeasesServer,
+        nics_server::NicsServer, node_agent_server::NodeAgentServer,
     },
     serve,
 };
@@ -44,6 +48,7 @@ use tokio::runtime::Handle;
 use crate::{
     agent::{Agent, Dirs},
     cli::Cli,
+    epoch::Epochs,
     faults::Partitioned,
     service::Service,
 };
@@ -53,14 +58,6 @@ fn main() -> ExitCode {
         return failed;
     }
     let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("MORTISE_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -72,6 +69,7 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(cli: Cli) -> anyhow::Result<()> {
+    let telemetry = telemetry::init("node-agent", cli.otlp.as_deref())?;
     let dirs = directories(&cli)?;
     api::limits::raise_open_files();
     // Bound first: an agent that cannot serve must not touch VMs.
@@ -91,18 +89,34 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     }
     tracing::info!(%address, state = %dirs.state.display(), run = %dirs.run.display(), "serving");
     tokio::spawn(faults::run(agent.clone()));
+    tokio::spawn(agent.env.leases.clone().run(agent.clone()));
     let knobs = agent.env.knobs.clone();
+    let epochs = Epochs::open(&dirs.state).context("reading whose commands to obey")?;
     let service = Service::new(agent);
     let services = serve::Services::new()
-        .with(Partitioned::new(
+        .with(telemetry::serve(epochs.guard(Partitioned::new(
             DevicesServer::new(service.clone()),
             &knobs,
-        ))
-        .with(Partitioned::new(FaultsServer::new(service.clone()), &knobs))
-        .with(Partitioned::new(NicsServer::new(service.clone()), &knobs))
-        .with(Partitioned::new(NodeAgentServer::new(service), &knobs));
+        ))))
+        .with(telemetry::serve(epochs.guard(Partitioned::new(
+            FaultsServer::new(service.clone()),
+            &knobs,
+        ))))
+        .with(telemetry::serve(epochs.guard(Partitioned::new(
+            LeasesServer::new(service.clone()),
+            &knobs,
+        ))))
+        .with(telemetry::serve(epochs.guard(Partitioned::new(
+            NicsServer::new(service.clone()),
+            &knobs,
+        ))))
+        .with(telemetry::serve(epochs.guard(Partitioned::new(
+            NodeAgentServer::new(service),
+            &knobs,
+        ))));
     serve::on(listener, services, serve::terminated()).await?;
     tracing::info!("ending; VMs go on running");
+    tokio::task::block_in_place(|| telemetry.shutdown());
     Ok(())
 }
 
@@ -124,6 +138,8 @@ fn directories(cli: &Cli) -> anyhow::Result<Dirs> {
         run: absolute(&cli.run_dir)?,
         passt: cli.passt.as_ref().map(absolute).transpose()?,
         warm_spares: cli.warm_spares,
+        zone: cli.zone.clone().unwrap_or_default(),
+        labels: cli.labels.iter().cloned().collect(),
         hang_after: Duration::from_secs(cli.hang_after),
         allowed: cli.allowed_faults(),
         qemu_img: match &cli.qemu_img {

@@ -121,6 +121,26 @@ pub(crate) struct Failure {
     pub(crate) stop_reason: String,
 }
 
+impl State {
+    fn assets(&self) -> Option<&Assets> {
+        match self {
+            Self::Starting(assets) | Self::Running(assets) | Self::Stopping(assets) => Some(assets),
+            Self::Stopped { .. } | Self::Failed(_) => None,
+        }
+    }
+
+    /// Something of it may live in this boot.
+    pub(crate) fn is_of_boot(&self, boot_id: &str) -> bool {
+        self.assets()
+            .is_some_and(|assets| assets.boot_id == boot_id)
+    }
+
+    /// It ran, and nobody wished it to end.
+    pub(crate) fn ran(&self) -> bool {
+        matches!(self, Self::Running(_))
+    }
+}
+
 impl Record {
     /// A VM that never ran.
     pub(crate) fn new(spec: Spec) -> Self {

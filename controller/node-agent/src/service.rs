@@ -3,6 +3,7 @@
 mod devices;
 mod disks;
 mod faults;
+mod leases;
 mod nics;
 mod uploads;
 mod volumes;
@@ -56,7 +57,7 @@ impl NodeAgent for Service {
             .filter(|vm| is_running(&vm.status()))
             .count();
         let host = &self.agent.host;
-        Ok(Response::new(HostStatus {
+        let mut status = HostStatus {
             host_id: host.id.clone(),
             hostname: host.hostname.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -69,7 +70,11 @@ impl NodeAgent for Service {
                 .unwrap_or_default(),
             vms_running: running as u32,
             underlay_address: host.underlay_address.clone(),
-        }))
+            lease_session: self.agent.env.leases.session(),
+            ..Default::default()
+        };
+        self.agent.inventory.add_to(&mut status);
+        Ok(Response::new(status))
     }
 
     async fn apply_vm(
@@ -78,8 +83,10 @@ impl NodeAgent for Service {
     ) -> Result<Response<VmStatus>, Status> {
         let request = request.into_inner();
         validate::apply_vm_request(&request)?;
-        let spec = Spec::from_validated(&request.spec.expect("a spec was validated"));
-        Ok(Response::new(self.agent.apply(spec).await?))
+        let spec = request.spec.expect("a spec was validated");
+        let session = spec.lease_session.clone();
+        let spec = Spec::from_validated(&spec);
+        Ok(Response::new(self.agent.apply(spec, &session).await?))
     }
 
     async fn reset_vm(
@@ -95,7 +102,11 @@ impl NodeAgent for Service {
         &self,
         request: Request<DeleteVmRequest>,
     ) -> Result<Response<DeleteVmResponse>, Status> {
-        self.agent.delete(&request.into_inner().id).await?;
+        let DeleteVmRequest { id, evict } = request.into_inner();
+        match evict {
+            true => self.agent.evict(&id).await?,
+            false => self.agent.delete(&id).await?,
+        }
         Ok(Response::new(DeleteVmResponse {}))
     }
 

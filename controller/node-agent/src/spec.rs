@@ -4,7 +4,8 @@
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
-use api::node::OutageAction;
+use api::node::{OutageAction, RestartPolicy};
+use lease::Restart;
 use serde::{Deserialize, Serialize};
 
 use crate::cloud_init::CloudInit;
@@ -47,6 +48,15 @@ pub(crate) struct Spec {
     /// By device, where they are not the default.
     #[serde(default)]
     pub(crate) outage_policies: BTreeMap<String, OutagePolicy>,
+    /// When it does not run although it should.
+    #[serde(default)]
+    pub(crate) restart: Restart,
+    /// After a boot of the host.
+    #[serde(default)]
+    pub(crate) autostart: bool,
+    /// Then, lower ones come first.
+    #[serde(default)]
+    pub(crate) autostart_order: u32,
 }
 
 /// What is done while no daemon serves a device.
@@ -103,6 +113,9 @@ pub(crate) struct Disk {
     /// What may change while the VM runs.
     #[serde(default)]
     pub(crate) tuning: Tuning,
+    /// Of a volume's attachment; 0 is not compared.
+    #[serde(default)]
+    pub(crate) generation: u64,
 }
 
 /// What may change of a disk while its VM runs.
@@ -314,7 +327,19 @@ impl Spec {
                 .iter()
                 .map(|policy| (policy.device.clone(), OutagePolicy::from_api(policy)))
                 .collect(),
+            restart: match api.restart_policy() {
+                RestartPolicy::Unspecified | RestartPolicy::Never => Restart::Never,
+                RestartPolicy::SameHost => Restart::SameHost,
+                RestartPolicy::Anywhere => Restart::Anywhere,
+            },
+            autostart: api.autostart,
+            autostart_order: api.autostart_order,
         }
+    }
+
+    /// Whether a boot of the host starts it again by itself.
+    pub(crate) fn comes_back(&self) -> bool {
+        self.autostart && self.power == Power::On && self.restart != Restart::Anywhere
     }
 
     /// What is done in an outage of `device`.
@@ -333,6 +358,8 @@ impl Spec {
         other.shutdown_grace_ms = self.shutdown_grace_ms;
         other.warm_spare = self.warm_spare;
         other.outage_policies.clone_from(&self.outage_policies);
+        other.autostart = self.autostart;
+        other.autostart_order = self.autostart_order;
         for (other, own) in other.disks.iter_mut().zip(&self.disks) {
             other.tuning = own.tuning;
         }
@@ -419,6 +446,7 @@ impl Disk {
                     api::node::Polling::Always => Polling::Always,
                 },
             },
+            generation: api.generation,
         }
     }
 }

@@ -388,6 +388,30 @@ impl Pool {
         })
     }
 
+    /// Takes an attachment's generation in, durably; 0 says nothing.
+    ///
+    /// # Errors
+    /// When a later attachment has been here.
+    pub(crate) fn admit(&self, id: &str, generation: u64) -> Result<(), VolumeError> {
+        if generation == 0 {
+            return Ok(());
+        }
+        let _changing = self.change(id)?;
+        let mut record = self.record(id)?;
+        if generation < record.generation {
+            return Err(VolumeError::Superseded {
+                id: id.to_owned(),
+                given: generation,
+                highest: record.generation,
+            });
+        }
+        if generation > record.generation {
+            record.generation = generation;
+            self.save(&record)?;
+        }
+        Ok(())
+    }
+
     /// Refuses to write a volume that linked clones are based on as it is.
     ///
     /// # Errors

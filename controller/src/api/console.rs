@@ -44,7 +44,8 @@ pub(super) async fn open(api: &Api, mut input: Streaming<ConsoleInput>) -> Resul
     // There is room: the queue is new.
     let _ = sender.try_send(hello);
     tokio::spawn(forward(input, sender));
-    let output = api.node.console(ReceiverStream::new(receiver)).await?;
+    let host = api.hosts.reach(&vm.record.host)?;
+    let output = host.console(ReceiverStream::new(receiver)).await?;
     Ok(Box::pin(output.map(|message| {
         message.map(|message| ConsoleOutput {
             offset: message.offset,

@@ -77,8 +77,11 @@ impl Api {
             .await
             .map_err(command_status)?;
         let record = stored.record;
-        let asked = self.node.get_devices(record.node_id.clone(), max_outages);
-        let seen = asked.await.unwrap_or_default();
+        let seen = match self.hosts.get(&record.host) {
+            Some(host) => host.get_devices(record.node_id.clone(), max_outages).await,
+            None => Ok(Default::default()),
+        };
+        let seen = seen.unwrap_or_default();
         let etag = model::etag(&record.vm.uid, record.vm.generation);
         let spec = record.vm.spec.unwrap_or_default();
         Ok(commands::devices(&spec)

@@ -174,7 +174,8 @@ impl Api {
             .await
             .map_err(command_status)?;
         let record = stored.record;
-        let seen = self.node.get_disks(record.node_id.clone()).await?;
+        let host = self.hosts.reach(&record.host)?;
+        let seen = host.get_disks(record.node_id.clone()).await?;
         let etag = model::etag(&record.vm.uid, record.vm.generation);
         let disks = record.vm.spec.unwrap_or_default().disks;
         Ok(disks

@@ -4,12 +4,13 @@ use std::pin::Pin;
 
 use api::controller::events_server::Events;
 use api::controller::*;
+use gate::auth::Principal;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Api, store_status};
+use super::{Api, caller, store_status};
 use crate::model::prefix;
 use crate::reconciler::decode;
 use crate::store::{Item, Range, Watch};
@@ -23,25 +24,19 @@ impl Events for Api {
         &self,
         request: Request<ListEventsRequest>,
     ) -> Result<Response<ListEventsResponse>, Status> {
+        let caller = caller(&request);
         let request = request.into_inner();
-        let (listing, next_page_token) = self
-            .page(
-                prefix::EVENTS,
-                request.page_size,
-                &request.page_token,
-                false,
-            )
+        let page = self
+            .list("Event", (prefix::EVENTS, false), &request, |item| {
+                let event = event(item)?;
+                let wanted = concerns(&event, &request.target) && caller.may_see(&event.target);
+                Ok(wanted.then_some(event))
+            })
             .await?;
-        let mut events = Vec::with_capacity(listing.items.len());
-        for item in &listing.items {
-            events.push(event(item)?);
-        }
-        events.retain(|event| concerns(event, &request.target));
-        let revision = listing.revision;
         Ok(Response::new(ListEventsResponse {
-            events,
-            next_page_token,
-            revision,
+            events: page.items,
+            next_page_token: page.next_page_token,
+            revision: page.revision,
         }))
     }
 
@@ -52,6 +47,7 @@ impl Events for Api {
         &self,
         request: Request<WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let caller = caller(&request);
         let request = request.into_inner();
         let newest = *self.store.revision().borrow();
         let (kept, after) = match request.after_revision {
@@ -69,7 +65,11 @@ impl Events for Api {
             .await
             .map_err(store_status)?;
         let (sender, receiver) = mpsc::channel(QUEUE);
-        tokio::spawn(send_events(kept, after, watch, request.target, sender));
+        let wanted = Wanted {
+            target: request.target,
+            caller,
+        };
+        tokio::spawn(send_events(kept, after, watch, wanted, sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }
@@ -79,16 +79,16 @@ async fn send_events(
     kept: Vec<Item>,
     revision: u64,
     mut watch: Watch,
-    target: String,
+    wanted: Wanted,
     client: mpsc::Sender<Result<WatchEventsResponse, Status>>,
 ) {
     for item in &kept {
         let event = event(item);
         // A bookmark among them would say that what is kept has been sent.
-        if event.as_ref().is_ok_and(|event| !concerns(event, &target)) {
+        if event.as_ref().is_ok_and(|event| !wanted.has(event)) {
             continue;
         }
-        if !send(event, &target, &client).await {
+        if !send(event, &wanted, &client).await {
             return;
         }
     }
@@ -115,7 +115,7 @@ async fn send_events(
             value,
             revision: change.revision,
         };
-        if !send(event(&item), &target, &client).await {
+        if !send(event(&item), &wanted, &client).await {
             return;
         }
     }
@@ -124,11 +124,11 @@ async fn send_events(
 /// Whether the client is still there.
 async fn send(
     event: Result<Event, Status>,
-    target: &str,
+    wanted: &Wanted,
     client: &mpsc::Sender<Result<WatchEventsResponse, Status>>,
 ) -> bool {
     let message = match event {
-        Ok(event) if concerns(&event, target) => {
+        Ok(event) if wanted.has(&event) => {
             let message = Some(watch_events_response::Message::Event(event));
             Ok(WatchEventsResponse { message })
         }
@@ -150,6 +150,18 @@ fn event(item: &Item) -> Result<Event, Status> {
         revision: item.revision,
         ..event
     })
+}
+
+/// What one client watches.
+struct Wanted {
+    target: String,
+    caller: Principal,
+}
+
+impl Wanted {
+    fn has(&self, event: &Event) -> bool {
+        concerns(event, &self.target) && self.caller.may_see(&event.target)
+    }
 }
 
 fn concerns(event: &Event, target: &str) -> bool {

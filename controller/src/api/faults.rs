@@ -45,17 +45,16 @@ impl FaultExperiments for Api {
             Parent::All => prefix::FAULT_EXPERIMENTS.to_owned(),
             Parent::Project(project) => format!("{}{project}/", prefix::FAULT_EXPERIMENTS),
         };
-        let (listing, next_page_token) = self
-            .page(&prefix, request.page_size, &request.page_token, false)
+        let page = self
+            .list("FaultExperiment", (&prefix, false), &request, |item| {
+                let stored = decode(&item.key, &item.value).map_err(store_status)?;
+                Ok(Some(self.experiments.with_live(stored)))
+            })
             .await?;
-        let mut experiments = Vec::with_capacity(listing.items.len());
-        for item in listing.items {
-            let stored = decode(&item.key, &item.value).map_err(store_status)?;
-            experiments.push(self.experiments.with_live(stored));
-        }
         Ok(Response::new(ListFaultExperimentsResponse {
-            experiments,
-            next_page_token,
+            experiments: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
     }
 

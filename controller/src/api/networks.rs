@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 use super::{Api, command_status, store_status};
 use crate::commands::{self, RequestKey};
 use crate::model::{NetworkRecord, prefix};
+use crate::plan::Layout;
 use crate::reconciler::{self, decode};
 
 #[tonic::async_trait]
@@ -22,9 +23,7 @@ impl Networks for Api {
         let stored = commands::get_network(&self.store, &name)
             .await
             .map_err(command_status)?;
-        let desired = reconciler::load(&self.store).await.map_err(store_status)?;
-        let network = commands::visible_network(&stored.record, &desired, &self.observed());
-        Ok(Response::new(network))
+        self.network_now(stored.record).await.map(Response::new)
     }
 
     async fn list_networks(
@@ -36,19 +35,20 @@ impl Networks for Api {
             Parent::All => prefix::NETWORKS.to_owned(),
             Parent::Project(project) => format!("{}{project}/", prefix::NETWORKS),
         };
-        let (listing, next_page_token) = self
-            .page(&prefix, request.page_size, &request.page_token, false)
-            .await?;
         let desired = reconciler::load(&self.store).await.map_err(store_status)?;
-        let observed = self.observed();
-        let mut networks = Vec::with_capacity(listing.items.len());
-        for item in listing.items {
-            let record: NetworkRecord = decode(&item.key, &item.value).map_err(store_status)?;
-            networks.push(commands::visible_network(&record, &desired, &observed));
-        }
+        let wanted = (&desired, &Layout::of(&desired));
+        let fleet = self.fleet();
+        let page = self
+            .list("Network", (&prefix, false), &request, |item| {
+                let record: NetworkRecord = decode(&item.key, &item.value).map_err(store_status)?;
+                let network = commands::visible_network(&record, wanted, &fleet);
+                Ok(Some(network))
+            })
+            .await?;
         Ok(Response::new(ListNetworksResponse {
-            networks,
-            next_page_token,
+            networks: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
     }
 
@@ -140,5 +140,14 @@ fn change(spec: &mut NetworkSpec, given: &NetworkSpec, paths: &[String]) {
             }
             _ => {}
         }
+    }
+}
+
+impl Api {
+    /// What users see of a network.
+    pub(super) async fn network_now(&self, record: NetworkRecord) -> Result<Network, Status> {
+        let desired = reconciler::load(&self.store).await.map_err(store_status)?;
+        let wanted = (&desired, &Layout::of(&desired));
+        Ok(commands::visible_network(&record, wanted, &self.fleet()))
     }
 }

@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status};
 use super::{Api, command_status, mask::apply_limit};
 use crate::commands::{self, RequestKey};
 use crate::model;
+use crate::node::Node;
 
 #[tonic::async_trait]
 impl Nics for Api {
@@ -83,7 +84,7 @@ impl Nics for Api {
     ) -> Result<Response<ListFlowsResponse>, Status> {
         let request = request.into_inner();
         let (vm, nic) = validate::vm_nic_flows_request(&request)?;
-        let vm_id = self.nic_on_host(&vm, &nic).await?;
+        let (host, vm_id) = self.nic_on_host(&vm, &nic).await?;
         let flows = device::ListFlowsRequest {
             id: nic,
             filter: request.filter,
@@ -93,7 +94,7 @@ impl Nics for Api {
             vm_id,
             flows: Some(flows),
         };
-        let listed = self.node.list_flows(wanted).await?;
+        let listed = host.list_flows(wanted).await?;
         Ok(Response::new(ListFlowsResponse {
             flows: listed.flows.into_iter().map(model::flow).collect(),
             truncated: listed.truncated,
@@ -108,13 +109,13 @@ impl Nics for Api {
     ) -> Result<Response<Self::CaptureNicStream>, Status> {
         let request = request.into_inner();
         let (vm, nic) = validate::capture_nic_request(&request)?;
-        let vm_id = self.nic_on_host(&vm, &nic).await?;
+        let (host, vm_id) = self.nic_on_host(&vm, &nic).await?;
         let wanted = node::CaptureNicRequest {
             vm_id,
             capture: Some(model::capture(nic, &request)),
         };
         // Nothing is kept here: who reads slowly lets frames go by in the daemon, which counts them.
-        let chunks = self.node.capture(wanted).await?;
+        let chunks = host.capture(wanted).await?;
         Ok(Response::new(Box::pin(chunks.map(|chunk| {
             chunk.map(|chunk| CaptureChunk {
                 data: chunk.data,
@@ -126,14 +127,15 @@ impl Nics for Api {
 }
 
 impl Api {
-    /// The id that the VM of a NIC has on its host.
-    async fn nic_on_host(&self, vm: &Name, nic: &str) -> Result<String, Status> {
+    /// The host of a NIC's VM, and the VM's id there.
+    async fn nic_on_host(&self, vm: &Name, nic: &str) -> Result<(Node, String), Status> {
         let stored = commands::get_vm(&self.store, vm)
             .await
             .map_err(command_status)?;
         let spec = stored.record.vm.spec.unwrap_or_default();
         commands::find_nic(&spec, vm, nic).map_err(command_status)?;
-        Ok(stored.record.node_id)
+        let host = self.hosts.reach(&stored.record.host)?;
+        Ok((host, stored.record.node_id))
     }
 
     async fn nics(&self, vm: &Name) -> Result<Vec<VmNic>, Status> {
@@ -141,7 +143,8 @@ impl Api {
             .await
             .map_err(command_status)?;
         let record = stored.record;
-        let seen = self.node.get_nics(record.node_id.clone()).await?;
+        let host = self.hosts.reach(&record.host)?;
+        let seen = host.get_nics(record.node_id.clone()).await?;
         let etag = model::etag(&record.vm.uid, record.vm.generation);
         let nics = record.vm.spec.unwrap_or_default().nics;
         Ok(nics

@@ -33,18 +33,21 @@ impl SecurityGroups for Api {
             Parent::All => prefix::SECURITY_GROUPS.to_owned(),
             Parent::Project(project) => format!("{}{project}/", prefix::SECURITY_GROUPS),
         };
-        let (listing, next_page_token) = self
-            .page(&prefix, request.page_size, &request.page_token, false)
+        let vms = prefix.replacen(prefix::SECURITY_GROUPS, prefix::VMS, 1);
+        let members = commands::members_of_groups(&self.store, &vms)
+            .await
+            .map_err(command_status)?;
+        let page = self
+            .list("SecurityGroup", (&prefix, false), &request, |item| {
+                let record: SecurityGroupRecord =
+                    decode(&item.key, &item.value).map_err(store_status)?;
+                Ok(Some(commands::security_group_with(record, &members)))
+            })
             .await?;
-        let mut security_groups = Vec::with_capacity(listing.items.len());
-        for item in listing.items {
-            let record: SecurityGroupRecord =
-                decode(&item.key, &item.value).map_err(store_status)?;
-            security_groups.push(self.visible(record).await?);
-        }
         Ok(Response::new(ListSecurityGroupsResponse {
-            security_groups,
-            next_page_token,
+            security_groups: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
     }
 

@@ -16,8 +16,7 @@ impl DeviceUpgrades for Api {
     ) -> Result<Response<Operation>, Status> {
         let request = request.into_inner();
         let target = validate::upgrade_devices_request(&request)?;
-        let host = self.observed().host_name();
-        let operation = commands::upgrade_devices(&self.store, &target, &host, &request).await;
+        let operation = commands::upgrade_devices(&self.store, &target, &request).await;
         operation.map(Response::new).map_err(command_status)
     }
 }

@@ -27,18 +27,17 @@ impl Vms for Api {
             Parent::All => prefix::VMS.to_owned(),
             Parent::Project(project) => format!("{}{project}/", prefix::VMS),
         };
-        let (listing, next_page_token) = self
-            .page(&prefix, request.page_size, &request.page_token, false)
+        let fleet = self.fleet();
+        let page = self
+            .list("Vm", (&prefix, false), &request, |item| {
+                let record: VmRecord = decode(&item.key, &item.value).map_err(store_status)?;
+                Ok(Some(commands::visible_vm(&record, &fleet)))
+            })
             .await?;
-        let observed = self.observed();
-        let mut vms = Vec::with_capacity(listing.items.len());
-        for item in listing.items {
-            let record: VmRecord = decode(&item.key, &item.value).map_err(store_status)?;
-            vms.push(commands::visible_vm(&record, &observed));
-        }
         Ok(Response::new(ListVmsResponse {
-            vms,
-            next_page_token,
+            vms: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
     }
 
@@ -53,9 +52,15 @@ impl Vms for Api {
         let name = Name::vm(&project, &request.vm_id);
         let key = RequestKey::new(&project, &request.request_id, "CreateVm", &request);
         let spec = request.vm.and_then(|vm| vm.spec).unwrap_or_default();
-        let operation =
-            commands::create_vm(&self.store, &name, &spec, &key, request.validate_only).await;
-        operation.map(Response::new).map_err(command_status)
+        let operation = commands::create_vm(
+            &self.store,
+            &self.hosts,
+            &name,
+            &spec,
+            &key,
+            request.validate_only,
+        );
+        operation.await.map(Response::new).map_err(command_status)
     }
 
     async fn delete_vm(
@@ -65,10 +70,10 @@ impl Vms for Api {
         let request = request.into_inner();
         let name = validate::vm_request(&request.name, &request.request_id)?;
         let key = RequestKey::new(&name.project, &request.request_id, "DeleteVm", &request);
-        let observed = self.observed();
+        let fleet = self.fleet();
         let operation = commands::delete_vm(
             &self.store,
-            &observed,
+            &fleet,
             &name,
             &request.etag,
             &key,
@@ -114,7 +119,8 @@ impl Vms for Api {
                 phase,
             }));
         }
-        self.node.reset_vm(stored.record.node_id).await?;
+        let host = self.hosts.reach(&stored.record.host)?;
+        host.reset_vm(stored.record.node_id).await?;
         Ok(Response::new(self.vm(&name).await?))
     }
 
@@ -135,6 +141,6 @@ impl Api {
         let stored = commands::get_vm(&self.store, name)
             .await
             .map_err(command_status)?;
-        Ok(commands::visible_vm(&stored.record, &self.observed()))
+        Ok(commands::visible_vm(&stored.record, &self.fleet()))
     }
 }

@@ -23,7 +23,7 @@ impl Volumes for Api {
             .map_err(command_status)?;
         Ok(Response::new(commands::visible_volume(
             &stored.record,
-            &self.observed(),
+            &self.fleet(),
         )))
     }
 
@@ -36,18 +36,17 @@ impl Volumes for Api {
             Parent::All => prefix::VOLUMES.to_owned(),
             Parent::Project(project) => format!("{}{project}/", prefix::VOLUMES),
         };
-        let (listing, next_page_token) = self
-            .page(&prefix, request.page_size, &request.page_token, false)
+        let fleet = self.fleet();
+        let page = self
+            .list("Volume", (&prefix, false), &request, |item| {
+                let record: VolumeRecord = decode(&item.key, &item.value).map_err(store_status)?;
+                Ok(Some(commands::visible_volume(&record, &fleet)))
+            })
             .await?;
-        let observed = self.observed();
-        let mut volumes = Vec::with_capacity(listing.items.len());
-        for item in listing.items {
-            let record: VolumeRecord = decode(&item.key, &item.value).map_err(store_status)?;
-            volumes.push(commands::visible_volume(&record, &observed));
-        }
         Ok(Response::new(ListVolumesResponse {
-            volumes,
-            next_page_token,
+            volumes: page.items,
+            next_page_token: page.next_page_token,
+            resume_token: page.resume_token,
         }))
     }
 
@@ -68,14 +67,23 @@ impl Volumes for Api {
             .and_then(|volume| volume.spec)
             .unwrap_or_default();
         let uid = model::new_uid();
+        let host = commands::place_volume(&self.store, &self.hosts, &name, &spec).await;
+        let host = host.map_err(command_status)?;
         let is_new = commands::get_volume(&self.store, &name).await.is_err();
         if is_new && !volume_key.is_empty() && !request.validate_only {
             // The host needs it as soon as it hears of the volume.
             let node_id = model::node_id(&name, &uid);
-            self.node.set_volume_key(node_id, volume_key).await?;
+            let node = self.hosts.reach(&host)?;
+            node.set_volume_key(node_id, volume_key).await?;
         }
-        let operation =
-            commands::create_volume(&self.store, &name, &uid, &spec, &key, request.validate_only);
+        let operation = commands::create_volume(
+            &self.store,
+            &name,
+            (&uid, &host),
+            &spec,
+            &key,
+            request.validate_only,
+        );
         operation.await.map(Response::new).map_err(command_status)
     }
 
@@ -131,10 +139,11 @@ impl Volumes for Api {
             ));
         }
         let node_id = stored.record.node_id.clone();
-        self.node.set_volume_key(node_id, request.key).await?;
+        let host = self.hosts.reach(&stored.record.host)?;
+        host.set_volume_key(node_id, request.key).await?;
         Ok(Response::new(commands::visible_volume(
             &stored.record,
-            &self.observed(),
+            &self.fleet(),
         )))
     }
 

@@ -19,10 +19,21 @@ pub struct DiskOnHost {
     pub volume_id: String,
 }
 
-/// Adds an operation's work to a transaction.
+/// Adds an operation's work to a transaction, for the host of that id.
 pub(super) fn with_job(
     transaction: Transaction,
     operation: &pb::Operation,
+    host: &str,
+    work: Work,
+) -> Transaction {
+    with_jobs(transaction, operation, (host, Vec::new()), work)
+}
+
+/// The same, for hosts that do it one after the other.
+pub(super) fn with_jobs(
+    transaction: Transaction,
+    operation: &pb::Operation,
+    (host, then): (&str, Vec<String>),
     work: Work,
 ) -> Transaction {
     let record = JobRecord {
@@ -32,6 +43,8 @@ pub(super) fn with_job(
         },
         complete: false,
         cancel: false,
+        host: host.to_owned(),
+        then,
     };
     transaction.put(model::job_key(&operation.name), record.encode_to_vec())
 }
@@ -80,7 +93,7 @@ pub async fn disk_job(
             volume_id,
         });
         store
-            .commit(with_job(transaction, &operation, work))
+            .commit(with_job(transaction, &operation, &record.host, work))
             .await?;
         Ok(operation)
     })

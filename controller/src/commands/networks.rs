@@ -7,9 +7,9 @@ use api::names::Name;
 use ipnet::{IpNet, Ipv4Net};
 use prost::Message;
 
-use super::{CommandError, RequestKey, check_etag, validated, with_retry};
+use super::{CommandError, RequestKey, check_etag, quota, validated, with_retry};
 use crate::model::{self, NetworkRecord, VmRecord, claim, key, prefix, short};
-use crate::plan::{Desired, Observed, Stored};
+use crate::plan::{Desired, Fleet, Layout, Stored, network_status_now};
 use crate::reconciler::decode;
 use crate::store::{Range, SharedStore, Transaction};
 
@@ -73,6 +73,7 @@ pub async fn create_network(
                 ..Default::default()
             },
             node_id: node_id.clone(),
+            hosts: Vec::new(),
         };
         let event = model::new_event(&name.to_string(), "NETWORK_CREATED", "");
         let node_id = model::node_id_key(name, &node_id);
@@ -81,6 +82,11 @@ pub async fn create_network(
             Some(item) => Transaction::new().if_unchanged(claim::LAYOUT, item.revision),
             None => Transaction::new().if_absent(claim::LAYOUT),
         };
+        let more = pb::QuotaUsage {
+            networks: 1,
+            ..Default::default()
+        };
+        let transaction = quota::admit(store, &name.project, &more, transaction).await?;
         let transaction = request
             .begin(transaction, &mut operation)
             .put(claim::LAYOUT, uid.into_bytes())
@@ -180,30 +186,23 @@ pub async fn delete_network(
 /// What users see of a network: as stored, with what was seen last. `desired` is all that is wanted.
 pub fn visible_network(
     record: &NetworkRecord,
-    desired: &Desired,
-    observed: &Observed,
+    (desired, layout): (&Desired, &Layout),
+    fleet: &Fleet,
 ) -> pb::Network {
     let mut network = record.network.clone();
     network.etag = model::etag(&network.uid, network.generation);
     let stored = network.status.take().unwrap_or_default();
-    let wanted = model::node_network_spec(record, desired);
-    let mut status = match observed.networks.get(&record.node_id) {
-        Some(seen) => model::network_status(seen, &wanted.revision, &observed.host_name()),
-        None => stored,
-    };
+    let mut status = network_status_now(record, (desired, layout), fleet).unwrap_or(stored);
     if status.phase() == pb::NetworkPhase::Unspecified {
         status.phase = pb::NetworkPhase::Pending as i32;
     }
-    let used = wanted.endpoints.iter();
-    let used = used
-        .filter(|endpoint| !endpoint.ipv4_address.is_empty())
-        .count() as u64;
-    status.vms = wanted
-        .endpoints
-        .into_iter()
-        .map(|endpoint| endpoint.vm_id)
-        .collect();
-    status.vms.dedup();
+    let vms = layout.vms(&network.name);
+    let nics = vms
+        .iter()
+        .flat_map(|vm| vm.vm.spec.iter().flat_map(|spec| &spec.nics));
+    let used = nics.filter(|nic| nic.network == network.name && !nic.ipv4_address.is_empty());
+    let used = used.count() as u64;
+    status.vms = vms.iter().map(|vm| vm.node_id.clone()).collect();
     let spec = network.spec.clone().unwrap_or_default();
     status.ipv4_addresses_used = used;
     status.ipv4_addresses_free = model::ipv4_pool(&spec).map_or(0, |(first, last)| {
@@ -211,7 +210,8 @@ pub fn visible_network(
         let gateway = gateway.is_ok_and(|gateway| (first..=last).contains(&gateway));
         (u64::from(last - first) + 1).saturating_sub(used + u64::from(gateway))
     });
-    status.stale = !observed.connected;
+    let hosts = layout.hosts(&network.name);
+    status.stale = hosts.iter().any(|host| !fleet.of(host).connected);
     network.status = Some(status);
     network
 }

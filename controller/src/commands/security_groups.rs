@@ -1,11 +1,13 @@
 //! Commands on security groups. Nothing happens on hosts by itself: what they permit is part of what
 //! hosts are told about networks.
 
+use std::collections::HashMap;
+
 use api::controller as pb;
 use api::names::Name;
 use prost::Message;
 
-use super::{CommandError, check_etag, with_retry};
+use super::{CommandError, check_etag, quota, with_retry};
 use crate::model::{self, SecurityGroupRecord, VmRecord, key, prefix, short};
 use crate::plan::Stored;
 use crate::reconciler::decode;
@@ -52,7 +54,9 @@ pub async fn create_security_group(
             },
         };
         let event = model::new_event(&name.to_string(), "SECURITY_GROUP_CREATED", "");
-        let transaction = require_groups(store, name, &group.rules, Transaction::new())
+        let none = pb::QuotaUsage::default();
+        let transaction = quota::admit(store, &name.project, &none, Transaction::new()).await?;
+        let transaction = require_groups(store, name, &group.rules, transaction)
             .await?
             .if_absent(key(name))
             .put(key(name), record.encode_to_vec())
@@ -111,7 +115,9 @@ pub async fn delete_security_group(
         // Whoever comes to name it compares this revision, so nobody can between here and the commit.
         let Stored { record, revision } = get_security_group(store, name).await?;
         check_etag(name, &record.group.uid, record.group.generation, etag)?;
-        let mut users = members(store, name).await?;
+        let vms = format!("{}{}/", prefix::VMS, name.project);
+        let mut members = members_of_groups(store, &vms).await?;
+        let mut users = members.remove(&name.to_string()).unwrap_or_default();
         let wanted = name.to_string();
         let range = Range::all(format!("{}{}/", prefix::SECURITY_GROUPS, name.project));
         for item in store.list(range).await?.items {
@@ -150,29 +156,37 @@ pub async fn visible_security_group(
     store: &SharedStore,
     record: SecurityGroupRecord,
 ) -> Result<pb::SecurityGroup, CommandError> {
-    let mut group = record.group;
-    group.etag = model::etag(&group.uid, group.generation);
-    if let Ok(name) = Name::parse_security_group(&group.name) {
-        group.members = members(store, &name).await?;
-    }
-    Ok(group)
+    let members = match Name::parse_security_group(&record.group.name) {
+        Ok(name) => members_of_groups(store, &format!("{}{}/", prefix::VMS, name.project)).await?,
+        Err(_) => Members::new(),
+    };
+    Ok(security_group_with(record, &members))
 }
 
-/// `{vm}/{nic}` of each NIC in a group.
-async fn members(store: &SharedStore, name: &Name) -> Result<Vec<String>, CommandError> {
-    let wanted = name.to_string();
-    let mut members = Vec::new();
-    let range = Range::all(format!("{}{}/", prefix::VMS, name.project));
-    for item in store.list(range).await?.items {
+/// `{vm}/{nic}` of each NIC in a group, by the groups' names.
+pub type Members = HashMap<String, Vec<String>>;
+
+/// What users see of a security group.
+pub fn security_group_with(record: SecurityGroupRecord, members: &Members) -> pb::SecurityGroup {
+    let mut group = record.group;
+    group.etag = model::etag(&group.uid, group.generation);
+    group.members = members.get(&group.name).cloned().unwrap_or_default();
+    group
+}
+
+/// Which NICs of the VMs below a prefix are in which groups.
+///
+/// # Errors
+/// When the store fails.
+pub async fn members_of_groups(store: &SharedStore, vms: &str) -> Result<Members, CommandError> {
+    let mut members = Members::new();
+    for item in store.list(Range::all(vms)).await?.items {
         let record: VmRecord = decode(&item.key, &item.value)?;
         let vm = Name::parse_vm(&record.vm.name).map(|name| name.id);
         for nic in record.vm.spec.unwrap_or_default().nics {
-            if nic.security_groups.contains(&wanted) {
-                members.push(format!(
-                    "{}/{}",
-                    vm.as_deref().unwrap_or_default(),
-                    nic.name
-                ));
+            for group in nic.security_groups {
+                let member = format!("{}/{}", vm.as_deref().unwrap_or_default(), nic.name);
+                members.entry(group).or_default().push(member);
             }
         }
     }

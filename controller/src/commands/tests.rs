@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::hosts::Hosts;
 use crate::store::embedded::EmbeddedStore;
 use api::node;
 
@@ -29,22 +30,33 @@ fn no_id() -> RequestKey {
 }
 
 async fn create(store: &SharedStore) -> pb::Operation {
-    create_vm(store, &web(), &pb::VmSpec::default(), &no_id(), false)
-        .await
-        .unwrap()
+    create_vm(
+        store,
+        &Hosts::new(),
+        &web(),
+        &pb::VmSpec::default(),
+        &no_id(),
+        false,
+    )
+    .await
+    .unwrap()
 }
 
-fn seen(phase: node::VmPhase, generation: u64) -> Observed {
+fn seen(phase: node::VmPhase, generation: u64) -> Fleet {
     let status = node::VmStatus {
         id: "web".into(),
         phase: phase as i32,
         observed_generation: generation,
         ..Default::default()
     };
-    Observed {
+    let observed = Observed {
         vms: [("web".into(), status)].into(),
         connected: true,
         ..Default::default()
+    };
+    Fleet {
+        // Nobody chose a host for what these tests make.
+        hosts: [(String::new(), observed.into())].into(),
     }
 }
 
@@ -52,16 +64,37 @@ fn seen(phase: node::VmPhase, generation: u64) -> Observed {
 async fn same_request_id_answers_the_same_operation() {
     let f = fixture();
     let spec = pb::VmSpec::default();
-    let first = create_vm(&f.store, &web(), &spec, &request("r1", "a"), false)
-        .await
-        .unwrap();
-    let again = create_vm(&f.store, &web(), &spec, &request("r1", "a"), false)
-        .await
-        .unwrap();
+    let first = create_vm(
+        &f.store,
+        &Hosts::new(),
+        &web(),
+        &spec,
+        &request("r1", "a"),
+        false,
+    )
+    .await
+    .unwrap();
+    let again = create_vm(
+        &f.store,
+        &Hosts::new(),
+        &web(),
+        &spec,
+        &request("r1", "a"),
+        false,
+    )
+    .await
+    .unwrap();
     assert_eq!(first, again);
-    let error = create_vm(&f.store, &web(), &spec, &request("r1", "b"), false)
-        .await
-        .unwrap_err();
+    let error = create_vm(
+        &f.store,
+        &Hosts::new(),
+        &web(),
+        &spec,
+        &request("r1", "b"),
+        false,
+    )
+    .await
+    .unwrap_err();
     assert!(
         matches!(error, CommandError::RequestIdReused { .. }),
         "{error}"
@@ -73,7 +106,7 @@ async fn name_taken_is_refused() {
     let f = fixture();
     create(&f.store).await;
     let spec = pb::VmSpec::default();
-    let error = create_vm(&f.store, &web(), &spec, &no_id(), false)
+    let error = create_vm(&f.store, &Hosts::new(), &web(), &spec, &no_id(), false)
         .await
         .unwrap_err();
     assert!(
@@ -87,7 +120,7 @@ async fn validate_only_stores_nothing() {
     let f = fixture();
     let before = *f.store.revision().borrow();
     let spec = pb::VmSpec::default();
-    let operation = create_vm(&f.store, &web(), &spec, &no_id(), true)
+    let operation = create_vm(&f.store, &Hosts::new(), &web(), &spec, &no_id(), true)
         .await
         .unwrap();
     assert!(operation.done && operation.name.is_empty());
@@ -102,10 +135,17 @@ async fn simultaneous_creates_with_one_request_id_make_one_operation() {
             let store = f.store.clone();
             tokio::spawn(async move {
                 let spec = pb::VmSpec::default();
-                create_vm(&store, &web(), &spec, &request("r1", "a"), false)
-                    .await
-                    .unwrap()
-                    .name
+                create_vm(
+                    &store,
+                    &Hosts::new(),
+                    &web(),
+                    &spec,
+                    &request("r1", "a"),
+                    false,
+                )
+                .await
+                .unwrap()
+                .name
             })
         })
         .collect();
@@ -138,7 +178,7 @@ async fn stale_etag_is_refused() {
     let f = fixture();
     create(&f.store).await;
     let vm = get_vm(&f.store, &web()).await.unwrap();
-    let etag = visible_vm(&vm.record, &Observed::default()).etag;
+    let etag = visible_vm(&vm.record, &Fleet::default()).etag;
     start_vm(&f.store, &web(), &etag, &no_id()).await.unwrap();
     let error = stop_vm(&f.store, &web(), &etag, &no_id(), false)
         .await
@@ -203,7 +243,7 @@ async fn volume_and_vm_hold_on_to_each_other() {
         }],
         ..Default::default()
     };
-    let error = create_vm(&f.store, &web(), &spec, &no_id(), false)
+    let error = create_vm(&f.store, &Hosts::new(), &web(), &spec, &no_id(), false)
         .await
         .unwrap_err();
     assert!(
@@ -214,10 +254,10 @@ async fn volume_and_vm_hold_on_to_each_other() {
         size_bytes: 512,
         ..Default::default()
     };
-    create_volume(&f.store, &data, "uid-of-data", &size, &no_id(), false)
+    create_volume(&f.store, &data, ("uid-of-data", ""), &size, &no_id(), false)
         .await
         .unwrap();
-    create_vm(&f.store, &web(), &spec, &no_id(), false)
+    create_vm(&f.store, &Hosts::new(), &web(), &spec, &no_id(), false)
         .await
         .unwrap();
     let error = delete_volume(&f.store, &data, "", &no_id())

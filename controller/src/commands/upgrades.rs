@@ -5,19 +5,21 @@ use api::names::DEFAULT_PROJECT;
 use api::node::{self, start_job_request::Work};
 use api::validate::UpgradeTarget;
 
-use super::disks::with_job;
-use super::{CommandError, RequestKey, get_vm, validated, with_retry};
+use super::disks::with_jobs;
+use super::{CommandError, RequestKey, get_host, get_vm, validated, with_retry};
 use crate::model;
-use crate::store::{SharedStore, Transaction};
+use crate::store::{Range, SharedStore, Transaction};
 
-/// Wants daemons exchanged; `host` is the name of the host that is there.
+/// Instead of a host's id.
+const ALL_HOSTS: &str = "-";
+
+/// Wants daemons exchanged.
 ///
 /// # Errors
 /// When there is no such VM or host, or the VM does not run.
 pub async fn upgrade_devices(
     store: &SharedStore,
     target: &UpgradeTarget,
-    host: &str,
     request: &pb::UpgradeDevicesRequest,
 ) -> Result<pb::Operation, CommandError> {
     let project = match target {
@@ -29,15 +31,24 @@ pub async fn upgrade_devices(
         if let Some(earlier) = key.earlier(store).await? {
             return Ok(earlier);
         }
-        let (vm_ids, device) = match target {
-            UpgradeTarget::Host(id) => {
-                let name = format!("hosts/{id}");
-                if name != host {
+        let mut then = Vec::new();
+        let (host, vm_ids, device) = match target {
+            UpgradeTarget::Host(id) if id == ALL_HOSTS => {
+                let listed = store.list(Range::all(model::HOSTS)).await?.items;
+                let mut ids = listed
+                    .iter()
+                    .map(|item| model::host_id(&item.key).to_owned());
+                let Some(first) = ids.next() else {
                     return Err(CommandError::NotFound {
-                        what: format!("host {id}"),
+                        what: "a host".to_owned(),
                     });
-                }
-                (Vec::new(), String::new())
+                };
+                then = ids.collect();
+                (first, Vec::new(), String::new())
+            }
+            UpgradeTarget::Host(id) => {
+                get_host(store, id).await?;
+                (id.clone(), Vec::new(), String::new())
             }
             UpgradeTarget::Vm(vm) | UpgradeTarget::Device(vm, _) => {
                 let record = get_vm(store, vm).await?.record;
@@ -52,7 +63,7 @@ pub async fn upgrade_devices(
                     UpgradeTarget::Device(_, device) => device.clone(),
                     _ => String::new(),
                 };
-                (vec![record.node_id], device)
+                (record.host, vec![record.node_id], device)
             }
         };
         let kind = pb::OperationKind::UpgradeDevices;
@@ -73,7 +84,7 @@ pub async fn upgrade_devices(
             version: request.version.clone(),
         });
         store
-            .commit(with_job(transaction, &operation, work))
+            .commit(with_jobs(transaction, &operation, (&host, then), work))
             .await?;
         Ok(operation)
     })

@@ -5,19 +5,27 @@ use api::names::Name;
 use prost::Message;
 
 use super::{
-    CommandError, RequestKey, addresses, check_etag, get_vm, validated, visible_vm, with_retry,
+    CommandError, Place, Placing, RequestKey, addresses, check_etag, get_vm, no_host, place, quota,
+    validated, visible_vm, vm_request, with_retry,
 };
+use crate::hosts::Hosts;
 use crate::model::{self, VmRecord, VolumeRecord, key, short};
-use crate::plan::{Observed, Stored};
+use crate::plan::{Fleet, Stored};
 use crate::reconciler::decode;
+use crate::scheduler;
 use crate::store::{SharedStore, Transaction};
 
-/// Stores a VM, not started.
+/// Hosts of which a VM that is only checked is told.
+const MAX_TOLD: usize = 1_000;
+
+/// Stores a VM, not started, and chooses a host for it. While none can have it that may be able to in a
+/// moment, it waits for one.
 ///
 /// # Errors
-/// When the name is taken or the spec names a volume that is not there.
+/// When the name is taken, the spec names a volume that is not there, or no host can have it.
 pub async fn create_vm(
     store: &SharedStore,
+    hosts: &Hosts,
     name: &Name,
     spec: &pb::VmSpec,
     request: &RequestKey,
@@ -38,13 +46,18 @@ pub async fn create_vm(
         let uid = model::new_uid();
         let mut spec = model::complete_spec(spec.clone());
         let transaction = addresses::claim(store, name, &uid, &mut spec, transaction).await?;
+        let more = quota::of_vm(&spec);
+        let transaction = quota::admit(store, &name.project, &more, transaction).await?;
         let mut operation = model::new_operation(pb::OperationKind::CreateVm, name, 1);
         if validate_only {
-            return Ok(validated(operation));
+            return Ok(validated(
+                explained(store, hosts, name, &spec, operation).await?,
+            ));
         }
+        let (place, unplaced) = find_host(store, hosts, name, &spec).await?;
         let node_id = model::node_id(name, &uid);
         let seed = model::take_seed(&mut spec, name, &uid);
-        let record = VmRecord {
+        let mut record = VmRecord {
             vm: pb::Vm {
                 name: name.to_string(),
                 uid,
@@ -55,8 +68,12 @@ pub async fn create_vm(
                 ..Default::default()
             },
             node_id: node_id.clone(),
-            rejected_generation: 0,
+            unplaced,
+            ..Default::default()
         };
+        if let Some(place) = &place {
+            place.note(&mut record);
+        }
         let event = model::new_event(&name.to_string(), "VM_CREATED", "");
         let node_id = model::node_id_key(name, &node_id);
         let transaction = match seed {
@@ -70,10 +87,65 @@ pub async fn create_vm(
             .put(key(name), record.encode_to_vec())
             .put(node_id, name.to_string().into_bytes())
             .put(event.name.clone(), event.encode_to_vec());
-        store.commit(transaction).await?;
+        match place {
+            Some(place) => {
+                let done = store.commit(place.promise(transaction)).await;
+                place.settle(store, hosts, done).await?;
+            }
+            None => drop(store.commit(transaction).await?),
+        }
         Ok(operation)
     })
     .await
+}
+
+/// With what every host says to a VM.
+async fn explained(
+    store: &SharedStore,
+    hosts: &Hosts,
+    name: &Name,
+    spec: &pb::VmSpec,
+    mut operation: pb::Operation,
+) -> Result<pb::Operation, CommandError> {
+    if let Some(request) = vm_request(store, name, spec).await? {
+        let told = hosts.explain(&request).into_iter().take(MAX_TOLD);
+        operation.metadata.get_or_insert_default().placement = told.map(told_verdict).collect();
+    }
+    Ok(operation)
+}
+
+fn told_verdict(verdict: scheduler::Verdict) -> pb::PlacementVerdict {
+    let refusals = verdict.refusals.into_iter();
+    pb::PlacementVerdict {
+        host: verdict.host,
+        score: verdict.score,
+        refusals: refusals
+            .map(|refusal| pb::PlacementRefusal {
+                filter: refusal.filter.to_owned(),
+                reason: refusal.reason,
+                passing: refusal.passing,
+            })
+            .collect(),
+    }
+}
+
+/// A host, or why there is none yet.
+async fn find_host(
+    store: &SharedStore,
+    hosts: &Hosts,
+    name: &Name,
+    spec: &pb::VmSpec,
+) -> Result<(Option<Place>, String), CommandError> {
+    let Some(request) = vm_request(store, name, spec).await? else {
+        return Ok((None, "its volumes have no host yet".to_owned()));
+    };
+    match place(hosts, &request).await? {
+        Placing::Found(place) => Ok((Some(place), String::new())),
+        Placing::None(verdicts) if scheduler::may_pass(&verdicts) => {
+            Ok((None, scheduler::words(&verdicts)))
+        }
+        Placing::None(verdicts) => Err(no_host(&short(name), verdicts)),
+    }
 }
 
 /// Adds to `transaction` that each volume of `spec` is there and stays there.
@@ -186,6 +258,8 @@ async fn set_power(
 /// A new generation, unless this is wanted already. What is on its way off stays so.
 pub(super) fn want_power(record: &mut VmRecord, power: pb::DesiredPower) {
     use pb::DesiredPower::{Off, OffNow};
+    // Whoever says what is wanted now does not want it started again elsewhere.
+    record.moving = false;
     let already = match (record.vm.desired_power(), power) {
         (OffNow, Off) => true,
         (wanted, power) => wanted == power,
@@ -202,7 +276,7 @@ pub(super) fn want_power(record: &mut VmRecord, power: pb::DesiredPower) {
 /// When it does not exist, changed, or runs and `force` is not given.
 pub async fn delete_vm(
     store: &SharedStore,
-    observed: &Observed,
+    fleet: &Fleet,
     name: &Name,
     etag: &str,
     request: &RequestKey,
@@ -217,7 +291,7 @@ pub async fn delete_vm(
             revision,
         } = get_vm(store, name).await?;
         check_etag(name, &record.vm.uid, record.vm.generation, etag)?;
-        let phase = visible_vm(&record, observed)
+        let phase = visible_vm(&record, fleet)
             .status
             .unwrap_or_default()
             .phase();

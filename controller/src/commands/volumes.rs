@@ -5,20 +5,23 @@ use api::names::{Name, VOLUMES};
 use api::node::{self, start_job_request::Work};
 use prost::Message;
 
-use super::{CommandError, RequestKey, check_etag, disks, get_volume, validated, with_retry};
+use super::{
+    CommandError, RequestKey, check_etag, disks, get_volume, quota, validated, with_retry,
+};
 use crate::model::{self, VmRecord, VolumeRecord, key, prefix, short};
 use crate::plan::Stored;
 use crate::reconciler::decode;
 use crate::store::{Range, SharedStore, Transaction};
 
-/// Wants a volume. `uid` is a new one; with the name it makes the volume's id on hosts.
+/// Wants a volume. `uid` is a new one; with the name it makes the volume's id on hosts. `host` is the id of
+/// the host whose pool gets it; empty: one is chosen later.
 ///
 /// # Errors
 /// When the name is taken, or the volume that it is to be based on is not there.
 pub async fn create_volume(
     store: &SharedStore,
     name: &Name,
-    uid: &str,
+    (uid, host): (&str, &str),
     spec: &pb::VolumeSpec,
     request: &RequestKey,
     validate_only: bool,
@@ -35,6 +38,8 @@ pub async fn create_volume(
                 .ok_or_else(|| CommandError::AlreadyExists { what: short(name) });
         }
         let transaction = require_base(store, spec).await?;
+        let more = quota::of_volume(spec.size_bytes);
+        let transaction = quota::admit(store, &name.project, &more, transaction).await?;
         let mut operation = model::new_operation(pb::OperationKind::CreateVolume, name, 1);
         if validate_only {
             return Ok(validated(operation));
@@ -50,6 +55,8 @@ pub async fn create_volume(
                 ..Default::default()
             },
             node_id: node_id.clone(),
+            host: host.to_owned(),
+            ..Default::default()
         };
         let event = model::new_event(&name.to_string(), "VOLUME_CREATED", "");
         let node_id = model::node_id_key(name, &node_id);
@@ -165,6 +172,12 @@ pub async fn resize_volume(
                 size_bytes: status.size_bytes,
             });
         }
+        let more = pb::QuotaUsage {
+            volume_bytes: size_bytes - status.size_bytes.max(record.wanted_bytes).min(size_bytes),
+            ..Default::default()
+        };
+        let transaction = quota::admit(store, &name.project, &more, Transaction::new()).await?;
+        record.wanted_bytes = size_bytes;
         record.volume.generation = record.volume.generation.max(1) + 1;
         let generation = record.volume.generation;
         let kind = pb::OperationKind::ResizeVolume;
@@ -172,15 +185,16 @@ pub async fn resize_volume(
         if validate_only {
             return Ok(validated(operation));
         }
+        let host = record.host.clone();
         let work = Work::Resize(node::ResizeVolume {
             volume: record.node_id.clone(),
             size_bytes,
         });
         let transaction = request
-            .begin(Transaction::new(), &mut operation)
+            .begin(transaction, &mut operation)
             .if_unchanged(key(name), revision)
             .put(key(name), record.encode_to_vec());
-        let transaction = disks::with_job(transaction, &operation, work);
+        let transaction = disks::with_job(transaction, &operation, &host, work);
         store.commit(transaction).await?;
         Ok(operation)
     })
@@ -205,13 +219,14 @@ pub async fn check_volume(
         ready_status(&record, name)?;
         let kind = pb::OperationKind::CheckVolume;
         let mut operation = model::new_operation(kind, name, record.volume.generation.max(1));
+        let host = record.host.clone();
         let work = Work::Check(node::CheckVolume {
             volume: record.node_id,
             repair_leaks,
         });
         let transaction = request.begin(Transaction::new(), &mut operation);
         store
-            .commit(disks::with_job(transaction, &operation, work))
+            .commit(disks::with_job(transaction, &operation, &host, work))
             .await?;
         Ok(operation)
     })

@@ -13,8 +13,9 @@ use serde_json::Value;
 use tokio::task::AbortHandle;
 use tokio_stream::StreamExt as _;
 
+use super::scope::Vm;
 use super::series::Series;
-use crate::node::Node;
+use crate::hosts::Hosts;
 
 /// Before each report on the console.
 const PREFIX: &str = "mortise-guest: ";
@@ -40,9 +41,9 @@ pub(crate) struct Listener {
 
 impl Listener {
     /// Listens from now on; `began` is the experiment's start.
-    pub(crate) fn new(node: Node, vm: String, vm_id: String, began: Instant) -> Self {
-        let heard = Arc::new(Mutex::new(Heard::new(vm)));
-        let task = tokio::spawn(listen(node, vm_id, began, heard.clone()));
+    pub(crate) fn new(hosts: Hosts, vm: &Vm, began: Instant) -> Self {
+        let heard = Arc::new(Mutex::new(Heard::new(vm.name.clone())));
+        let task = tokio::spawn(listen(hosts, vm.clone(), began, heard.clone()));
         Self {
             heard,
             task: task.abort_handle(),
@@ -74,17 +75,19 @@ impl Drop for Listener {
     }
 }
 
-async fn listen(node: Node, vm_id: String, began: Instant, heard: Arc<Mutex<Heard>>) {
+async fn listen(hosts: Hosts, vm: Vm, began: Instant, heard: Arc<Mutex<Heard>>) {
     let mut from_offset = FROM_NOW;
     loop {
         let hello = ConsoleInput {
-            vm_id: vm_id.clone(),
+            vm_id: vm.node_id.clone(),
             data: Vec::new(),
             from_offset,
         };
         // The stream of input stays open, or the console would end.
         let input = tokio_stream::once(hello).chain(tokio_stream::pending());
-        if let Ok(mut output) = node.console(input).await {
+        if let Some(node) = hosts.get(&vm.host)
+            && let Ok(mut output) = node.console(input).await
+        {
             while let Some(Ok(message)) = output.next().await {
                 from_offset = message.offset + message.data.len() as u64;
                 let mut heard = heard.lock().expect("nobody panics with it");

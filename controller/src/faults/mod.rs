@@ -22,6 +22,7 @@ use api::names::Name;
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::hosts::Hosts;
 use crate::model;
 use crate::node::Node;
 use crate::store::{SharedStore, StoreError};
@@ -50,7 +51,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Clone)]
 pub struct Experiments {
     store: SharedStore,
-    node: Node,
+    hosts: Hosts,
     /// --allow-faults was given.
     allowed: bool,
     running: Arc<Mutex<BTreeMap<String, Running>>>,
@@ -65,11 +66,11 @@ struct Running {
 }
 
 impl Experiments {
-    /// Experiments on `node`.
-    pub fn new(store: SharedStore, node: Node, allowed: bool) -> Self {
+    /// Experiments on `hosts`.
+    pub fn new(store: SharedStore, hosts: Hosts, allowed: bool) -> Self {
         Self {
             store,
-            node,
+            hosts,
             allowed,
             running: Arc::default(),
         }
@@ -98,14 +99,14 @@ impl Experiments {
                 }];
                 record::save(&self.store, &experiment, &report, true).await?;
             }
-            let (node, uid) = (self.node.clone(), experiment.uid);
-            tokio::spawn(until_done(move || {
-                let (node, uid) = (node.clone(), uid.clone());
+            let uid = experiment.uid;
+            tokio::spawn(on_each(self.hosts.clone(), move |node| {
+                let uid = uid.clone();
                 async move { node.disarm_faults(&uid, Vec::new()).await.map(drop) }
             }));
         }
         if !record::is_on(&self.store).await? {
-            self.tell_host(false);
+            self.tell_hosts(false);
         }
         Ok(())
     }
@@ -189,8 +190,8 @@ impl Experiments {
                 error => error.into(),
             });
         }
-        let (store, node) = (self.store.clone(), self.node.clone());
-        let run = Run::new(store, node, name.project.clone(), scope, stopped, live);
+        let (store, hosts) = (self.store.clone(), self.hosts.clone());
+        let run = Run::new(store, hosts, name.project.clone(), scope, stopped, live);
         let (all, name) = (self.clone(), name.to_string());
         tokio::spawn(async move {
             run.carry_out().await;
@@ -201,8 +202,8 @@ impl Experiments {
     }
 
     async fn scope(&self, name: &Name, spec: &FaultExperimentSpec) -> Result<Scope, FaultError> {
-        let observed = self.node.observed().borrow().clone();
-        let scope = Scope::load(&self.store, &observed, &name.project, spec).await?;
+        let fleet = self.hosts.fleet();
+        let scope = Scope::load(&self.store, &fleet, &name.project, spec).await?;
         let probed = spec.probes.iter().map(|probe| &probe.vm);
         let targeted = spec.faults.iter().filter_map(|fault| fault.target.as_ref());
         let mut named = probed.chain(targeted.map(|target| &target.vm));
@@ -336,26 +337,29 @@ impl Experiments {
         }
         record::switch(&self.store, on).await?;
         if !on {
-            // The host first: it ends faults at once, whatever a run is busy with.
-            let told = self.node.set_fault_switch(false).await;
+            // The hosts first: they end faults at once, whatever a run is busy with.
+            let mut all_told = true;
+            for (_, node) in self.hosts.all() {
+                all_told &= node.set_fault_switch(false).await.is_ok();
+            }
             let names: Vec<String> = self.running().keys().cloned().collect();
             for name in names {
                 self.stop_running(&name, "faults were switched off").await;
             }
-            if told.is_err() {
-                self.tell_host(false);
+            if !all_told {
+                self.tell_hosts(false);
             }
         } else {
-            self.tell_host(true);
+            self.tell_hosts(true);
         }
         self.switch_state().await
     }
 
-    /// As soon as the host is there, unless the switch was turned again meanwhile.
-    fn tell_host(&self, on: bool) {
-        let (store, node) = (self.store.clone(), self.node.clone());
-        tokio::spawn(until_done(move || {
-            let (store, node) = (store.clone(), node.clone());
+    /// As soon as each host is there, unless the switch was turned again meanwhile.
+    fn tell_hosts(&self, on: bool) {
+        let store = self.store.clone();
+        tokio::spawn(on_each(self.hosts.clone(), move |node| {
+            let store = store.clone();
             async move {
                 match record::is_on(&store).await {
                     Ok(now) if now == on => node.set_fault_switch(on).await.map(drop),
@@ -390,14 +394,25 @@ pub fn is_over(status: &FaultExperimentStatus) -> bool {
     )
 }
 
-/// Calls a host again until it answers; one that knows no faults has answered.
-async fn until_done<F>(call: impl Fn() -> F)
+/// Calls all hosts, each again until it answers or is forgotten; one that knows no faults has answered.
+async fn on_each<F>(hosts: Hosts, call: impl Fn(Node) -> F)
 where
     F: Future<Output = Result<(), tonic::Status>>,
 {
-    while let Err(status) = call().await {
-        if status.code() == tonic::Code::Unimplemented {
+    let mut answered: BTreeSet<String> = BTreeSet::new();
+    loop {
+        let all = hosts.all();
+        let waits = all.iter().filter(|(id, _)| !answered.contains(id));
+        let waits: Vec<(String, Node)> = waits.cloned().collect();
+        // At the start of this process none may be known yet.
+        if waits.is_empty() && !all.is_empty() {
             return;
+        }
+        for (id, node) in waits {
+            match call(node).await {
+                Err(status) if status.code() != tonic::Code::Unimplemented => {}
+                _ => drop(answered.insert(id)),
+            }
         }
         tokio::time::sleep(RETRY_INTERVAL).await;
     }

@@ -12,7 +12,7 @@ use tonic::Code;
 
 use super::scope::{Scope, Vm};
 use super::series::Series;
-use crate::node::Node;
+use crate::hosts::Hosts;
 use crate::plan::Observed;
 
 /// Of one device; a run of a day with a kill each second has more, and its report the first ones.
@@ -99,8 +99,8 @@ impl Observer {
     }
 
     /// Looks at all targets, and with `others` at everything else.
-    pub(crate) async fn look(&mut self, node: &Node, scope: &Scope, others: bool) {
-        let observed = node.observed().borrow().clone();
+    pub(crate) async fn look(&mut self, hosts: &Hosts, scope: &Scope, others: bool) {
+        let fleet = hosts.fleet();
         for vm in &scope.vms {
             if !others
                 && !vm
@@ -110,11 +110,15 @@ impl Observer {
             {
                 continue;
             }
-            self.look_at_vm(vm, &observed);
+            let observed = fleet.of(&vm.host);
+            self.look_at_vm(vm, observed);
+            let Some(node) = hosts.get(&vm.host) else {
+                continue;
+            };
             let details = match node.device_details(&vm.node_id, ASKED_OUTAGES).await {
                 Ok(details) => details,
                 Err(status) if status.code() == Code::Unimplemented => {
-                    from_status(&observed, &vm.node_id)
+                    from_status(observed, &vm.node_id)
                 }
                 Err(_) => continue,
             };

@@ -7,7 +7,7 @@ use api::controller::{FaultProbe, FaultProbeKind, GuestReport};
 use super::guest::Listener;
 use super::observe::Observer;
 use super::scope::{Scope, Vm, is_running};
-use crate::plan::Observed;
+use crate::plan::Fleet;
 
 /// When it is looked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub(crate) enum Edge {
 /// What there is to look at.
 pub(crate) struct Sight<'a> {
     pub(crate) scope: &'a Scope,
-    pub(crate) observed: &'a Observed,
+    pub(crate) fleet: &'a Fleet,
     pub(crate) observer: &'a Observer,
     pub(crate) listeners: &'a BTreeMap<String, Listener>,
 }
@@ -58,7 +58,7 @@ fn problem_of(probe: &FaultProbe, edge: Edge, sight: &Sight, vm: &Vm) -> Option<
         FaultProbeKind::Unspecified => None,
         FaultProbeKind::VmRunning => {
             let trouble = sight.observer.vm_trouble(&vm.name).map(str::to_owned);
-            let running = is_running(sight.observed.vms.get(&vm.node_id));
+            let running = is_running(sight.fleet.of(&vm.host).vms.get(&vm.node_id));
             trouble.or_else(|| (!running).then(|| "does not run".to_owned()))
         }
         FaultProbeKind::GuestLine => match sight.listeners.get(&vm.name) {

@@ -29,7 +29,7 @@ use super::probes::{self, Edge, Sight};
 use super::record;
 use super::schedule::beginnings;
 use super::scope::{Scope, Vm};
-use crate::node::Node;
+use crate::hosts::Hosts;
 use crate::store::SharedStore;
 
 mod inject;
@@ -73,7 +73,7 @@ struct Upgrading {
 /// A run.
 pub(crate) struct Run {
     store: SharedStore,
-    node: Node,
+    hosts: Hosts,
     project: String,
     spec: FaultExperimentSpec,
     /// The experiment's id on hosts.
@@ -98,7 +98,7 @@ impl Run {
     /// Of an experiment that is stored already.
     pub(crate) fn new(
         store: SharedStore,
-        node: Node,
+        hosts: Hosts,
         project: String,
         scope: Scope,
         stop: watch::Receiver<Option<String>>,
@@ -113,7 +113,7 @@ impl Run {
         let spec = experiment.spec.clone().unwrap_or_default();
         Self {
             store,
-            node,
+            hosts,
             project,
             host_id: experiment.uid,
             began,
@@ -171,12 +171,7 @@ impl Run {
     async fn prepare(&mut self) -> Result<(), End> {
         let vms: Vec<Vm> = self.scope.target_vms().cloned().collect();
         for vm in vms {
-            let listener = Listener::new(
-                self.node.clone(),
-                vm.name.clone(),
-                vm.node_id,
-                self.began.at,
-            );
+            let listener = Listener::new(self.hosts.clone(), &vm, self.began.at);
             self.listeners.insert(vm.name, listener);
         }
         // Refused here, and not at the first fault, which may come late.
@@ -298,13 +293,15 @@ impl Run {
         if self.renewed.elapsed() >= renew_after {
             self.renew().await?;
         }
-        if let Ok(statuses) = self.node.list_faults(&self.host_id).await {
-            self.ledger.update(&statuses, &self.began);
+        for node in self.nodes() {
+            if let Ok(statuses) = node.list_faults(&self.host_id).await {
+                self.ledger.update(&statuses, &self.began);
+            }
         }
         self.look_at_upgrades().await;
         let others = self.number_of_looks.is_multiple_of(OTHERS_EVERY);
         self.number_of_looks += 1;
-        self.observer.look(&self.node, &self.scope, others).await;
+        self.observer.look(&self.hosts, &self.scope, others).await;
         self.refresh(None);
         if self.saved.elapsed() >= SAVE_INTERVAL {
             self.note().await;
@@ -345,10 +342,10 @@ impl Run {
     }
 
     fn look_at_probes(&mut self, edge: Edge) -> Vec<(String, Option<String>)> {
-        let observed = self.node.observed().borrow().clone();
+        let fleet = self.hosts.fleet();
         let sight = Sight {
             scope: &self.scope,
-            observed: &observed,
+            fleet: &fleet,
             observer: &self.observer,
             listeners: &self.listeners,
         };

@@ -10,17 +10,19 @@ use api::names::Name;
 use api::node::{FaultProcess, VmStatus};
 
 use crate::model::{VmRecord, prefix};
-use crate::plan::Observed;
+use crate::plan::Fleet;
 use crate::reconciler::decode;
 use crate::store::{Range, SharedStore, StoreError};
 
-/// A VM of this host.
+/// A VM and where it is.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Vm {
     /// Its resource name.
     pub(crate) name: String,
     /// Its id on the host.
     pub(crate) node_id: String,
+    /// The host's id; empty while none has it.
+    pub(crate) host: String,
     /// Disks, then NICs, then devices of third parties.
     pub(crate) devices: Vec<Device>,
 }
@@ -45,7 +47,7 @@ impl Scope {
     /// As the store and the host have it now.
     pub(crate) async fn load(
         store: &SharedStore,
-        observed: &Observed,
+        fleet: &Fleet,
         project: &str,
         spec: &FaultExperimentSpec,
     ) -> Result<Self, StoreError> {
@@ -54,10 +56,10 @@ impl Scope {
             let record: VmRecord = decode(&item.key, &item.value)?;
             vms.push(vm(record));
         }
-        Ok(Self::of(vms, observed, project, spec))
+        Ok(Self::of(vms, fleet, project, spec))
     }
 
-    fn of(vms: Vec<Vm>, observed: &Observed, project: &str, spec: &FaultExperimentSpec) -> Self {
+    fn of(vms: Vec<Vm>, fleet: &Fleet, project: &str, spec: &FaultExperimentSpec) -> Self {
         let mut scope = Self {
             vms,
             ..Self::default()
@@ -69,7 +71,7 @@ impl Scope {
                     scope.targets.insert((vm.name.clone(), device));
                 }
                 if hits_processes(fault) {
-                    let shared = scope.sharing(fault, &vm, observed);
+                    let shared = scope.sharing(fault, &vm, fleet);
                     scope.targets.extend(shared);
                 }
             }
@@ -99,12 +101,8 @@ impl Scope {
     }
 
     /// Devices of any VM that have the same process as the target's, which goes down with all it serves.
-    fn sharing(
-        &self,
-        fault: &FaultInjection,
-        vm: &Vm,
-        observed: &Observed,
-    ) -> Vec<(String, String)> {
+    fn sharing(&self, fault: &FaultInjection, vm: &Vm, fleet: &Fleet) -> Vec<(String, String)> {
+        let observed = fleet.of(&vm.host);
         let Some(seen) = observed.vms.get(&vm.node_id) else {
             return Vec::new();
         };
@@ -117,7 +115,7 @@ impl Scope {
             .map(|process| process.pid)
             .collect();
         let mut shared = Vec::new();
-        for other in &self.vms {
+        for other in self.vms.iter().filter(|other| other.host == vm.host) {
             let Some(seen) = observed.vms.get(&other.node_id) else {
                 continue;
             };
@@ -140,6 +138,32 @@ impl Scope {
         self.target_vms.contains(vm)
     }
 
+    /// Ids of the hosts that an experiment has to do with: those of its VMs, and those that its faults
+    /// of hosts are for.
+    pub(crate) fn hosts(&self, spec: &FaultExperimentSpec, fleet: &Fleet) -> BTreeSet<String> {
+        let vms = self.target_vms().map(|vm| vm.host.clone());
+        let mut hosts: BTreeSet<String> = vms.filter(|host| !host.is_empty()).collect();
+        for fault in spec.faults.iter().filter(|fault| is_hosts(fault)) {
+            hosts.extend(self.hosts_of(fault, fleet));
+        }
+        hosts
+    }
+
+    /// Ids of the hosts that a fault of hosts is for: the one that is named, those of the experiment's
+    /// VMs, or all.
+    pub(crate) fn hosts_of(&self, fault: &FaultInjection, fleet: &Fleet) -> BTreeSet<String> {
+        let named = fault.target.as_ref().map_or("", |target| &target.host);
+        if !named.is_empty() {
+            return [crate::model::host_id(named).to_owned()].into();
+        }
+        let vms = self.target_vms().map(|vm| vm.host.clone());
+        let hosts: BTreeSet<String> = vms.filter(|host| !host.is_empty()).collect();
+        match hosts.is_empty() {
+            true => fleet.hosts.keys().cloned().collect(),
+            false => hosts,
+        }
+    }
+
     /// VMs that faults name.
     pub(crate) fn target_vms(&self) -> impl Iterator<Item = &Vm> {
         self.vms.iter().filter(|vm| self.is_target_vm(&vm.name))
@@ -156,6 +180,7 @@ fn vm(record: VmRecord) -> Vm {
     Vm {
         name: record.vm.name.clone(),
         node_id: record.node_id,
+        host: record.host,
         devices: devices
             .map(|(name, kind)| Device {
                 name: name.clone(),
@@ -203,6 +228,7 @@ pub(crate) fn is_running(seen: Option<&VmStatus>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::Observed;
     use api::controller::FaultTarget;
     use api::device::{FaultRule, LatencyFault};
     use api::node::{KillFault, ProcessFault, ProcessStatus, process_fault};
@@ -211,6 +237,7 @@ mod tests {
         Vm {
             name: format!("projects/p/vms/{name}"),
             node_id: name.to_owned(),
+            host: "h".to_owned(),
             devices: devices
                 .iter()
                 .map(|name| Device {
@@ -221,7 +248,7 @@ mod tests {
         }
     }
 
-    fn observed(processes: &[(&str, u32, &[&str])]) -> Observed {
+    fn observed(processes: &[(&str, u32, &[&str])]) -> Fleet {
         let mut observed = Observed::default();
         for (vm, pid, devices) in processes {
             let seen = observed.vms.entry((*vm).to_owned()).or_default();
@@ -231,7 +258,9 @@ mod tests {
                 ..Default::default()
             });
         }
-        observed
+        Fleet {
+            hosts: [("h".to_owned(), observed.into())].into(),
+        }
     }
 
     fn fault(device: &str, action: Action) -> FaultInjection {

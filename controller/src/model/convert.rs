@@ -17,6 +17,8 @@ pub fn node_vm_spec(
     network_node_id: impl Fn(&str) -> Option<String>,
 ) -> node::VmSpec {
     let spec = record.vm.spec.clone().unwrap_or_default();
+    // Of its disks on other hosts: whoever serves them refuses the hosts that it was on before.
+    let attachment = record.placements.saturating_sub(1);
     node::VmSpec {
         id: record.node_id.clone(),
         generation: record.vm.generation,
@@ -29,7 +31,7 @@ pub fn node_vm_spec(
         disks: spec
             .disks
             .into_iter()
-            .map(|disk| node_disk(disk, &volume_node_id))
+            .map(|disk| node_disk(disk, attachment, &volume_node_id))
             .collect(),
         nics: spec
             .nics
@@ -46,6 +48,12 @@ pub fn node_vm_spec(
             .iter()
             .map(node_outage_policy)
             .collect(),
+        // Both enumerations are the same.
+        restart_policy: spec.restart_policy,
+        autostart: spec.autostart,
+        autostart_order: spec.autostart_order,
+        // Whoever tells a host knows its session.
+        lease_session: String::new(),
     }
 }
 
@@ -66,7 +74,11 @@ fn power(desired: pb::DesiredPower) -> node::Power {
     }
 }
 
-fn node_disk(disk: pb::Disk, volume_node_id: impl Fn(&str) -> Option<String>) -> node::DiskSpec {
+fn node_disk(
+    disk: pb::Disk,
+    attachment: u64,
+    volume_node_id: impl Fn(&str) -> Option<String>,
+) -> node::DiskSpec {
     use node::disk_spec::Source;
     let source = disk.source.map(|source| match source {
         pb::disk::Source::Path(path) => Source::Path(path),
@@ -93,10 +105,11 @@ fn node_disk(disk: pb::Disk, volume_node_id: impl Fn(&str) -> Option<String>) ->
         nbd: disk.nbd.map(|nbd| node::NbdSource {
             address: nbd.address,
             export: nbd.export,
-            generation: nbd.generation,
+            generation: nbd.generation.saturating_add(attachment),
             tls_file: nbd.tls_file,
             tls_hostname: nbd.tls_hostname,
         }),
+        generation: 0,
     }
 }
 
@@ -424,6 +437,7 @@ mod tests {
             },
             node_id: "web".into(),
             rejected_generation: 0,
+            ..Default::default()
         };
         let spec = node_vm_spec(&record, |_| Some("data-1234".into()), |_| None);
         assert_eq!((spec.id.as_str(), spec.generation), ("web", 4));

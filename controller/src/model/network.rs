@@ -2,7 +2,7 @@
 //! are told of what it answers.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use api::controller as pb;
 use api::names::Name;
@@ -13,7 +13,7 @@ use prost::Message;
 
 use super::convert::port_forward;
 use super::{VmRecord, fnv1a};
-use crate::plan::Desired;
+use crate::plan::{Desired, Layout};
 
 /// A network as stored.
 #[derive(Clone, PartialEq, Message)]
@@ -24,6 +24,9 @@ pub struct NetworkRecord {
     /// Its id on hosts.
     #[prost(string, tag = "2")]
     pub node_id: String,
+    /// Ids of the hosts that may have it, in order.
+    #[prost(string, repeated, tag = "3")]
+    pub hosts: Vec<String>,
 }
 
 /// A security group as stored.
@@ -117,16 +120,21 @@ pub fn eui64(prefix: Ipv6Net, mac: &str) -> Option<Ipv6Addr> {
     Some(Ipv6Addr::from(network | u128::from(interface)))
 }
 
-/// What a host is told about a network: all of it, with every NIC that is in it.
-pub fn node_network_spec(record: &NetworkRecord, desired: &Desired) -> node::NetworkSpec {
+/// What a host is told about a network: all of it, with every NIC of its VMs that is in it. Of an overlay
+/// that other hosts have as well, those are its peers.
+pub fn node_network_spec(
+    record: &NetworkRecord,
+    host: &str,
+    desired: &Desired,
+    layout: &Layout,
+) -> node::NetworkSpec {
     let name = &record.network.name;
     let spec = record.network.spec.clone().unwrap_or_default();
     let mut groups = BTreeMap::new();
     let mut endpoints = Vec::new();
-    for stored in desired.vms.values() {
-        for endpoint in endpoints_of(&stored.record, name, desired, &mut groups) {
-            endpoints.push(endpoint);
-        }
+    let here = layout.vms(name).iter().filter(|vm| vm.host == host);
+    for vm in here {
+        endpoints.extend(endpoints_of(vm, name, (desired, layout), &mut groups));
     }
     let with_bits = |address: &str, bits: Option<u8>| match bits {
         Some(bits) if !address.is_empty() => format!("{address}/{bits}"),
@@ -164,14 +172,7 @@ pub fn node_network_spec(record: &NetworkRecord, desired: &Desired) -> node::Net
             vni: overlay.vni,
             underlay_address: overlay.underlay_address.clone(),
             port: overlay.port,
-            peers: overlay
-                .peers
-                .iter()
-                .map(|peer| node::OverlayPeer {
-                    underlay_address: peer.underlay_address.clone(),
-                    macs: peer.macs.clone(),
-                })
-                .collect(),
+            peers: peers(overlay, name, host, desired, layout),
         }),
         datapath: match spec.datapath() {
             pb::Datapath::Switch => node::Datapath::Switch,
@@ -194,10 +195,41 @@ pub fn has_host(kind: pb::NetworkKind) -> bool {
     matches!(kind, pb::NetworkKind::Nat | pb::NetworkKind::HostOnly)
 }
 
+/// Those that the spec names, which are none of ours, and our other hosts that have the network.
+fn peers(
+    overlay: &pb::Overlay,
+    network: &str,
+    host: &str,
+    desired: &Desired,
+    layout: &Layout,
+) -> Vec<node::OverlayPeer> {
+    let named = overlay.peers.iter().map(|peer| node::OverlayPeer {
+        underlay_address: peer.underlay_address.clone(),
+        macs: peer.macs.clone(),
+    });
+    let mut peers: Vec<node::OverlayPeer> = named.collect();
+    for other in layout.hosts(network) {
+        let stored = desired.hosts.get(other).filter(|_| other != host);
+        let inventory = stored.and_then(|stored| stored.record.inventory.as_ref());
+        let address = inventory.map_or("", |inventory| &inventory.underlay_address);
+        if address.is_empty() || peers.iter().any(|peer| peer.underlay_address == address) {
+            continue;
+        }
+        let vms = layout.vms(network).iter().filter(|vm| vm.host == other);
+        let nics = vms.flat_map(|vm| vm.vm.spec.iter().flat_map(|spec| &spec.nics));
+        let nics = nics.filter(|nic| nic.network == network && !nic.mac.is_empty());
+        peers.push(node::OverlayPeer {
+            underlay_address: address.to_owned(),
+            macs: nics.map(|nic| nic.mac.clone()).collect(),
+        });
+    }
+    peers
+}
+
 fn endpoints_of(
     record: &VmRecord,
     network: &str,
-    desired: &Desired,
+    (desired, layout): (&Desired, &Layout),
     groups: &mut BTreeMap<String, Vec<String>>,
 ) -> Vec<node::Endpoint> {
     let spec = record.vm.spec.clone().unwrap_or_default();
@@ -209,7 +241,7 @@ fn endpoints_of(
             .iter()
             .filter_map(|group| desired.security_groups.get(group))
             .flat_map(|stored| &stored.record.group.rules)
-            .map(|rule| node_rule(rule, desired, groups))
+            .map(|rule| node_rule(rule, layout, groups))
             .collect();
         endpoints.push(node::Endpoint {
             vm_id: record.node_id.clone(),
@@ -231,14 +263,14 @@ fn endpoints_of(
 
 fn node_rule(
     rule: &pb::SecurityRule,
-    desired: &Desired,
+    layout: &Layout,
     groups: &mut BTreeMap<String, Vec<String>>,
 ) -> node::SecurityRule {
     let group = Name::parse_security_group(&rule.security_group)
         .map(|name| name.id)
         .unwrap_or_default();
     if !group.is_empty() && !groups.contains_key(&group) {
-        groups.insert(group.clone(), members(&rule.security_group, desired));
+        groups.insert(group.clone(), layout.members(&rule.security_group).to_vec());
     }
     node::SecurityRule {
         ingress: rule.direction() == pb::TrafficDirection::Ingress,
@@ -251,22 +283,6 @@ fn node_rule(
         cidr: rule.cidr.clone(),
         group,
     }
-}
-
-/// The addresses of all NICs in a group.
-fn members(group: &str, desired: &Desired) -> Vec<String> {
-    let mut addresses = Vec::new();
-    for stored in desired.vms.values() {
-        let spec = stored.record.vm.spec.as_ref();
-        for nic in spec.into_iter().flat_map(|spec| &spec.nics) {
-            if nic.security_groups.iter().any(|named| named == group) {
-                let own = [&nic.ipv4_address, &nic.ipv6_address];
-                addresses.extend(own.into_iter().filter(|text| !text.is_empty()).cloned());
-            }
-        }
-    }
-    addresses.sort_by_key(|text| text.parse::<IpAddr>().ok());
-    addresses
 }
 
 /// What users are told about a network that a host reports; figures that need the store are added

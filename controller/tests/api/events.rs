@@ -34,7 +34,8 @@ async fn watch_shows_what_was_and_what_comes() {
     c.create_vm("web").await;
     let request = pb::WatchEventsRequest::default();
     let mut watch = c.events().watch_events(request).await.unwrap().into_inner();
-    assert_eq!(next(&mut watch).await.reason, "VM_CREATED");
+    assert_eq!(next(&mut watch).await.reason, "HOST_REGISTERED");
+    assert_eq!(until(&mut watch, "VM_CREATED").await.target, vm_name("web"));
     let started = c.start_vm("web").await;
     c.succeeded(started).await;
     let running = until(&mut watch, "VM_RUNNING").await;

@@ -108,6 +108,18 @@ impl Controller {
         EventsClient::new(self.channel.clone())
     }
 
+    /// Waits until so many hosts answer.
+    pub(crate) async fn connected(&self, count: usize) -> Vec<pb::Host> {
+        let hosts = || async {
+            let mut client = self.hosts();
+            let answer = client.list_hosts(pb::ListHostsRequest::default());
+            let hosts = answer.await.unwrap().into_inner().hosts;
+            let connected = hosts.into_iter().filter(|host| host.connected);
+            connected.collect::<Vec<_>>()
+        };
+        poll_async("the hosts", hosts, |hosts| hosts.len() == count).await
+    }
+
     /// Waits until an operation is done.
     pub(crate) async fn done(&self, operation: pb::Operation) -> pb::Operation {
         let timeout_ms = PATIENCE.as_millis() as u32;
@@ -205,7 +217,10 @@ impl Site {
 async fn start_in(dir: &Path) -> Controller {
     let node = format!("unix:{}", dir.join("agent.sock").display());
     let state_dir = dir.join("state");
-    Controller::start(&["--node", &node, "--state-dir", state_dir.to_str().unwrap()]).await
+    let args = ["--node", &node, "--state-dir", state_dir.to_str().unwrap()];
+    let controller = Controller::start(&args).await;
+    controller.connected(1).await;
+    controller
 }
 
 pub(crate) fn vm_name(id: &str) -> String {

@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 /// Cheap to clone; all clones are one host.
 #[derive(Clone)]
 pub(crate) struct Host {
+    status: HostStatus,
     state: Arc<Mutex<State>>,
     changed: watch::Sender<u64>,
 }
@@ -31,6 +32,8 @@ struct State {
     /// What arrived of each file.
     uploads: BTreeMap<String, (Vec<UploadFile>, Vec<Vec<u8>>)>,
     starts_are_held: bool,
+    /// What wishes for VMs carried.
+    traces: Vec<String>,
     applied: u64,
     refusal: Option<Status>,
 }
@@ -43,7 +46,17 @@ impl Host {
 
     /// The same, with more services.
     pub(crate) fn serve_beside(path: &Path, services: Services) -> Self {
+        let status = HostStatus {
+            host_id: "simulated".into(),
+            ..Default::default()
+        };
+        Self::serve_as(path, status, services)
+    }
+
+    /// A host that says this of itself.
+    pub(crate) fn serve_as(path: &Path, status: HostStatus, services: Services) -> Self {
         let host = Self {
+            status,
             state: Arc::default(),
             changed: watch::Sender::new(0),
         };
@@ -55,6 +68,11 @@ impl Host {
                 .unwrap();
         });
         host
+    }
+
+    /// The traces that wishes for VMs belonged to.
+    pub(crate) fn traces(&self) -> Vec<String> {
+        self.state.lock().unwrap().traces.clone()
     }
 
     /// VMs stay in STARTING until this is called with `false`.
@@ -86,6 +104,12 @@ impl Host {
     /// Ids of all VMs here.
     pub(crate) fn vms(&self) -> Vec<String> {
         self.state.lock().unwrap().vms.keys().cloned().collect()
+    }
+
+    /// What a VM is doing here, if it is here.
+    pub(crate) fn phase(&self, id: &str) -> Option<VmPhase> {
+        let state = self.state.lock().unwrap();
+        state.vms.get(id).map(|(_, status)| status.phase())
     }
 
     /// The VM's spec as applied last.
@@ -149,20 +173,22 @@ fn after_apply(spec: &VmSpec, before: Option<VmPhase>, held: bool) -> (VmPhase, 
 #[tonic::async_trait]
 impl NodeAgent for Host {
     async fn get_host(&self, _: Request<GetHostRequest>) -> Result<Response<HostStatus>, Status> {
-        Ok(Response::new(HostStatus {
-            host_id: "simulated".into(),
-            ..Default::default()
-        }))
+        Ok(Response::new(self.status.clone()))
     }
 
     async fn apply_vm(
         &self,
         request: Request<ApplyVmRequest>,
     ) -> Result<Response<VmStatus>, Status> {
+        let trace = request.metadata().get("traceparent");
+        let trace = trace
+            .and_then(|trace| trace.to_str().ok())
+            .map(str::to_owned);
         let request = request.into_inner();
         api::validate::apply_vm_request(&request)?;
         let spec = request.spec.unwrap_or_default();
         self.change(|state| {
+            state.traces.extend(trace);
             state.applied += 1;
             if let Some(refusal) = &state.refusal {
                 return Err(refusal.clone());
@@ -209,11 +235,11 @@ impl NodeAgent for Host {
         &self,
         request: Request<DeleteVmRequest>,
     ) -> Result<Response<DeleteVmResponse>, Status> {
-        let id = request.into_inner().id;
+        let DeleteVmRequest { id, evict } = request.into_inner();
         self.change(|state| {
             match state.vms.get(&id) {
                 None => return Err(Status::not_found("no such VM")),
-                Some((_, status)) if status.phase() != VmPhase::Stopped => {
+                Some((_, status)) if status.phase() != VmPhase::Stopped && !evict => {
                     return Err(Status::failed_precondition("it runs"));
                 }
                 Some(_) => state.vms.remove(&id),

@@ -29,6 +29,7 @@ async fn upload_passes_through_and_goes_on_where_it_ended() {
             size_bytes: 6,
             received_bytes: 0,
         }],
+        ..Default::default()
     };
     let name = "projects/default/uploads/import-1";
     let chunk = |offset, data: &[u8]| pb::WriteUploadRequest {
@@ -74,6 +75,7 @@ async fn file_names_with_paths_are_refused() {
                 size_bytes: 6,
                 received_bytes: 0,
             }],
+            ..Default::default()
         };
         let error = site
             .controller

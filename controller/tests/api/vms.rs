@@ -103,6 +103,7 @@ async fn pages_cover_all_vms_once() {
             parent: "projects/default".into(),
             page_size: 3,
             page_token,
+            ..Default::default()
         };
         let page = c.vms().list_vms(request).await.unwrap().into_inner();
         sizes.push(page.vms.len());

@@ -8,8 +8,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub(crate) mod device;
 pub(crate) mod disk;
 pub(crate) mod fault;
+pub(crate) mod host;
 pub(crate) mod network;
 pub(crate) mod nic;
+pub(crate) mod project;
 pub(crate) mod volume;
 
 use crate::spec::{DiskArg, NetArg, ShareArg, VhostUserArg, parse_size};
@@ -55,6 +57,9 @@ pub(crate) struct Global {
     /// No progress on stderr
     #[arg(short, long, global = true)]
     pub(crate) quiet: bool,
+    /// File whose first line is the token that says who asks
+    #[arg(long, global = true, env = "MORTISE_TOKEN_FILE", value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
 }
 
 /// How results are printed.
@@ -114,11 +119,46 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: fault::FaultCommand,
     },
-    /// Look at hosts
+    /// Look at hosts, and take them out of service and back
     Host {
         #[command(subcommand)]
-        command: HostCommand,
+        command: host::HostCommand,
     },
+    /// Create, look at and delete projects
+    Project {
+        #[command(subcommand)]
+        command: project::ProjectCommand,
+    },
+    /// Say how much a project may have
+    Quota {
+        #[command(subcommand)]
+        command: project::QuotaCommand,
+    },
+    /// Who asked for what, and what came of it
+    Audit {
+        #[command(subcommand)]
+        command: project::AuditCommand,
+    },
+    /// Write the controllers' whole state to a file; it holds secrets of seeds
+    #[command(after_help = "Examples:
+  vmctl backup /backups/mortise-$(date +%F).state")]
+    Backup {
+        /// Where to; replaced once the new one is whole
+        file: PathBuf,
+    },
+    /// Put the state of a file in the place of the controllers'; hosts then get what it says
+    #[command(after_help = "Examples:
+  vmctl restore mortise.state            into an empty store
+  vmctl restore mortise.state --force    instead of what is there")]
+    Restore {
+        /// What `vmctl backup` wrote
+        file: PathBuf,
+        /// Replace what is there
+        #[arg(long)]
+        force: bool,
+    },
+    /// Which controller leads, and where the state is
+    Controller,
     /// Look at and wait for long-running operations
     Op {
         #[command(subcommand)]
@@ -176,6 +216,12 @@ spec.json holds the API's VmSpec; `vmctl vm show NAME -o json | jq .spec` prints
         /// Of all projects
         #[arg(long)]
         all_projects: bool,
+        /// Which ones, such as 'status.phase = running AND spec.vcpus > 2'
+        #[arg(long, value_name = "FILTER")]
+        filter: Option<String>,
+        /// Such as 'create_time desc, name'
+        #[arg(long, value_name = "FIELDS")]
+        order_by: Option<String>,
     },
     /// Show everything about a VM
     Show {
@@ -277,6 +323,8 @@ pub(crate) struct MachineArgs {
     pub(crate) shares: Vec<ShareArg>,
     #[command(flatten)]
     pub(crate) seed: SeedArgs,
+    #[command(flatten)]
+    pub(crate) placement: host::PlacementArgs,
     /// Virtual CPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
     pub(crate) cpus: Option<u32>,
@@ -286,9 +334,27 @@ pub(crate) struct MachineArgs {
     /// Keep a started, confined process ready for each device daemon: one that dies is replaced at once
     #[arg(long)]
     pub(crate) warm_spare: bool,
+    /// When it does not run although it should, its guest not having ended it: never start it again, on
+    /// the same host, or anywhere [default: never]
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) restart: Option<RestartArg>,
+    /// Start it again after a boot of its host if it ran before; those of lower ORDER first [default: 0]
+    #[arg(long, value_name = "ORDER", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
+    pub(crate) autostart: Option<u32>,
     /// How long the guest may take to shut down before it is stopped hard [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) shutdown_grace: Option<u32>,
+}
+
+/// Of `--restart`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum RestartArg {
+    /// It stays as it is
+    Never,
+    /// Its host starts it again
+    SameHost,
+    /// So does its host; when that is lost, another one does. Its disks must be reached from there
+    Anywhere,
 }
 
 /// What cloud-init in the guest finds.
@@ -321,8 +387,8 @@ pub(crate) struct VmCreateArgs {
     /// The same id again creates nothing twice [default: a random one]
     #[arg(long, value_name = "ID")]
     pub(crate) request_id: Option<String>,
-    /// Only check whether it could be created
-    #[arg(long)]
+    /// Only check whether it could be created, and show what every host says to it
+    #[arg(long, visible_alias = "dry-run")]
     pub(crate) validate_only: bool,
     #[command(flatten)]
     pub(crate) wait: WaitArgs,
@@ -348,13 +414,6 @@ pub(crate) struct RunArgs {
     /// Directory for its sockets
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
-}
-
-/// `vmctl host ...`
-#[derive(Debug, Subcommand)]
-pub(crate) enum HostCommand {
-    /// List hosts
-    List,
 }
 
 /// `vmctl op ...`

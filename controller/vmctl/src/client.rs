@@ -1,15 +1,18 @@
 //! The connection to the controller, what went wrong in words, and waiting for operations.
 
 use std::io::{IsTerminal as _, Write as _};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::anyhow;
+use anyhow::{Context as _, anyhow, bail};
 use api::connect::ConnectError;
 use api::controller as pb;
 use api::controller::operations_client::OperationsClient;
 use api::controller::vms_client::VmsClient;
-use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::{Code, Request, Status};
 
 use crate::cli::Global;
 
@@ -22,11 +25,49 @@ const AWAY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two looks for a controller that is away.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
+/// The connection to the controller, with the caller's token in each request.
+pub(crate) type Channel = InterceptedService<tonic::transport::Channel, Bearer>;
+
+/// Says who asks.
+#[derive(Clone, Default)]
+pub(crate) struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = &self.0 {
+            let metadata = request.metadata_mut();
+            metadata.insert("authorization", token.clone());
+        }
+        Ok(request)
+    }
+}
+
+impl Bearer {
+    fn read(file: Option<&Path>) -> anyhow::Result<Self> {
+        let Some(file) = file else {
+            return Ok(Self(None));
+        };
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read the token in {}", file.display()))?;
+        let token = text.lines().next().unwrap_or_default().trim();
+        let value = format!("Bearer {token}")
+            .parse::<MetadataValue<Ascii>>()
+            .ok();
+        let Some(mut value) = value.filter(|_| !token.is_empty()) else {
+            bail!("{} has no token in its first line", file.display());
+        };
+        value.set_sensitive(true);
+        Ok(Self(Some(value)))
+    }
+}
+
 /// Connects to the controller.
 ///
 /// # Errors
 /// When none answers, saying how to start one.
 pub(crate) async fn connect(global: &Global) -> anyhow::Result<Channel> {
+    // A token that cannot be read is no reason to look for another controller.
+    Bearer::read(global.token_file.as_deref())?;
     try_connect(global, CONNECT_TIMEOUT).await.map_err(|error| {
         anyhow!(
             "{error}; start a controller with `controller --standalone`, or name another address with --endpoint or MORTISE_ENDPOINT"
@@ -42,7 +83,9 @@ pub(crate) async fn try_connect(
     global: &Global,
     timeout: Duration,
 ) -> Result<Channel, ConnectError> {
-    api::connect::address(&global.endpoint, timeout).await
+    let channel = api::connect::address(&global.endpoint, timeout).await?;
+    let bearer = Bearer::read(global.token_file.as_deref()).unwrap_or_default();
+    Ok(InterceptedService::new(channel, bearer))
 }
 
 /// An answer of the API in words.

@@ -1,5 +1,6 @@
 //! One module for each noun, and `run`.
 
+pub(crate) mod audit;
 pub(crate) mod device;
 pub(crate) mod disk;
 pub(crate) mod events;
@@ -10,13 +11,15 @@ pub(crate) mod network;
 pub(crate) mod nic;
 pub(crate) mod op;
 pub(crate) mod port_forward;
+pub(crate) mod project;
 pub(crate) mod run;
 pub(crate) mod security_group;
+pub(crate) mod state;
 pub(crate) mod vm;
 pub(crate) mod volume;
 
+use crate::client::Channel;
 use api::controller as pb;
-use tonic::transport::Channel;
 
 use crate::cli::{Format, Global, WaitArgs};
 use crate::{client, json};

@@ -8,13 +8,13 @@ use std::io::{IsTerminal as _, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
+use crate::client::Channel;
 use api::controller as pb;
 use api::controller::vms_client::VmsClient;
 use api::names::Name;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
 
 use crate::cli::Global;
 use crate::client;

@@ -23,6 +23,7 @@ mod console;
 mod fault_report;
 mod json;
 mod output;
+mod placement;
 mod port_forward;
 mod security_rule;
 mod seed;
@@ -71,6 +72,12 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::SecurityGroup { command } => commands::security_group::run(&global, command).await,
         Command::Fault { command } => commands::fault::run(&global, command).await,
         Command::Host { command } => commands::host::run(&global, command).await,
+        Command::Project { command } => commands::project::run(&global, command).await,
+        Command::Quota { command } => commands::project::quota(&global, command).await,
+        Command::Audit { command } => commands::audit::run(&global, command).await,
+        Command::Backup { file } => commands::state::backup(&global, &file).await,
+        Command::Restore { file, force } => commands::state::restore(&global, &file, force).await,
+        Command::Controller => commands::state::status(&global).await,
         Command::Op { command } => commands::op::run(&global, command).await,
         Command::Events(args) => commands::events::run(&global, args).await,
         Command::Run(args) => commands::run::run(&global, *args).await,

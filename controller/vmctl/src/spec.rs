@@ -7,8 +7,8 @@ use anyhow::Context as _;
 use api::controller as pb;
 use api::names::Name;
 
-use crate::cli::MachineArgs;
-use crate::{port_forward, seed};
+use crate::cli::{MachineArgs, RestartArg};
+use crate::{placement, port_forward, seed};
 
 /// Parses `512M`, `4G`, `1T`, `64K` or a plain number of bytes. `MiB` and `MB` mean the same: powers
 /// of 1024.
@@ -344,6 +344,17 @@ pub(crate) fn vm_spec(
     if args.warm_spare {
         spec.warm_spare = true;
     }
+    if let Some(restart) = args.restart {
+        spec.set_restart_policy(match restart {
+            RestartArg::Never => pb::RestartPolicy::Never,
+            RestartArg::SameHost => pb::RestartPolicy::SameHost,
+            RestartArg::Anywhere => pb::RestartPolicy::Anywhere,
+        });
+    }
+    if let Some(order) = args.autostart {
+        spec.autostart = true;
+        spec.autostart_order = order;
+    }
     if let Some(seconds) = args.shutdown_grace {
         spec.shutdown_grace_ms = seconds.saturating_mul(1000);
     }
@@ -351,6 +362,7 @@ pub(crate) fn vm_spec(
         spec.disks.push(api_disk(disk, project)?);
     }
     seed::add(&args.seed, &mut spec)?;
+    placement::apply(&args.placement, &mut spec)?;
     for net in args.nets {
         spec.nics.push(api_nic(net.0, project)?);
     }

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::client::Channel;
 use anyhow::{Context as _, anyhow, bail};
 use api::controller as pb;
 use api::controller::hosts_client::HostsClient;
-use tonic::transport::Channel;
 
 use crate::cli::{Global, RunArgs};
 use crate::client;

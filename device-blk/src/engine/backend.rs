@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use faults::DeviceFaults;
 use vhost_user::backend::Polling;
 
+use super::allowance::Allowance;
 use super::gate::{Gate, GateError};
 use super::ghosts::Ghosts;
 use super::workers::Workers;
@@ -77,6 +78,8 @@ pub(crate) struct ServeOptions {
     pub(crate) slow: Arc<SlowThreshold>,
     /// What is to go wrong on purpose.
     pub(crate) faults: Arc<DeviceFaults>,
+    /// Until when it may do I/O.
+    pub(crate) allowance: Arc<Allowance>,
 }
 
 impl Default for ServeOptions {
@@ -90,6 +93,7 @@ impl Default for ServeOptions {
             observer: Arc::new(Unobserved),
             slow: SlowThreshold::new(0),
             faults: DeviceFaults::none(),
+            allowance: Arc::new(Allowance::always()),
         }
     }
 }
@@ -201,6 +205,11 @@ impl Backend {
     /// What is to go wrong on purpose.
     pub(crate) fn faults(&self) -> &Arc<DeviceFaults> {
         &self.options.faults
+    }
+
+    /// See [`ServeOptions::allowance`].
+    pub(crate) fn allowance(&self) -> &Allowance {
+        &self.options.allowance
     }
 
     /// See [`ServeOptions::cpus`].

@@ -19,6 +19,7 @@
 
 pub(crate) mod affinity;
 pub(crate) mod alarm;
+pub(crate) mod allowance;
 pub(crate) mod backend;
 pub(crate) mod bounce;
 pub(crate) mod buffer;
@@ -126,6 +127,8 @@ pub(crate) struct BlkQueue {
     unpublished: u32,
     /// The last round of work was not the end of it.
     is_unfinished: bool,
+    /// The time that the disk was allowed was over when the queue last looked.
+    is_stopped: bool,
 }
 
 /// A place for a job; its index is the `user_data` of the job's operations.
@@ -181,6 +184,7 @@ impl BlkQueue {
             now_ns: monotonic_ns(),
             unpublished: 0,
             is_unfinished: false,
+            is_stopped: false,
         })
     }
 
@@ -213,7 +217,7 @@ impl BlkQueue {
     /// Takes as many requests as there are, or as there is room for; no more than a ring holds,
     /// since a driver can offer requests that are answered at once faster than they are taken.
     fn accept(&mut self, ring: &mut Ring) -> Result<bool, RingError> {
-        if !self.pass_gate() {
+        if !self.pass_gate() || !self.is_allowed() {
             return Ok(false);
         }
         let limited = self.backend.options.admission.is_limited();
@@ -284,6 +288,14 @@ impl BlkQueue {
         self.zero_range_works = true;
         self.nowait = Nowait::default();
         true
+    }
+
+    /// False once the time that the disk was allowed is over. Requests stay where they are; whoever
+    /// allows more wakes the queue.
+    #[inline]
+    fn is_allowed(&mut self) -> bool {
+        self.is_stopped = self.backend.allowance().is_over();
+        !self.is_stopped
     }
 
     /// Answers a request, or makes it a job.
@@ -588,7 +600,10 @@ impl QueueHandler for BlkQueue {
             || self.is_unfinished
             || self.backend.gate.turns() != self.turns
             || (self.with_workers > 0 && !self.results.is_empty())
-            || (self.held() > 0 && !gate::is_closed(self.turns) && self.alarm.is_due())
+            || (self.held() > 0
+                && !gate::is_closed(self.turns)
+                && !self.is_stopped
+                && self.alarm.is_due())
     }
 
     fn prepare_sleep(&mut self) -> bool {
@@ -601,7 +616,7 @@ impl QueueHandler for BlkQueue {
         self.uring.mute();
         loop {
             // Whoever stops a ring does not wait for rate limits.
-            if self.held() > 0 && self.pass_gate() {
+            if self.held() > 0 && self.pass_gate() && self.is_allowed() {
                 self.admit_held(ring, false);
                 self.release_held_back(ring, false, true);
             }
@@ -611,7 +626,9 @@ impl QueueHandler for BlkQueue {
                 self.pass_gate();
             }
             let left = self.in_flight() + self.held();
-            if left == 0 || Instant::now() >= deadline {
+            // What was held is begun by whoever serves the disk next, and is allowed to.
+            let is_over = left == 0 || (self.is_stopped && self.in_flight() == 0);
+            if is_over || Instant::now() >= deadline {
                 return left;
             }
             if self.results.is_empty() {

@@ -39,6 +39,7 @@ SIGTERM completes what is under way and ends with status 0.";
     after_help = EXAMPLES,
     group = ArgGroup::new("images").required(true).args(["image_path", "image_fd"]),
     group = ArgGroup::new("listeners").required(true).args(["listen", "listen_fd"]),
+    group = ArgGroup::new("fenced").args(["generation_file", "generation_fd"]),
 )]
 struct RawArgs {
     /// The image
@@ -76,6 +77,10 @@ struct RawArgs {
     /// The same, opened for us
     #[arg(long, value_name = "N")]
     generation_fd: Option<RawFd>,
+    /// Keeps in this file, as JSON, the generation and how many clients and writes of earlier owners
+    /// were refused
+    #[arg(long, value_name = "PATH", requires = "fenced")]
+    status_file: Option<PathBuf>,
     /// Refuses writes
     #[arg(long)]
     read_only: bool,
@@ -99,6 +104,7 @@ pub(super) struct ServeArgs {
     pub(super) listen_fd: Option<RawFd>,
     pub(super) tls: Option<Source>,
     pub(super) generations: Option<Source>,
+    pub(super) status_file: Option<PathBuf>,
     pub(super) read_only: bool,
     pub(super) max_connections: usize,
     pub(super) lock_wait: Duration,
@@ -133,6 +139,7 @@ impl From<RawArgs> for ServeArgs {
             listen_fd: raw.listen_fd,
             tls: source(raw.tls_file, raw.tls_fd),
             generations: source(raw.generation_file, raw.generation_fd),
+            status_file: raw.status_file,
             read_only: raw.read_only,
             max_connections: usize::from(raw.max_connections),
             lock_wait: raw.lock_wait,

@@ -6,6 +6,7 @@
 
 mod cli;
 mod export;
+mod status;
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -53,6 +54,7 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     let tls = args.tls.as_ref().map(read_tls).transpose()?;
     let boot_id = boot_id()?;
     let (listener, name, _socket_file) = listen(&args)?;
+    let status_file = args.status_file.as_deref().map(open_status).transpose()?;
 
     let achieved = Confinement::new(Profile::new("device-blk-nbd", syscalls())).enter()?;
     for missing in achieved.missing_names() {
@@ -89,6 +91,12 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         generation = server.fence().map(|fence| fence.generation().0),
         "serving"
     );
+    if let Some(file) = status_file {
+        let server = Arc::downgrade(&server);
+        std::thread::Builder::new()
+            .name("nbd-status".into())
+            .spawn(move || status::keep(&server, &file))?;
+    }
     if !has_fence && !args.read_only {
         tracing::warn!(
             "whoever connects may write, two at a time as well; --generation-file keeps stale \
@@ -184,6 +192,16 @@ fn open_fence(source: &Source) -> anyhow::Result<Fence> {
         format!("{name}: another server uses this record of generations; stop it first")
     })?;
     Fence::open(file).with_context(|| format!("{name}: no record of generations"))
+}
+
+/// Opened while files can be.
+fn open_status(path: &Path) -> anyhow::Result<File> {
+    File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// A file that was just made is still there after a power failure.

@@ -1,6 +1,6 @@
 //! Counters and latencies of one queue pair. Each direction is written by one thread at a time.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -179,7 +179,7 @@ pub(crate) fn histograms(pairs: &[PairStats]) -> Vec<DeviceHistogram> {
     histograms
 }
 
-fn add_drops(by_reason: &mut HashMap<String, u64>, direction: &Direction) {
+fn add_drops(by_reason: &mut BTreeMap<String, u64>, direction: &Direction) {
     for reason in DropReason::ALL {
         // The guard tells its own reasons.
         if reason == DropReason::Guarded {

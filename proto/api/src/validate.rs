@@ -10,12 +10,15 @@ mod disk;
 mod fault_experiments;
 mod fault_rules;
 mod fields;
+mod leases;
 mod machine;
 mod net;
 mod networks;
 mod nic_policy;
 mod nics;
 mod node_faults;
+mod placement;
+mod projects;
 mod security_groups;
 mod upgrades;
 mod user_network;
@@ -39,6 +42,7 @@ pub use fault_experiments::{
 };
 pub use fault_rules::{MAX_FAULT_TTL_MS, arm_faults_request, fault_id, fault_rule, fault_ttl};
 use fields::*;
+pub use leases::{allow_io_request, renew_lease_request};
 use machine::{Machine, NicFields, VhostUserFields};
 pub use networks::*;
 pub use nic_policy::{
@@ -50,6 +54,8 @@ pub use nics::{
     updated_nic, vm_nic_flows_request, vm_nic_request,
 };
 pub use node_faults::{node_arm_faults_request, node_fault};
+pub use placement::update_host_request;
+pub use projects::{create_project_request, project_name, update_project_request};
 pub use security_groups::*;
 pub use upgrades::{DEVICE_PROGRAMS, UpgradeTarget, upgrade_devices_request};
 pub use vm_disks::*;
@@ -300,6 +306,7 @@ pub fn create_vm_request(request: &controller::CreateVmRequest) -> Result<(), St
     if let Some(seed) = &spec.cloud_init {
         cloud_init::controller(&mut machine, seed);
     }
+    placement::placement(machine.found, "vm.spec", spec);
     let policies = spec.outage_policies.iter();
     machine.outage_policies(
         policies.map(|policy| (&policy.device[..], policy.action, policy.error_after_ms)),

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::artifacts::Artifacts;
 use crate::bench::Bench;
+use crate::contract::Contract;
 use crate::demo::Demo;
 use crate::fuzz::Fuzz;
 use crate::initramfs::Tool;
@@ -36,6 +37,8 @@ enum Verb {
     Bench(Bench),
     /// Look for inputs that break what takes untrusted bytes: messages, rings, images, frames.
     Fuzz(Fuzz),
+    /// Check the API that others build on: its .proto files by buf, its examples by running them.
+    Contract(Contract),
     /// Fetch the kernel, QEMU and tools, and print where they are.
     Artifacts,
     /// Print the variables that integration tests need, to run them by cargo alone.
@@ -82,6 +85,7 @@ impl Cli {
             Verb::Test(suite) => suite.run(),
             Verb::Bench(bench) => bench.run(),
             Verb::Fuzz(fuzz) => fuzz.run(),
+            Verb::Contract(contract) => contract.run(),
             Verb::Env => {
                 let kit = Kit::prepare()?;
                 let variables = kit.site().variables().into_iter();

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -12,6 +13,7 @@ use crate::job::{DemoReport, Event, Job};
 use crate::kvm::Ground;
 use crate::progress::step;
 use crate::runner::{Kit, Run};
+use crate::workspace;
 
 /// The demo's command line.
 #[derive(Debug, Args)]
@@ -25,6 +27,10 @@ pub(crate) struct Demo {
     /// Use a nested host even where hardware KVM is there.
     #[arg(long)]
     nested: bool,
+    /// With 2: lose one of two hosts, and show that its VM runs again on the other one, once, with its
+    /// disk intact. Hosts are network namespaces of this machine, guests a few instructions on its KVM.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=2), conflicts_with_all = ["by_hand", "nested"])]
+    hosts: u32,
     /// Show the nested host's console.
     #[arg(long, short)]
     verbose: bool,
@@ -33,6 +39,9 @@ pub(crate) struct Demo {
 impl Demo {
     /// Exit code 0 only if all was verified.
     pub(crate) fn run(self) -> Result<i32> {
+        if self.hosts == 2 {
+            return self.lose_a_host();
+        }
         let kit = Kit::prepare()?;
         let ground = Ground::choose(self.nested);
         match &ground {
@@ -71,6 +80,34 @@ impl Demo {
             .with_context(|| format!("cannot write {}", file.display()))?;
         }
         Ok(code)
+    }
+}
+
+impl Demo {
+    /// What is done and measured is the program's: `tests/failover`.
+    fn lose_a_host(&self) -> Result<i32> {
+        step("building the fleet");
+        let mut build = vec!["build"];
+        for package in [
+            "controller",
+            "node-agent",
+            "vmm-core",
+            "device-blk",
+            "failover",
+        ] {
+            build.extend(["--package", package]);
+        }
+        let binaries = workspace::build(&build)?;
+        let failover = binaries.iter().find(|binary| binary.name == "failover");
+        let failover = &failover.context("cargo built no failover")?.file;
+        let mut command = Command::new(failover);
+        if let Some(file) = &self.json {
+            command.arg("--json").arg(file);
+        }
+        let status = command
+            .status()
+            .with_context(|| format!("cannot start {}", failover.display()))?;
+        Ok(status.code().unwrap_or(1))
     }
 }
 

@@ -5,6 +5,7 @@
 mod artifacts;
 mod bench;
 mod cli;
+mod contract;
 mod cpio;
 mod demo;
 mod fuzz;

@@ -28,6 +28,7 @@ pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, OsSt
             script("qemu-storage-daemon", &artifacts.storage_daemon.command())?.into(),
         ),
         ("MKE2FS", artifacts.mke2fs.clone().into()),
+        ("ETCD", script("etcd", &artifacts.etcd.command())?.into()),
         (
             "GUEST_TOOLS_ROOTFS",
             initramfs::guest_tools_rootfs(artifacts)?.into(),

@@ -30,7 +30,7 @@ use tokio::sync::{Mutex, watch};
 use self::{experiment::State, undo::Journal};
 pub(crate) use self::{
     knobs::{Knobs, StartFault},
-    partition::Partitioned,
+    partition::{Either, Partitioned},
 };
 use crate::agent::Agent;
 

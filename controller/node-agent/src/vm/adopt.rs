@@ -9,6 +9,7 @@ use super::{
     disk, error_chain,
     machine::{Daemon, Machine},
     passt, ports, remove_dir,
+    restart::Wait,
     stop::{self, StopHow, sweep},
 };
 use crate::{
@@ -32,7 +33,10 @@ pub(super) async fn adopt(actor: &mut Actor) -> Next {
         State::Running(assets) | State::Stopping(assets) if assets.boot_id != actor.env.boot_id => {
             let dir = actor.env.vm_dir(&actor.record.spec.id);
             stop::remove_sockets(&dir);
-            actor.finish("host-reboot")
+            match actor.record.state.ran() && actor.record.spec.comes_back() {
+                true => Next::StartAfter(Wait::Turn(actor.record.spec.autostart_order)),
+                false => actor.finish("host-reboot"),
+            }
         }
         State::Running(assets) => match adopt_machine(actor, &assets).await {
             Ok(mut machine) => {
@@ -78,7 +82,10 @@ async fn undo_start(actor: &Actor, assets: &Assets) {
 
 fn settle(actor: &mut Actor, state: State) -> Next {
     match state {
-        State::Failed(failure) => actor.fail(failure),
+        State::Failed(failure) => match actor.restart(&failure.message) {
+            Some(next) => next,
+            None => actor.fail(failure),
+        },
         State::Stopped { reason } => actor.finish(&reason),
         other => unreachable!("a VM that ended is {other:?}"),
     }
@@ -111,6 +118,7 @@ async fn adopt_machine(actor: &Actor, assets: &Assets) -> Result<Box<Machine>, S
     for mut plan in plans {
         plan.use_pin(&actor.record.pins);
         plan.use_knobs(&env.knobs);
+        plan.use_leases(spec, &env.leases);
         let record = assets
             .daemons
             .iter()

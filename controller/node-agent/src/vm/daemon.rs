@@ -24,12 +24,14 @@ use api::{
     },
     fds, listen,
 };
+use lease::{Moment, Restart};
 use tonic::Code;
 
 use super::{
     disk::{self, DiskError},
     disks::Disks,
     incarnation::{CALL_DEADLINE, Incarnation, Sockets, Standby, UP_WITHIN},
+    leased::is_ignorant,
     nics::Nics,
     outage::StandIn,
     passt,
@@ -37,6 +39,7 @@ use super::{
 use crate::{
     cloud_init,
     faults::{Knobs, StartFault},
+    leases::Leases,
     network::Networks,
     process::{Guard, ProcessError},
     record::DaemonKind,
@@ -69,6 +72,8 @@ pub(super) struct Plan {
     taps: KeptTaps,
     stand_in: StandIn,
     knobs: Knobs,
+    /// Of a VM that runs under the host's lease.
+    leases: Option<Leases>,
 }
 
 /// One device of a daemon.
@@ -291,6 +296,7 @@ pub(super) fn plans(
         taps: KeptTaps::default(),
         stand_in: StandIn::default(),
         knobs: Knobs::default(),
+        leases: None,
     })
     .collect()
 }
@@ -389,6 +395,13 @@ impl Plan {
             _ => Standby::start(self).await?,
         };
         let (process, info) = standby.take_over(self, &listeners).await?;
+        if let (Some(leases), DaemonKind::Blk) = (&self.leases, self.kind)
+            && let Err(error) = self.allow_io(leases.io_until()).await
+            && is_ignorant(&error)
+        {
+            process.kill().await;
+            return Err(error);
+        }
         Ok(Up {
             process,
             listeners,
@@ -441,6 +454,16 @@ impl Plan {
     /// Starts as a fault says.
     pub(super) fn use_knobs(&mut self, knobs: &Knobs) {
         self.knobs = knobs.clone();
+    }
+
+    /// Its disks are used while the host's lease says so, if the VM needs that.
+    pub(super) fn use_leases(&mut self, spec: &Spec, leases: &Leases) {
+        self.leases = (spec.restart == Restart::Anywhere).then(|| leases.clone());
+    }
+
+    /// Lets the daemon's disks be used until then.
+    pub(super) async fn allow_io(&self, until: Moment) -> Result<(), DaemonError> {
+        Disks::of(&self.dir).allow_io(until.as_nanos()).await
     }
 
     /// What goes wrong with a start on purpose.
@@ -535,6 +558,7 @@ impl Plan {
         let (program, fd_socket) = (self.kind.program(), fd_socket.to_owned());
         let volumes = self.volumes.clone();
         let (networks, vm) = (self.networks.clone(), self.vm.clone());
+        let io_until = self.leases.as_ref().map(Leases::io_until);
         let taps = self.taps.clone();
         let name = device.name.clone();
         let sending = tokio::task::spawn_blocking(move || {
@@ -550,7 +574,9 @@ impl Plan {
             };
             let backing = match &device.backing {
                 Backing::Disk(disk) => {
-                    let config = disk::open(disk, &volumes)?.into_config(disk, send)?;
+                    let mut config = disk::open(disk, &volumes)?.into_config(disk, send)?;
+                    config.leased = io_until.is_some();
+                    config.io_until_boottime_ns = io_until.unwrap_or_default().as_nanos();
                     attach_request::Device::Blk(config)
                 }
                 Backing::User { .. } => unreachable!("passt is handed nothing"),
@@ -627,6 +653,7 @@ pub(super) async fn metrics(dir: &Path, kind: DaemonKind) -> Option<String> {
 
 pub(crate) fn with_deadline<T>(message: T, deadline: Duration) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
+    telemetry::inject(request.metadata_mut());
     request.set_timeout(deadline);
     request
 }

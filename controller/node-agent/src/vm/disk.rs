@@ -201,6 +201,7 @@ pub(super) fn claim(
         DiskSource::Path(path) => path_chain(disk, path),
         DiskSource::Volume(id) => {
             let check = || {
+                volumes.admit(id, disk.generation)?;
                 if !disk.read_only {
                     volumes.refuse_frozen(id)?;
                 }

@@ -62,6 +62,8 @@ pub(super) struct Machine {
     pub(super) warm_spare: bool,
     /// That it stands still is an outage policy's doing; so is taken to be what an earlier agent left.
     pub(super) paused_for_outage: bool,
+    /// That it stands still is the host's lease's doing.
+    pub(super) suspended: bool,
     boot_id: String,
     started_at_ms: u64,
 }
@@ -174,6 +176,7 @@ impl Machine {
             upgrade_answers: Vec::new(),
             warm_spare: false,
             paused_for_outage: true,
+            suspended: false,
             boot_id,
             started_at_ms,
         }

@@ -23,11 +23,13 @@ pub(crate) mod disks;
 mod hang;
 mod health;
 mod incarnation;
+mod leased;
 mod machine;
 pub(crate) mod nics;
 mod outage;
 mod passt;
 mod ports;
+mod restart;
 mod spare;
 mod start;
 mod status;
@@ -37,11 +39,12 @@ mod vmm;
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use api::node::VmStatus;
+use api::node::{VmPhase, VmStatus};
+use lease::Restart;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tonic::Code;
 
@@ -54,13 +57,16 @@ pub(crate) use self::{
 use self::{
     command::{Answer, Command, reply},
     machine::Machine,
+    restart::{Restarts, Wait},
     status::status_of,
     stop::StopHow,
 };
 use crate::{
+    autostart::Autostart,
     faults::{Faults, Knobs},
     image::Claims,
     import::Imports,
+    leases::Leases,
     network::Networks,
     process,
     promised::Promised,
@@ -110,6 +116,10 @@ pub(crate) struct Env {
     pub(crate) imports: Imports,
     /// This boot.
     pub(crate) boot_id: String,
+    /// Until when VMs that are restarted elsewhere may run.
+    pub(crate) leases: Leases,
+    /// Who comes back after a boot, and when.
+    pub(crate) autostart: Autostart,
     /// Every VM's changes of status.
     pub(crate) changes: broadcast::Sender<VmStatus>,
 }
@@ -127,7 +137,11 @@ pub(crate) struct Vm {
     commands: mpsc::Sender<Command>,
     status: watch::Receiver<VmStatus>,
     spec: watch::Receiver<Arc<Spec>>,
+    trace: Trace,
 }
+
+/// The trace of the request that the VM's task works for.
+type Trace = Arc<Mutex<String>>;
 
 impl Vm {
     /// A VM nobody ever applied before.
@@ -173,6 +187,14 @@ impl Vm {
     /// As last applied.
     pub(crate) fn spec(&self) -> Arc<Spec> {
         self.spec.borrow().clone()
+    }
+
+    /// Something of it runs, or may in a moment.
+    pub(crate) fn is_active(&self) -> bool {
+        !matches!(
+            self.status.borrow().phase(),
+            VmPhase::Stopped | VmPhase::Failed | VmPhase::Unspecified
+        )
     }
 
     /// Makes `spec` the wish. Answers once that is durable.
@@ -227,6 +249,7 @@ impl Vm {
     }
 
     async fn ask(&self, command: impl FnOnce(Answer) -> Command) -> Result<(), Refusal> {
+        *self.trace.lock().expect("nothing panics with it") = telemetry::trace_parent();
         let id = self.spec().id.clone();
         let (answer, answered) = oneshot::channel();
         self.commands
@@ -243,6 +266,8 @@ impl Vm {
 enum Next {
     Rest,
     Start,
+    /// As [`Next::Start`], later.
+    StartAfter(Wait),
     Run(Box<Machine>),
     Stop(Box<Machine>, StopHow),
     Gone,
@@ -255,6 +280,8 @@ struct Actor {
     commands: mpsc::Receiver<Command>,
     status: watch::Sender<VmStatus>,
     spec: watch::Sender<Arc<Spec>>,
+    restarts: Restarts,
+    trace: Trace,
 }
 
 impl Actor {
@@ -269,10 +296,12 @@ impl Actor {
         }
         let (status, status_receiver) = watch::channel(VmStatus::default());
         let (spec, spec_receiver) = watch::channel(Arc::new(record.spec.clone()));
+        let trace = Trace::new(Mutex::new(telemetry::trace_parent()));
         let vm = Vm {
             commands: command_sender,
             status: status_receiver,
             spec: spec_receiver,
+            trace: trace.clone(),
         };
         (
             vm,
@@ -282,6 +311,8 @@ impl Actor {
                 commands,
                 status,
                 spec,
+                restarts: Restarts::default(),
+                trace,
             },
         )
     }
@@ -291,7 +322,11 @@ impl Actor {
         loop {
             next = match next {
                 Next::Rest => self.rest().await,
-                Next::Start => self.start().await,
+                Next::Start => {
+                    let trace = self.trace.lock().expect("nothing panics with it").clone();
+                    telemetry::scope(trace, self.start()).await
+                }
+                Next::StartAfter(wait) => self.await_start(wait).await,
                 Next::Run(machine) => self.watch(machine).await,
                 Next::Stop(machine, how) => self.stop(machine, how).await,
                 Next::Gone => return,
@@ -367,9 +402,12 @@ impl Actor {
         let outcome = {
             let bring_up = start::bring_up(&env, &spec, &mut rising);
             tokio::pin!(bring_up);
+            let lapse = leased::lapse(&env, &spec);
+            tokio::pin!(lapse);
             loop {
                 tokio::select! {
                     outcome = &mut bring_up => break Some(outcome),
+                    () = &mut lapse => break None,
                     command = self.commands.recv() => match command {
                         None => break None,
                         Some(command) => self.command_while_starting(command),
@@ -386,11 +424,18 @@ impl Actor {
                 machine.keep_spares(self.wants_spares());
                 machine.refresh().await;
                 self.note_resets(&machine);
+                self.restarts.is_up();
                 let _ = self.enter(State::Running(machine.assets()), Some(&machine));
                 Next::Run(Box::new(machine))
             }
             Some(Err(error)) => {
                 rising.undo(&env).await;
+                // What was wished of the host and could not be is not tried again; what it began is.
+                if self.restarts.under_way()
+                    && let Some(next) = self.restart(&error_chain(&error))
+                {
+                    return next;
+                }
                 self.fail(Failure {
                     code: error.code() as i32,
                     message: error_chain(&error),
@@ -399,7 +444,10 @@ impl Actor {
             }
             None => {
                 rising.undo(&env).await;
-                self.finish("stop-request")
+                match self.record.spec.power {
+                    Power::On => self.finish(leased::LOST),
+                    Power::Off | Power::OffNow => self.finish("stop-request"),
+                }
             }
         }
     }
@@ -422,9 +470,17 @@ impl Actor {
         let mut refresh = tokio::time::interval(REFRESH_INTERVAL);
         refresh.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let vmm = machine.vmm.clone();
+        let mut lease = self.env.leases.watch();
+        lease.mark_changed();
         loop {
             tokio::select! {
                 exit = vmm.exited() => return self.ended(*machine, exit).await,
+                Ok(()) = lease.changed(), if self.is_leased() => {
+                    if !self.follow_lease(&mut machine).await {
+                        return Next::Stop(machine, StopHow::Lost);
+                    }
+                    self.note_health(&machine);
+                }
                 changed = machine.daemon_event(&self.env) => {
                     if changed {
                         self.note_pins(&mut machine);
@@ -475,6 +531,10 @@ impl Actor {
                 }
             }
         }
+    }
+
+    fn is_leased(&self) -> bool {
+        self.record.spec.restart == Restart::Anywhere
     }
 
     /// Takes a wish over if its generation allows; durable on return.

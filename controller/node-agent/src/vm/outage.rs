@@ -270,7 +270,7 @@ impl Machine {
                 self.paused_for_outage = true;
                 vmm::pause(&self.dir).await.map(|()| true)
             }
-            (None, true) if self.paused_for_outage => {
+            (None, true) if self.paused_for_outage && !self.suspended => {
                 tracing::info!(dir = %self.dir.display(), "its devices are back: the VM goes on");
                 vmm::resume(&self.dir).await.map(|()| false)
             }

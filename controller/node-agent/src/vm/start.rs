@@ -11,6 +11,7 @@ use std::{
 };
 
 use api::validate::SEED_DISK;
+use lease::{Restart, Stage};
 use tonic::Code;
 
 use super::{
@@ -28,6 +29,7 @@ use crate::{
     cloud_init,
     host::{self, HostError},
     image::Claim,
+    leases::LeaseError,
     network::NetworkError,
     process::Process,
     record::Assets,
@@ -119,6 +121,9 @@ pub(crate) enum StartError {
     /// There are no user networks here.
     #[error(transparent)]
     Passt(#[from] PasstError),
+    /// The host lost its lease meanwhile.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
     /// A device daemon does not serve.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
@@ -145,6 +150,7 @@ impl StartError {
             Self::Tap { source, .. } => source.code(),
             Self::Network { source, .. } => source.code(),
             Self::Passt(_) => Code::FailedPrecondition,
+            Self::Lease(_) => Code::Unavailable,
             Self::Daemon(error) => error.code(),
             Self::Vmm(error) => error.code(),
         }
@@ -250,6 +256,7 @@ pub(super) async fn bring_up(
     for plan in &mut plans {
         plan.use_pin(&rising.pins);
         plan.use_knobs(&env.knobs);
+        plan.use_leases(spec, &env.leases);
     }
     check_host(env, spec, &dir, &plans)?;
     claim_images(env, spec, &mut rising.claims).await?;
@@ -263,6 +270,9 @@ pub(super) async fn bring_up(
         rising.daemons.push(Daemon::up(plan, up));
     }
     ports::attach(env, spec, &dir).await?;
+    if spec.restart == Restart::Anywhere && !matches!(env.leases.stage(), Stage::Held { .. }) {
+        return Err(StartError::Lease(LeaseError::NotHeld));
+    }
     let started = Instant::now();
     rising.vmm = Some(vmm::bring_up(&env.bin_dir, spec, &dir).await?.keep());
     tracing::info!(

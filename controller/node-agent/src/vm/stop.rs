@@ -7,7 +7,14 @@ use nix::sys::signal::Signal;
 use tokio::time::Instant;
 use tonic::Code;
 
-use super::{Actor, Command, Next, Refusal, ending, error_chain, machine::Machine, reply, vmm};
+use lease::Stage;
+
+use super::{
+    Actor, Command, Next, Refusal, ending, error_chain,
+    leased::{self, LOST},
+    machine::Machine,
+    reply, vmm,
+};
 use crate::{
     process::{self, Exit, Identity, Process},
     record::{Failure, State},
@@ -29,6 +36,8 @@ pub(super) enum StopHow {
     Ask,
     /// Without the guest.
     Now,
+    /// At once, by its processes' end: the host's lease is lost.
+    Lost,
 }
 
 impl Actor {
@@ -37,16 +46,26 @@ impl Actor {
         let _ = self.enter(State::Stopping(machine.assets()), Some(&machine));
         let exit = match how {
             StopHow::Ask => self.ask_guest(&mut machine).await,
-            StopHow::Now => None,
+            StopHow::Now | StopHow::Lost => None,
         };
-        let exit = match exit {
-            Some(exit) => exit,
-            None => stop_hard(&machine).await,
+        let lost = how == StopHow::Lost || (self.is_leased() && !self.holds_lease());
+        let state = match exit {
+            Some(exit) => ended_state(&machine.dir, exit, true),
+            None if lost => {
+                machine.kill_all().await;
+                State::Stopped {
+                    reason: LOST.to_owned(),
+                }
+            }
+            None => ended_state(&machine.dir, stop_hard(&machine).await, true),
         };
-        let state = ended_state(&machine.dir, exit, true);
         self.clean_up(*machine).await;
         let _ = self.enter(state, None);
-        self.rest_or_restart(true)
+        // Who lost the lease does not know what is wished of the VM now.
+        match lost {
+            true => Next::Rest,
+            false => self.rest_or_restart(true),
+        }
     }
 
     /// vmm-core ended by itself.
@@ -55,10 +74,17 @@ impl Actor {
         // Still Running in the record: the next agent would find vmm-core gone and get here again.
         self.clean_up(machine).await;
         match state {
-            State::Failed(failure) => self.fail(failure),
+            State::Failed(failure) => match self.restart(&failure.message) {
+                Some(next) => next,
+                None => self.fail(failure),
+            },
             State::Stopped { reason } => self.finish(&reason),
             other => unreachable!("a VM that ended is {other:?}"),
         }
+    }
+
+    fn holds_lease(&self) -> bool {
+        matches!(self.env.leases.stage(), Stage::Held { .. })
     }
 
     /// Presses the power button and waits for the guest; `None` when it does not react in time.
@@ -67,10 +93,14 @@ impl Actor {
         let asked_at = Instant::now();
         let mut press = tokio::time::interval(PRESS_INTERVAL);
         let vmm = machine.vmm.clone();
+        let (env, spec) = (self.env.clone(), self.record.spec.clone());
+        let lapse = leased::lapse(&env, &spec);
+        tokio::pin!(lapse);
         loop {
             let grace = Duration::from_millis(u64::from(self.record.spec.shutdown_grace_ms));
             tokio::select! {
                 exit = vmm.exited() => return Some(exit),
+                () = &mut lapse => return None,
                 () = tokio::time::sleep_until(asked_at + grace) => return None,
                 _ = machine.daemon_event(&self.env) => {
                     self.note_pins(machine);
@@ -129,6 +159,19 @@ impl Actor {
         remove_sockets(&machine.dir);
         // Other VMs may have the images only now that nobody writes them any more.
         drop(machine.claims);
+    }
+}
+
+impl Machine {
+    /// Ends all processes without asking them.
+    async fn kill_all(&mut self) {
+        self.restarting.shutdown().await;
+        self.upgrading.shutdown().await;
+        let daemons = self.daemons.iter_mut();
+        for process in daemons.filter_map(|daemon| daemon.process.take()) {
+            process.kill().await;
+        }
+        self.vmm.kill().await;
     }
 }
 

@@ -295,6 +295,7 @@ async fn client(dir: &Path, deadline: Duration) -> Result<VmmClient<Channel>, Vm
 
 fn with_deadline<T>(message: T) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
+    telemetry::inject(request.metadata_mut());
     request.set_timeout(CALL_DEADLINE);
     request
 }

@@ -81,6 +81,18 @@ pub(crate) enum VolumeError {
         /// Their ids.
         clones: String,
     },
+    /// Somebody has it by now.
+    #[error(
+        "volume {id:?}: attachment {given} is over, the volume was attached anew as {highest}; read the VM and apply again"
+    )]
+    Superseded {
+        /// The volume.
+        id: String,
+        /// As given.
+        given: u64,
+        /// The highest that has been here.
+        highest: u64,
+    },
     /// Too many images on top of one another.
     #[error(
         "volume {id:?} has {layers} layers, at most {max} can be; merge some: vmctl disk commit, or vmctl disk mirror"
@@ -219,6 +231,7 @@ impl VolumeError {
             Self::Attached { .. }
             | Self::HasClones { .. }
             | Self::Frozen { .. }
+            | Self::Superseded { .. }
             | Self::Layers { .. }
             | Self::Encrypted { .. }
             | Self::NoKey { .. }

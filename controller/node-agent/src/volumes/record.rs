@@ -39,6 +39,9 @@ pub(crate) struct VolumeRecord {
     /// The files are being removed.
     #[serde(default)]
     pub(crate) deleting: bool,
+    /// The highest of its attachments.
+    #[serde(default)]
+    pub(crate) generation: u64,
 }
 
 /// One image of a volume.
@@ -104,6 +107,7 @@ impl VolumeRecord {
             pending: None,
             next_layer: 1,
             deleting: false,
+            generation: 0,
         }
     }
 

@@ -140,7 +140,10 @@ fn nic_joins_its_network_and_its_policy_follows_the_network() {
     assert_eq!(agent.settled().0, VmPhase::Stopped);
     let mut client = agent.client();
     agent
-        .block_on(client.delete_vm(DeleteVmRequest { id: "web".into() }))
+        .block_on(client.delete_vm(DeleteVmRequest {
+            id: "web".into(),
+            ..Default::default()
+        }))
         .unwrap();
     agent.delete("front").unwrap();
     agent.assert_clean();

@@ -89,7 +89,10 @@ impl Host {
         self.agent.apply_vm(&spec);
         assert_eq!(self.settled(id).phase(), VmPhase::Stopped);
         let mut client = self.agent.client();
-        let request = DeleteVmRequest { id: id.into() };
+        let request = DeleteVmRequest {
+            id: id.into(),
+            ..Default::default()
+        };
         self.agent.block_on(client.delete_vm(request)).unwrap();
     }
 

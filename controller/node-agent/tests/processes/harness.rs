@@ -130,6 +130,11 @@ impl Agent {
         self.client = connect_to(self.dir.path()).await;
     }
 
+    /// Of the agent's process.
+    pub(crate) fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
@@ -166,7 +171,10 @@ impl Agent {
 
     pub(crate) async fn delete(&mut self, id: &str) -> Result<(), Status> {
         self.client
-            .delete_vm(DeleteVmRequest { id: id.into() })
+            .delete_vm(DeleteVmRequest {
+                id: id.into(),
+                ..Default::default()
+            })
             .await
             .map(drop)
     }

@@ -301,7 +301,10 @@ async fn deletion_that_waits_for_a_stop_holds_up_nobody_else() {
     gone(pid(&status, "vmm-core")).await;
     let mut deleting = agent.client.clone();
     let deletion = tokio::spawn(async move {
-        let request = api::node::DeleteVmRequest { id: "slow".into() };
+        let request = api::node::DeleteVmRequest {
+            id: "slow".into(),
+            ..Default::default()
+        };
         deleting.delete_vm(request).await
     });
     let asked_at = std::time::Instant::now();

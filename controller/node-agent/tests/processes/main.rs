@@ -8,6 +8,7 @@ mod failures;
 mod faults;
 mod guest;
 mod harness;
+mod leases;
 mod lifecycle;
 mod outages;
 mod resources;

@@ -1,5 +1,6 @@
 //! A run's dealings with its host: faults are begun, kept alive and ended.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use api::controller::fault_injection::Action;
@@ -16,6 +17,7 @@ use super::{End, LOOK_INTERVAL, Run, Upgrading};
 use crate::commands;
 use crate::faults::schedule::Beginning;
 use crate::faults::scope::is_hosts;
+use crate::node::Node;
 use crate::reconciler::decode;
 
 const DEFAULT_TTL_MS: u32 = 10_000;
@@ -39,21 +41,36 @@ impl Run {
             self.ledger.problem(index, words.to_owned());
             return Ok(Vec::new());
         }
-        let ids: Vec<String> = host_faults.iter().map(|fault| fault.id.clone()).collect();
-        let request = ArmFaultsRequest {
-            experiment_id: self.host_id.clone(),
-            faults: host_faults,
-            ttl_ms: u64::from(self.ttl_ms()),
-            seed: beginning.seed,
-        };
-        match self.node.arm_faults(request).await {
+        let all = host_faults.iter().flat_map(|(_, faults)| faults);
+        let ids: Vec<String> = all.map(|fault| fault.id.clone()).collect();
+        for (node, faults) in host_faults {
+            let request = ArmFaultsRequest {
+                experiment_id: self.host_id.clone(),
+                faults,
+                ttl_ms: u64::from(self.ttl_ms()),
+                seed: beginning.seed,
+            };
+            self.arm(&node, request, index, &injection).await?;
+        }
+        Ok(ids)
+    }
+
+    /// Has one host begin a fault.
+    async fn arm(
+        &mut self,
+        node: &Node,
+        request: ArmFaultsRequest,
+        index: usize,
+        injection: &FaultInjection,
+    ) -> Result<(), End> {
+        match node.arm_faults(request).await {
             Ok(statuses) => {
                 self.renewed = Instant::now();
                 self.ledger.update(&statuses, &self.began);
             }
             Err(status) if is_switched_off(&status) => return Err(refused(&status)),
             // An agent that is killed does not answer any more; one that is away already is not hit.
-            Err(status) if is_agents(&injection) && has_hung_up(&status) => {
+            Err(status) if is_agents(injection) && has_hung_up(&status) => {
                 let at_ms = self.began.elapsed_ms();
                 self.ledger
                     .hit(index, at_ms, "", "", "the agent hung up".into());
@@ -64,7 +81,13 @@ impl Run {
                 self.ledger.problem(index, words);
             }
         }
-        Ok(ids)
+        Ok(())
+    }
+
+    /// Connections to the hosts that the experiment has to do with.
+    pub(super) fn nodes(&self) -> Vec<Node> {
+        let ids = self.scope.hosts(&self.spec, &self.hosts.fleet());
+        ids.iter().filter_map(|id| self.hosts.get(id)).collect()
     }
 
     /// Has the target's daemons exchanged, as `vmctl device upgrade` does.
@@ -91,8 +114,7 @@ impl Run {
                 binary: upgrade.binary.clone(),
                 ..Default::default()
             };
-            let host = self.node.observed().borrow().host_name();
-            match commands::upgrade_devices(&self.store, &target, &host, &request).await {
+            match commands::upgrade_devices(&self.store, &target, &request).await {
                 Ok(operation) => self.upgrades.push(Upgrading {
                     operation: operation.name,
                     fault: index,
@@ -131,12 +153,13 @@ impl Run {
         }
     }
 
-    /// The fault as hosts are told it, once for each VM of its target.
+    /// The fault as hosts are told it, once for each VM of its target; of one that is done to hosts, once
+    /// for each of these.
     fn host_faults(
         &mut self,
         beginning: &Beginning,
         injection: &FaultInjection,
-    ) -> Vec<node::Fault> {
+    ) -> Vec<(Node, Vec<node::Fault>)> {
         let target = injection.target.clone().unwrap_or_default();
         let fault = match injection.action.clone() {
             Some(Action::Rule(mut rule)) => {
@@ -149,25 +172,41 @@ impl Run {
             Some(Action::Upgrade(_)) | None => return Vec::new(),
         };
         if is_hosts(injection) {
-            let id = format!("{}.{}", injection.id, beginning.number);
-            self.ledger.open(&id, beginning.fault, "", "");
             let target = (target.process() == FaultProcess::Agent).then(|| node::FaultTarget {
                 process: target.process,
                 ..Default::default()
             });
-            return vec![node::Fault {
-                id,
-                target,
-                fault: Some(fault),
-            }];
+            let hosts = self.scope.hosts_of(injection, &self.hosts.fleet());
+            let several = hosts.len() > 1;
+            let mut faults = Vec::with_capacity(hosts.len());
+            for (index, host) in hosts.iter().enumerate() {
+                let Some(node) = self.hosts.get(host) else {
+                    continue;
+                };
+                let mut id = format!("{}.{}", injection.id, beginning.number);
+                if several {
+                    id = format!("{id}.{index}");
+                }
+                self.ledger.open(&id, beginning.fault, "", "");
+                let fault = node::Fault {
+                    id,
+                    target: target.clone(),
+                    fault: Some(fault.clone()),
+                };
+                faults.push((node, vec![fault]));
+            }
+            return faults;
         }
         let vms = self.scope.vms_of(injection, &self.project);
-        let mut faults = Vec::with_capacity(vms.len());
+        let mut faults: BTreeMap<&str, Vec<node::Fault>> = BTreeMap::new();
         for (index, vm) in vms.iter().enumerate() {
+            if self.hosts.get(&vm.host).is_none() {
+                continue;
+            }
             let id = format!("{}.{}.{index}", injection.id, beginning.number);
             self.ledger
                 .open(&id, beginning.fault, &vm.name, &target.device);
-            faults.push(node::Fault {
+            faults.entry(&vm.host).or_default().push(node::Fault {
                 id,
                 target: Some(node::FaultTarget {
                     vm_id: vm.node_id.clone(),
@@ -177,15 +216,20 @@ impl Run {
                 fault: Some(fault.clone()),
             });
         }
-        faults
+        let by_host = faults.into_iter();
+        by_host
+            .filter_map(|(host, faults)| Some((self.hosts.get(host)?, faults)))
+            .collect()
     }
 
     /// Ends beginnings; one that a host away cannot end now ends by itself there.
     pub(super) async fn disarm(&mut self, ids: Vec<String>) {
-        match self.node.disarm_faults(&self.host_id, ids.clone()).await {
-            Ok(statuses) => self.ledger.update(&statuses, &self.began),
-            Err(status) => {
-                tracing::warn!(%status, "the host did not end faults; they end by themselves")
+        for node in self.nodes() {
+            match node.disarm_faults(&self.host_id, ids.clone()).await {
+                Ok(statuses) => self.ledger.update(&statuses, &self.began),
+                Err(status) => {
+                    tracing::warn!(%status, "a host did not end faults; they end by themselves");
+                }
             }
         }
         let at_ms = self.began.elapsed_ms();
@@ -194,11 +238,17 @@ impl Run {
         }
     }
 
-    /// Ends everything that the experiment has on the host.
+    /// Ends everything that the experiment has on hosts.
     pub(super) async fn disarm_all(&mut self) {
         let deadline = Instant::now() + DISARM_TIMEOUT;
+        for node in self.nodes() {
+            self.disarm_host(&node, deadline).await;
+        }
+    }
+
+    async fn disarm_host(&mut self, node: &Node, deadline: Instant) {
         loop {
-            match self.node.disarm_faults(&self.host_id, Vec::new()).await {
+            match node.disarm_faults(&self.host_id, Vec::new()).await {
                 Ok(statuses) => {
                     self.ledger.update(&statuses, &self.began);
                     return;
@@ -224,11 +274,13 @@ impl Run {
             seed: 0,
         };
         self.renewed = Instant::now();
-        match self.node.arm_faults(request).await {
-            Err(status) if is_away(&status) => Ok(()),
-            Err(status) => Err(refused(&status)),
-            Ok(_) => Ok(()),
+        for node in self.nodes() {
+            match node.arm_faults(request.clone()).await {
+                Err(status) if !is_away(&status) => return Err(refused(&status)),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     pub(super) fn ttl_ms(&self) -> u32 {

@@ -174,6 +174,7 @@ impl Reader<'_> {
                 vm: self.vm(fault, own.vm.as_ref(), &field, file),
                 device: self.device(own.device.as_ref(), &field, file),
                 process: process as i32,
+                ..Default::default()
             },
         };
         Some(pb::FaultInjection {

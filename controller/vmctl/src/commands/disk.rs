@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
+use crate::client::Channel;
 use api::controller as pb;
 use api::controller::disks_client::DisksClient;
 use api::controller::operations_client::OperationsClient;
 use prost_types::FieldMask;
-use tonic::transport::Channel;
 
 use super::{conclude, op, volume};
 use crate::cli::disk::{BackupArgs, DiskCommand, MirrorArgs, MirrorCommand, SetLimitsArgs};

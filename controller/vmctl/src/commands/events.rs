@@ -63,7 +63,7 @@ pub(crate) async fn run(global: &Global, args: EventsArgs) -> anyhow::Result<Exi
 
 async fn list(
     global: &Global,
-    client: &mut EventsClient<tonic::transport::Channel>,
+    client: &mut EventsClient<client::Channel>,
     after: u64,
     target: &str,
 ) -> anyhow::Result<ExitCode> {
@@ -73,6 +73,7 @@ async fn list(
             page_size: super::PAGE_SIZE,
             page_token,
             target: target.to_owned(),
+            ..Default::default()
         };
         let page = client
             .list_events(request)

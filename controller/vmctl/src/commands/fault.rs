@@ -4,11 +4,11 @@ use std::io::Read as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use crate::client::Channel;
 use anyhow::Context as _;
 use api::controller as pb;
 use api::controller::fault_experiments_client::FaultExperimentsClient;
 use tonic::Code;
-use tonic::transport::Channel;
 
 use super::{PAGE_SIZE, parent};
 use crate::campaign::{self, Campaign, Overrides, kinds, library};
@@ -353,6 +353,7 @@ async fn list(global: &Global, client: &mut Client, all_projects: bool) -> anyho
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
             page_token,
+            ..Default::default()
         };
         let answer = client.list_fault_experiments(request).await;
         let answer = answer.map_err(client::failed)?.into_inner();

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::client::Channel;
 use anyhow::{Context as _, bail};
 use api::controller as pb;
 use api::controller::uploads_client::UploadsClient;
@@ -19,7 +20,6 @@ use api::names::Name;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::{conclude, parent};
@@ -200,6 +200,7 @@ async fn send_all(
                 received_bytes: 0,
             })
             .collect(),
+        ..Default::default()
     };
     let mut arrived_at = Instant::now();
     let mut most = 0;

@@ -2,10 +2,10 @@
 
 use std::process::ExitCode;
 
+use crate::client::Channel;
 use api::controller as pb;
 use api::controller::networks_client::NetworksClient;
 use prost_types::FieldMask;
-use tonic::transport::Channel;
 
 use super::{PAGE_SIZE, conclude, parent};
 use crate::cli::network::{
@@ -169,6 +169,7 @@ async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
             page_token,
+            ..Default::default()
         };
         let answer = client
             .list_networks(request)

@@ -213,7 +213,7 @@ async fn show(global: &Global, vm: &str, nic: &str) -> anyhow::Result<()> {
 }
 
 fn show_drops(status: &pb::NicStatus) {
-    let of = |way: &'static str, drops: &std::collections::HashMap<String, u64>| {
+    let of = |way: &'static str, drops: &std::collections::BTreeMap<String, u64>| {
         let mut rows: Vec<Vec<String>> = drops
             .iter()
             .filter(|(_, count)| **count > 0)

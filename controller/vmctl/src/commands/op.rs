@@ -41,6 +41,7 @@ async fn list(global: &Global, vm: Option<&str>, limit: u32) -> anyhow::Result<(
             page_size: super::PAGE_SIZE,
             page_token,
             target: target.clone(),
+            ..Default::default()
         };
         let page = client
             .list_operations(request)

@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
+use crate::client::Channel;
 use api::controller as pb;
 use api::controller::nics_client::NicsClient;
 use api::controller::vms_client::VmsClient;
 use prost_types::FieldMask;
-use tonic::transport::Channel;
 
 use super::{PAGE_SIZE, conclude, parent};
 use crate::cli::network::PortForwardCommand;
@@ -113,6 +113,7 @@ async fn list(global: &Global, channel: &Channel, all_projects: bool) -> anyhow:
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
             page_token,
+            ..Default::default()
         };
         let answer = client.list_vms(request).await.map_err(client::failed)?;
         let answer = answer.into_inner();

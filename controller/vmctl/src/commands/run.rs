@@ -2,12 +2,12 @@
 
 use std::process::ExitCode;
 
+use crate::client::Channel;
 use anyhow::{anyhow, bail};
 use api::controller as pb;
 use api::controller::vms_client::VmsClient;
 use api::names::Name;
 use tokio::signal::unix::{SignalKind, signal};
-use tonic::transport::Channel;
 
 use super::vm;
 use crate::cli::{Format, Global, RunArgs};

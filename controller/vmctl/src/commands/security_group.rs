@@ -89,6 +89,7 @@ pub(crate) async fn run(
                     parent: parent(global, all_projects),
                     page_size: PAGE_SIZE,
                     page_token,
+                    ..Default::default()
                 };
                 let answer = client.list_security_groups(request).await;
                 let answer = answer.map_err(client::failed)?.into_inner();

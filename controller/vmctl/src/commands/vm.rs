@@ -3,11 +3,11 @@
 use std::io::Read as _;
 use std::process::ExitCode;
 
+use crate::client::Channel;
 use anyhow::Context as _;
 use api::controller as pb;
 use api::controller::vms_client::VmsClient;
 use api::validate::SEED_DISK;
-use tonic::transport::Channel;
 
 use super::{PAGE_SIZE, conclude, parent};
 use crate::cli::{Format, Global, VmCommand, VmCreateArgs};
@@ -17,7 +17,11 @@ use crate::{client, console, json, output, port_forward, spec};
 pub(crate) async fn run(global: &Global, command: VmCommand) -> anyhow::Result<ExitCode> {
     match command {
         VmCommand::Create(args) => create(global, *args).await?,
-        VmCommand::List { all_projects } => list(global, all_projects).await?,
+        VmCommand::List {
+            all_projects,
+            filter,
+            order_by,
+        } => list(global, all_projects, filter, order_by).await?,
         VmCommand::Show { name } => show(global, &name).await?,
         VmCommand::Start { name, wait } => {
             let name = spec::vm_name(&name, &global.project)?;
@@ -98,15 +102,31 @@ async fn create(global: &Global, args: VmCreateArgs) -> anyhow::Result<()> {
     };
     let answer = VmsClient::new(channel.clone()).create_vm(request).await;
     let operation = answer.map_err(client::failed)?.into_inner();
+    let told = operation.metadata.as_ref();
+    let told = told.map_or(&[][..], |metadata| &metadata.placement);
+    if !told.is_empty() && global.output == Format::Table && !global.quiet {
+        crate::placement::print(told);
+    }
     let doing = format!("creating vm {}", args.name);
     let done = match args.validate_only {
-        true => format!("vm {} could be created", args.name),
+        true if fits(&operation) => format!("vm {} could be created", args.name),
+        true => format!(
+            "vm {} could be created, and no host can have it now",
+            args.name
+        ),
         false => format!(
             "vm {} is created; start it: vmctl vm start {}",
             args.name, args.name
         ),
     };
     conclude(global, &channel, operation, args.wait, &doing, &done).await
+}
+
+/// Some host can have it, or none said anything.
+fn fits(operation: &pb::Operation) -> bool {
+    let metadata = operation.metadata.as_ref();
+    let placement = metadata.map_or(&[][..], |metadata| &metadata.placement);
+    placement.is_empty() || placement.iter().any(|host| host.refusals.is_empty())
 }
 
 fn read(path: &std::path::Path) -> anyhow::Result<String> {
@@ -140,7 +160,12 @@ pub(super) async fn delete(
         .map_err(client::failed)
 }
 
-async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
+async fn list(
+    global: &Global,
+    all_projects: bool,
+    filter: Option<String>,
+    order_by: Option<String>,
+) -> anyhow::Result<()> {
     let mut client = VmsClient::new(client::connect(global).await?);
     let mut vms = Vec::new();
     let mut page_token = String::new();
@@ -149,6 +174,9 @@ async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
             page_token,
+            filter: filter.clone().unwrap_or_default(),
+            order_by: order_by.clone().unwrap_or_default(),
+            ..Default::default()
         };
         let page = client
             .list_vms(request)

@@ -4,12 +4,12 @@ use std::io::Read as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use crate::client::Channel;
 use anyhow::Context as _;
 use api::controller as pb;
 use api::controller::volumes_client::VolumesClient;
 use api::validate::MAX_KEY_BYTES;
 use prost_types::FieldMask;
-use tonic::transport::Channel;
 
 use super::{PAGE_SIZE, conclude, import, parent};
 use crate::cli::volume::{KeyCommand, Preallocation, VolumeCommand};
@@ -304,6 +304,7 @@ async fn list(global: &Global, all_projects: bool) -> anyhow::Result<()> {
             parent: parent(global, all_projects),
             page_size: PAGE_SIZE,
             page_token,
+            ..Default::default()
         };
         let page = client
             .list_volumes(request)

@@ -20,7 +20,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,23 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 pub struct Fence {
     file: File,
     state: Mutex<State>,
+    refused: Arc<Refused>,
+}
+
+/// What earlier owners asked for in vain.
+#[derive(Debug, Default)]
+struct Refused {
+    clients: AtomicU64,
+    writes: AtomicU64,
+}
+
+/// How much was refused because the disk has another owner by now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusals {
+    /// Clients that were not let in.
+    pub clients: u64,
+    /// Writes and the like, of clients that were let in before.
+    pub writes: u64,
 }
 
 #[derive(Debug)]
@@ -94,7 +111,16 @@ impl Fence {
                 epoch: None,
                 leases: Vec::new(),
             }),
+            refused: Arc::default(),
         })
+    }
+
+    /// What was refused since the server began.
+    pub fn refusals(&self) -> Refusals {
+        Refusals {
+            clients: self.refused.clients.load(Ordering::Relaxed),
+            writes: self.refused.writes.load(Ordering::Relaxed),
+        }
     }
 
     /// The highest generation that has been here.
@@ -105,6 +131,14 @@ impl Fence {
 
     /// Lets a claimant in, after everybody before it has been fenced.
     pub(crate) fn admit(&self, claim: Claim) -> Result<Lease, Refusal> {
+        let admitted = self.try_admit(claim);
+        if admitted.as_ref().is_err_and(Refusal::is_final) {
+            self.refused.clients.fetch_add(1, Ordering::Relaxed);
+        }
+        admitted
+    }
+
+    fn try_admit(&self, claim: Claim) -> Result<Lease, Refusal> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.leases.retain(|lease| lease.strong_count() > 0);
         let record = state.record;
@@ -139,7 +173,10 @@ impl Fence {
             state.leases.clear();
             state.epoch = Some(claim.epoch);
         }
-        let standing = Arc::new(Standing::default());
+        let standing = Arc::new(Standing {
+            refused: Arc::clone(&self.refused),
+            ..Standing::default()
+        });
         state.leases.push(Arc::downgrade(&standing));
         Ok(Lease(standing))
     }
@@ -170,6 +207,7 @@ struct Standing {
     under_way: AtomicUsize,
     quiet_lock: Mutex<()>,
     quiet: Condvar,
+    refused: Arc<Refused>,
 }
 
 impl Lease {
@@ -178,7 +216,11 @@ impl Lease {
         // The order matters against `fence_all`: either it sees us, or we see it.
         self.0.under_way.fetch_add(1, Ordering::SeqCst);
         let entry = Entry(Arc::clone(&self.0));
-        (!self.is_fenced()).then_some(entry)
+        if self.is_fenced() {
+            self.0.refused.writes.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(entry)
     }
 
     pub(crate) fn is_fenced(&self) -> bool {
@@ -308,6 +350,11 @@ mod tests {
                 highest: 6
             })
         ));
+        let refused = Refusals {
+            clients: 1,
+            writes: 2,
+        };
+        assert_eq!(fence.refusals(), refused);
         drop(fence);
 
         let fence = Fence::open(file.reopen().unwrap()).unwrap();

@@ -38,7 +38,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{self, SockFlag};
 
 pub use export::{Export, Extent, FileExport, Zeroing};
-pub use fence::Fence;
+pub use fence::{Fence, Refusals};
 
 use crate::inbox::Inbox;
 use crate::tls::TlsServer;

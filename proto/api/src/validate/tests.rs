@@ -68,6 +68,7 @@ fn apply_vm() -> node::ApplyVmRequest {
             kernel: "/boot/vmlinuz".into(),
             ..Default::default()
         }),
+        ..Default::default()
     }
 }
 
@@ -232,7 +233,7 @@ fn hosts_get_complete_machines_only() {
         assert_eq!(fields(apply_vm_request(&request)), [*field]);
     }
     assert_eq!(
-        fields(apply_vm_request(&node::ApplyVmRequest { spec: None })),
+        fields(apply_vm_request(&node::ApplyVmRequest::default())),
         ["spec"]
     );
 }

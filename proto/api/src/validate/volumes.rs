@@ -90,6 +90,7 @@ pub fn create_volume_request(request: &pb::CreateVolumeRequest) -> Result<(), St
         found.add("volume.spec", "is missing");
         return found.into_result();
     };
+    placement::host(&mut found, "volume.spec.host", &spec.host);
     let at = "volume.spec.";
     let of_this_project = |name: Result<names::Name, names::NameError>| match name {
         Ok(name) if request.parent == format!("projects/{}", name.project) => None,
@@ -281,6 +282,7 @@ pub fn create_upload_request(request: &pb::CreateUploadRequest) -> Result<names:
     let mut found = Violations::new();
     parent_project(&mut found, &request.parent);
     id(&mut found, "upload_id", &request.upload_id);
+    placement::host(&mut found, "host", &request.host);
     upload_files(
         &mut found,
         request

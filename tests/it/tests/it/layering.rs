@@ -9,6 +9,7 @@ use serde_json::Value;
 /// Every edge between two crates of the workspace, tests' own dependencies left out.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("faults", &[]),
+    ("telemetry", &[]),
     ("api", &["faults"]),
     ("vhost-user", &["faults"]),
     ("sandbox", &[]),
@@ -31,15 +32,27 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("qcow2", &[]),
     ("request", &[]),
     ("bench", &[]),
+    ("failover", &["api", "nbd"]),
+    ("etcd", &[]),
     ("faultfs", &[]),
+    ("fleet", &["api"]),
     ("recovery", &["api", "guest"]),
     (
         "device-net",
         &["api", "faults", "filter", "sandbox", "vhost-user"],
     ),
     ("filter", &[]),
-    ("controller", &["api"]),
-    ("node-agent", &["api", "luks", "qcow2", "sandbox"]),
+    ("lease", &[]),
+    ("store", &[]),
+    ("gate", &["api", "store", "telemetry"]),
+    (
+        "controller",
+        &["api", "gate", "lease", "store", "telemetry"],
+    ),
+    (
+        "node-agent",
+        &["api", "lease", "luks", "qcow2", "sandbox", "telemetry"],
+    ),
     ("vmctl", &["api"]),
     ("guest", &[]),
     ("fuzz", &["filter", "qcow2", "request", "vhost-user"]),

@@ -46,6 +46,8 @@ pub(crate) struct Artifacts {
     pub(crate) iperf: Program,
     /// What hosts make networks with (nft, dnsmasq and ip), and what captures are read by.
     pub(crate) network_tools: Vec<Program>,
+    /// Where several controllers keep their state.
+    pub(crate) etcd: Program,
 }
 
 /// A Debian cloud kernel; nested hosts and guests run the same one.
@@ -164,6 +166,7 @@ impl Artifacts {
             &artifacts.mke2fs,
             &artifacts.storage_daemon.file,
             &artifacts.iperf.file,
+            &artifacts.etcd.file,
         ];
         let complete = artifacts.stamp_version == STAMP_VERSION
             && files
@@ -207,6 +210,7 @@ impl Fetcher {
         network_tools.extend(self.programs("iproute2", &["ip"])?);
         network_tools.extend(self.programs("tcpdump", &["tcpdump"])?);
         network_tools.extend(self.programs("tshark", &["tshark"])?);
+        let etcd = self.programs("etcd-server", &["etcd"])?.remove(0);
         Ok(Artifacts {
             stamp_version: STAMP_VERSION,
             kernel,
@@ -220,6 +224,7 @@ impl Fetcher {
             guest_tools,
             iperf,
             network_tools,
+            etcd,
         })
     }
 

@@ -6,6 +6,7 @@
 //! are killed and exchanged.
 
 mod blk;
+mod control;
 mod ground;
 mod interrupt;
 mod net;
@@ -101,6 +102,8 @@ enum Subject {
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
     },
+    /// The controller with a thousand simulated hosts and fifty thousand VMs.
+    Control(control::Control),
 }
 
 /// What one bench is.
@@ -161,6 +164,7 @@ impl Bench {
         match self.subject {
             Subject::Blk { options, dir } => run(&options, dir.as_deref(), &BLK),
             Subject::Net { options } => run(&options, None, &NET),
+            Subject::Control(control) => control.run(),
             Subject::Recovery { options, dir } => run(&options, dir.as_deref(), &RECOVERY),
         }
     }

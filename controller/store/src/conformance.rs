@@ -6,17 +6,24 @@ use std::time::Duration;
 
 use super::{Range, Store, StoreError, Transaction, Watch};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The shortest that etcd grants.
+const LEASE: Duration = Duration::from_secs(2);
 
 /// Runs every check, each on a store of its own.
-pub async fn run_all<S: Store>(mut empty: impl FnMut() -> Arc<S>) {
-    put_get_delete(&*empty()).await;
-    failed_comparison_changes_nothing(&*empty()).await;
-    lists_are_ordered_paged_and_bounded_by_prefix(&*empty()).await;
-    lists_backwards(&*empty()).await;
-    watch_resumes_after_a_revision(&*empty()).await;
-    watch_delivers_more_than_one_batch(empty()).await;
-    concurrent_increments_are_not_lost(empty()).await;
+pub(crate) async fn run_all<S: Store>(mut empty: impl AsyncFnMut() -> Arc<S>) {
+    put_get_delete(&*empty().await).await;
+    failed_comparison_changes_nothing(&*empty().await).await;
+    lists_are_ordered_paged_and_bounded_by_prefix(&*empty().await).await;
+    lists_backwards(&*empty().await).await;
+    watch_resumes_after_a_revision(&*empty().await).await;
+    watch_delivers_more_than_one_batch(empty().await).await;
+    concurrent_increments_are_not_lost(empty().await).await;
+    watch_after_what_is_yet_to_come_is_refused(&*empty().await).await;
+    last_write_of_a_key_counts(&*empty().await).await;
+    keys_go_with_their_lease(&*empty().await).await;
+    put_without_a_lease_keeps_the_key(&*empty().await).await;
+    lease_that_is_kept_alive_lasts(&*empty().await).await;
 }
 
 async fn put_get_delete(store: &dyn Store) {
@@ -176,6 +183,73 @@ async fn increment(store: &dyn Store) {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+async fn last_write_of_a_key_counts(store: &dyn Store) {
+    let twice = Transaction::new()
+        .put("a", b"1".to_vec())
+        .put("a", b"2".to_vec())
+        .put("b", b"1".to_vec())
+        .delete("b")
+        .delete("c")
+        .put("c", b"3".to_vec());
+    store.commit(twice).await.unwrap();
+    let all = store.list(Range::all("")).await.unwrap();
+    assert_eq!(keys(&all), ["a", "c"]);
+    assert_eq!(all.items[0].value, b"2");
+}
+
+async fn keys_go_with_their_lease(store: &dyn Store) {
+    let lease = store.grant(LEASE).await.unwrap();
+    let leased = Transaction::new()
+        .put_leased("l/a", b"1".to_vec(), lease)
+        .put_leased("l/b", b"1".to_vec(), lease)
+        .put("l/c", b"1".to_vec());
+    let revision = store.commit(leased).await.unwrap();
+    let mut watch = store.watch("l/", revision).await.unwrap();
+    let mut gone = vec![next(&mut watch).await, next(&mut watch).await];
+    gone.sort_by(|a, b| a.key.cmp(&b.key));
+    assert_eq!((gone[0].key.as_str(), &gone[0].value), ("l/a", &None));
+    assert_eq!((gone[1].key.as_str(), &gone[1].value), ("l/b", &None));
+    let left = store.list(Range::all("l/")).await.unwrap();
+    assert_eq!(keys(&left), ["l/c"]);
+    let error = store.keep_alive(lease).await.unwrap_err();
+    assert!(matches!(error, StoreError::LeaseGone { .. }), "{error}");
+    let late = Transaction::new().put_leased("l/d", vec![], lease);
+    let error = store.commit(late).await.unwrap_err();
+    assert!(matches!(error, StoreError::LeaseGone { .. }), "{error}");
+    store.revoke(lease).await.unwrap();
+}
+
+async fn put_without_a_lease_keeps_the_key(store: &dyn Store) {
+    let lease = store.grant(Duration::from_secs(600)).await.unwrap();
+    let leased = Transaction::new()
+        .put_leased("a", b"1".to_vec(), lease)
+        .put_leased("b", b"1".to_vec(), lease);
+    store.commit(leased).await.unwrap();
+    put(store, "a", "2").await;
+    store.revoke(lease).await.unwrap();
+    let left = store.list(Range::all("")).await.unwrap();
+    assert_eq!(keys(&left), ["a"]);
+}
+
+async fn lease_that_is_kept_alive_lasts(store: &dyn Store) {
+    let lease = store.grant(LEASE).await.unwrap();
+    let leased = Transaction::new().put_leased("a", b"1".to_vec(), lease);
+    store.commit(leased).await.unwrap();
+    let began = tokio::time::Instant::now();
+    while began.elapsed() < LEASE * 2 {
+        let lasts = store.keep_alive(lease).await.unwrap();
+        assert!(lasts >= LEASE, "{lasts:?}");
+        tokio::time::sleep(LEASE / 10).await;
+    }
+    assert!(store.get("a").await.unwrap().is_some());
+}
+
+async fn watch_after_what_is_yet_to_come_is_refused(store: &dyn Store) {
+    let revision = put(store, "a", "1").await;
+    let error = store.watch("a", revision + 1000).await.unwrap_err();
+    assert!(matches!(error, StoreError::Compacted { .. }), "{error}");
 }
 
 async fn put(store: &dyn Store, key: &str, value: &str) -> u64 {
