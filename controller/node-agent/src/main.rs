@@ -43,7 +43,7 @@ use api::{
     serve,
 };
 use clap::Parser;
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Runtime};
 
 use crate::{
     agent::{Agent, Dirs},
@@ -53,12 +53,16 @@ use crate::{
     service::Service,
 };
 
+/// What still blocks a thread when the agent ends: storage that does not answer, for instance. VMs
+/// and the next agent do not wait for it.
+const END_WITHIN: Duration = Duration::from_secs(2);
+
 fn main() -> ExitCode {
     if let Some(failed) = import::confine::enter_if_asked() {
         return failed;
     }
     let cli = Cli::parse();
-    match run(cli) {
+    match run_to_end(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("node-agent: error: {error:#}");
@@ -67,7 +71,14 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
+/// Dropping a runtime waits for whatever blocks one of its threads, however long; this does not.
+fn run_to_end(cli: Cli) -> anyhow::Result<()> {
+    let runtime = Runtime::new().context("starting threads")?;
+    let ended = runtime.block_on(run(cli));
+    runtime.shutdown_timeout(END_WITHIN);
+    ended
+}
+
 async fn run(cli: Cli) -> anyhow::Result<()> {
     let telemetry = telemetry::init("node-agent", cli.otlp.as_deref())?;
     let dirs = directories(&cli)?;
