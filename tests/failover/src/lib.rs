@@ -10,12 +10,14 @@
 //! ```
 //!
 //! [`scenario`] tells the story; [`machine`] makes namespaces, [`fleet`] starts the processes, [`disk`]
-//! knows what the [`guest`] writes and what must be found.
+//! knows what the [`guest`] writes and what must be found. [`nested`] is the same with emulated hosts, an
+//! etcd, two controllers and real guests.
 
 pub mod disk;
 pub mod fleet;
 pub mod guest;
 pub mod machine;
+pub mod nested;
 pub mod scenario;
 pub mod stale;
 

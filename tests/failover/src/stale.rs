@@ -14,13 +14,17 @@ use crate::guest::BLOCK_BYTES;
 use crate::machine::Machine;
 
 struct Dialer {
-    from: Arc<Machine>,
+    /// Where it is, if not here.
+    from: Option<Arc<Machine>>,
     address: String,
 }
 
 impl Dial for Dialer {
     fn dial(&mut self, _: Instant) -> io::Result<OwnedFd> {
-        let stream = self.from.inside(|| TcpStream::connect(&self.address));
+        let Some(from) = &self.from else {
+            return TcpStream::connect(&self.address).map(OwnedFd::from);
+        };
+        let stream = from.inside(|| TcpStream::connect(&self.address));
         stream.map_err(io::Error::other)?.map(OwnedFd::from)
     }
 }
@@ -33,9 +37,14 @@ impl Stale {
     ///
     /// # Errors
     /// When the server refuses.
-    pub fn open(from: &Arc<Machine>, address: &str, export: &str, generation: u64) -> Result<Self> {
+    pub fn open(
+        from: Option<&Arc<Machine>>,
+        address: &str,
+        export: &str,
+        generation: u64,
+    ) -> Result<Self> {
         let dialer = Dialer {
-            from: Arc::clone(from),
+            from: from.cloned(),
             address: address.to_owned(),
         };
         let options = Options {

@@ -16,6 +16,7 @@ mod smp;
 mod stall;
 mod stress;
 mod system;
+mod writer;
 
 use guest::plan::{End, Job, Plan};
 use guest::report::{self, ON_ROOT_DISK_LINE, Report, UP_LINE};
@@ -167,6 +168,11 @@ fn run(job: &Job) -> Report {
             seed,
             bytes,
         } => stress::check(device, *seed, *bytes),
+        Job::Journal {
+            device,
+            seed,
+            bytes,
+        } => writer::run(device, *seed, *bytes),
         Job::FileSystem { device, bytes } => file_system::check(device, *bytes),
         Job::Folder { tag, seed } => folder::check(tag, *seed),
     }

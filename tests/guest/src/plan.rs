@@ -143,6 +143,15 @@ pub enum Job {
         /// From the disk's start; a multiple of 4096.
         bytes: u64,
     },
+    /// See that a disk has what one guest after the other wrote, then write on for ever.
+    Journal {
+        /// As in `/dev`: vda.
+        device: String,
+        /// Of the blocks.
+        seed: u64,
+        /// From the disk's start; a multiple of 4096.
+        bytes: u64,
+    },
     /// Make an ext4 file system, write files with fio, trim, check it with e2fsck, read the files
     /// again. Needs these programs, which are on the tools' root disk.
     FileSystem {
@@ -265,6 +274,11 @@ impl fmt::Display for Plan {
                     seed,
                     bytes,
                 } => write!(f, "mortise.oracle-check={device},{seed},{bytes} ")?,
+                Job::Journal {
+                    device,
+                    seed,
+                    bytes,
+                } => write!(f, "mortise.journal={device},{seed},{bytes} ")?,
                 Job::FileSystem { device, bytes } => {
                     write!(f, "mortise.file-system={device},{bytes} ")?;
                 }
@@ -372,6 +386,11 @@ impl Plan {
                 seed: seed.parse().ok()?,
                 bytes: bytes.parse().ok()?,
             },
+            ("journal", [device, seed, bytes]) => Job::Journal {
+                device: (*device).to_owned(),
+                seed: seed.parse().ok()?,
+                bytes: bytes.parse().ok()?,
+            },
             ("file-system", [device, bytes]) => Job::FileSystem {
                 device: (*device).to_owned(),
                 bytes: bytes.parse().ok()?,
@@ -468,6 +487,11 @@ mod tests {
                 Job::OracleCheck {
                     device: "vda".into(),
                     seed: 4,
+                    bytes: 1 << 20,
+                },
+                Job::Journal {
+                    device: "vda".into(),
+                    seed: 5,
                     bytes: 1 << 20,
                 },
                 Job::FileSystem {

@@ -71,6 +71,19 @@ pub enum Report {
         /// What went wrong.
         error: Option<String>,
     },
+    /// A disk that one guest after the other writes; comes again and again.
+    Journal {
+        /// As in `/dev`.
+        device: String,
+        /// Which guest this is, from 1.
+        life: u64,
+        /// Blocks that were as they must be when this guest began.
+        verified: u64,
+        /// Writes that were acknowledged, in all lives.
+        last: u64,
+        /// What went wrong.
+        error: Option<String>,
+    },
     /// A payload went both ways.
     Net {
         /// Each way.
@@ -241,6 +254,7 @@ impl Report {
             | Self::Memory { error, .. }
             | Self::Disk { error, .. }
             | Self::Oracle { error, .. }
+            | Self::Journal { error, .. }
             | Self::Net { error, .. }
             | Self::Address { error, .. }
             | Self::Lease { error, .. }

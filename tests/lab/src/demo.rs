@@ -9,11 +9,35 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::artifacts::Artifacts;
+use crate::initramfs::{self, Tool};
 use crate::job::{DemoReport, Event, Job};
 use crate::kvm::Ground;
+use crate::nested::{RunDir, die_with_this_process};
 use crate::progress::step;
 use crate::runner::{Kit, Run};
-use crate::workspace;
+use crate::workspace::{self, Binary};
+use crate::wrappers;
+
+/// What the demo of two hosts is made of.
+const PROGRAMS: [&str; 6] = [
+    "controller",
+    "node-agent",
+    "vmm-core",
+    "device-blk",
+    "device-net",
+    "failover",
+];
+/// Of these, what hosts have.
+const ON_HOSTS: [&str; 5] = [
+    "node-agent",
+    "vmm-core",
+    "device-blk",
+    "device-net",
+    "failover",
+];
+/// Room for a host's files and two guests.
+const HOST_MEMORY_MIB: u32 = 2048;
 
 /// The demo's command line.
 #[derive(Debug, Args)]
@@ -27,8 +51,9 @@ pub(crate) struct Demo {
     /// Use a nested host even where hardware KVM is there.
     #[arg(long)]
     nested: bool,
-    /// With 2: lose one of two hosts, and show that its VM runs again on the other one, once, with its
-    /// disk intact. Hosts are network namespaces of this machine, guests a few instructions on its KVM.
+    /// With 2: two nested hosts on one network, a 3-member etcd and two controllers. One host is killed
+    /// without warning; its VM runs again on the other one, once, with its disk intact; the dead host
+    /// returns and is kept from what it lost.
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=2), conflicts_with_all = ["by_hand", "nested"])]
     hosts: u32,
     /// Show the nested host's console.
@@ -86,24 +111,54 @@ impl Demo {
 impl Demo {
     /// What is done and measured is the program's: `tests/failover`.
     fn lose_a_host(&self) -> Result<i32> {
+        let artifacts = Artifacts::obtain()?;
         step("building the fleet");
         let mut build = vec!["build"];
-        for package in [
-            "controller",
-            "node-agent",
-            "vmm-core",
-            "device-blk",
-            "failover",
-        ] {
-            build.extend(["--package", package]);
+        for program in PROGRAMS {
+            build.extend(["--package", program]);
         }
         let binaries = workspace::build(&build)?;
         let failover = binaries.iter().find(|binary| binary.name == "failover");
         let failover = &failover.context("cargo built no failover")?.file;
+        let bin_dir = failover.parent().context("failover is in no directory")?;
+        let on_host = |name: &&str| {
+            Tool::of_binary(&Binary {
+                name: (*name).to_owned(),
+                file: bin_dir.join(name),
+            })
+        };
+        let tools: Vec<Tool> = ON_HOSTS.iter().map(on_host).collect::<Result<_>>()?;
+        let run_dir = RunDir::create()?;
+        let initrd = run_dir.0.join("host.cpio");
+        let job = Job::Command {
+            argv: vec!["/usr/bin/failover".to_owned(), "host".to_owned()],
+        };
+        initramfs::nested_host(&initrd, &artifacts, &tools, &[], &job)?;
+        wrappers::network_tools(&artifacts)?;
+        let settings = run_dir.0.join("settings.json");
+        let content = json!({
+            "bin_dir": bin_dir,
+            "qemu": wrappers::qemu(&artifacts)?,
+            "mke2fs": artifacts.mke2fs,
+            "kernel": artifacts.kernel.vmlinux,
+            "initrd": initrd,
+            "memory_mib": HOST_MEMORY_MIB,
+            "log_dir": workspace::lab_subdir("logs")?,
+        });
+        fs::write(&settings, serde_json::to_vec(&content)?)?;
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let dirs = std::iter::once(wrappers::dir()).chain(std::env::split_paths(&path));
         let mut command = Command::new(failover);
+        command
+            .arg("nested")
+            .arg("--settings")
+            .arg(&settings)
+            .env("PATH", std::env::join_paths(dirs)?)
+            .envs([wrappers::etcd(&artifacts)?]);
         if let Some(file) = &self.json {
             command.arg("--json").arg(file);
         }
+        die_with_this_process(&mut command);
         let status = command
             .status()
             .with_context(|| format!("cannot start {}", failover.display()))?;

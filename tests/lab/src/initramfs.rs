@@ -58,6 +58,7 @@ const HOST_MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_net",
     "virtio_blk",
+    "ext4",
 ];
 
 /// Room for the guest, iperf3 and some writing.

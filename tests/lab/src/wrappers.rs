@@ -19,16 +19,13 @@ pub(crate) fn dir() -> PathBuf {
 /// The variables by which tests on this machine find third-party programs.
 pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, OsString)>> {
     let mut found: Vec<(&'static str, OsString)> = vec![
-        (
-            "QEMU",
-            script("qemu-system-x86_64", &artifacts.qemu.command())?.into(),
-        ),
+        ("QEMU", qemu(artifacts)?.into()),
         (
             "QEMU_STORAGE_DAEMON",
             script("qemu-storage-daemon", &artifacts.storage_daemon.command())?.into(),
         ),
         ("MKE2FS", artifacts.mke2fs.clone().into()),
-        ("ETCD", script("etcd", &artifacts.etcd.command())?.into()),
+        etcd(artifacts)?,
         (
             "GUEST_TOOLS_ROOTFS",
             initramfs::guest_tools_rootfs(artifacts)?.into(),
@@ -59,6 +56,24 @@ pub(crate) fn variables(artifacts: &Artifacts) -> Result<Vec<(&'static str, OsSt
         found.push(("PASST", passt.into()));
     }
     Ok(found)
+}
+
+/// The emulator.
+pub(crate) fn qemu(artifacts: &Artifacts) -> Result<PathBuf> {
+    script("qemu-system-x86_64", &artifacts.qemu.command())
+}
+
+/// Programs that are called by name, in [`dir`].
+pub(crate) fn network_tools(artifacts: &Artifacts) -> Result<()> {
+    for program in &artifacts.network_tools {
+        script(&program.name(), &program.command())?;
+    }
+    Ok(())
+}
+
+/// The variable by which etcd is found.
+pub(crate) fn etcd(artifacts: &Artifacts) -> Result<(&'static str, OsString)> {
+    Ok(("ETCD", script("etcd", &artifacts.etcd.command())?.into()))
 }
 
 fn script(name: &str, command: &Command) -> Result<PathBuf> {
