@@ -459,7 +459,7 @@ async fn place_vm(
     let place = match found {
         Some(host) => commands::place_at(store, &host, &request).await?,
         None => match commands::place(hosts, &request).await? {
-            Placing::Found(place) => place,
+            Placing::Found(place) => *place,
             Placing::None(verdicts) => {
                 return unplaced(store, stored, &scheduler::words(&verdicts)).await;
             }

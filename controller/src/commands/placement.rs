@@ -74,7 +74,7 @@ impl Place {
 /// What became of the search for a host.
 pub enum Placing {
     /// One was found.
-    Found(Place),
+    Found(Box<Place>),
     /// None was; all of them say why.
     None(Vec<Verdict>),
 }
@@ -90,13 +90,13 @@ pub async fn place(hosts: &Hosts, request: &Request) -> Result<Placing, StoreErr
             Err(verdicts) => return Ok(Placing::None(verdicts)),
         };
         if let Some((alone, reserved)) = hosts.hold(&host, request).await {
-            return Ok(Placing::Found(Place {
+            return Ok(Placing::Found(Box::new(Place {
                 host,
                 promised: request.demand.clone(),
                 next: reserved.record.plus(&request.demand),
                 revision: reserved.revision,
                 _alone: Some(alone),
-            }));
+            })));
         }
     }
     let key = model::RESERVATIONS.to_owned();

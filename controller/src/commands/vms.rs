@@ -140,7 +140,7 @@ async fn find_host(
         return Ok((None, "its volumes have no host yet".to_owned()));
     };
     match place(hosts, &request).await? {
-        Placing::Found(place) => Ok((Some(place), String::new())),
+        Placing::Found(place) => Ok((Some(*place), String::new())),
         Placing::None(verdicts) if scheduler::may_pass(&verdicts) => {
             Ok((None, scheduler::words(&verdicts)))
         }

@@ -90,6 +90,8 @@ pub struct ReservationRecord {
     pub bounds: BTreeMap<String, u64>,
 }
 
+type Counts = BTreeMap<String, u64>;
+
 impl ReservationRecord {
     /// With what one more VM was promised.
     #[must_use]
@@ -123,10 +125,8 @@ impl ReservationRecord {
         self
     }
 
-    fn counts<'a>(
-        &'a mut self,
-        other: &'a Self,
-    ) -> [(&'a mut BTreeMap<String, u64>, &'a BTreeMap<String, u64>); 5] {
+    /// The maps of counts, each beside the one of the other record.
+    fn counts<'a>(&'a mut self, other: &'a Self) -> [(&'a mut Counts, &'a Counts); 5] {
         [
             (&mut self.labels, &other.labels),
             (&mut self.daemons, &other.daemons),

@@ -207,7 +207,7 @@ async fn keys_go_with_their_lease(store: &dyn Store) {
         .put("l/c", b"1".to_vec());
     let revision = store.commit(leased).await.unwrap();
     let mut watch = store.watch("l/", revision).await.unwrap();
-    let mut gone = vec![next(&mut watch).await, next(&mut watch).await];
+    let mut gone = [next(&mut watch).await, next(&mut watch).await];
     gone.sort_by(|a, b| a.key.cmp(&b.key));
     assert_eq!((gone[0].key.as_str(), &gone[0].value), ("l/a", &None));
     assert_eq!((gone[1].key.as_str(), &gone[1].value), ("l/b", &None));

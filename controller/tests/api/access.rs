@@ -16,8 +16,11 @@ use tonic_types::StatusExt as _;
 use crate::harness::{Controller, PATIENCE, Site, create_vm, poll_async, vm_name};
 use crate::simulated::Host;
 
-/// A controller that asks callers for tokens: (token, roles, projects).
-async fn guarded(dir: &Path, tokens: &[(&str, &[&str], Option<&[&str]>)]) -> (Host, Controller) {
+/// A token, its roles, and the projects that it is for (none: all).
+type Token<'a> = (&'a str, &'a [&'a str], Option<&'a [&'a str]>);
+
+/// A controller that asks callers for tokens.
+async fn guarded(dir: &Path, tokens: &[Token<'_>]) -> (Host, Controller) {
     let entries: Vec<serde_json::Value> = tokens
         .iter()
         .map(|(token, roles, projects)| {

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -90,7 +90,7 @@ impl Cluster {
         panic!("no etcd cluster came up in {ATTEMPTS} attempts");
     }
 
-    fn attempt(program: &PathBuf, options: &Options) -> Option<Self> {
+    fn attempt(program: &Path, options: &Options) -> Option<Self> {
         let addresses = match options.addresses.len() {
             0 => draw(options.members)?,
             _ => options.addresses.clone(),
@@ -101,7 +101,7 @@ impl Cluster {
         };
         let mut cluster = Self {
             dir: tempfile::tempdir().expect("a directory for etcd"),
-            program: program.clone(),
+            program: program.to_path_buf(),
             options: options.clone(),
             members: addresses.into_iter().map(member).collect(),
         };

@@ -9,7 +9,7 @@ use super::{Change, Item, LeaseId, Listing, Range, StoreError, WATCH_BATCH};
 pub(super) const DATA: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("data");
 /// (revision, index within the transaction) to the key and, unless it was removed, the value.
 pub(super) const LOG: TableDefinition<'_, (u64, u32), LoggedChange> = TableDefinition::new("log");
-type LoggedChange = (&'static str, Option<&'static [u8]>);
+pub(super) type LoggedChange = (&'static str, Option<&'static [u8]>);
 pub(super) const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 /// Leases and how long they last, in milliseconds.
 pub(super) const LEASES: TableDefinition<'_, i64, u64> = TableDefinition::new("leases");

@@ -10,7 +10,9 @@ use redb::{ReadableTable as _, Table, WriteTransaction};
 use tokio::sync::{oneshot, watch};
 
 use super::file::{File, failed};
-use super::tables::{self, COMPACTED, DATA, LAST_LEASE, LEASED, LEASES, LOG, META, REVISION, item};
+use super::tables::{
+    self, COMPACTED, DATA, LAST_LEASE, LEASED, LEASES, LOG, LoggedChange, META, REVISION, item,
+};
 use super::{LeaseId, StoreError, Transaction};
 use crate::{Compare, Write};
 
@@ -242,7 +244,7 @@ impl Apply {
 /// The tables, and the revision that the next change follows.
 struct Tables<'t> {
     data: Table<'t, &'static str, &'static [u8]>,
-    log: Table<'t, (u64, u32), (&'static str, Option<&'static [u8]>)>,
+    log: Table<'t, (u64, u32), LoggedChange>,
     meta: Table<'t, &'static str, u64>,
     leases: Table<'t, i64, u64>,
     leased: Table<'t, &'static str, i64>,

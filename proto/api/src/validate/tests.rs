@@ -68,7 +68,6 @@ fn apply_vm() -> node::ApplyVmRequest {
             kernel: "/boot/vmlinuz".into(),
             ..Default::default()
         }),
-        ..Default::default()
     }
 }
 
