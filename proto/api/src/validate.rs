@@ -18,6 +18,7 @@ mod nic_policy;
 mod nics;
 mod node_faults;
 mod placement;
+mod pools;
 mod projects;
 mod security_groups;
 mod upgrades;
@@ -55,6 +56,7 @@ pub use nics::{
 };
 pub use node_faults::{node_arm_faults_request, node_fault};
 pub use placement::update_host_request;
+pub use pools::{LOCAL_POOL, create_pool_request, pool_name};
 pub use projects::{create_project_request, project_name, update_project_request};
 pub use security_groups::*;
 pub use upgrades::{DEVICE_PROGRAMS, UpgradeTarget, upgrade_devices_request};
