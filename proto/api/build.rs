@@ -35,6 +35,7 @@ const PROTOS: &[&str] = &[
     "mortise/controller/v1/audit.proto",
     "mortise/controller/v1/state.proto",
     "mortise/controller/v1/projects.proto",
+    "mortise/controller/v1/certificates.proto",
     "mortise/controller/v1/pools.proto",
 ];
 

@@ -6,27 +6,89 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
 use thiserror::Error;
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
 use crate::listen::Address;
+use crate::tls;
 
 /// Between two attempts within the deadline, at first and at most: a process that was just started
 /// listens in milliseconds, and guests may be waiting for it.
 const RETRY_INTERVALS: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 
-/// Connects to either kind of address, trying again until `timeout` has passed.
+/// Connects to an address where no TLS is spoken, trying again until `timeout` has passed.
 ///
 /// # Errors
 /// When nobody answered in time.
 pub async fn address(address: &Address, timeout: Duration) -> Result<Channel, ConnectError> {
-    match address {
-        Address::Unix(path) => unix(path, timeout).await,
-        Address::Tcp(addr) => tcp(addr, timeout).await,
+    secured(address, None, timeout).await
+}
+
+/// Connects to any kind of address, trying again until `timeout` has passed; `tls` is for those where it
+/// is spoken.
+///
+/// # Errors
+/// When nobody answered in time, or one end does not trust the other.
+pub async fn secured(
+    address: &Address,
+    tls: Option<&tls::Client>,
+    timeout: Duration,
+) -> Result<Channel, ConnectError> {
+    match (address, tls) {
+        (Address::Unix(path), _) => unix(path, timeout).await,
+        (Address::Tcp(addr), _) => tcp(addr, timeout).await,
+        (Address::Tls(addr), Some(tls)) => over_tls(addr, tls, timeout).await,
+        (Address::Tls(_), None) => Err(ConnectError {
+            address: address.clone(),
+            distrust: Some("no authority was named that vouches for it".to_owned()),
+            source: None,
+        }),
     }
+}
+
+async fn over_tls(
+    addr: &str,
+    tls: &tls::Client,
+    timeout: Duration,
+) -> Result<Channel, ConnectError> {
+    let address = Address::Tls(addr.to_owned());
+    // TLS is the connector's: to the channel the stream is a plain one.
+    let endpoint = endpoint(addr, &address)?;
+    let endpoint = tuned(endpoint, timeout);
+    retry(address, timeout, || {
+        let (addr, tls) = (addr.to_owned(), tls.clone());
+        endpoint.connect_with_connector(service_fn(move |_: Uri| {
+            connect_tls(addr.clone(), tls.clone())
+        }))
+    })
+    .await
+}
+
+async fn connect_tls(addr: String, tls: tls::Client) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+    let host = addr
+        .rsplit_once(':')
+        .map_or(addr.as_str(), |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+    let config = tls.config()?;
+    let stream = TcpStream::connect(&addr).await?;
+    stream.set_nodelay(true)?;
+    let stream = TlsConnector::from(config).connect(name, stream).await?;
+    Ok(TokioIo::new(stream))
+}
+
+fn endpoint(addr: &str, address: &Address) -> Result<Endpoint, ConnectError> {
+    Endpoint::from_shared(format!("http://{addr}")).map_err(|source| ConnectError {
+        address: address.clone(),
+        distrust: None,
+        source: Some(source),
+    })
 }
 
 /// Connects to the Unix socket at `path`, which need not exist yet, trying again until `timeout`
@@ -51,12 +113,7 @@ pub async fn unix(path: &Path, timeout: Duration) -> Result<Channel, ConnectErro
 /// When nobody answered in time, or `addr` is no address.
 pub async fn tcp(addr: &str, timeout: Duration) -> Result<Channel, ConnectError> {
     let address = Address::Tcp(addr.to_owned());
-    let endpoint =
-        Endpoint::from_shared(format!("http://{addr}")).map_err(|source| ConnectError {
-            address: address.clone(),
-            source: Some(source),
-        })?;
-    let endpoint = tuned(endpoint, timeout);
+    let endpoint = tuned(endpoint(addr, &address)?, timeout);
     retry(address, timeout, || endpoint.connect()).await
 }
 
@@ -87,12 +144,23 @@ where
         let left = deadline.saturating_duration_since(Instant::now());
         match tokio::time::timeout(left, connect()).await {
             Ok(Ok(channel)) => return Ok(channel),
-            Ok(Err(error)) => last = Some(error),
+            Ok(Err(error)) => {
+                // Waiting does not make anybody trusted.
+                if let Some(distrust) = tls::distrust(&error) {
+                    return Err(ConnectError {
+                        address,
+                        distrust: Some(distrust),
+                        source: None,
+                    });
+                }
+                last = Some(error);
+            }
             Err(_elapsed) => {}
         }
         if Instant::now() + interval >= deadline {
             return Err(ConnectError {
                 address,
+                distrust: None,
                 source: last,
             });
         }
@@ -101,11 +169,26 @@ where
     }
 }
 
-/// Nobody answered.
+/// Nobody answered, or nobody who is trusted.
 #[derive(Debug, Error)]
-#[error("nothing answers at {address}")]
+#[error("{}", self.words())]
 pub struct ConnectError {
     address: Address,
+    distrust: Option<String>,
     #[source]
     source: Option<tonic::transport::Error>,
+}
+
+impl ConnectError {
+    /// Somebody answers, and one end does not trust the other.
+    pub fn is_distrust(&self) -> bool {
+        self.distrust.is_some()
+    }
+
+    fn words(&self) -> String {
+        match &self.distrust {
+            Some(why) => format!("no trust between here and {}: {why}", self.address),
+            None => format!("nothing answers at {}", self.address),
+        }
+    }
 }

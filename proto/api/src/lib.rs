@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod names;
 pub mod rate;
 pub mod serve;
+pub mod tls;
 pub mod validate;
 
 /// Generated, one module for each part of the packages' names: messages of one package refer to those of

@@ -31,6 +31,8 @@ pub enum Listener {
     Unix(UnixListener, SocketFile),
     /// A TCP socket.
     Tcp(TcpListener),
+    /// A TCP socket on which TLS is spoken.
+    Tls(TcpListener),
 }
 
 impl Listener {
@@ -38,7 +40,7 @@ impl Listener {
     pub fn socket_file(&self) -> Option<&SocketFile> {
         match self {
             Self::Unix(_, file) => Some(file),
-            Self::Tcp(_) => None,
+            Self::Tcp(_) | Self::Tls(_) => None,
         }
     }
 
@@ -49,20 +51,21 @@ impl Listener {
     pub fn bind(address: &Address) -> Result<Self, ListenError> {
         match address {
             Address::Unix(path) => unix(path),
-            Address::Tcp(addr) => tcp(addr),
+            Address::Tcp(addr) => tcp_socket(addr).map(Self::Tcp),
+            Address::Tls(addr) => tcp_socket(addr).map(Self::Tls),
         }
     }
 
     /// The address as it is now: with the port that the kernel chose when 0 was asked for.
     pub fn address(&self) -> Address {
+        let bound = |listener: &TcpListener| {
+            let addr = listener.local_addr();
+            addr.map(|addr| addr.to_string()).unwrap_or_default()
+        };
         match self {
             Self::Unix(_, file) => Address::Unix(file.path.clone()),
-            Self::Tcp(listener) => Address::Tcp(
-                listener
-                    .local_addr()
-                    .map(|addr| addr.to_string())
-                    .unwrap_or_default(),
-            ),
+            Self::Tcp(listener) => Address::Tcp(bound(listener)),
+            Self::Tls(listener) => Address::Tls(bound(listener)),
         }
     }
 }
@@ -115,6 +118,10 @@ pub fn unix_socket(path: &Path) -> Result<(UnixListener, SocketFile), ListenErro
 /// # Errors
 /// When the port is taken, the address is not this host's, or it cannot be parsed.
 pub fn tcp(addr: &str) -> Result<Listener, ListenError> {
+    tcp_socket(addr).map(Listener::Tcp)
+}
+
+fn tcp_socket(addr: &str) -> Result<TcpListener, ListenError> {
     let err = |source: io::Error| match source.kind() {
         io::ErrorKind::AddrInUse => ListenError::TcpInUse {
             addr: addr.to_owned(),
@@ -125,9 +132,7 @@ pub fn tcp(addr: &str) -> Result<Listener, ListenError> {
         },
     };
     let resolved: Vec<SocketAddr> = addr.to_socket_addrs().map_err(err)?.collect();
-    TcpListener::bind(resolved.as_slice())
-        .map(Listener::Tcp)
-        .map_err(err)
+    TcpListener::bind(resolved.as_slice()).map_err(err)
 }
 
 /// Removes `path` if it is a socket on which nobody listens.
@@ -239,12 +244,14 @@ impl Drop for SocketFile {
     }
 }
 
-/// Where a server listens, as written on a command line: `HOST:PORT` or `unix:PATH`. `http://` in
-/// front of the former is understood too.
+/// Where a server listens, as written on a command line: `https://HOST:PORT` with TLS, `HOST:PORT`
+/// without, or `unix:PATH`. `http://` in front of the second is understood too.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     /// `HOST:PORT`
     Tcp(String),
+    /// `https://HOST:PORT`
+    Tls(String),
     /// `unix:PATH`
     Unix(PathBuf),
 }
@@ -254,10 +261,20 @@ impl Address {
     pub fn is_local(&self) -> bool {
         match self {
             Self::Unix(_) => true,
-            Self::Tcp(addr) => addr
+            Self::Tcp(addr) | Self::Tls(addr) => addr
                 .to_socket_addrs()
                 .is_ok_and(|mut all| all.all(|addr| addr.ip().is_loopback())),
         }
+    }
+
+    /// Whether TLS is spoken there.
+    pub fn is_tls(&self) -> bool {
+        matches!(self, Self::Tls(_))
+    }
+
+    /// Whether what is said there stays on this host or is kept secret by TLS.
+    pub fn is_private(&self) -> bool {
+        self.is_tls() || self.is_local()
     }
 }
 
@@ -276,15 +293,19 @@ impl FromStr for Address {
                 Ok(Self::Unix(path.into()))
             };
         }
-        let addr = text
-            .strip_prefix("http://")
-            .unwrap_or(text)
-            .trim_end_matches('/');
+        let (addr, tls) = match text.strip_prefix("https://") {
+            Some(addr) => (addr, true),
+            None => (text.strip_prefix("http://").unwrap_or(text), false),
+        };
+        let addr = addr.trim_end_matches('/');
         let (host, port) = addr.rsplit_once(':').ok_or_else(error)?;
         if host.is_empty() || host.contains('/') || port.parse::<u16>().is_err() {
             return Err(error());
         }
-        Ok(Self::Tcp(addr.to_owned()))
+        Ok(match tls {
+            true => Self::Tls(addr.to_owned()),
+            false => Self::Tcp(addr.to_owned()),
+        })
     }
 }
 
@@ -292,6 +313,7 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(addr) => f.write_str(addr),
+            Self::Tls(addr) => write!(f, "https://{addr}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
@@ -299,7 +321,7 @@ impl fmt::Display for Address {
 
 /// An address nobody can parse.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("{text:?} is no address: write HOST:PORT (127.0.0.1:7070) or unix:PATH")]
+#[error("{text:?} is no address: write HOST:PORT (127.0.0.1:7070), https://HOST:PORT or unix:PATH")]
 pub struct AddressError {
     text: String,
 }
@@ -437,12 +459,13 @@ mod tests {
             ("127.0.0.1:7070", "127.0.0.1:7070"),
             ("http://127.0.0.1:7070/", "127.0.0.1:7070"),
             ("[::1]:7070", "[::1]:7070"),
+            ("https://host:1/", "https://host:1"),
             ("unix:/run/x", "unix:/run/x"),
             ("unix:///run/x", "unix:/run/x"),
         ] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), printed);
         }
-        for bad in ["", "7070", ":7070", "host:99999", "unix:", "https://x:1"] {
+        for bad in ["", "7070", ":7070", "host:99999", "unix:", "https://x"] {
             assert!(bad.parse::<Address>().is_err(), "{bad}");
         }
     }
@@ -451,6 +474,9 @@ mod tests {
     fn loopback_and_unix_are_local() {
         assert!("127.0.0.1:1".parse::<Address>().unwrap().is_local());
         assert!("unix:/x".parse::<Address>().unwrap().is_local());
-        assert!(!"0.0.0.0:1".parse::<Address>().unwrap().is_local());
+        let open = "0.0.0.0:1".parse::<Address>().unwrap();
+        assert!(!open.is_local() && !open.is_private());
+        let secret = "https://0.0.0.0:1".parse::<Address>().unwrap();
+        assert!(!secret.is_local() && secret.is_private());
     }
 }

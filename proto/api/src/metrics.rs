@@ -51,6 +51,10 @@ where
                 }
             }
         }
+        Listener::Tls(_) => Err(std::io::Error::new(
+            std::io::ErrorKind::Unsupported,
+            "metrics are served without TLS: name HOST:PORT or unix:PATH",
+        )),
     }
 }
 

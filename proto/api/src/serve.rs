@@ -9,9 +9,11 @@ use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
+use futures_util::stream::FuturesUnordered;
 use nix::sys::signal::{SigSet, Signal};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::body::Body;
 use tonic::codegen::{Service, http};
@@ -22,7 +24,8 @@ use tonic_health::ServingStatus;
 
 use crate::FILE_DESCRIPTOR_SET;
 use crate::listen::{self, ListenError, Listener};
-use admission::admit;
+use crate::tls;
+use admission::{admit, secure};
 
 /// How long calls in progress may take to finish once shutdown was asked for. Watches and consoles
 /// never finish by themselves.
@@ -131,20 +134,55 @@ pub async fn on(
     services: Services,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
+    on_all(vec![listener], None, services, shutdown).await
+}
+
+/// Serves the same on several sockets; `tls` is for those where it is spoken.
+///
+/// # Errors
+/// When a socket fails, or TLS is to be spoken and `tls` is not there.
+pub async fn on_all(
+    listeners: Vec<Listener>,
+    tls: Option<tls::Server>,
+    services: Services,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), ServeError> {
     let routes = services.with_standard_services().await?;
+    let (stop, stopped) = watch::channel(false);
+    let mut serving = FuturesUnordered::new();
+    for listener in listeners {
+        serving.push(one(listener, tls.clone(), routes.clone(), stopped.clone()));
+    }
+    let cut = async {
+        shutdown.await;
+        let _ = stop.send(true);
+        tokio::time::sleep(DRAIN_TIMEOUT).await;
+    };
+    let all = async {
+        while let Some(served) = serving.next().await {
+            served?;
+        }
+        Ok(())
+    };
+    tokio::select! {
+        served = all => served,
+        () = cut => Ok(()),
+    }
+}
+
+async fn one(
+    listener: Listener,
+    tls: Option<tls::Server>,
+    routes: Routes,
+    mut stopped: watch::Receiver<bool>,
+) -> Result<(), ServeError> {
     let server = Server::builder()
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_routes(routes);
-    let (stop, mut stopped) = watch::channel(false);
     let stop_accepting = async move {
         let _ = stopped.wait_for(|stopped| *stopped).await;
-    };
-    let cut = async {
-        shutdown.await;
-        let _ = stop.send(true);
-        tokio::time::sleep(DRAIN_TIMEOUT).await;
     };
     match listener {
         Listener::Unix(listener, _file) => {
@@ -155,24 +193,38 @@ pub async fn on(
             let incoming = ReceiverStream::new(incoming);
             tokio::select! {
                 served = server.serve_with_incoming_shutdown(incoming, stop_accepting) => served,
-                () = cut => Ok(()),
                 () = never_again(accepting) => Ok(()),
             }
         }
         Listener::Tcp(listener) => {
-            listener.set_nonblocking(true).map_err(ServeError::Socket)?;
-            let listener = tokio::net::TcpListener::from_std(listener);
             let (admitted, incoming) = mpsc::channel(1);
-            let accepting = admit(listener.map_err(ServeError::Socket)?, admitted);
+            let accepting = admit(tcp_listener(listener)?, admitted);
             let incoming = ReceiverStream::new(incoming);
             tokio::select! {
                 served = server.serve_with_incoming_shutdown(incoming, stop_accepting) => served,
-                () = cut => Ok(()),
                 () = never_again(accepting) => Ok(()),
+            }
+        }
+        Listener::Tls(listener) => {
+            let tls = tls.ok_or(ServeError::NoCertificate)?;
+            let (accepted, connections) = mpsc::channel(1);
+            let (admitted, incoming) = mpsc::channel(1);
+            let accepting = admit(tcp_listener(listener)?, accepted);
+            let securing = secure(connections, tls, admitted);
+            let accepting = async { tokio::join!(accepting, securing) };
+            let incoming = ReceiverStream::new(incoming);
+            tokio::select! {
+                served = server.serve_with_incoming_shutdown(incoming, stop_accepting) => served,
+                () = never_again(async { drop(accepting.await) }) => Ok(()),
             }
         }
     }
     .map_err(ServeError::Transport)
+}
+
+fn tcp_listener(listener: std::net::TcpListener) -> Result<tokio::net::TcpListener, ServeError> {
+    listener.set_nonblocking(true).map_err(ServeError::Socket)?;
+    tokio::net::TcpListener::from_std(listener).map_err(ServeError::Socket)
 }
 
 /// Accepting ends before serving does: connections in progress go on.
@@ -222,6 +274,9 @@ pub enum ServeError {
     /// Its socket could not be used.
     #[error("cannot serve on the socket")]
     Socket(#[source] std::io::Error),
+    /// TLS is to be spoken.
+    #[error("cannot speak TLS: there is no certificate to show")]
+    NoCertificate,
     /// The compiled-in descriptors are damaged.
     #[error("cannot build the reflection service")]
     Reflection(#[source] tonic_reflection::server::Error),

@@ -28,6 +28,22 @@ const METHODS: &[(&str, &[(&str, Need)])] = &[
         "AuditLog",
         &[("ListAuditEntries", ADMIN), ("WatchAuditEntries", ADMIN)],
     ),
+    (
+        "Certificates",
+        &[
+            ("ListAuthorities", VIEWER),
+            ("RotateAuthority", ADMIN),
+            ("DeleteAuthority", ADMIN),
+            ("IssueUserCertificate", ADMIN),
+            ("CreateHostToken", ADMIN),
+            ("ListHostTokens", ADMIN),
+            ("DeleteHostToken", ADMIN),
+            // By a token.
+            ("JoinHost", Need::Open),
+            // By the host's certificate.
+            ("RenewHostCertificate", Need::Open),
+        ],
+    ),
     ("DeviceUpgrades", &[("UpgradeDevices", OPERATOR)]),
     (
         "Devices",
@@ -104,6 +120,15 @@ const METHODS: &[(&str, &[(&str, Need)])] = &[
             ("ListOperations", VIEWER),
             ("WaitOperation", VIEWER),
             ("CancelOperation", OPERATOR),
+        ],
+    ),
+    (
+        "Pools",
+        &[
+            ("GetPool", VIEWER),
+            ("ListPools", VIEWER),
+            ("CreatePool", ADMIN),
+            ("DeletePool", ADMIN),
         ],
     ),
     (

@@ -10,12 +10,19 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
+
+use crate::tls;
 
 /// Connections that one server holds: a host's controllers, people and their consoles.
 pub(super) const MAX_CONNECTIONS: usize = 256;
 /// After a failed accept; the cause, most likely missing descriptors, does not go away at once.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// For both ends to show who they are.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What connections come from.
 pub(super) trait Accept {
@@ -67,6 +74,50 @@ pub(super) async fn admit<L: Accept>(
                 tokio::time::sleep(RETRY_INTERVAL).await;
             }
         }
+    }
+}
+
+/// Speaks TLS on connections, which many may begin at one time, and passes those on whose peers are
+/// believed. Ends when nobody takes them any more.
+pub(super) async fn secure(
+    mut connections: mpsc::Receiver<io::Result<Admitted<TcpStream>>>,
+    tls: tls::Server,
+    admitted: mpsc::Sender<io::Result<TlsStream<Admitted<TcpStream>>>>,
+) {
+    let mut handshakes = JoinSet::new();
+    loop {
+        tokio::select! {
+            connection = connections.recv() => {
+                let Some(Ok(connection)) = connection else { return };
+                handshakes.spawn(shake_hands(connection, tls.clone(), admitted.clone()));
+            }
+            Some(_) = handshakes.join_next() => {}
+        }
+    }
+}
+
+async fn shake_hands(
+    connection: Admitted<TcpStream>,
+    tls: tls::Server,
+    admitted: mpsc::Sender<io::Result<TlsStream<Admitted<TcpStream>>>>,
+) {
+    let peer = connection.stream.peer_addr();
+    let peer = peer.map(|peer| peer.to_string()).unwrap_or_default();
+    let config = match tls.config() {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::error!(peer, %error, "cannot speak TLS");
+            return;
+        }
+    };
+    let handshake = TlsAcceptor::from(config).accept(connection);
+    match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
+        Ok(Ok(stream)) => drop(admitted.send(Ok(stream)).await),
+        Ok(Err(error)) => {
+            let why = tls::distrust(&error).unwrap_or_else(|| error.to_string());
+            tracing::warn!(peer, why, "refused a connection");
+        }
+        Err(_) => tracing::warn!(peer, "a connection that began no TLS in time was closed"),
     }
 }
 

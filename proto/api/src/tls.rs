@@ -1,0 +1,111 @@
+//! TLS as a transport: who makes a connection asks for the configuration as it is at that moment, so that
+//! certificates and authorities change without anybody being started again. What is in them is the crate
+//! `pki`'s to say.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use rustls::{AlertDescription, CertificateError, ClientConfig, ServerConfig};
+
+/// What a server shows and asks for, as it is now.
+#[derive(Clone)]
+pub struct Server(Arc<dyn Fn() -> io::Result<Arc<ServerConfig>> + Send + Sync>);
+
+/// What a client shows and believes, as it is now.
+#[derive(Clone)]
+pub struct Client(Arc<dyn Fn() -> io::Result<Arc<ClientConfig>> + Send + Sync>);
+
+impl Server {
+    /// Asks `config` for each connection.
+    pub fn new(config: impl Fn() -> io::Result<Arc<ServerConfig>> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(config))
+    }
+
+    /// For one connection.
+    ///
+    /// # Errors
+    /// When there is nothing to show.
+    pub fn config(&self) -> io::Result<Arc<ServerConfig>> {
+        (self.0)()
+    }
+}
+
+impl Client {
+    /// Asks `config` for each connection.
+    pub fn new(config: impl Fn() -> io::Result<Arc<ClientConfig>> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(config))
+    }
+
+    /// For one connection.
+    ///
+    /// # Errors
+    /// When nobody can be believed.
+    pub fn config(&self) -> io::Result<Arc<ClientConfig>> {
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("tls::Server")
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("tls::Client")
+    }
+}
+
+/// Why the ends of a connection did not trust each other, if that is what an error is about.
+pub fn distrust(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+            return Some(explain(tls));
+        }
+        // An error of the system has another one inside, which is not its source.
+        let inner = error.downcast_ref::<io::Error>();
+        let inner = inner.and_then(io::Error::get_ref);
+        if let Some(inner) = inner.and_then(|inner| distrust(inner)) {
+            return Some(inner);
+        }
+        next = error.source();
+    }
+    None
+}
+
+/// What went wrong in a handshake, in words.
+pub fn explain(error: &rustls::Error) -> String {
+    match error {
+        rustls::Error::InvalidCertificate(CertificateError::Other(other)) => other.to_string(),
+        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+            "its certificate is not of an authority that is trusted here".to_owned()
+        }
+        rustls::Error::InvalidCertificate(
+            CertificateError::ExpiredContext { .. } | CertificateError::Expired,
+        ) => "its certificate has expired".to_owned(),
+        rustls::Error::InvalidCertificate(error) => format!("its certificate is bad: {error}"),
+        rustls::Error::AlertReceived(alert) => format!("it refused: {}", refusal(*alert)),
+        rustls::Error::NoCertificatesPresented => "it showed no certificate".to_owned(),
+        rustls::Error::InvalidMessage(_) => "it does not speak TLS".to_owned(),
+        error => error.to_string(),
+    }
+}
+
+fn refusal(alert: AlertDescription) -> String {
+    match alert {
+        AlertDescription::UnknownCA => {
+            "the certificate that was shown is not of an authority that it trusts".to_owned()
+        }
+        AlertDescription::CertificateExpired => {
+            "the certificate that was shown has expired".to_owned()
+        }
+        AlertDescription::CertificateRequired => "it asks for a certificate".to_owned(),
+        AlertDescription::AccessDenied | AlertDescription::CertificateUnknown => {
+            "the certificate that was shown is not one that may connect".to_owned()
+        }
+        alert => format!("{alert:?}"),
+    }
+}
