@@ -78,6 +78,8 @@ pub enum Action {
     },
     /// A kick is not heard.
     LostKick,
+    /// A kick is heard so much later.
+    LateKick(Duration),
     /// The driver is not told.
     LostCall,
     /// A message is handled so much later.
@@ -93,6 +95,8 @@ pub enum Action {
     },
     /// The connection is closed instead.
     Disconnect,
+    /// A backend that is lost is looked for so much later.
+    LateReconnect(Duration),
     /// Feature bits are not offered.
     RefuseFeatures(u64),
     /// A pause in the middle of a change of the memory table.
@@ -142,6 +146,8 @@ pub enum Point {
     Memory = 1 << 9,
     /// An in-flight region is about to be taken.
     Inflight = 1 << 10,
+    /// A backend is about to be looked for.
+    Connect = 1 << 11,
 }
 
 impl Point {
@@ -168,7 +174,7 @@ impl Action {
             | Self::Rate { .. }
             | Self::Partition { .. } => Point::Request,
             Self::LinkFlap { .. } => Point::Link,
-            Self::LostKick => Point::Kick,
+            Self::LostKick | Self::LateKick(_) => Point::Kick,
             Self::LostCall => Point::Call,
             Self::LateReply(_) => Point::Message,
             Self::UsedStall(_) => Point::Publish,
@@ -177,6 +183,7 @@ impl Action {
             Self::RefuseFeatures(_) => Point::Features,
             Self::MemoryRace(_) => Point::Memory,
             Self::LostInflight => Point::Inflight,
+            Self::LateReconnect(_) => Point::Connect,
             Self::Disconnect if selector.ops.is_empty() => Point::Message,
             Self::Disconnect => Point::Request,
             Self::Crash | Self::Hang(_) if selector.messages.is_empty() => Point::Request,
@@ -217,12 +224,14 @@ impl Action {
             Self::LinkFlap { .. } => "link_flap",
             Self::Partition { .. } => "partition",
             Self::LostKick => "lost_kick",
+            Self::LateKick(_) => "late_kick",
             Self::LostCall => "lost_call",
             Self::LateReply(_) => "late_reply",
             Self::UsedStall(_) => "used_stall",
             Self::BadDescriptor => "bad_descriptor",
             Self::OutOfOrder { .. } => "out_of_order",
             Self::Disconnect => "disconnect",
+            Self::LateReconnect(_) => "late_reconnect",
             Self::RefuseFeatures(_) => "refuse_features",
             Self::MemoryRace(_) => "memory_race",
             Self::LostInflight => "lost_inflight",
@@ -243,7 +252,9 @@ impl Action {
             | Self::Rate { .. }
             | Self::LinkFlap { .. }
             | Self::Partition { .. } => kind == Kind::Net,
-            _ => true,
+            Self::LateKick(_) | Self::LateReconnect(_) => kind == Kind::Frontend,
+            Self::LostKick | Self::LateReply(_) | Self::Disconnect => true,
+            _ => kind != Kind::Frontend,
         }
     }
 }

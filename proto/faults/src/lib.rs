@@ -23,7 +23,7 @@ mod rule;
 mod trigger;
 
 pub use action::{Action, Point, TornEnd};
-pub use clock::{crash, hang, monotonic_ns};
+pub use clock::{crash, hang, monotonic_ns, wait};
 pub use device::{DeviceFaults, Strike, Wake};
 pub use event::{Event, Op, Selector};
 pub use process::{ArmError, Arming, ArmingState, Faults, Kind, MAX_ARMINGS, MAX_RULES};

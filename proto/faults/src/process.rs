@@ -25,6 +25,8 @@ pub enum Kind {
     Block,
     /// A daemon of NICs.
     Net,
+    /// What daemons serve: the machine's end of their connections.
+    Frontend,
 }
 
 impl fmt::Display for Kind {
@@ -32,6 +34,7 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Self::Block => "a daemon of disks",
             Self::Net => "a daemon of NICs",
+            Self::Frontend => "a frontend",
         })
     }
 }

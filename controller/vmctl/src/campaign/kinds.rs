@@ -56,6 +56,8 @@ pub(crate) const KINDS: &[Kind] = &[
     kind("link-flap", "net", &[], &["down", "up"], "the cable is taken out and put back in"),
     kind("partition", "net", &["peers"], &[], "frames from and to these MACs are lost"),
     kind("lost-kick", "vhost-user", &[], &[], "a kick of the driver is not heard"),
+    kind("late-kick", "vhost-user", &["delay"], &[], "a kick of the driver comes later (process: vmm)"),
+    kind("late-reconnect", "vhost-user", &["delay"], &[], "a lost daemon is looked for later (process: vmm)"),
     kind("lost-call", "vhost-user", &[], &[], "the driver is not told of completions"),
     kind("late-reply", "vhost-user", &["delay"], &[], "messages are handled late"),
     kind("used-stall", "vhost-user", &["length"], &[], "what was done is not shown to the driver for a while"),
@@ -152,6 +154,12 @@ fn translate(name: &str, f: &mut Figures) -> Action {
                 .map_or(Vec::new(), |p| p.value.clone()),
         }),
         "lost-kick" => Rule::LostKick(LostKickFault {}),
+        "late-kick" => Rule::LateKick(LateKickFault {
+            delay_ms: f.ms("delay"),
+        }),
+        "late-reconnect" => Rule::LateReconnect(LateReconnectFault {
+            delay_ms: f.ms("delay"),
+        }),
         "lost-call" => Rule::LostCall(LostCallFault {}),
         "late-reply" => Rule::LateReply(LateReplyFault {
             delay_ms: f.ms("delay"),

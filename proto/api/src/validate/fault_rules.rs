@@ -306,6 +306,18 @@ fn action(found: &mut Violations, field: &str, asked: &Asked) -> Option<Action> 
             }
         }
         Asked::LostKick(_) => Action::LostKick,
+        Asked::LateKick(fault) => {
+            at_most_ms(
+                found,
+                &at("late_kick.delay_ms"),
+                fault.delay_ms,
+                MAX_DELAY_MS,
+            );
+            Action::LateKick(millis(fault.delay_ms))
+        }
+        Asked::LateReconnect(fault) => {
+            Action::LateReconnect(stop(found, &at("late_reconnect.delay_ms"), fault.delay_ms))
+        }
         Asked::LostCall(_) => Action::LostCall,
         Asked::LateReply(fault) => {
             at_most_ms(

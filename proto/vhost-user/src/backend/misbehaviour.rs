@@ -1,11 +1,10 @@
 //! What a session and the threads of its rings do wrong on purpose: see [`faults`].
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
-use faults::{Action, DeviceFaults, Event, Point, Strike, Wake, monotonic_ns};
+use faults::{Action, DeviceFaults, Event, Point, Wake};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::shared::Mail;
@@ -79,7 +78,9 @@ pub(super) fn before_message(faults: &DeviceFaults, request: u32, stop: Borrowed
     };
     for strike in faults.strike(&event) {
         match strike.action {
-            Action::LateReply(delay) | Action::Hang(delay) => wait(&strike, delay, stop),
+            Action::LateReply(delay) | Action::Hang(delay) => {
+                faults::wait(&strike, delay, stop);
+            },
             Action::Disconnect => {
                 tracing::warn!(
                     device = faults.id(),
@@ -127,30 +128,5 @@ pub(super) fn amid_memory_change(faults: &DeviceFaults, queue: u16) {
     };
     if let Some((delay, strike)) = faults.strike_first(&event, delay) {
         faults::hang(&strike, delay);
-    }
-}
-
-/// Until `delay` has passed, the rule is over, or `stop` is readable.
-fn wait(strike: &Strike, delay: Duration, stop: BorrowedFd<'_>) {
-    /// Between two looks whether the rule is over.
-    const LOOK_INTERVAL_MS: u64 = 5;
-    let until_ns = monotonic_ns().saturating_add(delay.as_nanos() as u64);
-    loop {
-        let left_ns = until_ns
-            .min(strike.ends_ns())
-            .saturating_sub(monotonic_ns());
-        if left_ns == 0 {
-            return;
-        }
-        let timeout_ms = left_ns.div_ceil(1_000_000).min(LOOK_INTERVAL_MS);
-        let mut poll = libc::pollfd {
-            fd: stop.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: one valid pollfd, whose descriptor is open throughout.
-        if unsafe { libc::poll(&mut poll, 1, timeout_ms as libc::c_int) } > 0 {
-            return;
-        }
     }
 }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use faults::{DeviceFaults, Point};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -26,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::RequestChannel;
 use super::memory::MemoryTable;
-use super::watchdog;
+use super::{misbehaviour, watchdog};
 
 /// Rings of one device: the index travels in 8 bits of a message.
 pub const MAX_QUEUES: u16 = 256;
@@ -82,6 +83,7 @@ pub struct Connection {
     channel: Option<RequestChannel>,
     /// REPLY_ACK is in force.
     acknowledged: bool,
+    faults: Arc<DeviceFaults>,
 }
 
 impl Connection {
@@ -114,12 +116,18 @@ impl Connection {
             timeout,
             channel: None,
             acknowledged: false,
+            faults: DeviceFaults::none(),
         })
     }
 
     /// Gives later requests `timeout` each.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
+    }
+
+    /// Lets later requests go wrong on purpose.
+    pub fn use_faults(&mut self, faults: &Arc<DeviceFaults>) {
+        self.faults = Arc::clone(faults);
     }
 
     /// A handle that can hang up from another thread.
@@ -395,6 +403,15 @@ impl Connection {
         request: &'static str,
         run: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T> {
+        if self.faults.is_armed(Point::Message) {
+            let stream = self.stream.as_fd();
+            misbehaviour::before_request(&self.faults, request, stream).map_err(|source| {
+                RequestError::Failed {
+                    request,
+                    source: vhost::Error::IOError(source),
+                }
+            })?;
+        }
         let watch =
             watchdog::watch(&self.stream, Instant::now() + self.timeout).map_err(|source| {
                 RequestError::Failed {

@@ -22,6 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
+use faults::{DeviceFaults, Wake};
 use nix::sys::eventfd::{EfdFlags, EventFd as WakeFd};
 
 use self::keeper::Keeper;
@@ -152,7 +153,7 @@ impl Endpoint {
                 .max(BACKOFF.0);
             endpoint.timeouts.first_reply = left;
             endpoint.timeouts.request = self.timeouts.request.min(left);
-            match endpoint.connect(|_| {}) {
+            match endpoint.connect(&DeviceFaults::none(), |_| {}) {
                 Ok(mut connected) => {
                     connected.connection.set_timeout(self.timeouts.request);
                     return Ok(connected);
@@ -165,8 +166,13 @@ impl Endpoint {
     }
 
     /// Connects and shakes hands; `opened` gets the means to interrupt that.
-    fn connect(&self, opened: impl FnOnce(HangUp)) -> Result<Connected, LinkError> {
+    fn connect(
+        &self,
+        faults: &Arc<DeviceFaults>,
+        opened: impl FnOnce(HangUp),
+    ) -> Result<Connected, LinkError> {
         let mut connection = Connection::connect(&self.socket, self.timeouts.request)?;
+        connection.use_faults(faults);
         opened(connection.hang_up_handle());
         connection.set_timeout(self.timeouts.first_reply);
         let offer = session::handshake(&mut connection, self.config_len)?;
@@ -245,13 +251,29 @@ impl Link {
         first: Connected,
         wiring: Wiring,
     ) -> io::Result<Self> {
+        Self::spawn_faulty(name, endpoint, first, wiring, DeviceFaults::none())
+    }
+
+    /// As [`Link::spawn`]; what goes wrong on purpose is decided by `faults`.
+    ///
+    /// # Errors
+    /// As [`Link::spawn`].
+    pub fn spawn_faulty(
+        name: &str,
+        endpoint: Endpoint,
+        first: Connected,
+        wiring: Wiring,
+        faults: Arc<DeviceFaults>,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             control: Mutex::default(),
             changed: Condvar::new(),
             wake: WakeFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         });
         let memory = Arc::clone(&wiring.memory);
-        let keeper = Keeper::new(Arc::clone(&shared), endpoint, first, wiring)?;
+        let waker: Arc<dyn Wake> = Arc::clone(&shared) as _;
+        faults.add_waker(&waker);
+        let keeper = Keeper::new(Arc::clone(&shared), endpoint, first, wiring, faults)?;
         let thread = thread::Builder::new()
             .name(format!("vu-{name}"))
             .spawn(move || keeper.run())?;
@@ -413,5 +435,12 @@ impl Shared {
     fn wake(&self) {
         // Only a counter that is full fails, and then the thread is awake anyway.
         let _ = self.wake.write(1);
+    }
+}
+
+/// Rules changed: the thread looks whether it still has to wait.
+impl Wake for Shared {
+    fn wake(&self) {
+        Shared::wake(self);
     }
 }

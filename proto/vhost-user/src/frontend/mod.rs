@@ -5,12 +5,14 @@
 //! - [`link`]: the thread that keeps a device's connection and reconnects without limit.
 //! - `channel`: the backend's own requests: its configuration changed.
 //! - [`progress`]: how far rings are, without asking anybody.
+//! - `misbehaviour`: what goes wrong on purpose.
 //! - [`memory`]: guest memory as it is described to a backend.
 
 mod channel;
 pub mod connection;
 pub mod link;
 pub mod memory;
+mod misbehaviour;
 pub mod progress;
 pub mod session;
 mod watchdog;

@@ -2,6 +2,7 @@
 
 mod config_change;
 mod many_queues;
+mod misbehaviour;
 mod packed;
 mod rust_vmm;
 

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use faults::DeviceFaults;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -15,6 +16,7 @@ use super::{BACKOFF, Connected, Endpoint, Shared, Wiring};
 use crate::eventfd;
 use crate::frontend::channel::RequestChannel;
 use crate::frontend::connection::RequestError;
+use crate::frontend::misbehaviour::Hesitation;
 use crate::frontend::progress::{QueueProgress, Watched};
 use crate::frontend::session::{self, Activation, InflightRegion, Resources};
 use crate::log_limit::LogLimit;
@@ -35,6 +37,8 @@ pub(super) struct Keeper {
     served: Option<Served>,
     retry_at: Instant,
     backoff: Duration,
+    faults: Arc<DeviceFaults>,
+    hesitation: Hesitation,
     /// After a replay, until a ring moves.
     awaited: Option<Awaited>,
     /// About what drivers do at will.
@@ -59,9 +63,11 @@ impl Keeper {
     pub(super) fn new(
         shared: Arc<Shared>,
         endpoint: Endpoint,
-        first: Connected,
+        mut first: Connected,
         wiring: Wiring,
+        faults: Arc<DeviceFaults>,
     ) -> io::Result<Self> {
+        first.connection.use_faults(&faults);
         let mut keeper = Self {
             shared,
             endpoint,
@@ -71,6 +77,8 @@ impl Keeper {
             served: None,
             retry_at: Instant::now(),
             backoff: BACKOFF.0,
+            faults,
+            hesitation: Hesitation::default(),
             awaited: None,
             complaints: LogLimit::new(),
         };
@@ -103,7 +111,10 @@ impl Keeper {
             {
                 self.forget_driver();
             }
-            if self.connected.is_none() && self.retry_at <= Instant::now() {
+            if self.connected.is_none()
+                && self.retry_at <= Instant::now()
+                && self.hesitation.is_over(&self.faults)
+            {
                 self.connect();
             }
             // First, so that a new backend serves no request in another mode than the driver set.
@@ -120,7 +131,7 @@ impl Keeper {
 
     fn connect(&mut self) {
         let shared = Arc::clone(&self.shared);
-        let attempt = self.endpoint.connect(|hang_up| {
+        let attempt = self.endpoint.connect(&self.faults, |hang_up| {
             let mut control = shared.lock();
             if control.shutdown {
                 hang_up.hang_up();
@@ -416,7 +427,7 @@ impl Keeper {
         let quiet_until = channel.and_then(RequestChannel::quiet_until);
         let deadline = match &self.connected {
             Some(_) => quiet_until,
-            None => Some(self.retry_at),
+            None => Some(self.hesitation.until().unwrap_or(self.retry_at)),
         };
         let look_at = self.awaited.as_ref().map(Awaited::look_at);
         let deadline = deadline.into_iter().chain(look_at).min();

@@ -15,7 +15,7 @@ const PROTOCOL_CONFIG: u64 = 1 << 9;
 
 /// A device without work, whose configuration is one number.
 #[derive(Debug, Default)]
-struct Dial(AtomicU8);
+pub(super) struct Dial(AtomicU8);
 
 impl Device for Dial {
     fn features(&self) -> u64 {
@@ -37,7 +37,7 @@ impl Device for Dial {
 
 /// Remembers every configuration that was read.
 #[derive(Default)]
-struct Reader(Mutex<Vec<u8>>);
+pub(super) struct Reader(Mutex<Vec<u8>>);
 
 impl Reader {
     fn last(&self) -> Option<u8> {
@@ -75,7 +75,7 @@ fn link_to(socket: &std::path::Path, reader: &Arc<Reader>) -> Link {
 }
 
 #[track_caller]
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(super) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + TIMEOUT;
     while !condition() {
         assert!(Instant::now() < deadline, "never came true: {what}");
