@@ -236,8 +236,10 @@ impl<'a> Parser<'a> {
     }
 
     fn restriction(&mut self) -> Result<Expression, QueryError> {
+        let begins = self.at;
         let path = self.take(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.'));
-        if path.is_empty() {
+        if matches!(path, "" | "AND" | "OR") {
+            self.at = begins;
             return Err(self.problem("here should be a field, such as status.phase"));
         }
         let path = Path::parse(self.message, path)?;

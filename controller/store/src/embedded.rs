@@ -31,8 +31,10 @@ mod tests;
 
 /// Revisions in the log. An hour of a busy host; a watcher that was away longer lists again.
 const LOG_LEN: u64 = 10_000;
-/// Changes read for a watcher in one go, and waiting for it.
-const WATCH_BATCH: usize = 64;
+/// Changes read for a watcher in one go.
+const WATCH_BATCH: usize = 512;
+/// Changes that wait for it: a busy controller makes ten thousand a second.
+const WATCH_QUEUE: usize = 4096;
 
 /// See the module.
 pub struct EmbeddedStore {
@@ -130,7 +132,7 @@ impl Store for EmbeddedStore {
     }
 
     async fn watch(&self, prefix: &str, after: u64) -> Result<Watch, StoreError> {
-        let (sender, receiver) = mpsc::channel(WATCH_BATCH);
+        let (sender, receiver) = mpsc::channel(WATCH_QUEUE);
         let first = self.changes(prefix, after).await?;
         let store = Self {
             inner: self.inner.clone(),

@@ -17,8 +17,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 pub(crate) struct Setup {
     pub(crate) program: PathBuf,
     pub(crate) dir: PathBuf,
-    /// Endpoints of etcd; none: the embedded store.
-    pub(crate) etcd: Option<String>,
+    /// Where etcd is; nowhere: the embedded store.
+    pub(crate) etcd: Vec<String>,
     pub(crate) hosts: Vec<String>,
 }
 
@@ -38,8 +38,8 @@ impl Setup {
             .arg(self.dir.join("state"))
             .arg("--run-dir")
             .arg(self.dir.join("run"));
-        if let Some(etcd) = &self.etcd {
-            command.args(["--store", &format!("etcd:{etcd}")]);
+        if !self.etcd.is_empty() {
+            command.args(["--etcd", &self.etcd.join(",")]);
         }
         for host in &self.hosts {
             command.args(["--node", host]);

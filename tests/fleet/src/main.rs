@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use api::controller::hosts_client::HostsClient;
 use api::controller::*;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use serde::Serialize;
 use tonic::transport::Channel;
 
@@ -48,10 +48,20 @@ struct Options {
     curve: Vec<usize>,
     #[arg(long, default_value_t = 3_000)]
     curve_vms: usize,
-    /// Endpoints of etcd instead of the embedded store.
-    #[arg(long, value_name = "HOST:PORT,...")]
-    etcd: Option<String>,
+    /// Where the controller keeps its state. The variable ETCD names the program of the second.
+    #[arg(long, value_enum, default_value = "embedded")]
+    store: Store,
 }
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Store {
+    Embedded,
+    Etcd,
+}
+
+/// Members of an etcd cluster, each site has one of its own.
+const ETCD_MEMBERS: usize = 3;
 
 /// One figure beside what it should be.
 #[derive(Debug, Serialize)]
@@ -66,7 +76,7 @@ struct Row {
 
 #[derive(Debug, Serialize)]
 struct Report {
-    store: &'static str,
+    store: Store,
     hosts: usize,
     vms: usize,
     rows: Vec<Row>,
@@ -120,11 +130,7 @@ async fn main() -> Result<()> {
         .max(options.hosts);
     raise_descriptors(most as u64 * DESCRIPTORS_PER_HOST + 1024)?;
     let mut report = Report {
-        store: if options.etcd.is_some() {
-            "etcd"
-        } else {
-            "embedded"
-        },
+        store: options.store,
         hosts: options.hosts,
         vms: options.vms,
         rows: Vec::new(),
@@ -139,6 +145,7 @@ async fn main() -> Result<()> {
 struct Site {
     setup: Setup,
     hosts: Vec<Served>,
+    _etcd: Option<etcd::Cluster>,
     _dir: tempfile::TempDir,
 }
 
@@ -150,14 +157,20 @@ impl Site {
         let hosts: Vec<Served> = (0..hosts)
             .map(|number| Served::start(&sockets, number))
             .collect::<Result<_>>()?;
+        let etcd = match options.store {
+            Store::Embedded => None,
+            Store::Etcd => Some(etcd::Cluster::start(ETCD_MEMBERS).context("there is no etcd")?),
+        };
+        let endpoints = etcd.as_ref().map(etcd::Cluster::endpoints);
         Ok(Self {
             setup: Setup {
                 program: options.controller.clone(),
                 dir: dir.path().to_owned(),
-                etcd: options.etcd.clone(),
+                etcd: endpoints.unwrap_or_default(),
                 hosts: hosts.iter().map(Served::address).collect(),
             },
             hosts,
+            _etcd: etcd,
             _dir: dir,
         })
     }
@@ -205,7 +218,7 @@ async fn channels(controller: &Controller) -> Result<Vec<Channel>> {
 
 /// The whole load at once, a host's death and a restart.
 async fn hold(options: &Options, report: &mut Report) -> Result<()> {
-    let embedded = options.etcd.is_none();
+    let embedded = options.store == Store::Embedded;
     let mut site = Site::new(options, options.hosts)?;
     let controller = site.setup.start()?;
     let connections = channels(&controller).await?;

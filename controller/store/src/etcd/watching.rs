@@ -11,8 +11,8 @@ use super::Inner;
 use super::members::{Failure, classify, roomy};
 use crate::{Change, StoreError, Watch};
 
-/// Changes that wait for a watcher.
-const QUEUE: usize = 64;
+/// Changes that wait for a watcher: a busy controller makes some thousand a second.
+const QUEUE: usize = 4096;
 /// Before a broken watch is begun anew.
 const PAUSE: Duration = Duration::from_millis(200);
 /// For the member to say that it watches.

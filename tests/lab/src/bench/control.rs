@@ -1,15 +1,18 @@
 //! `cargo lab bench control`: the controller with thousands of simulated hosts. `tests/fleet` does it; here
-//! it gets its programs and, where it is asked for, an etcd.
+//! it gets its programs and etcd.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
+use serde_json::Value;
 
 use super::build;
+use crate::artifacts::Artifacts;
 use crate::progress::step;
+use crate::wrappers;
 
 /// The command line.
 #[derive(Debug, Args)]
@@ -26,12 +29,20 @@ pub(super) struct Control {
     /// VMs on them.
     #[arg(long, value_name = "COUNT")]
     vms: Option<usize>,
-    /// Endpoints of an etcd that has nothing in it, instead of the embedded store.
-    #[arg(long, value_name = "HOST:PORT,...")]
-    etcd: Option<String>,
+    /// Where the controller keeps its state; both one after the other if left out.
+    #[arg(long)]
+    store: Option<Store>,
     /// Take controller and fleet from DIR instead of building them.
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Store {
+    /// In its own file.
+    Embedded,
+    /// In three members of etcd on loopback.
+    Etcd,
 }
 
 impl Control {
@@ -45,31 +56,50 @@ impl Control {
             Some(dir) => dir.clone(),
             None => build(&["controller", "fleet"])?,
         };
+        let stores = match self.store {
+            Some(store) => vec![store],
+            None => vec![Store::Embedded, Store::Etcd],
+        };
+        let mut reports = Vec::new();
+        for store in stores {
+            reports.push(self.measure(&bin_dir, store)?);
+        }
+        let text = serde_json::to_string_pretty(&reports)?;
+        match &self.json {
+            Some(file) => {
+                fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+            }
+            None => println!("{text}"),
+        }
+        Ok(0)
+    }
+
+    fn measure(&self, bin_dir: &Path, store: Store) -> Result<Value> {
         let (hosts, vms, curve) = match self.quick {
             true => (100, 5_000, "100,1000"),
             false => (1_000, 50_000, "100,1000,10000"),
         };
         let hosts = self.hosts.unwrap_or(hosts);
         let vms = self.vms.unwrap_or(vms);
-        step(format_args!("{vms} VMs on {hosts} simulated hosts"));
+        let name = store.to_possible_value();
+        let name = name.as_ref().map_or("", |value| value.get_name());
+        step(format_args!(
+            "{vms} VMs on {hosts} simulated hosts, store: {name}"
+        ));
         let mut fleet = Command::new(bin_dir.join("fleet"));
         fleet
             .arg("--controller")
             .arg(bin_dir.join("controller"))
             .args(["--hosts", &hosts.to_string(), "--vms", &vms.to_string()])
-            .args(["--curve", curve])
+            .args(["--curve", curve, "--store", name])
             .stdin(Stdio::null())
             .stderr(Stdio::inherit());
-        if let Some(etcd) = &self.etcd {
-            fleet.args(["--etcd", etcd]);
+        if matches!(store, Store::Etcd) {
+            let (variable, program) = wrappers::etcd(&Artifacts::obtain()?)?;
+            fleet.env(variable, program);
         }
         let output = fleet.output().context("cannot run fleet")?;
         ensure!(output.status.success(), "fleet failed; see above");
-        match &self.json {
-            Some(file) => fs::write(file, output.stdout)
-                .with_context(|| format!("cannot write {}", file.display()))?,
-            None => print!("{}", String::from_utf8_lossy(&output.stdout)),
-        }
-        Ok(0)
+        serde_json::from_slice(&output.stdout).context("cannot read what fleet found")
     }
 }
