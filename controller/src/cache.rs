@@ -3,11 +3,14 @@
 //!
 //! What it holds may be a little old. Whoever acts on it compares revisions, as with anything read.
 
+use std::collections::BTreeMap;
+
 use api::controller as pb;
 use prost::Message;
 
+use crate::focus::Focus;
 use crate::model::{self, prefix};
-use crate::plan::{Desired, Stored};
+use crate::plan::{Desired, Index, Stored};
 use crate::reconciler::{self, decode, with_source};
 use crate::store::{Change, SharedStore, StoreError, Watch};
 
@@ -15,6 +18,7 @@ use crate::store::{Change, SharedStore, StoreError, Watch};
 pub struct Cache {
     store: SharedStore,
     desired: Desired,
+    index: Index,
     watch: Option<Watch>,
 }
 
@@ -24,27 +28,30 @@ impl Cache {
         Self {
             store,
             desired: Desired::default(),
+            index: Index::default(),
             watch: None,
         }
     }
 
-    /// Takes in all changes that have arrived; reads everything the first time, and again when changes
-    /// were missed.
+    /// Takes in all changes that have arrived, and says to `focus` what they are about; reads everything
+    /// the first time, and again when changes were missed.
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn refresh(&mut self) -> Result<(), StoreError> {
+    pub async fn refresh(&mut self, focus: &mut Focus) -> Result<(), StoreError> {
         loop {
             let Some(watch) = &mut self.watch else {
                 // From before the first record is read: what changes meanwhile comes again.
                 let revision = *self.store.revision().borrow();
                 let watch = self.store.watch("", revision).await?;
                 self.desired = reconciler::load(&self.store).await?;
+                self.index = Index::of(&self.desired);
                 self.watch = Some(watch);
+                focus.everything(&self.desired);
                 continue;
             };
             match watch.try_recv() {
-                Ok(change) => self.take_in(Some(change))?,
+                Ok(change) => self.take_in(Some(change), focus)?,
                 Err(tokio::sync::mpsc::error::TryRecvError::Empty) => return Ok(()),
                 Err(tokio::sync::mpsc::error::TryRecvError::Disconnected) => self.watch = None,
             }
@@ -55,13 +62,13 @@ impl Cache {
     ///
     /// # Errors
     /// When the store holds what cannot be read.
-    pub async fn changed(&mut self) -> Result<(), StoreError> {
+    pub async fn changed(&mut self, focus: &mut Focus) -> Result<(), StoreError> {
         let change = match &mut self.watch {
             Some(watch) => watch.recv().await,
             // To be read anew.
             None => return Ok(()),
         };
-        self.take_in(change)
+        self.take_in(change, focus)
     }
 
     /// What is wanted.
@@ -69,14 +76,23 @@ impl Cache {
         &self.desired
     }
 
-    /// The same, for what is not in the store.
+    /// Where things are in that.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// What is wanted, for what is not in the store.
     pub fn desired_mut(&mut self) -> &mut Desired {
         &mut self.desired
     }
 
-    fn take_in(&mut self, change: Option<Result<Change, StoreError>>) -> Result<(), StoreError> {
+    fn take_in(
+        &mut self,
+        change: Option<Result<Change, StoreError>>,
+        focus: &mut Focus,
+    ) -> Result<(), StoreError> {
         match change {
-            Some(Ok(change)) => self.apply(change),
+            Some(Ok(change)) => self.apply(change, focus),
             Some(Err(error)) => {
                 tracing::info!(error = %with_source(&error), "the store is read again");
                 self.watch = None;
@@ -89,8 +105,9 @@ impl Cache {
         }
     }
 
-    fn apply(&mut self, change: Change) -> Result<(), StoreError> {
+    fn apply(&mut self, change: Change, focus: &mut Focus) -> Result<(), StoreError> {
         let desired = &mut self.desired;
+        let index = &mut self.index;
         let Some((collection, rest)) = change.key.split_once('/') else {
             return Ok(());
         };
@@ -99,11 +116,30 @@ impl Cache {
             format!("projects/{project}/{collection}/{id}")
         };
         match format!("{collection}/").as_str() {
-            prefix::VMS => put(&mut desired.vms, name(), &change)?,
-            prefix::VOLUMES => put(&mut desired.volumes, name(), &change)?,
-            prefix::NETWORKS => put(&mut desired.networks, name(), &change)?,
-            prefix::SECURITY_GROUPS => put(&mut desired.security_groups, name(), &change)?,
-            model::HOSTS => put(&mut desired.hosts, rest.to_owned(), &change)?,
+            prefix::VMS => {
+                let name = name();
+                focus.name(&name);
+                if let Some(before) = put(&mut desired.vms, &name, &change)? {
+                    let after = desired.vms.get(&name).map(|stored| &stored.record);
+                    index.vm(&name, before.record.as_ref(), after);
+                }
+            }
+            prefix::VOLUMES => {
+                let name = name();
+                focus.name(&name);
+                if let Some(before) = put(&mut desired.volumes, &name, &change)? {
+                    let after = desired.volumes.get(&name).map(|stored| &stored.record);
+                    index.volume(&name, before.record.as_ref(), after);
+                }
+                // A VM may wait for it.
+                focus.unplaced(index);
+            }
+            prefix::NETWORKS => drop(put(&mut desired.networks, &name(), &change)?),
+            prefix::SECURITY_GROUPS => drop(put(&mut desired.security_groups, &name(), &change)?),
+            model::HOSTS => {
+                put(&mut desired.hosts, rest, &change)?;
+                focus.host(rest, index);
+            }
             model::EVICTIONS => {
                 if let Some((host, node_id)) = rest.split_once('/') {
                     let eviction = (host.to_owned(), node_id.to_owned());
@@ -111,6 +147,7 @@ impl Cache {
                         Some(_) => desired.evictions.insert(eviction),
                         None => desired.evictions.remove(&eviction),
                     };
+                    focus.told(host, index.vm_of(node_id).unwrap_or(node_id));
                 }
             }
             prefix::OPERATIONS => {
@@ -118,7 +155,13 @@ impl Cache {
                     Some(value) => Some(decode::<pb::Operation>(&change.key, value)?),
                     None => None,
                 };
-                match operation.filter(|operation| !operation.done) {
+                let operation = operation.filter(|operation| !operation.done);
+                let before = desired.pending.get(&change.key);
+                index.operation(before, operation.as_ref());
+                if let Some(metadata) = operation.as_ref().and_then(|of| of.metadata.as_ref()) {
+                    focus.name(&metadata.target);
+                }
+                match operation {
                     Some(operation) => desired.pending.insert(change.key, operation),
                     None => desired.pending.remove(&change.key),
                 };
@@ -141,25 +184,29 @@ impl Cache {
     }
 }
 
+/// What was there before a change.
+struct Before<T> {
+    record: Option<T>,
+}
+
 /// A change that is older than what was read, or the same, changes nothing.
 fn put<T: Message + Default>(
-    records: &mut std::collections::BTreeMap<String, Stored<T>>,
-    name: String,
+    records: &mut BTreeMap<String, Stored<T>>,
+    name: &str,
     change: &Change,
-) -> Result<(), StoreError> {
-    let known = records.get(&name);
+) -> Result<Option<Before<T>>, StoreError> {
+    let known = records.get(name);
     if known.is_some_and(|known| known.revision >= change.revision) {
-        return Ok(());
+        return Ok(None);
     }
-    match &change.value {
+    let before = match &change.value {
         Some(value) => {
             let record = decode(&change.key, value)?;
             let revision = change.revision;
-            records.insert(name, Stored { record, revision });
+            records.insert(name.to_owned(), Stored { record, revision })
         }
-        None => {
-            records.remove(&name);
-        }
-    }
-    Ok(())
+        None => records.remove(name),
+    };
+    let record = before.map(|before| before.record);
+    Ok(Some(Before { record }))
 }

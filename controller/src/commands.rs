@@ -280,6 +280,9 @@ pub fn visible_vm(record: &VmRecord, fleet: &Fleet) -> pb::Vm {
         status.host.clear();
     }
     if record.host.is_empty() && !record.unplaced.is_empty() && status.error.is_none() {
+    } else if status.host.is_empty() {
+        // It was placed there, and the host has yet to say so.
+        status.host = model::host_name(&record.host);
         status.error = Some(pb::OperationError {
             code: tonic::Code::ResourceExhausted as i32,
             message: format!("no host can have it: {}", record.unplaced),

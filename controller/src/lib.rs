@@ -10,7 +10,7 @@
 //! leader     (of store) which of several controllers acts, and what keeps the others from it
 //! hosts      all hosts: connections, what was seen; scheduler: which of them gets a VM
 //! leases     which hosts are lost; failover: what is taken from them
-//! reconciler the loop: load, look, plan, act
+//! reconciler the loop: load, look, plan, act; cache: what is wanted, in memory; focus: what is looked at
 //! faults     experiments: runs, what they saw, their verdicts
 //! node       the connection to a host's agent; agent: starts one in standalone mode
 //! ```
@@ -23,6 +23,7 @@ pub mod failover;
 pub mod faults;
 pub mod hosts;
 pub mod leases;
+pub mod focus;
 pub mod metrics;
 pub mod model;
 pub mod moving;

@@ -1,6 +1,8 @@
 //! What to do next: a pure function of what is wanted and what was seen. Calling it again with the
 //! same arguments gives the same answer, and every action may be done twice; so nothing is
 //! remembered between two calls, and a restarted controller goes on where the last one ended.
+//! What is to be done about one thing does not depend on which others are looked at: [`Part`] bounds
+//! what a look costs.
 //!
 //! ```text
 //! VM on no host:      ---------------------------------> PlaceVm: the scheduler says where
@@ -17,7 +19,7 @@
 //! job of no one:      it is over ----------------------> ForgetJob
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use api::controller as pb;
 use api::node;
@@ -30,12 +32,16 @@ use crate::model::{
 
 mod drain;
 mod fleet;
+mod index;
 mod networks;
 mod outcome;
+mod part;
 
 pub use fleet::{Fleet, Observed};
+pub use index::Index;
 pub use networks::{Layout, network_status_now};
 pub(crate) use outcome::gone;
+pub use part::Part;
 
 /// A record and the revision that wrote it.
 #[derive(Debug, Clone, PartialEq)]
@@ -250,6 +256,29 @@ pub enum Action {
 }
 
 impl Action {
+    /// The VM, volume or other thing that it is about, by name.
+    pub fn about(&self) -> Option<&str> {
+        match self {
+            Self::NoteEvicted { .. } | Self::RecordHost { .. } => None,
+            Self::Call { name, .. }
+            | Self::PlaceVm { name, .. }
+            | Self::TakeVm { name, .. }
+            | Self::PlaceVolume { name, .. }
+            | Self::NoteStays { name, .. }
+            | Self::StopToMove { name, .. }
+            | Self::MoveVm { name, .. }
+            | Self::AdvanceJob { name, .. }
+            | Self::ForgetVm { name }
+            | Self::RecordVm { name, .. }
+            | Self::ForgetVolume { name }
+            | Self::RecordVolume { name, .. }
+            | Self::NoteNetwork { name, .. }
+            | Self::ForgetNetwork { name }
+            | Self::RecordNetwork { name, .. }
+            | Self::FinishOperation { name, .. } => Some(name),
+        }
+    }
+
     fn call(host: &str, name: &str, call: Call) -> Self {
         Self::Call {
             host: host.to_owned(),
@@ -259,25 +288,34 @@ impl Action {
     }
 }
 
-/// What to do next. News are recorded before operations finish, so that whoever waited for an
-/// operation finds its effect.
+/// What to do next about everything.
 pub fn plan(desired: &Desired, fleet: &Fleet) -> Vec<Action> {
+    let mut part = Part::all(desired);
+    part.hosts.extend(fleet.hosts.keys().cloned());
+    plan_part(desired, fleet, &part, &Index::of(desired))
+}
+
+/// What to do next about a part of everything; `index` is that of `desired`. News are recorded before
+/// operations finish, so that whoever waited for an operation finds its effect.
+pub fn plan_part(desired: &Desired, fleet: &Fleet, part: &Part, index: &Index) -> Vec<Action> {
     let mut actions = Vec::new();
     let layout = Layout::of(desired);
     let wanted = (desired, &layout);
-    plan_hosts(desired, fleet, &mut actions);
+    plan_hosts(desired, fleet, (part, index), &mut actions);
     for (name, stored) in &desired.networks {
         networks::plan_network(name, &stored.record, wanted, fleet, &mut actions);
     }
-    for (name, stored) in &desired.vms {
-        plan_vm(name, &stored.record, wanted, fleet, &mut actions);
+    for name in &part.names {
+        if let Some(stored) = desired.vms.get(name) {
+            plan_vm(name, &stored.record, wanted, fleet, &mut actions);
+        } else if let Some(stored) = desired.volumes.get(name) {
+            plan_volume(name, &stored.record, desired, fleet, &mut actions);
+        }
     }
-    for (name, stored) in &desired.volumes {
-        plan_volume(name, &stored.record, desired, fleet, &mut actions);
-    }
-    drain::plan_drains(desired, fleet, &mut actions);
+    drain::plan_drains(desired, fleet, part, &mut actions);
     plan_jobs(desired, fleet, &mut actions);
-    for operation in desired.pending.values() {
+    let operations = part.operations.iter();
+    for operation in operations.filter_map(|name| desired.pending.get(name)) {
         let metadata = operation.metadata.as_ref();
         if let Some(drained) = metadata
             && drained.kind() == pb::OperationKind::DrainHost
@@ -303,13 +341,22 @@ pub fn plan(desired: &Desired, fleet: &Fleet) -> Vec<Action> {
 }
 
 /// What hosts report of themselves, and what they have that is not theirs any more.
-fn plan_hosts(desired: &Desired, fleet: &Fleet, actions: &mut Vec<Action>) {
-    let mut homes: HashMap<&str, &VmRecord> = HashMap::new();
-    if fleet.hosts.len() > 1 {
-        let records = desired.vms.values().map(|stored| &stored.record);
-        homes.extend(records.map(|record| (record.node_id.as_str(), record)));
-    }
-    for (host, observed) in fleet.connected() {
+fn plan_hosts(
+    desired: &Desired,
+    fleet: &Fleet,
+    (part, index): (&Part, &Index),
+    actions: &mut Vec<Action>,
+) {
+    let many = fleet.hosts.len() > 1;
+    let home = |node_id: &str| {
+        let name = index.vm_of(node_id).filter(|_| many)?;
+        desired.vms.get(name).map(|stored| &stored.record)
+    };
+    for host in &part.hosts {
+        let observed = fleet.of(host);
+        if !observed.connected {
+            continue;
+        }
         let stored = desired.hosts.get(host);
         let seen = observed.host.as_ref().map(crate::model::inventory);
         if let (Some(stored), Some(inventory)) = (stored, seen)
@@ -321,8 +368,8 @@ fn plan_hosts(desired: &Desired, fleet: &Fleet, actions: &mut Vec<Action>) {
             });
         }
         for node_id in observed.vms.keys() {
-            let home = homes.get(node_id.as_str());
-            let moved = home.is_some_and(|home| home.placements > 0 && home.host != host);
+            let home = home(node_id);
+            let moved = home.is_some_and(|home| home.placements > 0 && home.host != *host);
             if moved || is_evicted(desired, host, node_id) {
                 let call = Call::EvictVm(node_id.clone());
                 actions.push(Action::call(host, node_id, call));

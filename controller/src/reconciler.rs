@@ -4,7 +4,7 @@
 //! Calls to hosts run beside the loop, one at a time for each resource; what fails for now is tried
 //! again after a growing pause, what is refused for good is recorded.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,24 +19,26 @@ use tonic::{Code, Status};
 use crate::cache::Cache;
 use crate::commands::{self, CommandError, Placing};
 use crate::failover;
+use crate::focus::Focus;
 use crate::hosts::Hosts;
 use crate::leases::Leases;
 use crate::model::{
     self, HostRecord, JobRecord, NetworkRecord, SecurityGroupRecord, VmRecord, VolumeRecord, prefix,
 };
 use crate::moving;
-use crate::plan::{self, Action, Call, Desired, Fleet, Stored, plan};
+use crate::plan::{self, Action, Call, Desired, Fleet, Index, Stored, plan_part};
 use crate::reach::Reach;
 use crate::scheduler;
-use crate::store::{Range, SharedStore, StoreError, Transaction};
+use crate::store::{Item, Range, SharedStore, StoreError, Transaction};
 
-/// Without any news the loop runs this often.
+/// Without any news the loop runs this often, and has looked at everything.
 const TICK: Duration = Duration::from_secs(5);
-/// A step that took longer is followed by a pause as long as it, but not longer than the other.
-const LONG_STEP: Duration = Duration::from_millis(20);
-const MAX_PAUSE: Duration = Duration::from_millis(250);
-/// Transactions of one step under way at one time.
-const MAX_WRITES: usize = 64;
+/// Between two steps, so that what comes at about the same time is looked at together.
+const GATHER: Duration = Duration::from_millis(2);
+/// Transactions of one step under way at one time: as many as the store makes durable together.
+const MAX_WRITES: usize = 256;
+/// Records read in one go.
+const PAGE: usize = 500;
 /// Records removed in one transaction; etcd takes 128 operations.
 const COLLECT_BATCH: usize = 50;
 /// Calls to hosts at one time.
@@ -56,6 +58,7 @@ const COLLECT_INTERVAL: Duration = Duration::from_secs(60);
 pub struct Reconciler {
     store: SharedStore,
     cache: Cache,
+    focus: Focus,
     /// VMs that were or may have been taken from their hosts, by name, and their records' revisions then.
     taking: Mutex<HashMap<String, u64>>,
     hosts: Hosts,
@@ -79,6 +82,8 @@ struct Told {
 struct Backoff {
     pause: Duration,
     until: Instant,
+    /// What it is about is looked at again, once.
+    over: bool,
 }
 
 impl Reconciler {
@@ -86,6 +91,7 @@ impl Reconciler {
     pub fn new(store: SharedStore, hosts: Hosts) -> Self {
         Self {
             cache: Cache::new(store.clone()),
+            focus: Focus::new(TICK),
             taking: Mutex::default(),
             store,
             reach: Arc::new(hosts.clone()),
@@ -118,7 +124,6 @@ impl Reconciler {
         let mut collecting = JoinSet::new();
         loop {
             observed.mark_unchanged();
-            let begun = Instant::now();
             let seen = self.hosts.fleet();
             match self.step(&seen).await {
                 Ok(()) => {}
@@ -132,15 +137,12 @@ impl Reconciler {
                 collecting.spawn(collect_all(self.store.clone()));
                 collect_at = Instant::now() + COLLECT_INTERVAL;
             }
-            // A look at very many takes a while: what comes meanwhile is looked at together.
-            let took = begun.elapsed();
-            if took > LONG_STEP {
-                tokio::time::sleep(took.min(MAX_PAUSE)).await;
-            }
-            let wake = self.next_retry().unwrap_or(TICK).min(TICK);
+            tokio::time::sleep(GATHER).await;
+            let rest = self.focus.rest(self.calls.is_empty());
+            let wake = self.next_retry().unwrap_or(rest).min(rest);
             tokio::select! {
                 _ = observed.changed() => {}
-                changed = self.cache.changed() => {
+                changed = self.cache.changed(&mut self.focus) => {
                     if let Err(error) = changed {
                         tracing::error!(error = %with_source(&error), "cannot read a change");
                     }
@@ -148,20 +150,39 @@ impl Reconciler {
                 Some(finished) = self.calls.join_next() => self.finished(finished).await,
                 () = tokio::time::sleep(wake) => {}
             }
+            while let Some(finished) = self.calls.try_join_next() {
+                self.finished(finished).await;
+            }
         }
     }
 
-    /// One look at everything. What somebody else changed meanwhile is looked at again next time.
+    /// One look at what changed. What somebody else changed meanwhile is looked at again next time.
     async fn step(&mut self, seen: &Arc<Fleet>) -> Result<(), StoreError> {
-        self.cache.refresh().await?;
+        self.cache.refresh(&mut self.focus).await?;
         let mut desired = std::mem::take(self.cache.desired_mut());
         if let Some(leases) = &self.leases {
             desired.lost = leases.lost(desired.hosts.keys());
         }
-        let actions = self.hold_back(&desired, plan(&desired, seen));
+        self.retry();
+        let index = self.cache.index();
+        self.focus.see(seen, &desired.lost, index);
+        let free = MAX_CALLS.saturating_sub(self.calls.len());
+        let part = self.focus.next(&desired, index, free);
+        let actions = self.hold_back(&desired, plan_part(&desired, seen, &part, index));
         let result = self.carry_out(&desired, actions).await;
         *self.cache.desired_mut() = desired;
         result
+    }
+
+    /// What failed long enough ago is looked at again.
+    fn retry(&mut self) {
+        let now = Instant::now();
+        for ((host, name), backoff) in &mut self.backoff {
+            if backoff.until <= now && !backoff.over {
+                backoff.over = true;
+                self.focus.told(host, name);
+            }
+        }
     }
 
     /// A VM that was taken from its host, or may have been, is not told to that host again before this is
@@ -206,12 +227,10 @@ impl Reconciler {
     ) -> Result<(), StoreError> {
         let mut news = Vec::new();
         let mut finished = Vec::new();
-        let traces = traces(&desired.pending);
         for action in actions {
             match action {
                 Action::Call { host, name, call } => {
-                    let trace_parent = traces.get(name.as_str()).copied().unwrap_or_default();
-                    let trace_parent = trace_parent.to_owned();
+                    let trace_parent = trace_of(&name, desired, self.cache.index());
                     self.call(Told {
                         host,
                         name,
@@ -225,13 +244,29 @@ impl Reconciler {
         }
         for writes in [news, finished] {
             let mut writes = stream::iter(writes)
-                .map(|action| self.act(desired, action))
+                .map(|action| async {
+                    let about = action.about().map(str::to_owned);
+                    (about, self.act(desired, action).await)
+                })
                 .buffer_unordered(MAX_WRITES);
-            while let Some(written) = writes.next().await {
+            let mut again = Vec::new();
+            let mut failed = None;
+            while let Some((about, written)) = writes.next().await {
                 match written {
-                    Ok(()) | Err(StoreError::Conflict { .. }) => {}
-                    Err(error) => return Err(error),
+                    Ok(()) => {}
+                    Err(StoreError::Conflict { .. }) => again.extend(about),
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
                 }
+            }
+            drop(writes);
+            again.iter().for_each(|name| self.focus.again(name));
+            if let Some(error) = failed {
+                // What was left undone is found again.
+                self.focus.everything(desired);
+                return Err(error);
             }
         }
         Ok(())
@@ -309,7 +344,7 @@ impl Reconciler {
                 let node_id = &record.node_id;
                 forget(
                     store,
-                    &desired.pending,
+                    &self.asked(&name, desired),
                     &name,
                     node_id,
                     *revision,
@@ -325,7 +360,7 @@ impl Reconciler {
                 let (node_id, transaction) = (&record.node_id, Transaction::new());
                 forget(
                     store,
-                    &desired.pending,
+                    &self.asked(&name, desired),
                     &name,
                     node_id,
                     *revision,
@@ -341,7 +376,7 @@ impl Reconciler {
                 let (node_id, transaction) = (&record.node_id, Transaction::new());
                 forget(
                     store,
-                    &desired.pending,
+                    &self.asked(&name, desired),
                     &name,
                     node_id,
                     *revision,
@@ -357,6 +392,18 @@ impl Reconciler {
         }
     }
 
+    /// Operations that are not done and whose target is `name`.
+    fn asked<'a>(&self, name: &str, desired: &'a Desired) -> Vec<&'a pb::Operation> {
+        let index = self.cache.index();
+        let asked = index.asked(name).chain(index.others());
+        let asked = asked.filter_map(|operation| desired.pending.get(operation));
+        let target = |operation: &&pb::Operation| {
+            let metadata = operation.metadata.as_ref();
+            metadata.is_some_and(|metadata| metadata.target == name)
+        };
+        asked.filter(target).collect()
+    }
+
     fn is_busy(&self, host: &str, name: &str) -> bool {
         self.busy.contains(&(host.to_owned(), name.to_owned()))
     }
@@ -367,12 +414,14 @@ impl Reconciler {
             .backoff
             .get(&key)
             .is_some_and(|backoff| backoff.until > Instant::now());
+        if waits || self.busy.contains(&key) {
+            return;
+        }
         let of_host = || self.busy.iter().filter(|(host, _)| *host == told.host);
-        if waits
-            || self.busy.contains(&key)
-            || self.calls.len() >= MAX_CALLS
+        if self.calls.len() >= MAX_CALLS
             || (self.busy.len() >= MAX_HOST_CALLS && of_host().count() >= MAX_HOST_CALLS)
         {
+            self.focus.no_call(&told.host, &told.name);
             return;
         }
         self.busy.insert(key);
@@ -407,6 +456,7 @@ impl Reconciler {
         let Told { host, name, .. } = &told;
         let key = (host.clone(), name.clone());
         self.busy.remove(&key);
+        self.focus.told(host, name);
         let Err(status) = result else {
             self.backoff.remove(&key);
             return;
@@ -423,7 +473,8 @@ impl Reconciler {
             .map_or(FIRST_BACKOFF, |last| last.pause * 2);
         let pause = pause.min(MAX_BACKOFF);
         let until = Instant::now() + pause;
-        self.backoff.insert(key, Backoff { pause, until });
+        let over = false;
+        self.backoff.insert(key, Backoff { pause, until, over });
     }
 
     fn next_retry(&self) -> Option<Duration> {
@@ -564,26 +615,34 @@ fn is_final(code: Code) -> bool {
     )
 }
 
-/// Everything that is wanted, as of now.
+/// Everything that is wanted. What changes while it is read is there as it was or as it is.
 pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
     let mut desired = Desired::default();
-    for item in store.list(Range::all(model::HOSTS)).await?.items {
-        let record: HostRecord = decode(&item.key, &item.value)?;
-        let (id, revision) = (record.id().to_owned(), item.revision);
-        desired.hosts.insert(id, Stored { record, revision });
-    }
-    for item in store.list(Range::all(model::EVICTIONS)).await?.items {
-        let of = item.key.trim_start_matches(model::EVICTIONS);
-        if let Some((host, node_id)) = of.split_once('/') {
-            let eviction = (host.to_owned(), node_id.to_owned());
-            desired.evictions.insert(eviction);
+    let mut pages = Pages::of(store, model::HOSTS);
+    while let Some(items) = pages.next().await? {
+        for item in items {
+            let stored = stored::<HostRecord>(&item)?;
+            desired.hosts.insert(stored.record.id().to_owned(), stored);
         }
+    }
+    let mut pages = Pages::of(store, model::EVICTIONS);
+    while let Some(items) = pages.next().await? {
+        let evictions = items.iter().filter_map(|item| {
+            let of = item.key.trim_start_matches(model::EVICTIONS);
+            let (host, node_id) = of.split_once('/')?;
+            Some((host.to_owned(), node_id.to_owned()))
+        });
+        desired.evictions.extend(evictions);
     }
     // Operations come first: each was stored together with its target, so a target that is missing
     // from what is read after it was deleted, and is not merely too new to be seen.
-    for item in store.list(Range::all(prefix::PENDING)).await?.items {
-        let id = item.key.trim_start_matches(prefix::PENDING);
-        if let Some(item) = store.get(&format!("{}{id}", prefix::OPERATIONS)).await? {
+    let mut pages = Pages::of(store, prefix::PENDING);
+    while let Some(items) = pages.next().await? {
+        for item in items {
+            let id = item.key.trim_start_matches(prefix::PENDING);
+            let Some(item) = store.get(&format!("{}{id}", prefix::OPERATIONS)).await? else {
+                continue;
+            };
             let operation: pb::Operation = decode(&item.key, &item.value)?;
             if let Some(job) = store.get(&model::job_key(&operation.name)).await? {
                 let record: JobRecord = decode(&job.key, &job.value)?;
@@ -592,43 +651,45 @@ pub async fn load(store: &SharedStore) -> Result<Desired, StoreError> {
             desired.pending.insert(operation.name.clone(), operation);
         }
     }
-    for item in store.list(Range::all(prefix::VMS)).await?.items {
-        let record: VmRecord = decode(&item.key, &item.value)?;
-        let stored = Stored {
-            record,
-            revision: item.revision,
-        };
-        desired.vms.insert(stored.record.vm.name.clone(), stored);
+    let mut pages = Pages::of(store, prefix::VMS);
+    while let Some(items) = pages.next().await? {
+        for item in items {
+            let stored = stored::<VmRecord>(&item)?;
+            desired.vms.insert(stored.record.vm.name.clone(), stored);
+        }
     }
-    for item in store.list(Range::all(prefix::VOLUMES)).await?.items {
-        let record: VolumeRecord = decode(&item.key, &item.value)?;
-        let stored = Stored {
-            record,
-            revision: item.revision,
-        };
-        desired
-            .volumes
-            .insert(stored.record.volume.name.clone(), stored);
+    let mut pages = Pages::of(store, prefix::VOLUMES);
+    while let Some(items) = pages.next().await? {
+        for item in items {
+            let stored = stored::<VolumeRecord>(&item)?;
+            let name = stored.record.volume.name.clone();
+            desired.volumes.insert(name, stored);
+        }
     }
-    for item in store.list(Range::all(prefix::NETWORKS)).await?.items {
-        let record: NetworkRecord = decode(&item.key, &item.value)?;
-        let stored = Stored {
-            record,
-            revision: item.revision,
-        };
-        let name = stored.record.network.name.clone();
-        desired.networks.insert(name, stored);
+    let mut pages = Pages::of(store, prefix::NETWORKS);
+    while let Some(items) = pages.next().await? {
+        for item in items {
+            let stored = stored::<NetworkRecord>(&item)?;
+            let name = stored.record.network.name.clone();
+            desired.networks.insert(name, stored);
+        }
     }
-    for item in store.list(Range::all(prefix::SECURITY_GROUPS)).await?.items {
-        let record: SecurityGroupRecord = decode(&item.key, &item.value)?;
-        let stored = Stored {
-            record,
-            revision: item.revision,
-        };
-        let name = stored.record.group.name.clone();
-        desired.security_groups.insert(name, stored);
+    let mut pages = Pages::of(store, prefix::SECURITY_GROUPS);
+    while let Some(items) = pages.next().await? {
+        for item in items {
+            let stored = stored::<SecurityGroupRecord>(&item)?;
+            let name = stored.record.group.name.clone();
+            desired.security_groups.insert(name, stored);
+        }
     }
     Ok(desired)
+}
+
+fn stored<T: Message + Default>(item: &Item) -> Result<Stored<T>, StoreError> {
+    Ok(Stored {
+        record: decode(&item.key, &item.value)?,
+        revision: item.revision,
+    })
 }
 
 async fn record_network(
@@ -755,7 +816,7 @@ async fn record_volume(
 /// transaction: the next thing of this name must not be taken for it.
 async fn forget(
     store: &SharedStore,
-    pending: &BTreeMap<String, pb::Operation>,
+    asked: &[&pb::Operation],
     name: &str,
     node_id: &str,
     revision: u64,
@@ -788,11 +849,8 @@ async fn forget(
             }
         }
     }
-    for operation in pending.values() {
+    for operation in asked.iter().copied() {
         let metadata = operation.metadata.clone().unwrap_or_default();
-        if metadata.target != name {
-            continue;
-        }
         let wanted = matches!(
             metadata.kind(),
             pb::OperationKind::DeleteVm
@@ -927,16 +985,12 @@ async fn record_refusal(
     store.commit(transaction).await.map(drop)
 }
 
-/// The trace of the request that wants something, by the operation's name and by its target's.
-fn traces(pending: &BTreeMap<String, pb::Operation>) -> HashMap<&str, &str> {
-    let mut traces = HashMap::new();
-    for (name, operation) in pending {
-        if let Some(metadata) = &operation.metadata {
-            traces.insert(name.as_str(), metadata.trace_parent.as_str());
-            traces.insert(metadata.target.as_str(), metadata.trace_parent.as_str());
-        }
-    }
-    traces
+/// The trace of the request that wants something: an operation, or what one is about.
+fn trace_of(name: &str, desired: &Desired, index: &Index) -> String {
+    let asked = index.asked(name).last().unwrap_or(name);
+    let metadata = desired.pending.get(asked);
+    let metadata = metadata.and_then(|operation| operation.metadata.as_ref());
+    metadata.map_or_else(String::new, |metadata| metadata.trace_parent.clone())
 }
 
 async fn collect_all(store: SharedStore) {
@@ -947,13 +1001,10 @@ async fn collect_all(store: SharedStore) {
 
 /// Removes the oldest done operations, with their request ids, and the oldest events.
 async fn collect(store: &SharedStore) -> Result<(), StoreError> {
-    let operations = store.list(Range::all(prefix::OPERATIONS)).await?.items;
-    let surplus = operations.len().saturating_sub(MAX_OPERATIONS);
-    let mut keys = Vec::new();
-    for item in operations.into_iter().take(surplus) {
+    remove_oldest(store, prefix::OPERATIONS, MAX_OPERATIONS, |item, keys| {
         let operation: pb::Operation = decode(&item.key, &item.value)?;
         if !operation.done {
-            continue;
+            return Ok(());
         }
         keys.push(item.key);
         let metadata = operation.metadata.unwrap_or_default();
@@ -961,17 +1012,77 @@ async fn collect(store: &SharedStore) -> Result<(), StoreError> {
         if let Some(project) = project.filter(|_| !metadata.request_id.is_empty()) {
             keys.push(model::request_key(project, &metadata.request_id));
         }
+        Ok(())
+    })
+    .await?;
+    remove_oldest(store, prefix::EVENTS, MAX_EVENTS, |item, keys| {
+        keys.push(item.key);
+        Ok(())
+    })
+    .await
+}
+
+/// Removes what `keys_of` says of each of the oldest of a collection, beyond those that are kept.
+async fn remove_oldest(
+    store: &SharedStore,
+    prefix: &str,
+    kept: usize,
+    keys_of: impl Fn(Item, &mut Vec<String>) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let mut count = 0;
+    let mut pages = Pages::of(store, prefix);
+    while let Some(items) = pages.next().await? {
+        count += items.len();
     }
-    let events = store.list(Range::all(prefix::EVENTS)).await?.items;
-    let surplus = events.len().saturating_sub(MAX_EVENTS);
-    keys.extend(events.into_iter().take(surplus).map(|item| item.key));
-    for batch in keys.chunks(COLLECT_BATCH) {
-        let transaction = batch.iter().fold(Transaction::new(), |transaction, key| {
-            transaction.delete(key)
-        });
-        store.commit(transaction).await?;
+    let mut surplus = count.saturating_sub(kept);
+    let mut pages = Pages::of(store, prefix);
+    while surplus > 0
+        && let Some(items) = pages.next().await?
+    {
+        let mut keys = Vec::new();
+        for item in items.into_iter().take(surplus) {
+            surplus -= 1;
+            keys_of(item, &mut keys)?;
+        }
+        for batch in keys.chunks(COLLECT_BATCH) {
+            let transaction = batch.iter().fold(Transaction::new(), |transaction, key| {
+                transaction.delete(key)
+            });
+            store.commit(transaction).await?;
+        }
     }
     Ok(())
+}
+
+/// All of a collection, some at a time; what changes meanwhile is there as it was or as it is.
+struct Pages<'a> {
+    store: &'a SharedStore,
+    range: Option<Range>,
+}
+
+impl<'a> Pages<'a> {
+    fn of(store: &'a SharedStore, prefix: &str) -> Self {
+        let range = Range {
+            limit: PAGE,
+            ..Range::all(prefix)
+        };
+        Self {
+            store,
+            range: Some(range),
+        }
+    }
+
+    async fn next(&mut self) -> Result<Option<Vec<Item>>, StoreError> {
+        let Some(range) = self.range.take() else {
+            return Ok(None);
+        };
+        let listing = self.store.list(range.clone()).await?;
+        if listing.more {
+            let after = listing.items.last().map(|item| item.key.clone());
+            self.range = Some(Range { after, ..range });
+        }
+        Ok(Some(listing.items))
+    }
 }
 
 /// `projects/p/vms/v` is stored at `vms/p/v`.

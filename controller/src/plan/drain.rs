@@ -10,21 +10,26 @@
 use api::controller as pb;
 use api::names::Name;
 
-use super::{Action, Desired, Fleet, is_over};
+use super::{Action, Desired, Fleet, Part, is_over};
 use crate::commands::is_local;
 use crate::model::{HostRecord, VmRecord, host_name};
 
-pub(super) fn plan_drains(desired: &Desired, fleet: &Fleet, actions: &mut Vec<Action>) {
-    let drains = desired.hosts.iter();
-    let drains = drains.filter(|(_, stored)| !stored.record.drain.is_empty());
-    let drains: Vec<(&String, &HostRecord)> =
-        drains.map(|(id, stored)| (id, &stored.record)).collect();
+pub(super) fn plan_drains(
+    desired: &Desired,
+    fleet: &Fleet,
+    part: &Part,
+    actions: &mut Vec<Action>,
+) {
     // One that was begun for a drain ends, whatever became of the drain.
-    for (name, stored) in &desired.vms {
+    for name in &part.names {
+        let Some(stored) = desired.vms.get(name) else {
+            continue;
+        };
         let record = &stored.record;
-        let drain = drains.iter().find(|(id, _)| **id == record.host);
-        if let Some((_, host)) = drain {
-            plan_vm(name, record, host, desired, fleet, actions);
+        let host = desired.hosts.get(&record.host);
+        let drained = host.filter(|stored| !stored.record.drain.is_empty());
+        if let Some(host) = drained {
+            plan_vm(name, record, &host.record, desired, fleet, actions);
         } else if record.moving && !record.host.is_empty() {
             move_once_off(name, record, fleet, actions);
         }

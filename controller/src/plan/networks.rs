@@ -35,6 +35,9 @@ impl<'a> Layout<'a> {
             members: BTreeMap::new(),
             only_host: desired.only_host(),
         };
+        if desired.networks.is_empty() && desired.security_groups.is_empty() {
+            return layout;
+        }
         for stored in desired.vms.values() {
             layout.add(&stored.record);
         }
