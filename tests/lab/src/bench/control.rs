@@ -67,7 +67,8 @@ impl Control {
         let text = serde_json::to_string_pretty(&reports)?;
         match &self.json {
             Some(file) => {
-                fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+                fs::write(file, text)
+                    .with_context(|| format!("cannot write {}", file.display()))?;
             }
             None => println!("{text}"),
         }
