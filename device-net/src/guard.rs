@@ -157,6 +157,24 @@ impl Guard {
         self.misbehaviour.strike(direction, head, len_bytes, now_ns)
     }
 
+    /// Whether anything may happen to frames on purpose now.
+    pub(crate) fn is_faulty(&self) -> bool {
+        self.watches.load(Ordering::Relaxed) & FAULTS != 0
+    }
+
+    /// Until when frames are held up on purpose, if they are: for who asks about each by itself.
+    pub(crate) fn held_until_ns(&self, direction: Direction, now_ns: u64) -> Option<u64> {
+        match self.is_faulty() {
+            true => self.misbehaviour.held_until_ns(direction, now_ns),
+            false => None,
+        }
+    }
+
+    /// How many frames came along while something could happen to them.
+    pub(crate) fn shown_to_faults(&self, direction: Direction) -> u64 {
+        self.misbehaviour.shown(direction)
+    }
+
     /// Takes a frame's share of the limits. For who can let frames wait.
     ///
     /// # Errors

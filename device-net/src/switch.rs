@@ -4,6 +4,7 @@
 //!   [`uplink`]: a tap or another interface of the host as a port
 //! - [`frame`]: what is known of a frame; [`mac_table`]: where addresses are; [`vlan`], [`storm`]:
 //!   who may send what to whom; [`flow`]: which ring of several
+//! - [`detour`]: what is late, spoiled or doubled on purpose
 //! - [`offload`]: what a receiver's driver cannot finish; [`shown`]: what guards are shown
 //!
 //! All rings are served by a bounded set of threads ([`WorkerGroup`]). The thread that serves a
@@ -12,6 +13,7 @@
 //! is the current one.
 
 mod deliver;
+mod detour;
 mod flow;
 mod forward;
 mod frame;
@@ -42,6 +44,7 @@ use virtio_bindings::virtio_net::{
 use crate::kernel::Interface;
 use crate::nic::MacAddress;
 use crate::nic::backend::Backend;
+use detour::Detour;
 use mac_table::{Key, MacTable, PinError, PortNumber};
 use port::{Port, RingReceiver};
 use uplink::Uplink;
@@ -170,6 +173,7 @@ pub(crate) struct Switch {
     generation: AtomicU64,
     /// When time began for the address table.
     epoch: Instant,
+    detour: Detour,
 }
 
 #[derive(Debug)]
@@ -236,6 +240,7 @@ impl Switch {
             }),
             generation: AtomicU64::new(0),
             epoch: Instant::now(),
+            detour: Detour::default(),
         }
     }
 

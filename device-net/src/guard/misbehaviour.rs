@@ -1,6 +1,7 @@
 //! What happens to frames on purpose: see [`faults`].
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::rate::TokenBucket;
@@ -55,6 +56,8 @@ pub(super) struct Misbehaviour {
     faults: Arc<DeviceFaults>,
     /// By [`Direction`].
     ways: Mutex<[Way; 2]>,
+    /// Frames that rules were shown, by [`Direction`].
+    shown: [AtomicU64; 2],
 }
 
 #[derive(Default)]
@@ -70,6 +73,7 @@ impl Misbehaviour {
         Self {
             faults,
             ways: Mutex::default(),
+            shown: Default::default(),
         }
     }
 
@@ -86,6 +90,7 @@ impl Misbehaviour {
         len_bytes: usize,
         now_ns: u64,
     ) -> Mishap {
+        self.shown[direction as usize].fetch_add(1, Ordering::Relaxed);
         let mut mishap = Mishap::default();
         let address = |at: usize| {
             let bytes = head.get(at..at + 6)?;
@@ -132,6 +137,11 @@ impl Misbehaviour {
             }
         }
         mishap
+    }
+
+    /// How many frames of this direction came along while rules were armed.
+    pub(super) fn shown(&self, direction: Direction) -> u64 {
+        self.shown[direction as usize].load(Ordering::Relaxed)
     }
 
     /// When frames of this direction go on; not at all while nothing is armed any more.

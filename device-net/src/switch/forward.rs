@@ -12,17 +12,18 @@ use vhost_user::backend::{Polling, QueueHandler, Wake};
 use vhost_user::ring::{Batch, Ring, RingError};
 
 use super::deliver::{Body, Delivery};
+use super::detour::{Onward, detour, whole};
 use super::flow::{LOOKED_AT_BYTES, flow_hash};
 use super::frame::{Destination, Frame};
 use super::mac_table::{Key, PortNumber};
 use super::offload;
 use super::port::{Port, RingReceiver};
-use super::shown::{Shown, ShownAt, append_beginning, checksum_at, passes};
+use super::shown::{Judged, Shown, ShownAt, append_beginning, checksum_at, judge};
 use super::storm::{Storm, StormLimits};
 use super::uplink::Uplink;
 use super::vlan::Vlans;
 use super::{Outlet, Switch, View, ViewPort};
-use crate::guard::{self, Guard};
+use crate::guard;
 use crate::nic::header::{Header, Offloads, header_len_bytes};
 use crate::nic::state::NicState;
 use crate::nic::stats::{Direction, DropReason};
@@ -31,7 +32,7 @@ use crate::nic::stats::{Direction, DropReason};
 const BATCH: usize = 64;
 
 /// Addresses learnt of a guest's port at most: more than a bridge inside a guest has.
-const GUEST_SHARE: usize = 256;
+pub(super) const GUEST_SHARE: usize = 256;
 
 const BROADCAST: [u8; 6] = [0xff; 6];
 
@@ -63,6 +64,8 @@ pub(super) struct Sender {
     share: usize,
     view: Arc<View>,
     storm: Option<StormLimits>,
+    /// Receivers' guards have let pass what is sent now.
+    is_past_guards: bool,
     frames: Vec<Incoming>,
     /// The receivers' buffers; empty between frames of one receiver and the next.
     buffers: Batch,
@@ -121,13 +124,13 @@ impl TxQueue {
             batch: &self.batch,
             header_len_bytes: self.header_len_bytes,
         };
-        let guard = self.nic.guard.is_active().then_some(&*self.nic.guard);
+        let guarded = self.nic.guard.is_active().then_some((&self.nic, self.pair));
         let is_link_up = self.nic.is_link_up();
         let (sender, offloads) = (&mut self.sender, self.offloads);
         sender.read(
             self.batch.len(),
             &bodies,
-            guard,
+            guarded,
             counters,
             |index, vlans| {
                 if !is_link_up {
@@ -181,6 +184,7 @@ impl Sender {
             share,
             view: switch.view(),
             storm: None,
+            is_past_guards: false,
             frames: Vec::with_capacity(BATCH),
             buffers: Batch::new(),
             shown: Shown::default(),
@@ -192,13 +196,14 @@ impl Sender {
         }
     }
 
-    /// Looks at a batch of `count` frames and finds out where they go.
+    /// Looks at a batch of `count` frames and finds out where they go. `guarded` is the NIC that sends them,
+    /// with a pair of its queues, if its guard is to be asked.
     #[inline]
     pub(super) fn read(
         &mut self,
         count: usize,
         bodies: &impl Bodies,
-        guard: Option<&Guard>,
+        guarded: Option<(&Arc<NicState>, u16)>,
         counters: &Direction,
         frame_at: impl Fn(usize, &Vlans) -> Result<Frame, DropReason>,
     ) {
@@ -209,20 +214,36 @@ impl Sender {
         let now = Instant::now();
         self.began = now;
         self.shown.clear();
-        let guard = guard.map(|guard| (guard, guard::monotonic_ns()));
+        let guarded = guarded.map(|nic| (nic, guard::monotonic_ns()));
         let mut last = None;
         let (mut frames, mut bytes) = (0, 0);
         for index in 0..count {
             let mut shown = ShownAt::default();
+            let mut detours = false;
             let checked = frame_at(index, &self.vlans).and_then(|frame| {
-                if let Some((guard, now_ns)) = guard {
+                if let Some(((nic, pair), now_ns)) = guarded {
                     let body = bodies.body(index);
                     shown = self.shown.add(&frame, body);
                     let head = self.shown.get(shown);
                     let rest = body.after(head.len());
                     let checksum_at = checksum_at(&frame, 0);
-                    if !passes(guard, Way::Egress, head, rest, checksum_at, now_ns) {
-                        return Err(DropReason::Guarded);
+                    match judge(&nic.guard, Way::Egress, head, rest, checksum_at, now_ns) {
+                        Judged::Passes => {}
+                        Judged::Dropped => return Err(DropReason::Guarded),
+                        Judged::Detours(mishap, due_ns) => {
+                            detours = true;
+                            let onward = Onward::From(self.number, Arc::clone(&self.vlans));
+                            let bytes = whole(head, body);
+                            detour(
+                                &self.switch,
+                                frame,
+                                bytes,
+                                (mishap, due_ns),
+                                (nic, pair),
+                                onward,
+                            );
+                            return Err(DropReason::Guarded);
+                        }
                     }
                 }
                 self.route(frame, &mut last, now)
@@ -237,6 +258,8 @@ impl Sender {
                         shown,
                     });
                 }
+                // Counted when it goes on.
+                Err(_) if detours => {}
                 Err(reason) => counters.count_drop(reason),
             }
         }
@@ -276,6 +299,26 @@ impl Sender {
             counters.record_latency(done - self.began, self.frames.len() as u64);
         }
         self.frames.clear();
+    }
+
+    /// Delivers a frame to a port whose guard has let it pass.
+    pub(super) fn send_past_guard(
+        &mut self,
+        mut frame: Frame,
+        number: PortNumber,
+        bodies: &impl Bodies,
+        counters: &Direction,
+    ) {
+        frame.destination = Destination::Port(number);
+        let shown = ShownAt::default();
+        self.frames.push(Incoming {
+            frame,
+            index: 0,
+            shown,
+        });
+        self.is_past_guards = true;
+        self.send(bodies, counters);
+        self.is_past_guards = false;
     }
 
     /// Delivers what goes to one port.
@@ -412,7 +455,8 @@ impl Sender {
             return;
         };
         let filter = receiver.filter();
-        let guarded_at_ns = receiver.nic.guard.is_active().then(guard::monotonic_ns);
+        let asks_guard = receiver.nic.guard.is_active() && !self.is_past_guards;
+        let guarded_at_ns = asks_guard.then(guard::monotonic_ns);
         let mut delivery = Delivery::begin(receiver, &mut ring, &mut self.buffers, expected);
         for incoming in frames {
             let frame = &incoming.frame;
@@ -446,18 +490,24 @@ impl Sender {
                 body = body.after(self.leaving.len() - head_len);
                 head = &self.leaving;
                 let guard = &receiver.nic.guard;
-                if let Some(now_ns) = guarded_at_ns
-                    && !passes(
-                        guard,
-                        Way::Ingress,
-                        head,
-                        body,
-                        checksum_at(frame, shift),
-                        now_ns,
-                    )
-                {
-                    counters.count_drop(DropReason::Guarded);
-                    continue;
+                let judged = guarded_at_ns.map(|now_ns| {
+                    let checksum_at = checksum_at(frame, shift);
+                    judge(guard, Way::Ingress, head, body, checksum_at, now_ns)
+                });
+                match judged {
+                    None | Some(Judged::Passes) => {}
+                    Some(Judged::Dropped) => {
+                        counters.count_drop(DropReason::Guarded);
+                        continue;
+                    }
+                    Some(Judged::Detours(mishap, due_ns)) => {
+                        let shown = self.shown.get(incoming.shown);
+                        let bytes = whole(shown, bodies.body(incoming.index));
+                        let to = (&receiver.nic, receiver.pair);
+                        let onward = Onward::To(receiver.number, Arc::clone(&self.vlans));
+                        detour(&self.switch, *frame, bytes, (mishap, due_ns), to, onward);
+                        continue;
+                    }
                 }
             }
             let put = match &frame.header {

@@ -33,6 +33,7 @@ pub(super) struct Port {
 pub(super) struct RingReceiver {
     pub(super) ring: Arc<SharedRing>,
     pub(super) nic: Arc<NicState>,
+    pub(super) number: PortNumber,
     pub(super) pair: u16,
     pub(super) header_len_bytes: usize,
     pub(super) offloads: Offloads,
@@ -48,12 +49,13 @@ struct KnownFilter {
 }
 
 impl RingReceiver {
-    fn new(ring: &Arc<SharedRing>, nic: &Arc<NicState>, pair: u16) -> Self {
+    fn new(ring: &Arc<SharedRing>, nic: &Arc<NicState>, number: PortNumber, pair: u16) -> Self {
         let features = ring.features();
         let (filter, version) = nic.receive_filter();
         Self {
             ring: Arc::clone(ring),
             nic: Arc::clone(nic),
+            number,
             pair,
             header_len_bytes: header_len_bytes(features),
             offloads: Offloads::to_driver(features),
@@ -107,7 +109,7 @@ impl Backend for Port {
         pair: u16,
         ring: &Arc<SharedRing>,
     ) -> io::Result<Box<dyn QueueHandler>> {
-        let receiver = RingReceiver::new(ring, nic, pair);
+        let receiver = RingReceiver::new(ring, nic, self.number, pair);
         self.switch
             .set_receiver(self.number, pair, Some(Arc::new(receiver)));
         Ok(Box::new(RxQueue {

@@ -9,7 +9,7 @@ use filter::capture::FrameBytes;
 use super::deliver::Body;
 use super::frame::Frame;
 use super::vlan::TAG_LEN_BYTES;
-use crate::guard::{self, Guard, HEAD_LEN_BYTES};
+use crate::guard::{self, Guard, HEAD_LEN_BYTES, Mishap};
 
 /// What guards look at, and a tag that may be taken off.
 const SHOWN_LEN_BYTES: usize = HEAD_LEN_BYTES + TAG_LEN_BYTES;
@@ -76,15 +76,23 @@ pub(super) fn checksum_at(frame: &Frame, shift: isize) -> Option<usize> {
     Some(at.saturating_add_signed(shift))
 }
 
+/// What becomes of a frame that a guard was asked about.
+pub(super) enum Judged {
+    Passes,
+    Dropped,
+    /// Something happens to it on purpose; it goes on then at the earliest.
+    Detours(Mishap, u64),
+}
+
 /// Asks a guard about a frame that is `head` and `body`.
-pub(super) fn passes(
+pub(super) fn judge(
     guard: &Guard,
     way: Way,
     head: &[u8],
     body: Body<'_>,
     checksum_at: Option<usize>,
     now_ns: u64,
-) -> bool {
+) -> Judged {
     let len_bytes = head.len() + body.len();
     let frame = guard::Frame {
         head: &head[..head.len().min(HEAD_LEN_BYTES)],
@@ -92,11 +100,21 @@ pub(super) fn passes(
         len_bytes,
         checksum_at,
     };
-    // A switch does not let frames wait, and sends each once: of what goes wrong on purpose, frames that
-    // are lost are all there is.
-    guard.check(way, &frame, now_ns).is_ok()
-        && !guard.mishap(way, frame.head, len_bytes, now_ns).is_lost
-        && guard.police(way, len_bytes, now_ns).is_ok()
+    if guard.check(way, &frame, now_ns).is_err() {
+        return Judged::Dropped;
+    }
+    let mishap = guard.mishap(way, frame.head, len_bytes, now_ns);
+    if mishap.is_lost {
+        return Judged::Dropped;
+    }
+    let held_until_ns = guard.held_until_ns(way, now_ns);
+    if mishap != Mishap::default() || held_until_ns.is_some() {
+        return Judged::Detours(mishap, held_until_ns.unwrap_or(now_ns));
+    }
+    match guard.police(way, len_bytes, now_ns) {
+        Ok(()) => Judged::Passes,
+        Err(_) => Judged::Dropped,
+    }
 }
 
 /// A frame of which the switch has the beginning.

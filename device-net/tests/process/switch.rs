@@ -1,5 +1,7 @@
 //! Frames between guests on one switch.
 
+mod injected;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -30,6 +32,11 @@ struct Ports {
 impl Ports {
     /// `rest` continues the specification of each.
     fn new(rest: &[&str]) -> Ports {
+        Self::with(rest, &[])
+    }
+
+    /// With further options of the daemon.
+    fn with(rest: &[&str], options: &[&str]) -> Ports {
         let dir = tempfile::tempdir().unwrap();
         let specs: Vec<String> = rest
             .iter()
@@ -41,7 +48,8 @@ impl Ports {
                 format!("id=port{number},switch=s0,mac={mac},socket={socket}{rest}")
             })
             .collect();
-        let args: Vec<&str> = specs.iter().flat_map(|spec| ["--nic", spec]).collect();
+        let nics = specs.iter().flat_map(|spec| ["--nic", spec]);
+        let args: Vec<&str> = nics.chain(options.iter().copied()).collect();
         let daemon = Daemon::start(dir, &args);
         Ports {
             daemon,
