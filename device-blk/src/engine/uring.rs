@@ -142,11 +142,17 @@ impl Uring {
             || !self.backlog.is_empty()
     }
 
-    /// Whether there are completions, or may be after a [`Self::submit`].
+    /// Whether there are completions. The kernel is asked for those that it deferred: its flag alone
+    /// would keep a thread that looks for work from ever sleeping while storage stalls.
     #[inline]
     pub(crate) fn has_news(&mut self) -> bool {
+        if self.ring.completion().is_empty()
+            && self.unanswered > 0
+            && self.ring.submission().taskrun()
+        {
+            self.submit();
+        }
         !self.ring.completion().is_empty()
-            || (self.unanswered > 0 && self.ring.submission().taskrun())
     }
 
     /// Makes the event unreadable again.
@@ -428,6 +434,28 @@ mod tests {
         flags.fetch_or(TASKRUN, Ordering::SeqCst);
         // SAFETY: the mapping was made above and is not used any more.
         unsafe { libc::munmap(map, MAPPED_BYTES) };
+    }
+
+    #[test]
+    fn a_flag_without_work_behind_it_is_no_news_while_storage_stalls() {
+        let mut uring = Uring::new(8).unwrap();
+        let (stalled, mut storage) = io::pipe().unwrap();
+        let mut byte = [0_u8];
+        let read = opcode::Read::new(types::Fd(stalled.as_raw_fd()), byte.as_mut_ptr(), 1)
+            .build()
+            .user_data(1);
+        // SAFETY: `byte` lives until the read has completed, below.
+        unsafe { uring.push(read) };
+        uring.submit();
+        uring.mute();
+        pretend_deferred_work(&uring);
+        assert!(!uring.has_news(), "a thread that polls goes to sleep");
+        io::Write::write_all(&mut storage, b"x").unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !uring.has_news() && Instant::now() < deadline {
+            thread::yield_now();
+        }
+        assert_eq!(uring.next_completion(), Some((1, 1)));
     }
 
     #[test]
