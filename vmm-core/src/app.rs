@@ -5,9 +5,11 @@ use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread;
 use std::time::Instant;
 
 use api::listen;
+use faults::{Faults, Kind};
 use serde_json::json;
 use tracing_subscriber::EnvFilter;
 
@@ -72,6 +74,10 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
     let confinement = Confinement::of_process(&written)?;
     let confine = confinement.of_threads();
 
+    let faults = cli
+        .allow_faults
+        .then(|| start_faults(&confine))
+        .transpose()?;
     let console = Arc::new(Console::new(started));
     let inbox = Inbox::new();
     let controls = Controls {
@@ -83,8 +89,9 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
             .serial_port(console.clone())
             .map_err(|err| chain(&err))?,
         console,
-        devices: Devices::awaited(&config.devices),
+        devices: Devices::awaited(&config.devices, faults.as_deref()),
         confinement,
+        faults,
     };
     let confine_control = confine.clone();
     let control = ControlThread::start(listener, controls.clone(), move || {
@@ -93,6 +100,18 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
     let outcome = live(cli, &config, board, inbox, &controls, &confine);
     control.finish();
     outcome
+}
+
+/// Their thread wakes devices, and may do what those that keep the connections may.
+fn start_faults(confine: &Confine) -> Result<Arc<Faults>, String> {
+    let confine = confine.clone();
+    let starting = thread::spawn(move || {
+        confine(ThreadKind::Devices)?;
+        Faults::start(Kind::Frontend).map_err(|err| format!("cannot start a thread: {err}"))
+    });
+    starting
+        .join()
+        .unwrap_or_else(|_| Err("the thread that prepares faults ended".to_owned()))
 }
 
 /// From the board to the machine's end, controlled by `controls` from the start.

@@ -66,6 +66,11 @@ pub struct Cli {
     /// Where to write why the machine stopped, as JSON
     #[arg(long, value_name = "PATH")]
     pub exit_file: Option<PathBuf>,
+    /// Lets faults be armed over the control socket (service mortise.device.v1.Faults): kicks that are
+    /// lost or late, connections that are lost, looked for late or spoken over late. For machines that
+    /// are to be broken
+    #[arg(long, requires = "control_socket")]
+    pub allow_faults: bool,
     /// How an ELF kernel is entered
     #[arg(long, value_name = "PROTOCOL", value_enum, default_value_t = ElfProtocol::Auto)]
     pub boot_protocol: ElfProtocol,

@@ -1,5 +1,5 @@
-//! The control socket: `mortise.vmm.v1.Vmm` on one small runtime on a thread of its own, which
-//! also turns SIGTERM into a Stop request.
+//! The control socket: `mortise.vmm.v1.Vmm`, and the faults of this end of the devices, on one small
+//! runtime on a thread of its own, which also turns SIGTERM into a Stop request.
 
 mod health;
 
@@ -16,6 +16,7 @@ use api::vmm::{
     PauseRequest, PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, ResumeRequest,
     StartRequest, StopRequest, VmmInfo, VmmState,
 };
+use faults::Faults;
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -63,6 +64,8 @@ pub struct Controls {
     pub devices: Devices,
     /// What holds for this process and its threads.
     pub confinement: Confinement,
+    /// What may be made to go wrong; none unless it was allowed.
+    pub faults: Option<Arc<Faults>>,
 }
 
 /// The thread that serves.
@@ -125,7 +128,8 @@ async fn run(listener: Option<Listener>, controls: Controls, mut stopped: watch:
     let served = async move {
         match listener {
             Some(listener) => {
-                let services = Services::new().with(VmmServer::new(controls));
+                let faults = api::fault_control::service(controls.faults.clone());
+                let services = Services::new().with(VmmServer::new(controls)).with(faults);
                 if let Err(err) = serve::on(listener, services, stopped).await {
                     error!("the control socket failed: {}", crate::error::chain(&err));
                 }

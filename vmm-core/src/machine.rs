@@ -16,6 +16,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
+use faults::{DeviceFaults, Faults};
 use kvm_ioctls::Kvm;
 use tracing::warn;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -175,14 +176,17 @@ pub struct Devices(Arc<[DeviceSlot]>);
 
 struct DeviceSlot {
     config: VhostUserDeviceConfig,
+    /// What goes wrong with it on purpose.
+    faults: Arc<DeviceFaults>,
     device: OnceLock<Arc<VirtioPciDevice>>,
 }
 
 impl Devices {
-    /// None of them connected yet.
-    pub fn awaited(configs: &[VhostUserDeviceConfig]) -> Self {
+    /// None of them connected yet; `faults` are those of the process, if it may do any.
+    pub fn awaited(configs: &[VhostUserDeviceConfig], faults: Option<&Faults>) -> Self {
         let slot = |config: &VhostUserDeviceConfig| DeviceSlot {
             config: config.clone(),
+            faults: faults.map_or_else(DeviceFaults::none, |faults| faults.device(&config.tag)),
             device: OnceLock::new(),
         };
         Self(configs.iter().map(slot).collect())
@@ -381,9 +385,13 @@ impl Board {
         let connect_all = move || {
             confine(ThreadKind::Devices).map_err(MachineError::Confine)?;
             for slot in devices.0.iter() {
-                let (config, interrupts) = (slot.config.clone(), interrupts.clone());
-                let device =
-                    VirtioPciDevice::connect(config, memory.clone(), interrupts, ATTACH_PATIENCE)?;
+                let device = VirtioPciDevice::connect(
+                    slot.config.clone(),
+                    memory.clone(),
+                    interrupts.clone(),
+                    ATTACH_PATIENCE,
+                    Arc::clone(&slot.faults),
+                )?;
                 slot.device.get_or_init(|| device);
             }
             Ok(())

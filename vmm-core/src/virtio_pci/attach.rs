@@ -5,6 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use faults::{DeviceFaults, Wake};
 use vhost_user::frontend::{
     Connected, Endpoint, Link, LinkError, MemoryTable, Offer, QueueEvents, Timeouts, Wiring,
 };
@@ -87,7 +88,8 @@ pub enum AttachError {
 
 impl VirtioPciDevice {
     /// Connects to the backend, for `patience` at most, and builds the PCI function from what it
-    /// offers. Afterwards its own thread keeps the connection and reconnects without limit.
+    /// offers. Afterwards its own thread keeps the connection and reconnects without limit. What goes
+    /// wrong with it on purpose is decided by `faults`.
     ///
     /// # Errors
     /// No usable backend in time, or no descriptor, thread or interrupt route is left.
@@ -96,8 +98,10 @@ impl VirtioPciDevice {
         memory: Arc<MemoryTable>,
         fabric: Arc<dyn InterruptFabric>,
         patience: Duration,
+        faults: Arc<DeviceFaults>,
     ) -> Result<Arc<Self>, AttachError> {
-        Self::connect_with(config, memory, fabric, patience, Timeouts::default())
+        let timeouts = Timeouts::default();
+        Self::connect_with(config, memory, fabric, patience, timeouts, faults)
     }
 
     pub(super) fn connect_with(
@@ -106,6 +110,7 @@ impl VirtioPciDevice {
         fabric: Arc<dyn InterruptFabric>,
         patience: Duration,
         timeouts: Timeouts,
+        faults: Arc<DeviceFaults>,
     ) -> Result<Arc<Self>, AttachError> {
         let (tag, socket) = (config.tag.clone(), config.socket.display().to_string());
         let config_len = config
@@ -133,7 +138,7 @@ impl VirtioPciDevice {
         if queues.guest == 0 {
             return Err(AttachError::NoQueues { tag, socket });
         }
-        Self::build(config, endpoint, connected, queues, memory, fabric)
+        Self::build(config, endpoint, connected, queues, memory, fabric, faults)
             .map_err(|source| AttachError::Resources { tag, source })
     }
 
@@ -144,6 +149,7 @@ impl VirtioPciDevice {
         queues: QueueCounts,
         memory: Arc<MemoryTable>,
         fabric: Arc<dyn InterruptFabric>,
+        faults: Arc<DeviceFaults>,
     ) -> io::Result<Arc<Self>> {
         let msix = Msix::new(queues.guest + 1, Arc::clone(&fabric))?;
         let mut kicks = Vec::new();
@@ -176,7 +182,7 @@ impl VirtioPciDevice {
                 config.queue_size,
             ),
             msix,
-            doorbells: Doorbells::new(kicks, fabric),
+            doorbells: Doorbells::new(kicks, fabric, Arc::clone(&faults)),
             device_cfg: device_cfg(&config, &connected.offer, endpoint.config_len),
             isr: 0,
             complaints: LogLimit::new(),
@@ -184,13 +190,16 @@ impl VirtioPciDevice {
         let registers = Arc::new(Registers {
             state: Mutex::new(state),
         });
+        let waker: Arc<dyn Wake> = Arc::clone(&registers) as _;
+        faults.add_waker(&waker);
+        waker.wake();
         let wiring = Wiring {
             memory: Arc::clone(&memory),
             queues: events,
             events: Arc::clone(&registers) as _,
         };
         Ok(Arc::new(Self {
-            link: Link::spawn(&config.tag, endpoint, connected, wiring)?,
+            link: Link::spawn_faulty(&config.tag, endpoint, connected, wiring, faults)?,
             tag: config.tag,
             device_type: config.device_type,
             socket: config.socket,

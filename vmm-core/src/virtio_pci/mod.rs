@@ -21,6 +21,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use faults::Wake;
 use vhost_user::frontend::{Events, Link, LinkHealth, MemoryTable, Outage, QueueProgress};
 use vhost_user::log_limit::LogLimit;
 
@@ -197,6 +198,13 @@ impl Events for Registers {
         }
         state.common.set_needs_reset();
         state.signal_config_change();
+    }
+}
+
+/// Faults came or went.
+impl Wake for Registers {
+    fn wake(&self) {
+        self.lock().doorbells.look_at_faults();
     }
 }
 

@@ -1,6 +1,7 @@
 //! The transport, driven as a guest drives it, with backends that work, die and lie.
 
 mod backends;
+mod faulty;
 mod guest;
 mod health;
 mod hostile;

@@ -13,7 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("api", &["faults"]),
     ("vhost-user", &["faults"]),
     ("sandbox", &[]),
-    ("vmm-core", &["api", "sandbox", "vhost-user"]),
+    ("vmm-core", &["api", "faults", "sandbox", "vhost-user"]),
     (
         "device-blk",
         &[

@@ -4,6 +4,7 @@
 //! nested host, or directly where hardware KVM is there. `cargo lab env` prints the variables that
 //! the others need when they are run by cargo alone.
 
+mod clocks;
 mod guest_run;
 mod layering;
 mod nested;

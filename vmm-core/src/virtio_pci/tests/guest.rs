@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use faults::DeviceFaults;
 use vhost_user::driver::{DriverRing, GuestMemory};
 use vhost_user::frontend::{MemoryRegion, MemoryTable, Timeouts};
 use vmm_sys_util::eventfd::EventFd;
@@ -122,6 +123,15 @@ impl Guest {
         socket: &Path,
         timeouts: Timeouts,
     ) -> Result<Self, AttachError> {
+        Self::attach_faulty(parameters, socket, timeouts, DeviceFaults::none())
+    }
+
+    pub(super) fn attach_faulty(
+        parameters: &str,
+        socket: &Path,
+        timeouts: Timeouts,
+        faults: Arc<DeviceFaults>,
+    ) -> Result<Self, AttachError> {
         let config: VhostUserDeviceConfig = format!(
             "tag=test,{parameters},socket={},queue-size={QUEUE_SIZE}",
             socket.display()
@@ -143,6 +153,7 @@ impl Guest {
             fabric.clone(),
             timeouts.first_reply,
             timeouts,
+            faults,
         )?;
         let root_bus = RootBus::new(Layout {
             ecam: MmioWindow {
@@ -364,15 +375,17 @@ impl<'a> Driver<'a> {
         head
     }
 
-    /// The doorbell, by way of the ioeventfd as the guest would find it.
+    /// The doorbell, by way of the ioeventfd if there is one, else as an exit.
     pub(super) fn kick(&self, queue: u64) {
         let gpa = self.notify + queue * self.multiplier;
         let doorbells = self.guest.fabric.doorbells.lock().unwrap();
-        doorbells
-            .get(&gpa)
-            .expect("the queue has a doorbell")
-            .write(1)
-            .unwrap();
+        match doorbells.get(&gpa) {
+            Some(doorbell) => doorbell.write(1).unwrap(),
+            None => {
+                drop(doorbells);
+                self.guest.write(gpa, 2, queue);
+            }
+        }
     }
 
     /// Waits for the interrupt of the queue and for `head`; what the device wrote.
