@@ -21,7 +21,7 @@ pub mod story;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow};
 use serde::{Deserialize, Serialize};
 
 /// For whatever an emulated host does on a machine that does other things as well.
@@ -50,19 +50,18 @@ pub struct Settings {
 /// Asks again until there is an answer.
 fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let deadline = Instant::now() + PATIENCE;
-    let mut trouble = None;
     loop {
-        match ask() {
+        // Controllers take turns, and machines are busy: what goes wrong now may go well in a moment.
+        let trouble = match ask() {
             Ok(Some(answer)) => return Ok(answer),
-            Ok(None) => trouble = None,
-            // Controllers take turns, and machines are busy.
-            Err(error) => trouble = Some(error),
-        }
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
         if Instant::now() > deadline {
-            match trouble {
-                Some(error) => return Err(error.context(format!("{what} did not come"))),
-                None => bail!("{what} did not come within {} s", PATIENCE.as_secs()),
-            }
+            return Err(match trouble {
+                Some(error) => error.context(format!("{what} did not come")),
+                None => anyhow!("{what} did not come within {} s", PATIENCE.as_secs()),
+            });
         }
         std::thread::sleep(POLL_INTERVAL);
     }
