@@ -36,6 +36,9 @@ enum Verb {
     /// Measure, beside the limit and other implementations.
     Bench(Bench),
     /// Look for inputs that break what takes untrusted bytes: messages, rings, images, frames.
+    ///
+    /// Exit status: 0 when every target kept its promises, 3 when an input broke one (it is kept, and
+    /// named with what it broke), 1 when the targets could not be built or run.
     Fuzz(Fuzz),
     /// Check the API that others build on: its .proto files by buf, its examples by running them.
     Contract(Contract),

@@ -48,6 +48,8 @@ const LEFT_PROGRAMS: &[&str] = &[
     "device-blk",
     "device-net",
     "dnsmasq",
+    "passt",
+    "passt.avx2",
 ];
 const LEFT_INTERFACES: &[&str] = &["mt-", "mb-", "mu-", "mx-"];
 
