@@ -13,6 +13,7 @@ use ::api::controller::hosts_server::HostsServer;
 use ::api::controller::networks_server::NetworksServer;
 use ::api::controller::nics_server::NicsServer;
 use ::api::controller::operations_server::OperationsServer;
+use ::api::controller::pools_server::PoolsServer;
 use ::api::controller::projects_server::ProjectsServer;
 use ::api::controller::security_groups_server::SecurityGroupsServer;
 use ::api::controller::uploads_server::UploadsServer;
@@ -45,6 +46,7 @@ mod networks;
 mod nics;
 mod operations;
 mod projects;
+mod pools;
 mod security_groups;
 mod state;
 mod upgrades;
@@ -92,6 +94,7 @@ impl Api {
             .with(gate.guard(ProjectsServer::new(self.clone())))
             .with(gate.guard(AuditLogServer::new(self.clone())))
             .with(gate.guard(WatchesServer::new(self)))
+            .with(gate.guard(PoolsServer::new(self.clone())))
     }
 
     /// What was seen last, everywhere.
@@ -314,6 +317,19 @@ fn command_status(error: CommandError) -> Status {
         CommandError::ProjectInUse { project } => {
             let metadata = [("project", project.as_str())];
             status(
+        CommandError::PoolInUse { pool, volume } => {
+            let metadata = [("pool", pool.as_str()), ("volume", volume)];
+            status(Code::FailedPrecondition, "POOL_IN_USE", message, &metadata)
+        }
+        CommandError::SharedVolume { volume } => {
+            let metadata = [("volume", volume.as_str())];
+            status(
+                Code::FailedPrecondition,
+                "SHARED_VOLUME",
+                message,
+                &metadata,
+            )
+        }
                 Code::FailedPrecondition,
                 "PROJECT_IN_USE",
                 message,

@@ -23,6 +23,7 @@ mod hosts;
 mod networks;
 mod nics;
 mod placement;
+mod pools;
 mod projects;
 mod quota;
 mod security_groups;
@@ -39,6 +40,7 @@ pub use placement::{
     Place, Placing, get_host, is_local, no_host, place, place_at, place_upload, place_volume,
     release, unplace, upload_host, vm_request,
 };
+pub use pools::{attach, create_pool, delete_pool, get_pool, local_pool, visible_pool};
 pub use projects::{
     create_project, default_project, delete_project, get_project, update_project, visible_project,
 };
@@ -278,11 +280,11 @@ pub fn visible_vm(record: &VmRecord, fleet: &Fleet) -> pb::Vm {
     };
     if record.host.is_empty() {
         status.host.clear();
-    }
-    if record.host.is_empty() && !record.unplaced.is_empty() && status.error.is_none() {
     } else if status.host.is_empty() {
         // It was placed there, and the host has yet to say so.
         status.host = model::host_name(&record.host);
+    }
+    if record.host.is_empty() && !record.unplaced.is_empty() && status.error.is_none() {
         status.error = Some(pb::OperationError {
             code: tonic::Code::ResourceExhausted as i32,
             message: format!("no host can have it: {}", record.unplaced),
@@ -311,6 +313,7 @@ pub fn visible_volume(record: &VolumeRecord, fleet: &Fleet) -> pb::Volume {
         Some(seen) => model::volume_status(seen, &model::host_name(&record.host)),
         None => stored,
     };
+    status.fenced = model::is_fenced(record.shared());
     if status.phase() == pb::VolumePhase::Unspecified {
         status.phase = pb::VolumePhase::Pending as i32;
     }
@@ -602,6 +605,20 @@ pub enum CommandError {
     #[error(
         "project {project} may have {limit} {figure} and has {used}: {asked} more is too much; delete something, or have an admin raise it: vmctl quota set {project}"
     )]
+    /// Pools with volumes in them stay.
+    #[error("{volume} is in pool {pool}; delete it first")]
+    PoolInUse {
+        /// Its id.
+        pool: String,
+        /// One of them.
+        volume: String,
+    },
+    /// No host does anything with it but use it.
+    #[error("volume {volume} is in a pool that hosts share; do that where the pool is served")]
+    SharedVolume {
+        /// Its id.
+        volume: String,
+    },
     QuotaExceeded {
         /// Its id.
         project: String,

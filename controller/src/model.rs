@@ -17,12 +17,14 @@
 //! fault-reports/{project}/{id}          its controller.v1 FaultReport
 //! fault-switch-off                      there while nothing may be broken on purpose
 //! projects/{project}           ProjectRecord
+//! pools/{pool}                 PoolRecord
 //! quota-fence/{project}        changes with all that counts against the project's quota
 //! audit/{id}                   controller.v1 AuditEntry; ids sort by age
 //! seeds/{project}/{vm}         node.v1 CloudInit of the VM, if it has one
 //! hosts/{host}, reservations/{host}, evictions/{host}/{node id}, upload-hosts/{project}/{upload}   see `host`
 //! ```
 
+use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use api::controller as pb;
@@ -35,6 +37,7 @@ mod device;
 mod host;
 mod network;
 mod nic;
+mod pool;
 mod project;
 mod seed;
 
@@ -47,6 +50,7 @@ pub use host::{
     host_id, host_name, inventory, labelled, reservation_key, upload_host_key,
 };
 pub use nic::{capture, flow, nic_status};
+pub use pool::{PoolRecord, is_fenced, pool_key};
 pub use project::{
     EXPLICIT_PROJECTS, PROJECT_COLLECTIONS, ProjectRecord, project_key, quota_fence_key,
 };
@@ -87,6 +91,9 @@ pub struct VmRecord {
     /// Why a drain leaves it where it is, after the drain's operation and a blank.
     #[prost(string, tag = "9")]
     pub stays: String,
+    /// Which owner of its volumes it is, by their names, since it was started last.
+    #[prost(btree_map = "string, uint64", tag = "20")]
+    pub attachments: BTreeMap<String, u64>,
 }
 
 /// A volume as stored.
@@ -104,6 +111,12 @@ pub struct VolumeRecord {
     /// The size that it was last asked to get; it counts against the quota from then on.
     #[prost(uint64, tag = "30")]
     pub wanted_bytes: u64,
+    /// Where it is, if not in a host's own pool.
+    #[prost(message, optional, tag = "40")]
+    pub pool: Option<pb::PoolSpec>,
+    /// VMs that were started with it so far: whoever had it before the last one may not write any more.
+    #[prost(uint64, tag = "41")]
+    pub attachments: u64,
 }
 
 /// Work that a host does for an operation.
@@ -166,6 +179,8 @@ pub mod prefix {
     pub const EVENTS: &str = "events/";
     /// Projects.
     pub const PROJECTS: &str = "projects/";
+    /// Pools.
+    pub const POOLS: &str = "pools/";
 }
 
 /// Key of a VM or volume.

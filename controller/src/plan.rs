@@ -490,10 +490,7 @@ fn plan_vm(
     let apply = || {
         let mut spec = node_vm_spec(
             record,
-            |volume| {
-                let stored = desired.volumes.get(volume)?;
-                Some(stored.record.node_id.clone())
-            },
+            |volume| desired.volumes.get(volume).map(|stored| &stored.record),
             |network| {
                 let stored = desired.networks.get(network)?;
                 Some(stored.record.node_id.clone())
@@ -586,6 +583,14 @@ fn plan_volume(
     actions: &mut Vec<Action>,
 ) {
     let host = record.host.as_str();
+    if record.shared().is_some() {
+        // Nobody makes or removes what it is; only that it is known ends.
+        if record.volume.deleting {
+            let name = name.to_owned();
+            actions.push(Action::ForgetVolume { name });
+        }
+        return;
+    }
     if host.is_empty() {
         plan_unplaced_volume(name, record, fleet, actions);
         return;

@@ -519,7 +519,15 @@ async fn place_vm(
     place.note(&mut record);
     let target = model::host_name(place.host());
     let event = model::new_event(&record.vm.name, "VM_PLACED", format!("on {target}"));
-    let transaction = Transaction::new()
+    let mut transaction = Transaction::new();
+    if record.vm.desired_power() == pb::DesiredPower::On {
+        transaction = match commands::attach(store, &mut record, transaction).await {
+            Ok(transaction) => transaction,
+            Err(CommandError::Store(error)) => return Err(error),
+            Err(error) => return unplaced(store, stored, &error.to_string()).await,
+        };
+    }
+    let transaction = transaction
         .if_unchanged(model::key(&name), stored.revision)
         .put(model::key(&name), record.encode_to_vec())
         .put(event.name.clone(), event.encode_to_vec());

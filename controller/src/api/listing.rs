@@ -56,6 +56,7 @@ list_requests!(
     ListOperationsRequest,
     ListEventsRequest,
     ListFaultExperimentsRequest,
+    ListPoolsRequest,
     ListProjectsRequest,
     ListAuditEntriesRequest,
 );

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use api::controller as pb;
 use api::names::Name;
+use api::validate::LOCAL_POOL;
 use prost::Message;
 use tokio::sync::OwnedMutexGuard;
 
@@ -233,8 +234,8 @@ pub async fn vm_request(
 }
 
 /// It is in the pool of one host, and can be used there alone.
-pub fn is_local(_record: &VolumeRecord) -> bool {
-    true
+pub fn is_local(record: &VolumeRecord) -> bool {
+    record.shared().is_none()
 }
 
 /// Chooses the host whose pool gets a volume, by its id; empty while there is none that could.
@@ -247,9 +248,16 @@ pub async fn place_volume(
     name: &Name,
     spec: &pb::VolumeSpec,
 ) -> Result<String, CommandError> {
+    // In a pool that hosts share, it is of no host.
+    if !matches!(spec.pool.strip_prefix("pools/"), None | Some(LOCAL_POOL)) {
+        return Ok(String::new());
+    }
     let mut request = Request::of_volume(&name.to_string(), &spec.host);
     if let Ok(base) = Name::parse_volume(&spec.base) {
         match get_volume(store, &base).await {
+            Ok(stored) if stored.record.shared().is_some() => {
+                return Err(CommandError::SharedVolume { volume: base.id });
+            }
             Ok(stored) if !stored.record.host.is_empty() => {
                 let bound = (model::short(&base), stored.record.host);
                 request.bound.push(bound);

@@ -5,8 +5,8 @@ use api::names::Name;
 use prost::Message;
 
 use super::{
-    CommandError, Place, Placing, RequestKey, addresses, check_etag, get_vm, no_host, place, quota,
-    validated, visible_vm, vm_request, with_retry,
+    CommandError, Place, Placing, RequestKey, addresses, attach, check_etag, get_vm, no_host,
+    place, quota, validated, visible_vm, vm_request, with_retry,
 };
 use crate::hosts::Hosts;
 use crate::model::{self, VmRecord, VolumeRecord, key, short};
@@ -237,6 +237,10 @@ async fn set_power(
         if record.vm.deleting {
             return Err(CommandError::Deleting { what: short(name) });
         }
+        let transaction = match is_start(&record, power) {
+            true => attach(store, &mut record, Transaction::new()).await?,
+            false => Transaction::new(),
+        };
         want_power(&mut record, power);
         let mut operation = model::new_operation(kind, name, record.vm.generation);
         let reason = match kind {
@@ -245,7 +249,7 @@ async fn set_power(
         };
         let event = model::new_event(&name.to_string(), reason, "");
         let transaction = request
-            .begin(Transaction::new(), &mut operation)
+            .begin(transaction, &mut operation)
             .if_unchanged(key(name), revision)
             .put(key(name), record.encode_to_vec())
             .put(event.name.clone(), event.encode_to_vec());
@@ -253,6 +257,18 @@ async fn set_power(
         Ok(operation)
     })
     .await
+}
+
+/// It has surely ended, and is to run: what it is told of its disks may change.
+fn is_start(record: &VmRecord, power: pb::DesiredPower) -> bool {
+    use pb::VmPhase::{Failed, Pending, Stopped, Unspecified};
+    let wanted = (record.vm.desired_power(), power);
+    let is_change = wanted.0 != pb::DesiredPower::On && wanted.1 == pb::DesiredPower::On;
+    is_change
+        && matches!(
+            record.status().phase(),
+            Unspecified | Pending | Stopped | Failed
+        )
 }
 
 /// A new generation, unless this is wanted already. What is on its way off stays so.

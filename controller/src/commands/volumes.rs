@@ -6,7 +6,7 @@ use api::node::{self, start_job_request::Work};
 use prost::Message;
 
 use super::{
-    CommandError, RequestKey, check_etag, disks, get_volume, quota, validated, with_retry,
+    CommandError, RequestKey, check_etag, disks, get_volume, pools, quota, validated, with_retry,
 };
 use crate::model::{self, VmRecord, VolumeRecord, key, prefix, short};
 use crate::plan::Stored;
@@ -38,6 +38,7 @@ pub async fn create_volume(
                 .ok_or_else(|| CommandError::AlreadyExists { what: short(name) });
         }
         let transaction = require_base(store, spec).await?;
+        let (pool, transaction) = pools::require_pool(store, spec, transaction).await?;
         let more = quota::of_volume(spec.size_bytes);
         let transaction = quota::admit(store, &name.project, &more, transaction).await?;
         let mut operation = model::new_operation(pb::OperationKind::CreateVolume, name, 1);
@@ -45,7 +46,7 @@ pub async fn create_volume(
             return Ok(validated(operation));
         }
         let node_id = model::node_id(name, uid);
-        let record = VolumeRecord {
+        let mut record = VolumeRecord {
             volume: pb::Volume {
                 name: name.to_string(),
                 uid: uid.to_owned(),
@@ -56,8 +57,12 @@ pub async fn create_volume(
             },
             node_id: node_id.clone(),
             host: host.to_owned(),
+            pool,
             ..Default::default()
         };
+        if record.shared().is_some() {
+            record.volume.status = Some(record.shared_status());
+        }
         let event = model::new_event(&name.to_string(), "VOLUME_CREATED", "");
         let node_id = model::node_id_key(name, &node_id);
         let transaction = request
@@ -236,6 +241,10 @@ pub async fn check_volume(
 fn ready_status(record: &VolumeRecord, name: &Name) -> Result<pb::VolumeStatus, CommandError> {
     if record.volume.deleting {
         return Err(CommandError::Deleting { what: short(name) });
+    }
+    if record.shared().is_some() {
+        let volume = name.id.clone();
+        return Err(CommandError::SharedVolume { volume });
     }
     let status = record.volume.status.clone().unwrap_or_default();
     match status.phase() {

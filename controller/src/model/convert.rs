@@ -1,6 +1,7 @@
 //! Between users' messages and hosts' messages.
 
 use api::controller as pb;
+use api::controller::pool_spec::Kind;
 use api::names::Name;
 use api::node;
 
@@ -9,11 +10,11 @@ use super::{VmRecord, VolumeRecord};
 /// Used when the request names none.
 const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
 
-/// What a host is told about a VM. `volume_node_id` and `network_node_id` know the
-/// volumes and networks that the spec names.
-pub fn node_vm_spec(
+/// What a host is told about a VM. `volume` and `network_node_id` know the volumes and networks that the
+/// spec names.
+pub fn node_vm_spec<'a>(
     record: &VmRecord,
-    volume_node_id: impl Fn(&str) -> Option<String>,
+    volume: impl Fn(&str) -> Option<&'a VolumeRecord>,
     network_node_id: impl Fn(&str) -> Option<String>,
 ) -> node::VmSpec {
     let spec = record.vm.spec.clone().unwrap_or_default();
@@ -31,7 +32,7 @@ pub fn node_vm_spec(
         disks: spec
             .disks
             .into_iter()
-            .map(|disk| node_disk(disk, attachment, &volume_node_id))
+            .map(|disk| node_disk(disk, (attachment, record), &volume))
             .collect(),
         nics: spec
             .nics
@@ -74,20 +75,48 @@ fn power(desired: pb::DesiredPower) -> node::Power {
     }
 }
 
-fn node_disk(
+fn node_disk<'a>(
     disk: pb::Disk,
-    attachment: u64,
-    volume_node_id: impl Fn(&str) -> Option<String>,
+    (placement, vm): (u64, &VmRecord),
+    volume: impl Fn(&str) -> Option<&'a VolumeRecord>,
 ) -> node::DiskSpec {
     use node::disk_spec::Source;
-    let source = disk.source.map(|source| match source {
-        pb::disk::Source::Path(path) => Source::Path(path),
-        // A volume that is gone keeps its own id, so that the host says which one it misses.
-        pb::disk::Source::Volume(volume) => Source::Volume(
-            volume_node_id(&volume)
-                .or_else(|| Name::parse_volume(&volume).ok().map(|name| name.id))
-                .unwrap_or(volume),
-        ),
+    let mut generation = 0;
+    let mut nbd = disk.nbd.map(|nbd| node::NbdSource {
+        address: nbd.address,
+        export: nbd.export,
+        generation: nbd.generation.saturating_add(placement),
+        tls_file: nbd.tls_file,
+        tls_hostname: nbd.tls_hostname,
+    });
+    let source = disk.source.and_then(|source| match source {
+        pb::disk::Source::Path(path) => Some(Source::Path(path)),
+        pb::disk::Source::Volume(name) => {
+            let attachment = vm.attachments.get(&name).copied().unwrap_or_default();
+            let record = volume(&name);
+            match record.and_then(VolumeRecord::shared) {
+                Some(Kind::Nbd(pool)) => {
+                    nbd = Some(node::NbdSource {
+                        address: pool.address.clone(),
+                        export: record.map(VolumeRecord::export).unwrap_or_default(),
+                        generation: attachment,
+                        tls_file: pool.tls_file.clone(),
+                        tls_hostname: pool.tls_hostname.clone(),
+                    });
+                    None
+                }
+                Some(Kind::SharedDirectory(directory)) => {
+                    record.map(|record| Source::Path(super::pool::file(directory, record)))
+                }
+                Some(Kind::Local(_)) | None => {
+                    generation = attachment;
+                    let node_id = record.map(|record| record.node_id.clone());
+                    // A volume that is gone keeps its own id, so that the host says which one it misses.
+                    let id = || Name::parse_volume(&name).ok().map(|name| name.id);
+                    Some(Source::Volume(node_id.or_else(id).unwrap_or(name)))
+                }
+            }
+        }
     });
     node::DiskSpec {
         name: disk.name,
@@ -102,14 +131,8 @@ fn node_disk(
         cpus: disk.cpus,
         page_cache: disk.page_cache,
         slow_request_ms: disk.slow_request_ms,
-        nbd: disk.nbd.map(|nbd| node::NbdSource {
-            address: nbd.address,
-            export: nbd.export,
-            generation: nbd.generation.saturating_add(attachment),
-            tls_file: nbd.tls_file,
-            tls_hostname: nbd.tls_hostname,
-        }),
-        generation: 0,
+        nbd,
+        generation,
     }
 }
 
@@ -359,6 +382,8 @@ pub fn volume_status(seen: &node::VolumeStatus, host: &str) -> pb::VolumeStatus 
         cluster_bytes: seen.cluster_bytes,
     }
 }
+        // Of a host's own pool: locks, and a record of generations.
+        fenced: true,
 
 /// Fills in what a VM's spec may leave out: sizes, and names of devices.
 pub fn complete_spec(mut spec: pb::VmSpec) -> pb::VmSpec {
@@ -439,10 +464,64 @@ mod tests {
             rejected_generation: 0,
             ..Default::default()
         };
-        let spec = node_vm_spec(&record, |_| Some("data-1234".into()), |_| None);
+        let volume = VolumeRecord {
+            node_id: "data-1234".into(),
+            ..Default::default()
+        };
+        let spec = node_vm_spec(&record, |_| Some(&volume), |_| None);
         assert_eq!((spec.id.as_str(), spec.generation), ("web", 4));
         assert_eq!(spec.power(), node::Power::On);
         let source = spec.disks[0].source.clone().unwrap();
         assert_eq!(source, node::disk_spec::Source::Volume("data-1234".into()));
     }
 }
+
+    #[test]
+    fn volume_of_a_shared_pool_is_presented_with_the_number_of_its_owner() {
+        let name = "projects/default/volumes/data";
+        let mut record = VmRecord {
+            placements: 7,
+            vm: pb::Vm {
+                spec: Some(pb::VmSpec {
+                    disks: vec![pb::Disk {
+                        source: Some(pb::disk::Source::Volume(name.into())),
+                        ..Default::default()
+                    }],
+                    ..Default::default()
+                }),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        record.attachments.insert(name.into(), 3);
+        let volume_in = |kind: Kind| VolumeRecord {
+            volume: pb::Volume {
+                name: name.into(),
+                ..Default::default()
+            },
+            pool: Some(pb::PoolSpec { kind: Some(kind) }),
+            ..Default::default()
+        };
+        let served = volume_in(Kind::Nbd(pb::NbdPool {
+            address: "10.0.0.1:10809".into(),
+            ..Default::default()
+        }));
+        let spec = node_vm_spec(&record, |_| Some(&served), |_| None);
+        let nbd = spec.disks[0].nbd.clone().unwrap();
+        assert_eq!((nbd.export.as_str(), nbd.generation), ("data", 3));
+        assert_eq!(spec.disks[0].source, None);
+        assert!(served.shared_status().fenced);
+        let plain = volume_in(Kind::SharedDirectory(pb::SharedDirectory {
+            path: "/srv/pool/".into(),
+        }));
+        let spec = node_vm_spec(&record, |_| Some(&plain), |_| None);
+        let path = node::disk_spec::Source::Path("/srv/pool/data".into());
+        assert_eq!(spec.disks[0].source, Some(path));
+        assert!(!plain.shared_status().fenced);
+        let own = VolumeRecord {
+            node_id: "data".into(),
+            ..Default::default()
+        };
+        let spec = node_vm_spec(&record, |_| Some(&own), |_| None);
+        assert_eq!(spec.disks[0].generation, 3);
+    }

@@ -12,6 +12,7 @@ pub(crate) mod nic;
 pub(crate) mod op;
 pub(crate) mod port_forward;
 pub(crate) mod project;
+pub(crate) mod pool;
 pub(crate) mod run;
 pub(crate) mod security_group;
 pub(crate) mod state;

@@ -72,6 +72,8 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::SecurityGroup { command } => commands::security_group::run(&global, command).await,
         Command::Fault { command } => commands::fault::run(&global, command).await,
         Command::Host { command } => commands::host::run(&global, command).await,
+        Command::Ca { command } => commands::ca::run(&global, command).await,
+        Command::Pool { command } => commands::pool::run(&global, command).await,
         Command::Project { command } => commands::project::run(&global, command).await,
         Command::Quota { command } => commands::project::quota(&global, command).await,
         Command::Audit { command } => commands::audit::run(&global, command).await,

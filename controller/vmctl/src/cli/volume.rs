@@ -45,6 +45,13 @@ pub(crate) enum VolumeCommand {
         /// File on this machine with the passphrase, used as it is, - for stdin
         #[arg(long, value_name = "FILE", requires = "encrypted")]
         key_file: Option<PathBuf>,
+        /// A pool that hosts share, where the volume is already: an export of its server, a file of its
+        /// directory [default: a host's own]
+        #[arg(long, value_name = "POOL", conflicts_with_all = ["from", "encrypted", "preallocate", "cluster_size"])]
+        pool: Option<String>,
+        /// What it is called there [default: NAME]
+        #[arg(long, value_name = "NAME", requires = "pool")]
+        export: Option<String>,
         /// The same id again creates nothing twice [default: a random one]
         #[arg(long, value_name = "ID")]
         request_id: Option<String>,

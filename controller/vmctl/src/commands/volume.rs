@@ -29,6 +29,8 @@ pub(crate) async fn run(global: &Global, command: VolumeCommand) -> anyhow::Resu
             cluster_size,
             encrypted,
             key_file,
+            pool,
+            export,
             request_id,
             wait,
         } => {
@@ -46,6 +48,8 @@ pub(crate) async fn run(global: &Global, command: VolumeCommand) -> anyhow::Resu
                 preallocation: api_preallocation(preallocation) as i32,
                 cluster_bytes,
                 encrypted,
+                pool: pool.as_deref().map(super::pool::full).unwrap_or_default(),
+                export: export.unwrap_or_default(),
                 ..Default::default()
             };
             let key = key_file.as_deref().map(read_key).transpose()?;
@@ -394,6 +398,10 @@ async fn show(global: &Global, name: &str) -> anyhow::Result<()> {
         (base, snapshot) if snapshot.is_empty() => base,
         (base, snapshot) => format!("{base} as of {snapshot}"),
     };
+    let pool = match spec.pool.as_str() {
+        "" => "pools/local",
+        pool => pool,
+    };
     let layers = status.layers.clone();
     output::fields(&[
         ("Name", volume.name.clone()),
@@ -410,6 +418,11 @@ async fn show(global: &Global, name: &str) -> anyhow::Result<()> {
         ("Copied from", spec.source_path),
         ("Clone of", base),
         ("Clones", status.clones.join(", ")),
+        ("Pool", pool.to_owned()),
+        (
+            "Fenced",
+            if status.fenced { "yes" } else { "NO" }.to_owned(),
+        ),
         ("Host", status.host),
         ("Image", status.path),
         ("Opened by", status.attached_to),
