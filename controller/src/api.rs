@@ -45,8 +45,8 @@ mod mask;
 mod networks;
 mod nics;
 mod operations;
-mod projects;
 mod pools;
+mod projects;
 mod security_groups;
 mod state;
 mod upgrades;
@@ -92,9 +92,9 @@ impl Api {
             .with(gate.guard(FaultExperimentsServer::new(self.clone())))
             .with(gate.guard(EventsServer::new(self.clone())))
             .with(gate.guard(ProjectsServer::new(self.clone())))
+            .with(gate.guard(PoolsServer::new(self.clone())))
             .with(gate.guard(AuditLogServer::new(self.clone())))
             .with(gate.guard(WatchesServer::new(self)))
-            .with(gate.guard(PoolsServer::new(self.clone())))
     }
 
     /// What was seen last, everywhere.
@@ -314,9 +314,6 @@ fn command_status(error: CommandError) -> Status {
                 &metadata,
             )
         }
-        CommandError::ProjectInUse { project } => {
-            let metadata = [("project", project.as_str())];
-            status(
         CommandError::PoolInUse { pool, volume } => {
             let metadata = [("pool", pool.as_str()), ("volume", volume)];
             status(Code::FailedPrecondition, "POOL_IN_USE", message, &metadata)
@@ -330,6 +327,9 @@ fn command_status(error: CommandError) -> Status {
                 &metadata,
             )
         }
+        CommandError::ProjectInUse { project } => {
+            let metadata = [("project", project.as_str())];
+            status(
                 Code::FailedPrecondition,
                 "PROJECT_IN_USE",
                 message,

@@ -595,16 +595,6 @@ pub enum CommandError {
         /// Its id.
         project: String,
     },
-    /// Projects with something in them stay.
-    #[error("something is in project {project}; delete it first")]
-    ProjectInUse {
-        /// Its id.
-        project: String,
-    },
-    /// The project has what it may have.
-    #[error(
-        "project {project} may have {limit} {figure} and has {used}: {asked} more is too much; delete something, or have an admin raise it: vmctl quota set {project}"
-    )]
     /// Pools with volumes in them stay.
     #[error("{volume} is in pool {pool}; delete it first")]
     PoolInUse {
@@ -619,6 +609,16 @@ pub enum CommandError {
         /// Its id.
         volume: String,
     },
+    /// Projects with something in them stay.
+    #[error("something is in project {project}; delete it first")]
+    ProjectInUse {
+        /// Its id.
+        project: String,
+    },
+    /// The project has what it may have.
+    #[error(
+        "project {project} may have {limit} {figure} and has {used}: {asked} more is too much; delete something, or have an admin raise it: vmctl quota set {project}"
+    )]
     QuotaExceeded {
         /// Its id.
         project: String,

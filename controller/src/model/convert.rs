@@ -380,10 +380,10 @@ pub fn volume_status(seen: &node::VolumeStatus, host: &str) -> pb::VolumeStatus 
         encrypted: seen.encrypted,
         key_present: seen.key_present,
         cluster_bytes: seen.cluster_bytes,
-    }
-}
         // Of a host's own pool: locks, and a record of generations.
         fenced: true,
+    }
+}
 
 /// Fills in what a VM's spec may leave out: sizes, and names of devices.
 pub fn complete_spec(mut spec: pb::VmSpec) -> pb::VmSpec {
@@ -474,7 +474,6 @@ mod tests {
         let source = spec.disks[0].source.clone().unwrap();
         assert_eq!(source, node::disk_spec::Source::Volume("data-1234".into()));
     }
-}
 
     #[test]
     fn volume_of_a_shared_pool_is_presented_with_the_number_of_its_owner() {
@@ -525,3 +524,4 @@ mod tests {
         let spec = node_vm_spec(&record, |_| Some(&own), |_| None);
         assert_eq!(spec.disks[0].generation, 3);
     }
+}

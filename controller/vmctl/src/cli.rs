@@ -11,8 +11,8 @@ pub(crate) mod fault;
 pub(crate) mod host;
 pub(crate) mod network;
 pub(crate) mod nic;
-pub(crate) mod project;
 pub(crate) mod pool;
+pub(crate) mod project;
 pub(crate) mod volume;
 
 use crate::spec::{DiskArg, NetArg, ShareArg, VhostUserArg, parse_size};
@@ -125,6 +125,16 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: host::HostCommand,
     },
+    /// Look at who makes certificates, exchange it, and get certificates for users
+    Ca {
+        #[command(subcommand)]
+        command: ca::CaCommand,
+    },
+    /// Tell of places for volumes that hosts share
+    Pool {
+        #[command(subcommand)]
+        command: pool::PoolCommand,
+    },
     /// Create, look at and delete projects
     Project {
         #[command(subcommand)]
@@ -150,16 +160,6 @@ pub(crate) enum Command {
     /// Put the state of a file in the place of the controllers'; hosts then get what it says
     #[command(after_help = "Examples:
   vmctl restore mortise.state            into an empty store
-    /// Look at who makes certificates, exchange it, and get certificates for users
-    Ca {
-        #[command(subcommand)]
-        command: ca::CaCommand,
-    },
-    /// Tell of places for volumes that hosts share
-    Pool {
-        #[command(subcommand)]
-        command: pool::PoolCommand,
-    },
   vmctl restore mortise.state --force    instead of what is there")]
     Restore {
         /// What `vmctl backup` wrote
