@@ -1,6 +1,7 @@
 //! One module for each noun, and `run`.
 
 pub(crate) mod audit;
+pub(crate) mod ca;
 pub(crate) mod device;
 pub(crate) mod disk;
 pub(crate) mod events;
@@ -10,8 +11,8 @@ pub(crate) mod import;
 pub(crate) mod network;
 pub(crate) mod nic;
 pub(crate) mod op;
-pub(crate) mod port_forward;
 pub(crate) mod pool;
+pub(crate) mod port_forward;
 pub(crate) mod project;
 pub(crate) mod run;
 pub(crate) mod security_group;
