@@ -34,6 +34,7 @@ use crate::reconciler::with_source;
 use crate::store::{SharedStore, StoreError};
 
 mod audit;
+mod certificates;
 mod console;
 mod devices;
 mod disks;
@@ -55,6 +56,7 @@ mod vms;
 mod volumes;
 mod watches;
 
+pub use certificates::CertificateService;
 pub use state::StateService;
 
 /// What all handlers work on.

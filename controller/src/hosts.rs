@@ -10,15 +10,17 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use api::listen::Address;
 use api::node::HostStatus;
+use pki::Expect;
 use prost::Message;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::task::JoinHandle;
-use tonic::Status;
+use tonic::{Code, Status};
 
+use crate::certificates::{self, Certificates};
 use crate::leader::Epoch;
 use crate::model::{self, HostRecord, ReservationRecord};
 use crate::node::Node;
@@ -42,6 +44,8 @@ pub struct Hosts {
     connects: bool,
     /// What commands carry.
     epoch: Epoch,
+    /// What is shown and believed where TLS is spoken.
+    certificates: Option<Certificates>,
 }
 
 #[derive(Default)]
@@ -66,6 +70,8 @@ struct Entry {
 
 struct Connection {
     node: Node,
+    /// Certificates from before count no more.
+    certificates_after: SystemTime,
     /// Ends with the connection.
     _task: Arc<OwnTask>,
 }
@@ -123,6 +129,7 @@ impl Hosts {
             changed: watch::Sender::new(0),
             connects: true,
             epoch: Epoch::none(),
+            certificates: None,
         }
     }
 
@@ -132,6 +139,15 @@ impl Hosts {
         Self {
             epoch,
             ..self.clone()
+        }
+    }
+
+    /// The same hosts, some of which are reached by TLS.
+    #[must_use]
+    pub fn with_certificates(self, certificates: Option<Certificates>) -> Self {
+        Self {
+            certificates,
+            ..self
         }
     }
 
@@ -388,15 +404,23 @@ impl Hosts {
                 known.entries.last_mut().expect("it was just put there")
             }
         };
+        let after = record.certificates_after;
+        let after = after.and_then(|after| SystemTime::try_from(after).ok());
+        let after = after.unwrap_or(SystemTime::UNIX_EPOCH);
         entry.record = record;
         let connection = entry.connection.as_ref();
-        let is_new = connection.is_none_or(|connection| *connection.node.address() != address);
+        let is_new = connection.is_none_or(|connection| {
+            *connection.node.address() != address || connection.certificates_after != after
+        });
         if is_new && self.connects {
-            entry.connection = Some(self.connect(&id, Node::new(address)));
+            let certificates = self.certificates.as_ref();
+            let expect = Expect::Host(id.clone(), after);
+            let tls = certificates.map(|certificates| certificates.client(expect));
+            entry.connection = Some(self.connect(&id, Node::new(address).with_tls(tls), after));
         }
     }
 
-    fn connect(&self, id: &str, node: Node) -> Connection {
+    fn connect(&self, id: &str, node: Node, certificates_after: SystemTime) -> Connection {
         let (hosts, host, of) = (self.clone(), id.to_owned(), node.clone());
         let told = (self.clone(), id.to_owned());
         node.tell_at_once(move |seen| told.0.saw(&told.1, seen));
@@ -418,6 +442,7 @@ impl Hosts {
         });
         Connection {
             node,
+            certificates_after,
             _task: Arc::new(OwnTask(task)),
         }
     }
@@ -458,8 +483,9 @@ impl Hosts {
     /// Stores the host that answers at `address` as soon as it does: for hosts that the command line
     /// names.
     pub async fn register(self, store: SharedStore, address: Address) {
+        let mut said = String::new();
         loop {
-            match Node::identify(&address).await {
+            match self.identify(&store, &address).await {
                 Ok(host) => match register(&store, &host, &address).await {
                     Ok(()) => return,
                     Err(StoreError::Conflict { .. }) => {}
@@ -468,10 +494,43 @@ impl Hosts {
                         tracing::error!(%address, %error, "cannot store a host");
                     }
                 },
+                Err(status)
+                    if status.code() == Code::PermissionDenied && said != status.message() =>
+                {
+                    tracing::warn!(%address, why = status.message(), "a host is not believed");
+                    said = status.message().to_owned();
+                }
                 Err(status) => tracing::debug!(%address, %status, "no node agent answers"),
             }
             tokio::time::sleep(REGISTER_RETRY).await;
         }
+    }
+}
+
+impl Hosts {
+    /// Who answers at an address; by TLS, who can prove it.
+    async fn identify(&self, store: &SharedStore, address: &Address) -> Result<HostStatus, Status> {
+        let Some(certificates) = self.certificates.as_ref().filter(|_| address.is_tls()) else {
+            return Node::identify(address, None).await;
+        };
+        let seen = Arc::default();
+        let any = certificates.client(Expect::AnyHost(Arc::clone(&seen)));
+        let host = Node::identify(address, Some(&any)).await?;
+        let proved = seen.get().map_or("", String::as_str);
+        if host.host_id != proved {
+            let named = &host.host_id;
+            let message = format!(
+                "calls itself hosts/{named}, and its certificate is that of hosts/{proved}"
+            );
+            return Err(Status::permission_denied(message));
+        }
+        let withdrawn = certificates::withdrawn(store, proved).await;
+        let withdrawn = withdrawn.map_err(|error| Status::unavailable(with_source(&error)))?;
+        if let Some(withdrawn) = withdrawn {
+            let later = certificates.client(Expect::Host(proved.to_owned(), withdrawn));
+            return Node::identify(address, Some(&later)).await;
+        }
+        Ok(host)
     }
 }
 

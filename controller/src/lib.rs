@@ -12,18 +12,20 @@
 //! leases     which hosts are lost; failover: what is taken from them
 //! reconciler the loop: load, look, plan, act; cache: what is wanted, in memory; focus: what is looked at
 //! faults     experiments: runs, what they saw, their verdicts
+//! certificates what is shown and believed by TLS: the authority, tokens of hosts that join
 //! node       the connection to a host's agent; agent: starts one in standalone mode
 //! ```
 
 pub mod agent;
 pub mod api;
 pub mod cache;
+pub mod certificates;
 pub mod commands;
 pub mod failover;
 pub mod faults;
+pub mod focus;
 pub mod hosts;
 pub mod leases;
-pub mod focus;
 pub mod metrics;
 pub mod model;
 pub mod moving;

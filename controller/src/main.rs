@@ -6,13 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use api::controller::certificates_server::CertificatesServer;
 use api::controller::states_server::StatesServer;
 use api::listen::{Address, Listener};
 use api::serve;
 use clap::Parser as _;
 
 use controller::agent::Agent;
-use controller::api::{Api, StateService};
+use controller::api::{Api, CertificateService, StateService};
+use controller::certificates::Certificates;
 use controller::faults::Experiments;
 use controller::hosts::Hosts;
 use controller::leader::{Candidate, Epoch, Term};
@@ -45,6 +47,11 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(options: Options) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        options.has_hosts(),
+        "no host to manage: --standalone for this machine, --node for others, or --listen https://HOST:PORT for hosts that join"
+    );
+    options.transport.check(&options.listen, &options.nodes)?;
     let telemetry = telemetry::init("controller", options.access.otlp.as_deref())?;
     let state_dir = StateDir::lock(&options.state_dir)?;
     let agent = if options.standalone {
@@ -60,21 +67,29 @@ async fn run(options: Options) -> anyhow::Result<()> {
     };
     let opened = options.store.open(state_dir).await?;
     let store = opened.store.clone();
-    let listener = Listener::bind(&options.listen)?;
+    let listeners: Result<Vec<_>, _> = options.listen.iter().map(Listener::bind).collect();
+    let listeners = listeners?;
     let metrics_listener = options
         .metrics_listen
         .as_ref()
         .map(Listener::bind)
         .transpose()?;
-    let gate = options.access.gate(&store, false).await?;
-    if !options.listen.is_local() && !gate.authenticates() {
-        tracing::warn!(
-            "the API is open to everybody who reaches {}; have callers say who they are: --tokens or --oidc-issuer",
-            options.listen
-        );
+    let certificates = options
+        .transport
+        .certificates(&store, &options.state_dir, &options.listen, &options.nodes)
+        .await?;
+    let asks = options.listen.iter().any(Address::is_tls);
+    let gate = options.access.gate(&store, asks).await?;
+    if let Some(open) = options.listen.iter().find(|address| !address.is_private())
+        && !gate.authenticates()
+    {
+        tracing::warn!("the API is open to everybody who reaches {open}");
     }
 
-    let address = listener.address().to_string();
+    let addresses: Vec<Address> = listeners.iter().map(Listener::address).collect();
+    let main = addresses.iter().find(|address| address.is_tls());
+    let address = main.or(addresses.first()).map(ToString::to_string);
+    let address = address.unwrap_or_default();
     let mut candidate = Candidate::new(store.clone(), address, options.store.lease_period());
     let mut epoch = candidate.epoch();
     if !opened.shared {
@@ -82,7 +97,12 @@ async fn run(options: Options) -> anyhow::Result<()> {
         epoch = Epoch::none();
     }
     let leader = candidate.leader();
-    let hosts = Hosts::new().with_epoch(epoch);
+    let hosts = Hosts::new()
+        .with_epoch(epoch)
+        .with_certificates(certificates.clone());
+    if let Some(certificates) = certificates.clone() {
+        tokio::spawn(certificates.keep());
+    }
     let mut named = options.nodes.clone();
     if let Some(agent) = agent {
         named.push(agent.address());
@@ -103,11 +123,14 @@ async fn run(options: Options) -> anyhow::Result<()> {
         serve_metrics(listener, store.clone(), hosts.clone());
     }
     let terminated = serve::terminated();
-    announce(&listener.address());
+    addresses.iter().for_each(announce);
     let state = StateService::new(store.clone(), opened.kind(), leader.clone());
     let services = Api::new(store.clone(), hosts, experiments).services(&gate);
     let services = services.with(gate.guard(StatesServer::new(state)));
-    serve::on(listener, services, terminated).await?;
+    let tls = certificates.as_ref().map(Certificates::server);
+    let issuing = CertificateService::new(certificates);
+    let services = services.with(gate.guard(CertificatesServer::new(issuing)));
+    serve::on_all(listeners, tls, services, terminated).await?;
     leading.abort();
     let _ = leading.await;
     let last = leader.borrow().clone();

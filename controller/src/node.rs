@@ -14,6 +14,7 @@ use api::node::leases_client::LeasesClient;
 use api::node::nics_client::NicsClient;
 use api::node::node_agent_client::NodeAgentClient;
 use api::node::*;
+use api::tls;
 use tokio::sync::{Mutex, watch};
 use tokio_stream::StreamExt;
 use tonic::service::Interceptor;
@@ -61,6 +62,7 @@ impl Interceptor for Carry {
 #[derive(Clone)]
 pub struct Node {
     address: Address,
+    tls: Option<tls::Client>,
     observed: watch::Sender<Arc<Observed>>,
     channel: watch::Sender<Option<Channel>>,
     /// Answers must be believed in the order of the questions.
@@ -76,12 +78,20 @@ impl Node {
     pub fn new(address: Address) -> Self {
         Self {
             address,
+            tls: None,
             observed: watch::Sender::new(Arc::default()),
             channel: watch::Sender::new(None),
             looking: Arc::default(),
             listener: Arc::default(),
             epoch: Epoch::none(),
         }
+    }
+
+    /// The same, reached by TLS if its address says so.
+    #[must_use]
+    pub fn with_tls(mut self, tls: Option<tls::Client>) -> Self {
+        self.tls = tls;
+        self
     }
 
     /// Where it is.
@@ -92,10 +102,16 @@ impl Node {
     /// Asks whoever answers at an address who it is.
     ///
     /// # Errors
-    /// When nobody answers.
-    pub async fn identify(address: &Address) -> Result<HostStatus, Status> {
-        let channel = api::connect::address(address, CONNECT_TIMEOUT).await;
-        let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
+    /// When nobody answers, or nobody who is believed.
+    pub async fn identify(
+        address: &Address,
+        tls: Option<&tls::Client>,
+    ) -> Result<HostStatus, Status> {
+        let channel = api::connect::secured(address, tls, CONNECT_TIMEOUT).await;
+        let channel = channel.map_err(|error| match error.is_distrust() {
+            true => Status::permission_denied(error.to_string()),
+            false => Status::unavailable(error.to_string()),
+        })?;
         let mut client = NodeAgentClient::new(channel);
         call("GetHost", client.get_host(GetHostRequest {})).await
     }
@@ -119,12 +135,24 @@ impl Node {
 
     /// Keeps the connection and what was seen up to date, for ever.
     pub async fn run(self) {
+        let tls = self.tls.as_ref();
+        // The same reason is given once, however often it is tried.
+        let mut said = String::new();
         loop {
-            match api::connect::address(&self.address, CONNECT_TIMEOUT).await {
+            match api::connect::secured(&self.address, tls, CONNECT_TIMEOUT).await {
                 Ok(channel) => {
                     self.channel.send_replace(Some(channel.clone()));
                     let status = self.follow(channel).await;
-                    tracing::warn!(node = %self.address, %status, "lost the node agent");
+                    let why = tls::distrust(&status).unwrap_or_else(|| status.to_string());
+                    let seen = self.observed.borrow().connected;
+                    if seen || why != said {
+                        tracing::warn!(node = %self.address, why, "lost the node agent");
+                    }
+                    said = why;
+                }
+                Err(error) if error.is_distrust() && said != error.to_string() => {
+                    said = error.to_string();
+                    tracing::warn!(node = %self.address, why = said, "the host is not believed");
                 }
                 Err(error) => {
                     tracing::debug!(node = %self.address, %error, "node agent does not answer");

@@ -14,9 +14,11 @@ use thiserror::Error;
 
 mod access;
 mod store;
+mod transport;
 
 pub use access::{Access, AccessError};
 pub use store::{EtcdAccess, Migrate, OpenError, Opened, StoreOptions};
+pub use transport::{Transport, TransportError};
 
 /// Runs virtual machines: keeps what is wanted and makes hosts do it.
 ///
@@ -32,6 +34,8 @@ pub use store::{EtcdAccess, Migrate, OpenError, Opened, StoreOptions};
   controller --standalone --listen unix:/run/c.sock    reachable by local users only
   controller --node unix:/run/a.sock --node unix:/run/b.sock
                                                        hosts whose agents listen there
+  controller --listen unix:/run/c.sock --listen https://0.0.0.0:7070
+                                                       hosts join by TLS (vmctl host token create)
   controller --etcd http://10.0.0.1:2379,http://10.0.0.2:2379,http://10.0.0.3:2379 --node 10.0.0.9:7071
                                                        one of several controllers
   controller migrate --from /var/lib/mortise --to http://10.0.0.1:2379
@@ -45,18 +49,18 @@ pub struct Options {
     #[command(subcommand)]
     pub command: Option<Command>,
     /// Manage this machine: start a node agent here, or adopt the one that runs
-    #[arg(long, conflicts_with = "nodes", required_unless_present_any = ["nodes", "etcd"])]
+    #[arg(long, conflicts_with = "nodes")]
     pub standalone: bool,
     /// Manage the machine whose node agent listens there; may be given several times
-    #[arg(long = "node", value_name = "HOST:PORT|unix:PATH")]
+    #[arg(long = "node", value_name = "https://HOST:PORT|HOST:PORT|unix:PATH")]
     pub nodes: Vec<Address>,
-    /// Where to serve the API; port 0 lets the system choose
+    /// Where to serve the API, https:// with TLS; port 0 lets the system choose; may be given several times
     #[arg(
         long,
-        value_name = "HOST:PORT|unix:PATH",
+        value_name = "https://HOST:PORT|HOST:PORT|unix:PATH",
         default_value = "127.0.0.1:7070"
     )]
-    pub listen: Address,
+    pub listen: Vec<Address>,
     /// What survives a reboot [default: /var/lib/mortise, or ~/.local/state/mortise unless root]
     #[arg(long, value_name = "DIR", default_value_os_t = dirs::default_state_dir(), hide_default_value = true)]
     pub state_dir: PathBuf,
@@ -72,7 +76,8 @@ pub struct Options {
     /// Have the node agent that is started serve those of this machine and its VMs there
     #[arg(long, value_name = "HOST:PORT|unix:PATH", requires = "standalone")]
     pub agent_metrics_listen: Option<Address>,
-    /// Let users break things on purpose (`vmctl fault`), where nothing of value runs. The node agent
+    /// Let users break things on purpose (`vmctl fault`), where nothing of value runs: those with the
+    /// role fault-injector, where callers say who they are. The node agent
     /// that is started may do so, too; one that is adopted keeps what it had
     #[arg(long)]
     pub allow_faults: bool,
@@ -93,6 +98,9 @@ pub struct Options {
     /// Where the state is kept.
     #[command(flatten)]
     pub store: StoreOptions,
+    /// Certificates.
+    #[command(flatten)]
+    pub transport: Transport,
 }
 
 /// What the program does besides serving.
@@ -103,6 +111,13 @@ pub enum Command {
 }
 
 impl Options {
+    /// Whether hosts can come: those of this machine, named ones, ones that are in a shared store or that
+    /// join.
+    pub fn has_hosts(&self) -> bool {
+        let joined = self.listen.iter().any(Address::is_tls);
+        self.standalone || joined || !self.nodes.is_empty() || !self.store.etcd.is_empty()
+    }
+
     /// What hosts are granted.
     pub fn lease_terms(&self) -> lease::Terms {
         let term = |term_ms: u32| Duration::from_millis(term_ms.into());

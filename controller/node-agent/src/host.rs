@@ -12,6 +12,8 @@ use tonic::Code;
 
 use crate::promised::Promised;
 
+/// In STATE_DIR: the host's id.
+pub(crate) const ID_FILE: &str = "host-id";
 const KVM: &str = "/dev/kvm";
 /// KVM_GET_API_VERSION, and the only answer there is since Linux 2.6.22.
 const KVM_GET_API_VERSION: libc::Ioctl = 0xAE00;
@@ -104,7 +106,7 @@ impl Host {
             .unwrap_or_default();
         let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
         Ok(Self {
-            id: kept_id(&state_dir.join("host-id"))?,
+            id: kept_id(&state_dir.join(ID_FILE))?,
             hostname,
             cpus,
             underlay_address: underlay.map(|ip| ip.to_string()).unwrap_or_default(),
@@ -209,7 +211,7 @@ pub(crate) fn parse_meminfo_bytes(meminfo: &str, name: &str) -> u64 {
         .map_or(0, |kib| kib << 10)
 }
 
-fn kept_id(path: &Path) -> Result<String, HostError> {
+pub(crate) fn kept_id(path: &Path) -> Result<String, HostError> {
     let error = |source| HostError::Id {
         path: path.to_owned(),
         source,

@@ -6,6 +6,7 @@
 
 mod agent;
 mod autostart;
+mod certificate;
 mod cli;
 mod cloud_init;
 mod console;
@@ -47,7 +48,7 @@ use tokio::runtime::{Handle, Runtime};
 
 use crate::{
     agent::{Agent, Dirs},
-    cli::Cli,
+    cli::{Cli, JoinArgs},
     epoch::Epochs,
     faults::Partitioned,
     service::Service,
@@ -61,8 +62,18 @@ fn main() -> ExitCode {
     if let Some(failed) = import::confine::enter_if_asked() {
         return failed;
     }
-    let cli = Cli::parse();
-    match run_to_end(cli) {
+    // It has none of the agent's own options, which are required.
+    let joins = std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == "join");
+    let done = match joins {
+        true => {
+            let args = JoinArgs::parse_from(std::env::args_os().skip(1));
+            to_end(certificate::join(&args))
+        }
+        false => to_end(run(Cli::parse())),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("node-agent: error: {error:#}");
@@ -72,9 +83,9 @@ fn main() -> ExitCode {
 }
 
 /// Dropping a runtime waits for whatever blocks one of its threads, however long; this does not.
-fn run_to_end(cli: Cli) -> anyhow::Result<()> {
+fn to_end(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = Runtime::new().context("starting threads")?;
-    let ended = runtime.block_on(run(cli));
+    let ended = runtime.block_on(work);
     runtime.shutdown_timeout(END_WITHIN);
     ended
 }
@@ -91,6 +102,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         .as_ref()
         .map(Listener::bind)
         .transpose()?;
+    let tls = certificate::serve(&cli, &dirs.state)?;
     let agent = Arc::new(Agent::open(&dirs, cli.underlay_address)?);
     if let Some(listener) = metrics_listener {
         let (agent, runtime) = (agent.clone(), Handle::current());
@@ -125,7 +137,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             NodeAgentServer::new(service),
             &knobs,
         ))));
-    serve::on(listener, services, serve::terminated()).await?;
+    serve::on_all(vec![listener], tls, services, serve::terminated()).await?;
     tracing::info!("ending; VMs go on running");
     tokio::task::block_in_place(|| telemetry.shutdown());
     Ok(())

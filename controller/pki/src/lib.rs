@@ -22,7 +22,7 @@ mod verify;
 
 pub use authority::{Authority, IssueError};
 pub use credentials::{Clients, Credentials, Held};
-pub use material::{Files, Identity, Material, MaterialError, fingerprint, pem};
+pub use material::{Files, Identity, Material, MaterialError, begins, fingerprint, pem};
 pub use name::Name;
 pub use request::Request;
 pub use verify::Expect;

@@ -206,7 +206,7 @@ fn validity(der: &[u8]) -> Option<(SystemTime, SystemTime)> {
 }
 
 /// From when on a certificate is valid.
-pub(crate) fn begins(der: &[u8]) -> Option<SystemTime> {
+pub fn begins(der: &[u8]) -> Option<SystemTime> {
     validity(der).map(|(begins, _)| begins)
 }
 

@@ -56,8 +56,10 @@ pub async fn delete_host(
         }
         let key = model::host_name(id);
         let event = model::new_event(&key, "HOST_DELETED", "");
+        let withdrawn = crate::certificates::withdrawn_key(id);
         let mut transaction = Transaction::new()
             .if_unchanged(key.clone(), revision)
+            .put(withdrawn, model::now().encode_to_vec())
             .delete(key)
             .delete(model::reservation_key(id))
             .put(event.name.clone(), event.encode_to_vec());

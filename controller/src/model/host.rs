@@ -46,6 +46,12 @@ pub struct HostRecord {
     /// The operation that is to move away from it what can be moved; empty for none.
     #[prost(string, tag = "7")]
     pub drain: String,
+    /// SHA-256 of the authority that made its certificate; empty if ours did not.
+    #[prost(string, tag = "20")]
+    pub authority: String,
+    /// Certificates of it that were valid at this time already count no more: it was deleted then.
+    #[prost(message, optional, tag = "21")]
+    pub certificates_after: Option<prost_types::Timestamp>,
 }
 
 impl HostRecord {

@@ -2,6 +2,7 @@
 //! simulated where the test is about the controller, and real where it is about both.
 
 mod access;
+mod certificates;
 mod compatibility;
 mod disks;
 mod events;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use api::listen::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) mod ca;
 pub(crate) mod device;
 pub(crate) mod disk;
 pub(crate) mod fault;
@@ -40,7 +41,7 @@ pub(crate) struct Cli {
 /// Options of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Global {
-    /// Where the controller listens: http://HOST:PORT or unix:PATH
+    /// Where the controller listens: https://HOST:PORT with --ca, http://HOST:PORT or unix:PATH
     #[arg(
         long,
         global = true,
@@ -61,6 +62,30 @@ pub(crate) struct Global {
     /// File whose first line is the token that says who asks
     #[arg(long, global = true, env = "MORTISE_TOKEN_FILE", value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    /// Who vouches for the controller, PEM: what `vmctl ca show --pem` prints
+    #[arg(long, global = true, env = "MORTISE_CA", value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+    /// The certificate that says who asks, PEM
+    #[arg(
+        long,
+        global = true,
+        env = "MORTISE_CERT",
+        value_name = "FILE",
+        requires = "tls_key"
+    )]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(
+        long,
+        global = true,
+        env = "MORTISE_KEY",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Send the token without TLS beyond this machine
+    #[arg(long, global = true)]
+    pub(crate) insecure: bool,
 }
 
 /// How results are printed.
@@ -209,6 +234,16 @@ Ctrl-] leaves the console; the VM runs on."
         #[arg(value_enum)]
         shell: clap_complete::Shell,
     },
+}
+
+/// `90s`, `30m`, `1h`, `7d`.
+pub(crate) fn parse_seconds(text: &str) -> Result<u32, String> {
+    let units = [("s", 1), ("m", 60), ("h", 3_600), ("d", 86_400)];
+    let parsed = units.iter().find_map(|(unit, seconds)| {
+        let number: u32 = text.strip_suffix(unit)?.parse().ok()?;
+        number.checked_mul(*seconds).filter(|seconds| *seconds > 0)
+    });
+    parsed.ok_or_else(|| "must be a time such as 90s, 30m, 1h or 7d".to_owned())
 }
 
 /// `vmctl vm ...`
@@ -515,8 +550,22 @@ mod tests {
     }
 
     #[test]
+    fn times_have_units() {
+        assert_eq!(parse_seconds("90s"), Ok(90));
+        assert_eq!(parse_seconds("7d"), Ok(604_800));
+        for bad in ["", "1", "h", "0m", "99999999d", "-1s"] {
+            assert!(parse_seconds(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn endpoint_takes_url_and_socket() {
-        for endpoint in ["http://127.0.0.1:1", "127.0.0.1:1", "unix:/run/c.sock"] {
+        for endpoint in [
+            "http://127.0.0.1:1",
+            "https://c:1",
+            "127.0.0.1:1",
+            "unix:/run/c.sock",
+        ] {
             Cli::try_parse_from(["vmctl", "--endpoint", endpoint, "host", "list"]).unwrap();
         }
         assert!(Cli::try_parse_from(["vmctl", "--endpoint", "nonsense", "host", "list"]).is_err());

@@ -9,6 +9,8 @@ use api::connect::ConnectError;
 use api::controller as pb;
 use api::controller::operations_client::OperationsClient;
 use api::controller::vms_client::VmsClient;
+use api::tls;
+use pki::{Credentials, Expect, Files};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -66,12 +68,25 @@ impl Bearer {
 /// # Errors
 /// When none answers, saying how to start one.
 pub(crate) async fn connect(global: &Global) -> anyhow::Result<Channel> {
-    // A token that cannot be read is no reason to look for another controller.
+    // What cannot be read is no reason to look for another controller.
     Bearer::read(global.token_file.as_deref())?;
-    try_connect(global, CONNECT_TIMEOUT).await.map_err(|error| {
-        anyhow!(
+    let tls = tls(global)?;
+    let endpoint = &global.endpoint;
+    if endpoint.is_tls() && tls.is_none() {
+        bail!(
+            "{endpoint}: name who vouches for the controller with --ca or MORTISE_CA; `vmctl ca show --pem` on its machine prints it"
+        );
+    }
+    if global.token_file.is_some() && !endpoint.is_private() && !global.insecure {
+        bail!(
+            "the token would go to {endpoint} for everybody on the way to read; write --endpoint https://... with --ca, or add --insecure"
+        );
+    }
+    try_connect(global, CONNECT_TIMEOUT).await.map_err(|error| match error.is_distrust() {
+        true => anyhow!("{error}"),
+        false => anyhow!(
             "{error}; start a controller with `controller --standalone`, or name another address with --endpoint or MORTISE_ENDPOINT"
-        )
+        ),
     })
 }
 
@@ -83,13 +98,32 @@ pub(crate) async fn try_connect(
     global: &Global,
     timeout: Duration,
 ) -> Result<Channel, ConnectError> {
-    let channel = api::connect::address(&global.endpoint, timeout).await?;
+    let tls = tls(global).unwrap_or_default();
+    let channel = api::connect::secured(&global.endpoint, tls.as_ref(), timeout).await?;
     let bearer = Bearer::read(global.token_file.as_deref()).unwrap_or_default();
     Ok(InterceptedService::new(channel, bearer))
 }
 
+/// What is shown and believed, if somebody is named who vouches for controllers.
+fn tls(global: &Global) -> anyhow::Result<Option<tls::Client>> {
+    let Some(authorities) = &global.ca else {
+        return Ok(None);
+    };
+    let identity = global.tls_cert.clone().zip(global.tls_key.clone());
+    let credentials = Credentials::of_files(Files {
+        identity,
+        authorities: authorities.clone(),
+    })?;
+    Ok(Some(tls::Client::new(move || {
+        credentials.client(Expect::Controller)
+    })))
+}
+
 /// An answer of the API in words.
 pub(crate) fn failed(status: Status) -> anyhow::Error {
+    if let Some(why) = tls::distrust(&status) {
+        return anyhow!("no trust between here and the controller: {why}");
+    }
     let text = api::errors::explain(&status);
     match status.code() {
         Code::Unavailable if api::errors::reason(&status).is_none() => {

@@ -215,7 +215,7 @@ async fn one(
             let incoming = ReceiverStream::new(incoming);
             tokio::select! {
                 served = server.serve_with_incoming_shutdown(incoming, stop_accepting) => served,
-                () = never_again(async { drop(accepting.await) }) => Ok(()),
+                () = never_again(async { accepting.await; }) => Ok(()),
             }
         }
     }

@@ -154,7 +154,7 @@ impl Fleet {
         } = &self.hosts[host];
         let mut command = machine.command(self.bin_dir.join("node-agent"))?;
         command
-            .args(["--listen", &format!("{address}:{AGENT_PORT}")])
+            .args(["--listen", &format!("{address}:{AGENT_PORT}"), "--insecure"])
             .arg("--state-dir")
             .arg(dir.join("s"))
             .arg("--run-dir")
@@ -171,7 +171,11 @@ impl Fleet {
             command.args(["--node", &format!("{}:{AGENT_PORT}", host.address)]);
         }
         command
-            .args(["--listen", &format!("unix:{}", socket.display())])
+            .args([
+                "--listen",
+                &format!("unix:{}", socket.display()),
+                "--insecure",
+            ])
             .args(["--host-lease-ms", &LEASE_MS.to_string()])
             .args(["--host-grace-ms", &GRACE_MS.to_string()])
             .args(["--host-settle-ms", &SETTLE_MS.to_string()])

@@ -36,13 +36,44 @@ pub(crate) enum HostCommand {
         #[command(flatten)]
         wait: WaitArgs,
     },
-    /// Forget a host that is gone for good
+    /// Let new hosts in
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// Forget a host that is gone for good; its certificate counts no more
     Delete {
         /// The host
         host: String,
         /// Even if VMs or volumes are on it, which are then lost
         #[arg(long)]
         force: bool,
+    },
+}
+
+/// `vmctl host token ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Make a token with which one host joins, once
+    #[command(after_help = "Examples:
+  vmctl host token create                       any new host
+  vmctl host token create --host h7 --ttl 10m   that one alone; for one that was there before, too
+
+What is printed is to be run on the host; the token is shown nowhere else.")]
+    Create {
+        /// The only host that may use it
+        #[arg(long, value_name = "HOST")]
+        host: Option<String>,
+        /// How long it is good: 90s, 30m, 1h, 7d
+        #[arg(long, value_name = "TIME", default_value = "1h", value_parser = super::parse_seconds)]
+        ttl: u32,
+    },
+    /// List tokens, and who used them
+    List,
+    /// Withdraw a token
+    Delete {
+        /// The token's name
+        token: String,
     },
 }
 

@@ -3,9 +3,10 @@
 use std::process::ExitCode;
 
 use api::controller as pb;
+use api::controller::certificates_client::CertificatesClient;
 use api::controller::hosts_client::HostsClient;
 
-use crate::cli::host::{HostCommand, HostSetArgs};
+use crate::cli::host::{HostCommand, HostSetArgs, TokenCommand};
 use crate::cli::{Format, Global};
 use crate::client::Channel;
 use crate::placement::{host_name, pair};
@@ -47,6 +48,7 @@ pub(crate) async fn run(global: &Global, command: HostCommand) -> anyhow::Result
             let operation = answer.map_err(client::failed)?.into_inner();
             drained(global, &channel, operation, wait.no_wait, &host).await?;
         }
+        HostCommand::Token { command } => token(global, &channel, command).await?,
         HostCommand::Delete { host, force } => {
             let request = pb::DeleteHostRequest {
                 name: host_name(&host),
@@ -228,6 +230,61 @@ async fn set(client: &mut HostsClient<Channel>, args: HostSetArgs) -> anyhow::Re
     };
     let changed = client.update_host(request).await;
     Ok(changed.map_err(client::failed)?.into_inner())
+}
+
+async fn token(global: &Global, channel: &Channel, command: TokenCommand) -> anyhow::Result<()> {
+    let mut client = CertificatesClient::new(channel.clone());
+    match command {
+        TokenCommand::Create { host, ttl } => {
+            let request = pb::CreateHostTokenRequest {
+                host: host.as_deref().map(host_name).unwrap_or_default(),
+                ttl_s: ttl,
+            };
+            let made = client.create_host_token(request).await;
+            let made = made.map_err(client::failed)?.into_inner();
+            if global.output == Format::Json {
+                json::print(&json::value("CreateHostTokenResponse", &made)?);
+                return Ok(());
+            }
+            let (secret, hash) = (&made.secret, &made.ca_hash);
+            println!("node-agent join --token {secret} \\\n  --ca-hash {hash} \\");
+            println!(
+                "  --controller https://CONTROLLER:PORT --address https://HOST:PORT --state-dir DIR"
+            );
+        }
+        TokenCommand::List => {
+            let listed = client.list_host_tokens(pb::ListHostTokensRequest {}).await;
+            let listed = listed.map_err(client::failed)?.into_inner();
+            if global.output == Format::Json {
+                json::print(&json::value("ListHostTokensResponse", &listed)?);
+                return Ok(());
+            }
+            let header = ["TOKEN", "HOST", "AGE", "EXPIRES", "CREATOR", "USED BY"];
+            let rows = listed.host_tokens.iter().map(|token| {
+                vec![
+                    output::id(&token.name),
+                    output::or_dash(&output::id(&token.host)),
+                    output::age(token.create_time),
+                    output::time(token.expire_time),
+                    token.creator.clone(),
+                    output::or_dash(&output::id(&token.used_by)),
+                ]
+            });
+            output::table(&header, &rows.collect::<Vec<_>>());
+        }
+        TokenCommand::Delete { token } => {
+            let name = match token.contains('/') {
+                true => token.clone(),
+                false => format!("hostTokens/{token}"),
+            };
+            let deleted = client.delete_host_token(pb::DeleteHostTokenRequest { name });
+            deleted.await.map_err(client::failed)?;
+            if !global.quiet {
+                println!("token {token} is good for nothing any more");
+            }
+        }
+    }
+    Ok(())
 }
 
 fn changed(global: &Global, host: &pb::Host, what: &str) -> anyhow::Result<()> {

@@ -117,6 +117,7 @@ pub fn run() -> Result<()> {
     let state = Path::new(STATE).join("agent");
     let mut agent = Command::new("/usr/bin/node-agent")
         .args(["--listen", &format!("{}:{AGENT_PORT}", order.address)])
+        .arg("--insecure")
         .arg("--state-dir")
         .arg(&state)
         .args(["--run-dir", "/run/mortise"])
