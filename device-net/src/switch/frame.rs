@@ -59,12 +59,11 @@ impl Frame {
             .checked_sub(header_len_bytes)
             .filter(|frame| (ETHERNET_LEN_BYTES..=MAX_FRAME_LEN_BYTES).contains(frame))
             .ok_or(DropReason::Malformed)?;
-        let mut start = [0; START_LEN_BYTES];
-        if chain.readable_len_bytes() as usize >= START_LEN_BYTES {
-            chain.read_at(0, &mut start);
-        } else {
-            chain.read_at(0, &mut start[..header_len_bytes + len_bytes]);
-        }
+        let start = chain.first_bytes().unwrap_or_else(|| {
+            let mut start = [0; START_LEN_BYTES];
+            chain.read_up_to(0, &mut start);
+            start
+        });
         let header = match start[..2] {
             [0, 0] => None,
             _ => {

@@ -219,6 +219,14 @@ impl<'a> BatchChain<'a> {
         copied
     }
 
+    /// The first bytes, in one piece and without a call; None when they are not all in the first buffer.
+    #[inline]
+    pub fn first_bytes<const N: usize>(&self) -> Option<[u8; N]> {
+        let first = self.readable.first().filter(|first| first.len() >= N)?;
+        // SAFETY: the segment is mapped guest memory (the batch holds the mapping) and has as many bytes.
+        Some(unsafe { first.as_ptr().cast::<[u8; N]>().read_unaligned() })
+    }
+
     /// As [`BatchChain::read_at`], of however many bytes there are.
     pub fn read_up_to(&self, offset: usize, buf: &mut [u8]) -> usize {
         let left = (self.readable_len_bytes as usize).saturating_sub(offset);

@@ -30,6 +30,9 @@ const RUN: usize = 64;
 
 const CACHE_LINE_BYTES: usize = 64;
 
+/// From here on a cache line has room for no more than a virtio-net header.
+const FEW_BYTES_LEFT: usize = CACHE_LINE_BYTES - 16;
+
 /// A split ring, without what it has in common with a packed one. Its chains are known by the
 /// index of their first descriptor.
 #[derive(Debug)]
@@ -190,7 +193,12 @@ impl SplitRing {
             };
             let address = segment.as_ptr().cast_const();
             if is_writable {
-                prefetch_write(address);
+                // The end of a line has a header at most, which may be there already: to ask for the line to
+                // write would take it from the driver.
+                match address.addr() % CACHE_LINE_BYTES {
+                    FEW_BYTES_LEFT.. => prefetch_read(address),
+                    _ => prefetch_write(address),
+                }
                 prefetch_write(address.wrapping_add(CACHE_LINE_BYTES));
             } else {
                 prefetch_read(address);

@@ -220,6 +220,8 @@ impl SplitAreas {
             .store(avail_event.to_le(), Ordering::Relaxed);
     }
 
+    /// Writes what is not there yet: drivers use descriptors in the same order again and again, and a cache line
+    /// that nobody writes to does not travel.
     #[inline]
     pub(super) fn write_used(&self, index: u16, head: u16, len_bytes: u32) {
         let slot = usize::from(index & (self.size - 1));
@@ -230,8 +232,13 @@ impl SplitAreas {
                 .used
                 .add(USED_RING_OFFSET_BYTES + slot * USED_ELEM_BYTES)
                 .cast::<u32>();
-            elem.write_volatile(u32::from(head).to_le());
-            elem.add(1).write_volatile(len_bytes.to_le());
+            let [id, len] = [u32::from(head), len_bytes].map(u32::to_le);
+            if elem.read_volatile() != id {
+                elem.write_volatile(id);
+            }
+            if elem.add(1).read_volatile() != len {
+                elem.add(1).write_volatile(len);
+            }
         }
     }
 
