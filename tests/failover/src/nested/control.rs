@@ -11,7 +11,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use api::controller as pb;
 use api::controller::hosts_client::HostsClient;
+use api::controller::pools_client::PoolsClient;
 use api::controller::vms_client::VmsClient;
+use api::controller::volumes_client::VolumesClient;
 use nix::sys::signal::Signal;
 use tokio::runtime::Runtime;
 use tokio_stream::StreamExt;
@@ -25,6 +27,7 @@ use super::host::AGENT_PORT;
 const LEASE_MS: u32 = 15_000;
 const GRACE_MS: u32 = 2_000;
 const SETTLE_MS: u32 = 10_000;
+const PROJECT: &str = "projects/default";
 const CONTROLLERS: usize = 2;
 const ETCD_MEMBERS: usize = 3;
 const DISK_PORT: u16 = 10_809;
@@ -77,6 +80,7 @@ impl Control {
         command
             .args(["--etcd", &self.etcd.endpoints().join(",")])
             .args(["--listen", &format!("unix:{}", socket.display())])
+            .arg("--insecure")
             .args(["--host-lease-ms", &LEASE_MS.to_string()])
             .args(["--host-grace-ms", &GRACE_MS.to_string()])
             .args(["--host-settle-ms", &SETTLE_MS.to_string()])
@@ -169,13 +173,56 @@ impl Control {
         Ok(connected.map(|host| (host.name, host.address)).collect())
     }
 
+    /// Tells of a pool behind an address, and of a volume in it.
+    ///
+    /// # Errors
+    /// When the controllers refuse.
+    pub fn share(&self, pool: &str, address: &str, volume: &str, len_bytes: u64) -> Result<()> {
+        let kind = pb::pool_spec::Kind::Nbd(pb::NbdPool {
+            address: address.to_owned(),
+            ..pb::NbdPool::default()
+        });
+        let create_pool = pb::CreatePoolRequest {
+            pool_id: pool.to_owned(),
+            request_id: format!("create-{pool}"),
+            pool: Some(pb::Pool {
+                spec: Some(pb::PoolSpec { kind: Some(kind) }),
+                ..pb::Pool::default()
+            }),
+            ..pb::CreatePoolRequest::default()
+        };
+        let create_volume = pb::CreateVolumeRequest {
+            parent: PROJECT.to_owned(),
+            volume_id: volume.to_owned(),
+            request_id: format!("create-{volume}"),
+            volume: Some(pb::Volume {
+                spec: Some(pb::VolumeSpec {
+                    size_bytes: len_bytes,
+                    pool: format!("pools/{pool}"),
+                    ..pb::VolumeSpec::default()
+                }),
+                ..pb::Volume::default()
+            }),
+            ..pb::CreateVolumeRequest::default()
+        };
+        self.ask(|channel| {
+            let (create_pool, create_volume) = (create_pool.clone(), create_volume.clone());
+            async move {
+                let mut pools = PoolsClient::new(channel.clone());
+                pools.create_pool(create_pool).await?;
+                let mut volumes = VolumesClient::new(channel);
+                volumes.create_volume(create_volume).await.map(drop)
+            }
+        })
+    }
+
     /// Makes a VM and starts it.
     ///
     /// # Errors
     /// When the controllers refuse.
     pub fn run_vm(&self, id: &str, spec: &pb::VmSpec) -> Result<()> {
         let create = pb::CreateVmRequest {
-            parent: "projects/default".to_owned(),
+            parent: PROJECT.to_owned(),
             vm_id: id.to_owned(),
             request_id: format!("create-{id}"),
             vm: Some(pb::Vm {
@@ -254,5 +301,5 @@ impl Control {
 }
 
 fn name(id: &str) -> String {
-    format!("projects/default/vms/{id}")
+    format!("{PROJECT}/vms/{id}")
 }

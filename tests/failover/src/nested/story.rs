@@ -24,9 +24,11 @@ const BLOCKS: u64 = 512;
 const SEED: u64 = 0x6d6f_7274_6973_6531;
 /// What is to be on it before its host is lost: all of it, and a part twice.
 const FIRST_WRITES: u64 = BLOCKS + BLOCKS / 4;
-/// The generation of the VM's first attachment.
-const GENERATION: u64 = 10;
-const EXPORT: &str = "roam";
+/// Of the volume's first owner.
+const GENERATION: u64 = 1;
+const POOL: &str = "shared";
+/// The volume, and what it is called at the server.
+const VOLUME: &str = "data";
 const VM_MEMORY_BYTES: u64 = 192 << 20;
 /// In hosts.
 const GUEST_KERNEL: &str = "/boot/vmlinux";
@@ -52,11 +54,12 @@ pub fn run(settings: &Settings, step: &mut dyn FnMut(&str)) -> Result<Report> {
     let addresses: Vec<String> = hosts.iter().map(Machine::address).collect();
     let mut control = Control::start(settings, dir.path(), &addresses)?;
     let image = dir.path().join("shared.img");
-    let disk_address = control.serve_disk(&image, EXPORT, BLOCKS * BLOCK_LEN as u64)?;
+    let disk_address = control.serve_disk(&image, VOLUME, BLOCKS * BLOCK_LEN as u64)?;
     let names = until("both hosts", || names(&control, &addresses))?;
 
     step("starting a VM on each host: one may run anywhere, with a disk of the shared pool");
-    control.run_vm(ROAMING, &roaming(&disk_address))?;
+    control.share(POOL, &disk_address, VOLUME, BLOCKS * BLOCK_LEN as u64)?;
+    control.run_vm(ROAMING, &roaming())?;
     let lost = until("the VM's host", || {
         hosts_of(&mut hosts, ROAMING).map(|on| on.first().copied())
     })?;
@@ -72,7 +75,7 @@ pub fn run(settings: &Settings, step: &mut dyn FnMut(&str)) -> Result<Report> {
         Ok((read(&image)?.last >= FIRST_WRITES).then_some(()))
     })?;
     // Its host's requests that are still on their way when it is gone.
-    let delayed = Stale::open(None, &disk_address, EXPORT, GENERATION)?;
+    let delayed = Stale::open(None, &disk_address, VOLUME, GENERATION)?;
 
     step(&format!("killing {} without warning", names[lost]));
     let lost_at = Instant::now();
@@ -100,7 +103,7 @@ pub fn run(settings: &Settings, step: &mut dyn FnMut(&str)) -> Result<Report> {
     );
 
     step(&format!("{} returns", names[lost]));
-    hosts[lost].start(Some(format!("{disk_address}/{EXPORT}@{GENERATION}")))?;
+    hosts[lost].start(Some(format!("{disk_address}/{VOLUME}@{GENERATION}")))?;
     let attempt = until("the returned host's attempt on the disk", || {
         let seen = hosts[lost].seen()?;
         ran_twice |= seen.vms.iter().any(|vm| vm == ROAMING);
@@ -168,7 +171,7 @@ pub fn run(settings: &Settings, step: &mut dyn FnMut(&str)) -> Result<Report> {
 }
 
 /// A VM that is started elsewhere should its host be lost.
-fn roaming(disk_address: &str) -> pb::VmSpec {
+fn roaming() -> pb::VmSpec {
     let job = Job::Journal {
         device: "vda".to_owned(),
         seed: SEED,
@@ -177,12 +180,9 @@ fn roaming(disk_address: &str) -> pb::VmSpec {
     let mut spec = pb::VmSpec {
         disks: vec![pb::Disk {
             name: "root".to_owned(),
-            nbd: Some(pb::NbdSource {
-                address: disk_address.to_owned(),
-                export: EXPORT.to_owned(),
-                generation: GENERATION,
-                ..pb::NbdSource::default()
-            }),
+            source: Some(pb::disk::Source::Volume(format!(
+                "projects/default/volumes/{VOLUME}"
+            ))),
             ..pb::Disk::default()
         }],
         ..guest_of(vec![job])
