@@ -258,7 +258,8 @@ fn command_status(error: CommandError) -> Status {
         }
         CommandError::ForeignNetwork { field, .. }
         | CommandError::AddressOutside { field, .. }
-        | CommandError::NoForwards { field, .. } => {
+        | CommandError::NoForwards { field, .. }
+        | CommandError::NoVlans { field, .. } => {
             let problem = message
                 .trim_start_matches(field.as_str())
                 .trim_start_matches(": ");

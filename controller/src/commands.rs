@@ -481,6 +481,16 @@ pub enum CommandError {
         /// Its id.
         network: String,
     },
+    /// Its frames could not be kept apart.
+    #[error(
+        "{field}: network {network} has no VLANs; create one that has: vmctl network create NAME --kind isolated|bridged --datapath switch --vlan-aware"
+    )]
+    NoVlans {
+        /// Path of the field.
+        field: String,
+        /// Its id.
+        network: String,
+    },
     /// A security group is not there.
     #[error(
         "{field}: there is no security group {group} in this project; create it first: vmctl security-group create"

@@ -32,7 +32,8 @@ pub(crate) struct Args {
     /// [,polling=never|adaptive|always].
     /// Packet sockets on an interface of the host instead of a tap: packet=NAME.
     /// A port of a switch inside the process instead of a tap: switch=NAME[,vlan=N][,trunk=N], trunk
-    /// repeated for each VLAN that comes and goes tagged.
+    /// repeated for each VLAN that comes and goes tagged; vlan=0 for a port that is in none where others
+    /// are in some.
     /// Inherited descriptors instead of names: fd=N for a tap's, packet-fd=N (repeated for each queue
     /// pair), socket-fd=N.
     #[arg(long = "nic", value_name = "SPEC")]
@@ -41,7 +42,7 @@ pub(crate) struct Args {
     ///
     /// switch=NAME,tap=NAME[,vlan=N][,trunk=N]; packet=NAME instead of tap for an interface of the
     /// host, beside the host; fd=N or packet-fd=N for either as an inherited descriptor. Without
-    /// VLANs, tags pass as they are.
+    /// VLANs, tags pass as they are; vlan=0,trunk=all carries all of them, and untagged what is in none.
     #[arg(long = "uplink", value_name = "SPEC")]
     pub(crate) uplinks: Vec<Uplink>,
     /// Lets faults be armed over the control socket (service mortise.device.v1.Faults). For
@@ -121,7 +122,7 @@ impl FromStr for Uplink {
 
     fn from_str(text: &str) -> Result<Self, NicError> {
         let (mut switch, mut end, mut vlan) = (None, None, None);
-        let mut trunk_vlans = Vec::new();
+        let (mut trunk_vlans, mut all_vlans) = (Vec::new(), None);
         for field in text.split(',') {
             let (key, value) = field
                 .split_once('=')
@@ -136,16 +137,22 @@ impl FromStr for Uplink {
                     let fds = vec![descriptor(key, value)?];
                     set(&mut end, key, OtherEnd::PacketFds(fds))?;
                 }
-                "vlan" => set(&mut vlan, key, vlan_number(key, value)?)?,
+                "vlan" => set(&mut vlan, key, native_vlan(key, value)?)?,
+                "trunk" if value == "all" => set(&mut all_vlans, key, ())?,
                 "trunk" => trunk_vlans.push(vlan_number(key, value)?),
                 _ => return Err(NicError::UnknownUplinkKey(key.to_owned())),
             }
+        }
+        if all_vlans.is_some() && !trunk_vlans.is_empty() {
+            return Err(NicError::Twice("trunk".to_owned()));
         }
         Ok(Self {
             port: SwitchPort {
                 switch: switch.ok_or(NicError::Missing("switch"))?,
                 vlan: vlan.unwrap_or(0),
                 trunk_vlans,
+                vlan_aware: vlan.is_some(),
+                all_vlans: all_vlans.is_some(),
             },
             other_end: end.ok_or(NicError::Missing("tap= or packet"))?,
         })
@@ -307,7 +314,7 @@ impl FromStr for Nic {
                 }
                 "switch" if !names::is_id(value) => return Err(bad(key, value, ID_SHAPE)),
                 "switch" => set(&mut switch, key, value.to_owned())?,
-                "vlan" => set(&mut vlan, key, vlan_number(key, value)?)?,
+                "vlan" => set(&mut vlan, key, native_vlan(key, value)?)?,
                 "trunk" => trunk_vlans.push(vlan_number(key, value)?),
                 "polling" => {
                     let mode = match value {
@@ -332,6 +339,8 @@ impl FromStr for Nic {
                     switch,
                     vlan: vlan.unwrap_or(0),
                     trunk_vlans,
+                    vlan_aware: vlan.is_some(),
+                    all_vlans: false,
                 })
             }),
         ];
@@ -375,6 +384,14 @@ fn descriptor(key: &str, value: &str) -> Result<RawFd, NicError> {
         .ok()
         .filter(|&fd| fd > 2)
         .ok_or_else(|| bad(key, value, "an inherited descriptor's number, above 2"))
+}
+
+/// Of frames without a tag: in none, but tags are read, for 0.
+fn native_vlan(key: &str, value: &str) -> Result<u32, NicError> {
+    match value {
+        "0" => Ok(0),
+        _ => vlan_number(key, value),
+    }
 }
 
 fn vlan_number(key: &str, value: &str) -> Result<u32, NicError> {
@@ -465,6 +482,8 @@ mod tests {
             switch: "s0".into(),
             vlan: 5,
             trunk_vlans: vec![6, 7],
+            vlan_aware: true,
+            all_vlans: false,
         };
         assert_eq!(nic.other_end, OtherEnd::Switch(port));
         assert_eq!((nic.queue_pairs, nic.polling), (2, Polling::Always));
@@ -479,6 +498,14 @@ mod tests {
         assert_eq!(uplink.inherited(), Some(7));
         let uplink: Uplink = "switch=s0,packet=eth0,vlan=3".parse().unwrap();
         assert_eq!(uplink.other_end, OtherEnd::Packet("eth0".into()));
+        let uplink: Uplink = "switch=s0,packet=eth0,vlan=0,trunk=all".parse().unwrap();
+        let SwitchPort {
+            vlan_aware,
+            all_vlans,
+            vlan,
+            ..
+        } = uplink.port;
+        assert_eq!((vlan, vlan_aware, all_vlans), (0, true, true));
         let uplink: Uplink = "switch=s0,packet-fd=8".parse().unwrap();
         assert_eq!(uplink.inherited(), Some(8));
         for (spec, named) in [
@@ -487,6 +514,7 @@ mod tests {
             ("switch=s0,tap=t0,fd=7", "given twice"),
             ("switch=s0,tap=t0,packet=eth0", "given twice"),
             ("switch=s0,tap=t0,mac=x", "\"mac\""),
+            ("switch=s0,tap=t0,trunk=all,trunk=5", "given twice"),
         ] {
             let error = spec.parse::<Uplink>().unwrap_err().to_string();
             assert!(error.contains(named), "{spec}: {error}");

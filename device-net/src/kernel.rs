@@ -36,7 +36,7 @@ use crate::nic::backend::Backend;
 use crate::nic::header::{Offloads, mask};
 use crate::nic::state::NicState;
 pub(crate) use interface::Interface;
-pub(crate) use packet::{PacketError, PacketSockets};
+pub(crate) use packet::{PacketError, PacketSockets, TAG_ROOM_BYTES};
 use steering::Steering;
 pub(crate) use tap::{Tap, TapError};
 

@@ -117,7 +117,7 @@ pub(crate) fn connect(
     mac: MacAddress,
     polling: Polling,
 ) -> Result<Arc<dyn Backend>, ConnectError> {
-    let vlans = Vlans::new(config.vlan, &config.trunk_vlans)?;
+    let vlans = Vlans::of(config)?;
     let seat = group()?.seat();
     let switch = Switch::named(&config.switch);
     let vlans = Arc::new(vlans);
@@ -140,7 +140,7 @@ pub(crate) fn connect_uplink(
     config: &device::SwitchPort,
     interface: Interface,
 ) -> Result<(), UplinkError> {
-    let vlans = Vlans::new(config.vlan, &config.trunk_vlans).map_err(ConnectError::Vlan)?;
+    let vlans = Vlans::of(config).map_err(ConnectError::Vlan)?;
     let vlans = Arc::new(vlans);
     let switch = Switch::named(&config.switch);
     let number = switch.add(Arc::clone(&vlans), 0, None)?;

@@ -42,6 +42,14 @@ pub(super) async fn claim(
                     network: name.id,
                 });
             }
+            let has_vlans = nic.vlan != 0 || !nic.trunk_vlans.is_empty();
+            if has_vlans && !spec.vlan_aware {
+                let named = if nic.vlan == 0 { "trunk_vlans" } else { "vlan" };
+                return Err(CommandError::NoVlans {
+                    field: format!("{at}.{named}"),
+                    network: name.id,
+                });
+            }
             transaction = require_groups(store, vm, &at, nic, transaction).await?;
         }
         for wanted in claim::all_of(nic) {

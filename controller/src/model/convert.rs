@@ -232,6 +232,8 @@ fn node_nic(nic: pb::Nic, network_node_id: impl Fn(&str) -> Option<String>) -> n
         limits: nic.limits.as_ref().map(super::nic::node_limits),
         link_down: nic.link_down,
         track_flows: nic.track_flows,
+        vlan: nic.vlan,
+        trunk_vlans: nic.trunk_vlans,
     }
 }
 

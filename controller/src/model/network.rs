@@ -183,6 +183,7 @@ pub fn node_network_spec(
             .into_iter()
             .map(|(name, addresses)| node::AddressGroup { name, addresses })
             .collect(),
+        vlan_aware: spec.vlan_aware,
     };
     // The same wish has the same revision, whoever asks: nothing has to be remembered.
     let digest = fnv1a(&wanted.encode_to_vec());

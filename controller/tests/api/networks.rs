@@ -82,6 +82,29 @@ async fn delete_vm(c: &Controller, id: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn vlans_of_nics_reach_the_host() {
+    let site = Site::new().await;
+    let c = &site.controller;
+    let lan = pb::NetworkSpec {
+        kind: pb::NetworkKind::Isolated as i32,
+        datapath: pb::Datapath::Switch as i32,
+        vlan_aware: true,
+        ..Default::default()
+    };
+    make_network(c, "lan", lan).await;
+    assert!(site.host.network("lan").unwrap().vlan_aware);
+    let nic = pb::Nic {
+        vlan: 10,
+        trunk_vlans: vec![20, 30],
+        ..nic_in("lan")
+    };
+    let made = make_vm(c, vm_with("web", nic)).await.unwrap();
+    assert_eq!((made.vlan, &made.trunk_vlans[..]), (10, &[20, 30][..]));
+    let told = site.host.spec("web").nics.remove(0);
+    assert_eq!((told.vlan, &told.trunk_vlans[..]), (10, &[20, 30][..]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn network_is_made_with_defaults_and_goes_when_nobody_uses_it() {
     let site = Site::new().await;
     let c = &site.controller;
@@ -269,6 +292,22 @@ async fn each_clash_names_the_field_and_the_owner() {
             Code::InvalidArgument,
             pb::Nic {
                 port_forwards: vec![forward],
+                ..nic_in("inner")
+            },
+        ),
+        (
+            "vlan",
+            Code::InvalidArgument,
+            pb::Nic {
+                vlan: 10,
+                ..nic_in("front")
+            },
+        ),
+        (
+            "trunk_vlans",
+            Code::InvalidArgument,
+            pb::Nic {
+                trunk_vlans: vec![10, 20],
                 ..nic_in("inner")
             },
         ),

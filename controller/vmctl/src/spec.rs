@@ -212,13 +212,15 @@ impl FromStr for NetArg {
                 }
                 Some(("ip", address)) => nic.ipv4_address = address.to_owned(),
                 Some(("sg", group)) => nic.security_groups.push(group.to_owned()),
+                Some(("vlan", number)) => nic.vlan = parse_number("vlan", number)?,
+                Some(("trunk", number)) => nic.trunk_vlans.push(parse_number("trunk", number)?),
                 Some(("mac", mac)) => nic.mac = mac.to_owned(),
                 Some(("queues", number)) => nic.queue_pairs = parse_number("queues", number)?,
                 Some(("mtu", number)) => nic.mtu = parse_number("mtu", number)?,
                 Some(("name", name)) => nic.name = name.to_owned(),
                 _ => {
                     return Err(format!(
-                        "{word:?} is no option of a NIC; there are NETWORK (first), ip=, sg=, allow-spoofing, track-flows, user, port-forward=, host-loopback=, tap=, host-cidr=, bridge=, mac=, queues=, mtu= and name="
+                        "{word:?} is no option of a NIC; there are NETWORK (first), ip=, sg=, vlan=, trunk=, allow-spoofing, track-flows, user, port-forward=, host-loopback=, tap=, host-cidr=, bridge=, mac=, queues=, mtu= and name="
                     ));
                 }
             }
@@ -580,6 +582,8 @@ mod tests {
         );
         assert_eq!(nic.security_groups, ["projects/p/securityGroups/web"]);
         assert_eq!(nic.port_forwards[0].guest_port, 80);
+        let net: NetArg = "lan,vlan=10,trunk=20,trunk=30".parse().unwrap();
+        assert_eq!((net.0.vlan, &net.0.trunk_vlans[..]), (10, &[20, 30][..]));
         let fs: VhostUserArg = "type=fs,socket=/s,queues=1".parse().unwrap();
         assert_eq!((fs.0.r#type.as_str(), fs.0.num_queues), ("fs", 1));
         assert!("type=fs".parse::<VhostUserArg>().is_err());

@@ -49,6 +49,28 @@ impl Interface {
         }
     }
 
+    /// Reads one frame of the first queue behind its header, as it was on the wire; returns the length of both.
+    /// `slot` has [`TAG_ROOM_BYTES`](packet::TAG_ROOM_BYTES) more than the longest frame takes.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is none.
+    pub(crate) fn read(&self, slot: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tap(tap) => {
+                // SAFETY: a buffer of ours and its length.
+                let len = unsafe {
+                    libc::read(
+                        tap.queue(0).as_raw_fd(),
+                        slot.as_mut_ptr().cast(),
+                        slot.len(),
+                    )
+                };
+                usize::try_from(len).map_err(|_| io::Error::last_os_error())
+            }
+            Self::Packet(sockets) => packet::receive(sockets.queue(0), slot),
+        }
+    }
+
     /// What frames for the driver may leave unfinished. Packet sockets know no such limit: what the
     /// driver cannot take is finished here.
     pub(crate) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

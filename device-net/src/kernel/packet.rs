@@ -27,6 +27,12 @@ const RECEIVE_BUFFER_BYTES: libc::c_int = 4 << 20;
 
 const MAC_BYTES: usize = 6;
 
+/// A tag (IEEE 802.1Q), which the kernel takes off a frame before sockets see it.
+pub(crate) const TAG_ROOM_BYTES: usize = 4;
+
+/// Where a tag is in a frame: behind both addresses.
+const TAG_AT: usize = 2 * MAC_BYTES;
+
 /// One socket for each queue pair.
 #[derive(Debug)]
 pub(crate) struct PacketSockets {
@@ -165,11 +171,88 @@ fn prepare(socket: &OwnedFd) -> io::Result<()> {
     let yes: libc::c_int = 1;
     set(socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, &yes)?;
     set(socket, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, &yes)?;
+    set(socket, libc::SOL_PACKET, libc::PACKET_AUXDATA, &yes)?;
     // SAFETY: F_GETFL and F_SETFL take and return integers.
     check(unsafe {
         let status = libc::fcntl(socket.as_raw_fd(), libc::F_GETFL);
         libc::fcntl(socket.as_raw_fd(), libc::F_SETFL, status | libc::O_NONBLOCK)
     })
+}
+
+/// Reads one frame behind its header into `slot`, with the tag that the kernel took off it.
+///
+/// # Errors
+/// `WouldBlock` when there is none.
+pub(super) fn receive(socket: &OwnedFd, slot: &mut [u8]) -> io::Result<usize> {
+    let mut iovec = libc::iovec {
+        iov_base: slot.as_mut_ptr().cast(),
+        iov_len: slot.len() - TAG_ROOM_BYTES,
+    };
+    let mut control = Control([0; CONTROL_BYTES]);
+    // SAFETY: plain data, valid when all zero.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = &raw mut iovec;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = CONTROL_BYTES;
+    // SAFETY: the message names live buffers of ours with their lengths.
+    let len = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
+    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel filled the message in.
+    match unsafe { tag(&message) } {
+        Some(tag) if len >= HEADER_LEN_BYTES + TAG_AT => {
+            insert_tag(slot, len, tag);
+            Ok(len + TAG_ROOM_BYTES)
+        }
+        _ => Ok(len),
+    }
+}
+
+/// Room for one `tpacket_auxdata` behind its header.
+const CONTROL_BYTES: usize = 64;
+
+#[repr(C, align(8))]
+struct Control([u8; CONTROL_BYTES]);
+
+/// The tag that the kernel took off: its ethertype and its value.
+///
+/// # Safety
+/// recvmsg filled `message` in.
+unsafe fn tag(message: &libc::msghdr) -> Option<[u16; 2]> {
+    // SAFETY: as the caller says.
+    let header = unsafe { libc::CMSG_FIRSTHDR(message).as_ref() }?;
+    if (header.cmsg_level, header.cmsg_type) != (libc::SOL_PACKET, libc::PACKET_AUXDATA) {
+        return None;
+    }
+    // SAFETY: the kernel wrote this kind of data there, aligned or not.
+    let data = unsafe {
+        libc::CMSG_DATA(header)
+            .cast::<libc::tpacket_auxdata>()
+            .read_unaligned()
+    };
+    let has = |flag: libc::__u32| data.tp_status & flag != 0;
+    let ethertype = match has(libc::TP_STATUS_VLAN_TPID_VALID) {
+        true => data.tp_vlan_tpid,
+        false => libc::ETH_P_8021Q as u16,
+    };
+    has(libc::TP_STATUS_VLAN_VALID).then_some([ethertype, data.tp_vlan_tci])
+}
+
+/// Puts a tag into the frame in the first `len` bytes of `slot`, and makes its header one of the longer frame.
+fn insert_tag(slot: &mut [u8], len: usize, tag: [u16; 2]) {
+    let at = HEADER_LEN_BYTES + TAG_AT;
+    slot.copy_within(at..len, at + TAG_ROOM_BYTES);
+    for (bytes, value) in slot[at..].chunks_exact_mut(2).zip(tag) {
+        bytes.copy_from_slice(&value.to_be_bytes());
+    }
+    // hdr_len and csum_start.
+    for at in [2, 6] {
+        let value = u16::from_le_bytes([slot[at], slot[at + 1]]);
+        if value != 0 {
+            let value = value.saturating_add(TAG_ROOM_BYTES as u16);
+            slot[at..at + 2].copy_from_slice(&value.to_le_bytes());
+        }
+    }
 }
 
 /// The guest's addresses are not the interface's.

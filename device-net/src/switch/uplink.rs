@@ -16,7 +16,7 @@ use super::frame::{Frame, MAX_HEAD_LEN_BYTES};
 use super::mac_table::PortNumber;
 use super::vlan::Vlans;
 use super::{Switch, UplinkError, offload};
-use crate::kernel::Interface;
+use crate::kernel::{Interface, TAG_ROOM_BYTES};
 use crate::nic::header::{Header, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads};
 use crate::nic::stats::{Direction, DropReason};
 
@@ -144,7 +144,7 @@ impl Uplink {
     }
 }
 
-const SLOT_BYTES: usize = MAX_HEADER_LEN_BYTES + MAX_FRAME_LEN_BYTES;
+const SLOT_BYTES: usize = MAX_HEADER_LEN_BYTES + MAX_FRAME_LEN_BYTES + TAG_ROOM_BYTES;
 
 /// The receiving side.
 struct Receiving {
@@ -216,14 +216,11 @@ impl Receiving {
 
     /// Reads what there is, up to a batch.
     fn read_some(&mut self) -> io::Result<usize> {
-        let fd = self.uplink.fd();
+        let interface = &self.uplink.interface;
         for (index, slot) in self.frames.bytes.chunks_exact_mut(SLOT_BYTES).enumerate() {
-            // SAFETY: a buffer of ours and its length.
-            let len = unsafe { libc::read(fd, slot.as_mut_ptr().cast(), slot.len()) };
-            match usize::try_from(len) {
+            match interface.read(slot) {
                 Ok(len) => self.frames.lens[index] = len,
-                Err(_) => {
-                    let error = io::Error::last_os_error();
+                Err(error) => {
                     return match error.raw_os_error() {
                         // ENETDOWN: the interface went down or up, told once.
                         Some(libc::EAGAIN | libc::EINTR | libc::ENETDOWN) => Ok(index),

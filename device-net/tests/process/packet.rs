@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
@@ -220,6 +221,74 @@ fn packet_socket_is_an_uplink_of_a_switch() {
     let payloads: Vec<&[u8]> = pieces.iter().map(|piece| &piece[42..]).collect();
     assert_eq!(payloads.concat(), data);
     assert!(daemon.terminate().success());
+}
+
+#[test]
+fn vlans_are_tagged_on_the_wire_behind_a_packet_uplink() {
+    if !enter_namespace() {
+        return;
+    }
+    let mut wire = wire();
+    let dir = tempfile::tempdir().unwrap();
+    let sockets = ["plain", "ten"].map(|name| dir.path().join(format!("{name}.vu")));
+    let nic = |id: &str, mac: &str, vlan: u32, socket: &Path| {
+        let socket = socket.display();
+        format!("id={id},switch=s0,mac={mac},vlan={vlan},socket={socket}")
+    };
+    let nics = [
+        nic("plain", "52:54:00:12:34:57", 0, &sockets[0]),
+        nic("ten", "52:54:00:12:34:56", 10, &sockets[1]),
+    ];
+    let uplink = "switch=s0,packet=tap0,vlan=0,trunk=all";
+    let args = ["--nic", &nics[0], "--nic", &nics[1], "--uplink", uplink];
+    let daemon = Daemon::start(dir, &args);
+    let mut guests = sockets.each_ref().map(|socket| {
+        let mut guest = Guest::connect(socket, 1);
+        guest.supply(0, 64, 1536);
+        guest
+    });
+    // The same bytes for everybody, each time in another VLAN: who gets them is told by the tag alone.
+    let data = |round: u8| payload(round, 700);
+    let broadcast = |round: u8, vlan: Option<u16>| {
+        let mut frame = to_guest(frame::udp(PEER_MAC, PORTS, &data(round)));
+        frame[..6].fill(0xff);
+        with_tag(frame, vlan)
+    };
+    for (round, vlan) in [(0, Some(20)), (1, Some(10)), (2, None)] {
+        put(&mut wire, [0; WIRE_HEADER], &broadcast(round, vlan));
+    }
+    let [plain, ten] = &mut guests;
+    assert_eq!(ten.receive(|_, parsed| udp_payload(parsed)), data(1));
+    assert_eq!(plain.receive(|_, parsed| udp_payload(parsed)), data(2));
+    // A checksum that is left to be made is made where it is behind a tag.
+    let unsummed = to_guest(frame::udp_to_be_summed(PEER_MAC, PORTS, &data(3)));
+    let mut header = unfinished(0);
+    for at in [2, 6] {
+        header[at] += 4;
+    }
+    put(&mut wire, header, &with_tag(unsummed, Some(10)));
+    let whole = ten.receive(|_, parsed| udp_payload(parsed));
+    assert_eq!(whole, data(3));
+    // Out: tagged, and as it is.
+    let sent = frame::udp(PEER_MAC, PORTS, &data(4));
+    ten.send(0, &sent);
+    assert_eq!(take(&mut wire), with_tag(sent.clone(), Some(10)));
+    let mut sent = sent;
+    sent[6..12].copy_from_slice(&[0x52, 0x54, 0, 0x12, 0x34, 0x57]);
+    // One that is tagged already would be in that VLAN outside.
+    plain.send(0, &with_tag(sent.clone(), Some(10)));
+    plain.send(0, &sent);
+    assert_eq!(take(&mut wire), sent);
+    assert!(daemon.terminate().success());
+}
+
+/// The frame with a tag behind its addresses.
+fn with_tag(mut frame: Vec<u8>, vlan: Option<u16>) -> Vec<u8> {
+    if let Some(vlan) = vlan {
+        let [high, low] = vlan.to_be_bytes();
+        frame.splice(12..12, [0x81, 0, high, low]);
+    }
+    frame
 }
 
 #[test]

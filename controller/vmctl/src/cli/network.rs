@@ -104,6 +104,9 @@ pub(crate) struct NetworkCreateArgs {
     /// How frames travel between VMs of one host
     #[arg(long, value_enum, default_value_t = Datapath::Kernel)]
     pub(crate) datapath: Datapath,
+    /// NICs may be in VLANs; of isolated and bridged networks with --datapath switch
+    #[arg(long)]
+    pub(crate) vlan_aware: bool,
     /// The same id again creates nothing twice [default: a random one]
     #[arg(long, value_name = "ID")]
     pub(crate) request_id: Option<String>,

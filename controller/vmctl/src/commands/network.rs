@@ -82,6 +82,7 @@ async fn create(global: &Global, args: NetworkCreateArgs) -> anyhow::Result<()> 
             Datapath::Kernel => pb::Datapath::Kernel,
             Datapath::Switch => pb::Datapath::Switch,
         } as i32,
+        vlan_aware: args.vlan_aware,
     };
     let channel = client::connect(global).await?;
     let request = pb::CreateNetworkRequest {
@@ -253,6 +254,10 @@ fn show(network: &pb::Network) {
         (
             "datapath",
             output::word(spec.datapath().as_str_name(), "DATAPATH_"),
+        ),
+        (
+            "vlans",
+            if spec.vlan_aware { "kept apart" } else { "" }.to_owned(),
         ),
         ("ipv4", spec.ipv4_cidr.clone()),
         ("gateway", spec.ipv4_gateway.clone()),

@@ -59,17 +59,30 @@ fn fds(found: &mut Violations, at: &str, fds: &[FdRef]) {
 
 fn switch_port(found: &mut Violations, at: &str, port: &SwitchPort) {
     id(found, &format!("{at}.switch"), &port.switch);
+    vlans(found, at, port.vlan, &port.trunk_vlans);
+    let both = port.all_vlans && !port.trunk_vlans.is_empty();
+    found.require(!both, &format!("{at}.all_vlans"), || {
+        "is given beside trunk_vlans, which it includes".into()
+    });
+}
+
+/// Checks the VLANs of a NIC: that of frames without a tag, or 0, and those with one.
+pub(super) fn vlans(found: &mut Violations, at: &str, vlan: u32, trunk_vlans: &[u32]) {
     found.require(
-        port.vlan == 0 || VLANS.contains(&port.vlan),
+        vlan == 0 || VLANS.contains(&vlan),
         &format!("{at}.vlan"),
-        || format!("{} must be 1 to 4094, or 0 for none", port.vlan),
+        || format!("{vlan} must be 1 to 4094, or 0 for none"),
     );
-    for (index, vlan) in port.trunk_vlans.iter().enumerate() {
-        let is_new = !port.trunk_vlans[..index].contains(vlan) && *vlan != port.vlan;
+    trunk(found, at, vlan, trunk_vlans);
+}
+
+fn trunk(found: &mut Violations, at: &str, vlan: u32, trunk_vlans: &[u32]) {
+    for (index, tagged) in trunk_vlans.iter().enumerate() {
+        let is_new = !trunk_vlans[..index].contains(tagged) && *tagged != vlan;
         found.require(
-            VLANS.contains(vlan) && is_new,
+            VLANS.contains(tagged) && is_new,
             &format!("{at}.trunk_vlans[{index}]"),
-            || format!("{vlan} must be 1 to 4094, and named once"),
+            || format!("{tagged} must be 1 to 4094, and named once"),
         );
     }
 }

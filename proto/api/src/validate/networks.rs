@@ -35,6 +35,8 @@ pub(super) fn nic_network(found: &mut Violations, at: &str, nic: &pb::Nic) {
             (!nic.ipv6_address.is_empty(), "ipv6_address"),
             (nic.allow_spoofing, "allow_spoofing"),
             (!nic.security_groups.is_empty(), "security_groups"),
+            (nic.vlan != 0, "vlan"),
+            (!nic.trunk_vlans.is_empty(), "trunk_vlans"),
         ];
         for (given, field) in network_only {
             found.require(!given, &format!("{at}.{field}"), || {
@@ -62,6 +64,7 @@ pub(super) fn nic_network(found: &mut Violations, at: &str, nic: &pb::Nic) {
         &nic.ipv6_address,
         |address| address.is_ipv6(),
     );
+    super::net::vlans(found, at, nic.vlan, &nic.trunk_vlans);
     port_forwards(found, at, &nic.port_forwards);
     let groups = nic.security_groups.len();
     found.require(
@@ -81,7 +84,12 @@ pub(super) fn nic_network(found: &mut Violations, at: &str, nic: &pb::Nic) {
 
 /// As [`nic_network`], in the node agent's words.
 pub(super) fn node_nic_network(found: &mut Violations, at: &str, nic: &node::NicSpec) {
+    super::net::vlans(found, at, nic.vlan, &nic.trunk_vlans);
     if nic.network.is_empty() {
+        let has_vlans = nic.vlan != 0 || !nic.trunk_vlans.is_empty();
+        found.require(!has_vlans, &format!("{at}.vlan"), || {
+            "is for a NIC in a network; name one".into()
+        });
         return;
     }
     id(found, &format!("{at}.network"), &nic.network);
@@ -270,6 +278,13 @@ pub fn network_spec(found: &mut Violations, at: &str, spec: &pb::NetworkSpec) {
     if pb::Datapath::try_from(spec.datapath).is_err() {
         found.add(field("datapath"), "is of an unknown kind");
     }
+    vlan_aware(
+        found,
+        at,
+        spec.vlan_aware,
+        has_host,
+        spec.datapath() == pb::Datapath::Switch,
+    );
     if let Some(overlay) = &spec.overlay {
         found.require(kind != Bridged, &field("overlay"), || {
             "is for networks with a bridge of their own".into()
@@ -318,6 +333,17 @@ fn way_out(
     let missing = bridge.is_empty() && (uplink.is_empty() || !is_switched);
     found.require(!missing, &format!("{at}.bridge"), || {
         "is missing; name a bridge of the host (ip link add br0 type bridge)".into()
+    });
+}
+
+/// Whether a network can have VLANs.
+fn vlan_aware(found: &mut Violations, at: &str, is_aware: bool, has_host: bool, is_switched: bool) {
+    let field = format!("{at}.vlan_aware");
+    found.require(!is_aware || is_switched, &field, || {
+        "needs DATAPATH_SWITCH: the bridge of a network keeps no VLANs apart".into()
+    });
+    found.require(!is_aware || !has_host, &field, || {
+        "is for isolated and bridged networks: the host serves NAT and host-only ones without tags".into()
     });
 }
 
@@ -476,6 +502,13 @@ pub fn apply_network_request(request: &node::ApplyNetworkRequest) -> Result<(), 
         (is(node::NetworkKind::Bridged), is(node::NetworkKind::Nat)),
         spec.datapath() == node::Datapath::Switch,
         (&spec.bridge, &spec.uplink),
+    );
+    vlan_aware(
+        &mut found,
+        "spec",
+        spec.vlan_aware,
+        has_host,
+        spec.datapath() == node::Datapath::Switch,
     );
     if let Some(overlay) = &spec.overlay {
         let peers = overlay

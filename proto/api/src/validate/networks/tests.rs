@@ -113,6 +113,54 @@ fn bridged_network_has_one_way_out_and_an_interface_of_the_host_needs_a_switch()
 }
 
 #[test]
+fn vlans_need_a_switch_that_the_host_is_not_in() {
+    let aware = |kind: pb::NetworkKind, datapath: pb::Datapath| {
+        refusal(pb::NetworkSpec {
+            kind: kind as i32,
+            datapath: datapath as i32,
+            vlan_aware: true,
+            ..Default::default()
+        })
+    };
+    use pb::Datapath::{Kernel, Switch};
+    use pb::NetworkKind::{HostOnly, Isolated, Nat};
+    assert_eq!(aware(Isolated, Switch), "");
+    for (kind, datapath) in [(Isolated, Kernel), (Nat, Switch), (HostOnly, Switch)] {
+        let text = aware(kind, datapath);
+        assert!(text.starts_with("network.spec.vlan_aware: "), "{text}");
+    }
+}
+
+#[test]
+fn vlans_of_a_nic_are_numbers_that_exist_each_once_and_of_a_network() {
+    let refusal = |network: &str, vlan: u32, trunk: &[u32]| {
+        let nic = pb::Nic {
+            network: network.into(),
+            vlan,
+            trunk_vlans: trunk.to_vec(),
+            ..Default::default()
+        };
+        let mut found = Violations::new();
+        nic_network(&mut found, "nic", &nic);
+        let result = found.into_result();
+        result.map_or_else(|status| crate::errors::explain(&status), |()| String::new())
+    };
+    let lan = "projects/p/networks/lan";
+    assert_eq!(refusal(lan, 10, &[20, 4094]), "");
+    for (network, vlan, trunk, field) in [
+        (lan, 4095, &[][..], "nic.vlan"),
+        (lan, 0, &[0], "nic.trunk_vlans[0]"),
+        (lan, 10, &[20, 20], "nic.trunk_vlans[1]"),
+        (lan, 10, &[10], "nic.trunk_vlans[0]"),
+        ("", 10, &[], "nic.vlan"),
+        ("", 0, &[10], "nic.trunk_vlans"),
+    ] {
+        let text = refusal(network, vlan, trunk);
+        assert!(text.starts_with(&format!("{field}: ")), "{field}: {text}");
+    }
+}
+
+#[test]
 fn dhcp_needs_a_network_that_the_host_is_in() {
     let spec = pb::NetworkSpec {
         kind: pb::NetworkKind::Isolated as i32,
