@@ -26,6 +26,7 @@ use api::{
     tls,
 };
 use pki::{Clients, Credentials, Expect, Files, Held, Identity, Name, Request};
+use tonic::{Response, Status, transport::Channel};
 
 use crate::{
     cli::{Cli, JoinArgs},
@@ -117,8 +118,9 @@ pub(crate) async fn join(args: &JoinArgs) -> anyhow::Result<()> {
         address: args.address.to_string(),
         request: request.der.clone(),
     };
-    let answer = call(&args.controllers, &client, async |mut client| {
-        client.join_host(asked.clone()).await
+    let answer = call(&args.controllers, &client, |mut client| {
+        let asked = asked.clone();
+        async move { client.join_host(asked).await }
     });
     let answer = answer.await?;
     let host = answer.host;
@@ -177,20 +179,22 @@ async fn renewed(kept: &Kept, credentials: &Credentials, present: &Identity) -> 
     let asked = RenewHostCertificateRequest {
         request: request.der.clone(),
     };
-    let issued = call(&controllers, &client, async |mut client| {
-        client.renew_host_certificate(asked.clone()).await
+    let issued = call(&controllers, &client, |mut client| {
+        let asked = asked.clone();
+        async move { client.renew_host_certificate(asked).await }
     });
     kept.keep(&issued.await?, &request, &name)
 }
 
 /// Asks one controller after the other until one answers.
-async fn call<T>(
+async fn call<T, F>(
     controllers: &[Address],
     tls: &tls::Client,
-    ask: impl AsyncFn(
-        CertificatesClient<tonic::transport::Channel>,
-    ) -> Result<tonic::Response<T>, tonic::Status>,
-) -> anyhow::Result<T> {
+    ask: impl Fn(CertificatesClient<Channel>) -> F,
+) -> anyhow::Result<T>
+where
+    F: Future<Output = Result<Response<T>, Status>>,
+{
     let mut last = anyhow!("no controller is known");
     for controller in controllers {
         let channel = api::connect::secured(controller, Some(tls), CONNECT_TIMEOUT).await;
