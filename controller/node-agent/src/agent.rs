@@ -186,6 +186,7 @@ impl Agent {
             &host.id,
             underlay,
             &knobs,
+            dirs.hang_after,
         )?;
         let (changes, _) = broadcast::channel(CHANGE_BACKLOG);
         let store = Store::open(&dirs.state)?.failing_as(knobs.clone());

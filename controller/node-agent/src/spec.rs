@@ -220,6 +220,12 @@ pub(crate) struct Nic {
     /// Keep a table of flows, whatever the policy says.
     #[serde(default)]
     pub(crate) track_flows: bool,
+    /// In a network with VLANs: that of frames without a tag, 0 for none.
+    #[serde(default)]
+    pub(crate) vlan: u32,
+    /// Those that come and go tagged.
+    #[serde(default)]
+    pub(crate) trunk_vlans: Vec<u32>,
     /// What may change while the VM runs.
     #[serde(default)]
     pub(crate) tuning: NicTuning,
@@ -524,6 +530,8 @@ impl Nic {
             network: not_empty(&api.network).map(str::to_owned),
             switched: false,
             track_flows: api.track_flows,
+            vlan: api.vlan,
+            trunk_vlans: api.trunk_vlans.clone(),
             tuning: NicTuning::from_api(api),
         }
     }

@@ -9,6 +9,7 @@ use tonic::Code;
 
 use super::{Context, JobError, Wish as JobWish};
 use crate::{
+    network::{Exchangeable, NetworkError, Networks},
     record::{DaemonKind, RecordError},
     versions::Binary,
     vm::{
@@ -24,18 +25,65 @@ const DEFAULT_DRAIN: Duration = Duration::from_secs(5);
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
 const BUSY_ATTEMPTS: u32 = 50;
 
+/// Why versions that nobody uses stay.
+#[derive(Debug, thiserror::Error)]
+enum CollectError {
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+}
+
 /// A daemon that is to be exchanged.
 #[derive(Clone)]
-struct Target {
-    vm: Vm,
-    kind: DaemonKind,
-    /// That it serves.
-    devices: usize,
+enum Target {
+    /// A VM's own.
+    Own {
+        vm: Vm,
+        kind: DaemonKind,
+        /// That it serves.
+        devices: usize,
+    },
+    /// A network's switch.
+    Switch(Exchangeable),
+}
+
+/// What serves a device.
+enum Server {
+    Own(DaemonKind),
+    /// Of this network.
+    Switch(String),
 }
 
 impl Target {
     fn name(&self) -> String {
-        format!("{} of {}", self.kind.program(), self.vm.spec().id)
+        match self {
+            Self::Own { vm, kind, .. } => format!("{} of {}", kind.program(), vm.spec().id),
+            Self::Switch(switch) => format!("device-net of network {}", switch.network),
+        }
+    }
+
+    fn kind(&self) -> DaemonKind {
+        match self {
+            Self::Own { kind, .. } => *kind,
+            Self::Switch(_) => DaemonKind::Net,
+        }
+    }
+
+    fn devices(&self) -> usize {
+        match self {
+            Self::Own { devices, .. } => *devices,
+            Self::Switch(switch) => switch.nics.max(1),
+        }
+    }
+}
+
+impl Server {
+    fn kind(&self) -> DaemonKind {
+        match self {
+            Self::Own(kind) => *kind,
+            Self::Switch(_) => DaemonKind::Net,
+        }
     }
 }
 
@@ -46,8 +94,9 @@ impl Context {
         let collecting = self.blocking(|agent| {
             let records = agent.env.store.load()?;
             let pins = records.iter().flat_map(|record| &record.pins);
-            agent.env.versions.collect(pins);
-            Ok::<(), RecordError>(())
+            let of_switches = agent.env.networks.pins()?;
+            agent.env.versions.collect(pins.chain(&of_switches));
+            Ok::<(), CollectError>(())
         });
         if let Err(error) = collecting.await {
             tracing::warn!("versions that no VM uses stay: {}", error_chain(&error));
@@ -64,7 +113,8 @@ impl Context {
         let named = [DaemonKind::Blk, DaemonKind::Net]
             .into_iter()
             .find(|kind| kind.program() == work.program);
-        let wanted = match (served_by, named) {
+        let serving = served_by.as_ref().map(Server::kind);
+        let wanted = match (serving, named) {
             (Some(served), Some(named)) if served != named => {
                 return Err(JobError::NoUpgrade {
                     vm: vms[0].spec().id.clone(),
@@ -83,7 +133,19 @@ impl Context {
             }
         };
         let wanted = wanted.or(binary.as_ref().map(|binary| binary.kind));
-        let targets = targets(&vms, wanted);
+        let mut targets = match &served_by {
+            Some(Server::Switch(_)) => Vec::new(),
+            _ => targets(&vms, wanted),
+        };
+        // A VM's upgrade leaves alone what other VMs use.
+        if wanted.is_none_or(|wanted| wanted == DaemonKind::Net) {
+            let switches = self.agent.env.networks.switches().into_iter();
+            let meant = switches.filter(|switch| match &served_by {
+                Some(Server::Switch(network)) => *network == switch.network,
+                _ => work.vm_ids.is_empty(),
+            });
+            targets.extend(meant.map(Target::Switch));
+        }
         if targets.is_empty() {
             return Err(JobError::NothingToUpgrade);
         }
@@ -136,7 +198,7 @@ impl Context {
                     names.join(", ")
                 );
             });
-            report.add(wave, terms).await;
+            report.add(wave, terms, &self.agent.env.networks).await;
             if let Some((code, _)) = report.failed.first() {
                 let code = *code;
                 return Err(JobError::Upgrade {
@@ -197,12 +259,13 @@ struct Report {
 
 impl Report {
     /// Exchanges the daemons of a wave at the same time.
-    async fn add(&mut self, wave: &[Target], terms: &Terms) {
+    async fn add(&mut self, wave: &[Target], terms: &Terms, networks: &Networks) {
         let mut upgrading = JoinSet::new();
         for target in wave {
-            let (target, wish) = (target.clone(), terms.wish(target.kind));
+            let (target, wish) = (target.clone(), terms.wish(target.kind()));
+            let networks = networks.clone();
             upgrading.spawn(async move {
-                let outcome = upgrade(&target, wish).await;
+                let outcome = upgrade(&target, &networks, wish).await;
                 (target.name(), outcome)
             });
         }
@@ -251,25 +314,41 @@ impl Report {
 }
 
 /// Exchanges one daemon; `None` when it runs that very binary already.
-async fn upgrade(target: &Target, wish: Wish) -> Result<Option<Done>, UpgradeError> {
+async fn upgrade(
+    target: &Target,
+    networks: &Networks,
+    wish: Wish,
+) -> Result<Option<Done>, UpgradeError> {
+    let (vm, kind) = match target {
+        Target::Own { vm, kind, .. } => (vm, *kind),
+        Target::Switch(switch) => {
+            let is_same =
+                |binary: &Binary| !binary.build.is_empty() && binary.build == switch.build;
+            if wish.binary.as_ref().is_some_and(is_same) {
+                return Ok(None);
+            }
+            let exchanged = networks.exchange_switch(&switch.network, &wish).await;
+            return exchanged.map(Some);
+        }
+    };
     if let Some(binary) = &wish.binary {
-        let status = target.vm.status();
+        let status = vm.status();
         let own = status
             .processes
             .iter()
-            .find(|process| process.name == target.kind.program() && process.network.is_empty());
+            .find(|process| process.name == kind.program() && process.network.is_empty());
         // The installed program may have been replaced since; a copy is what it was.
         if !binary.build.is_empty() && own.is_some_and(|own| own.build == binary.build) {
             return Ok(None);
         }
     }
     for _ in 0..BUSY_ATTEMPTS {
-        match target.vm.upgrade(wish.clone()).await {
+        match vm.upgrade(wish.clone()).await {
             Err(UpgradeError::Busy { .. }) => tokio::time::sleep(BUSY_PAUSE).await,
             outcome => return outcome.map(Some),
         }
     }
-    target.vm.upgrade(wish).await.map(Some)
+    vm.upgrade(wish).await.map(Some)
 }
 
 fn runs(vm: &Vm) -> bool {
@@ -277,7 +356,7 @@ fn runs(vm: &Vm) -> bool {
 }
 
 /// The daemon that serves a device.
-fn daemon_of(vm: &Vm, device: &str) -> Result<DaemonKind, JobError> {
+fn daemon_of(vm: &Vm, device: &str) -> Result<Server, JobError> {
     let (spec, status) = (vm.spec(), vm.status());
     let refuse = |problem: &str| {
         Err(JobError::NoUpgrade {
@@ -288,7 +367,7 @@ fn daemon_of(vm: &Vm, device: &str) -> Result<DaemonKind, JobError> {
     };
     let is_seed = spec.cloud_init.is_some() && device == api::validate::SEED_DISK;
     if is_seed || spec.disks.iter().any(|disk| disk.name == device) {
-        return Ok(DaemonKind::Blk);
+        return Ok(Server::Own(DaemonKind::Blk));
     }
     if spec.vhost_user.iter().any(|other| other.name == device) {
         return refuse("is served by somebody else's daemon, which its owner upgrades");
@@ -298,16 +377,13 @@ fn daemon_of(vm: &Vm, device: &str) -> Result<DaemonKind, JobError> {
         .iter()
         .find(|process| !process.network.is_empty() && process.devices.iter().any(|d| d == device));
     if let Some(shared) = shared {
-        return refuse(&format!(
-            "is served by the device-net of network {}, which all its VMs share",
-            shared.network
-        ));
+        return Ok(Server::Switch(shared.network.clone()));
     }
     match spec.nics.iter().find(|nic| nic.name == device) {
         Some(nic) if nic.user.is_some() => {
             refuse("is served by passt, of which there is one version on a host")
         }
-        Some(_) => Ok(DaemonKind::Net),
+        Some(_) => Ok(Server::Own(DaemonKind::Net)),
         None => refuse("does not exist"),
     }
 }
@@ -323,7 +399,7 @@ fn targets(vms: &[Vm], wanted: Option<DaemonKind>) -> Vec<Target> {
                 .iter()
                 .find(|process| process.name == kind.program() && process.network.is_empty());
             if let Some(own) = own.filter(|_| wanted.is_none_or(|wanted| wanted == kind)) {
-                targets.push(Target {
+                targets.push(Target::Own {
                     vm: vm.clone(),
                     kind,
                     devices: own.devices.len(),
@@ -336,7 +412,7 @@ fn targets(vms: &[Vm], wanted: Option<DaemonKind>) -> Vec<Target> {
 
 /// As many at a time as have no more devices than that; one with more goes alone.
 fn waves(targets: Vec<Target>, max_unavailable: usize) -> Vec<Vec<Target>> {
-    let sizes: Vec<usize> = targets.iter().map(|target| target.devices).collect();
+    let sizes: Vec<usize> = targets.iter().map(Target::devices).collect();
     let mut targets = targets.into_iter();
     wave_lengths(&sizes, max_unavailable)
         .into_iter()

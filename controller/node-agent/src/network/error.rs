@@ -175,6 +175,22 @@ pub(crate) enum NetworkError {
         /// The network.
         id: String,
     },
+    /// Its frames could not be kept apart.
+    #[error(
+        "network {id} has no VLANs, which NIC {nic} is to be in; apply it with DATAPATH_SWITCH and vlan_aware, or leave the VLANs out"
+    )]
+    NoVlans {
+        /// The network.
+        id: String,
+        /// The NIC.
+        nic: String,
+    },
+    /// VLANs came or went.
+    #[error("spec.vlan_aware: network {id} has another; delete the network and create it anew")]
+    VlanAware {
+        /// The network.
+        id: String,
+    },
     /// The program of its switch is missing.
     #[error(
         "network {id}: program {path} does not exist; build it, or name its directory with --bin-dir", path = .path.display()

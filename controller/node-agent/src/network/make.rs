@@ -63,6 +63,11 @@ impl Networks {
         {
             return Err(NetworkError::Datapath { id: id.clone() });
         }
+        if let Some(before) = &made.spec
+            && before.vlan_aware != spec.vlan_aware
+        {
+            return Err(NetworkError::VlanAware { id: id.clone() });
+        }
         let dir = self.inner.run_dir.join(id);
         if spec.kind() == NetworkKind::Bridged && !spec.bridge.is_empty() {
             check_bridge(&spec.bridge)?;
@@ -73,18 +78,18 @@ impl Networks {
             });
         }
         let uplink = self.uplink(made, spec)?;
-        let program = self.inner.bin_dir.join(switch::PROGRAM);
-        if is_switched(spec) && !program.is_file() {
+        let program = switch::Program::of(made.pin.as_ref(), &self.inner.bin_dir);
+        if is_switched(spec) && !program.path.is_file() {
             return Err(NetworkError::NoSwitchProgram {
                 id: id.clone(),
-                path: program,
+                path: program.path,
             });
         }
         if has_own_bridge(spec) {
             self.make_bridge(made, spec, &dir).await?;
         } else {
             made.spec = Some(spec.clone());
-            record::save(&self.inner.state_dir, spec)?;
+            record::save(&self.inner.state_dir, spec, made.pin.as_ref())?;
         }
         if !is_switched(spec) {
             return Ok(());
@@ -102,7 +107,9 @@ impl Networks {
             program,
             dir,
             uplink,
+            vlan_aware: spec.vlan_aware,
             knobs: self.inner.knobs.clone(),
+            hang_after: self.inner.hang_after,
         };
         made.switch = Some(plan.ensure(made.switch.take(), &network.ports).await?);
         Ok(())
@@ -160,7 +167,7 @@ impl Networks {
                 name: name.clone(),
             });
         }
-        record::save(&self.inner.state_dir, spec)?;
+        record::save(&self.inner.state_dir, spec, made.pin.as_ref())?;
         made.spec = Some(spec.clone());
         fs::create_dir_all(dir).map_err(NetworkError::io(id, "making", dir))?;
         let mac = self.bridge_mac(id);

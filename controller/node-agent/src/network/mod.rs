@@ -16,6 +16,7 @@
 //! ```
 
 mod error;
+mod exchange;
 mod firewall;
 mod forwarding;
 mod links;
@@ -46,9 +47,10 @@ use api::{
 use tokio::sync::watch;
 
 pub(crate) use error::NetworkError;
+pub(crate) use exchange::Exchangeable;
 pub(crate) use port::{PortPlan, port_id};
 
-use self::{forwarding::Forwarding, ports::Ports, server::Server, switch::Switch};
+use self::{forwarding::Forwarding, ports::Ports, record::Pin, server::Server, switch::Switch};
 use crate::{
     faults::Knobs,
     spec::Spec,
@@ -82,6 +84,8 @@ struct Inner {
     host_id: String,
     underlay: Option<IpAddr>,
     knobs: Knobs,
+    /// How long a daemon may be silent.
+    hang_after: Duration,
     forwarding: Forwarding,
     table: Mutex<BTreeMap<String, Arc<Network>>>,
 }
@@ -102,6 +106,8 @@ struct Made {
     spec: Option<NetworkSpec>,
     server: Option<Server>,
     switch: Option<Switch>,
+    /// What its switch was upgraded to.
+    pin: Option<Pin>,
     /// What running NICs were told by this agent, by VM and NIC.
     policies: BTreeMap<(String, String), Policy>,
 }
@@ -124,6 +130,8 @@ pub(crate) struct Place {
     pub(crate) bridge: Option<String>,
     /// 0 for the default.
     pub(crate) mtu: u32,
+    /// It may be in VLANs there.
+    pub(crate) vlan_aware: bool,
 }
 
 impl std::fmt::Debug for Networks {
@@ -144,6 +152,7 @@ impl Networks {
         host_id: &str,
         underlay: Option<IpAddr>,
         knobs: &Knobs,
+        hang_after: Duration,
     ) -> Result<Self, NetworkError> {
         let vms_dir = run_dir.join("vms");
         let state_dir = state_dir.join("networks");
@@ -157,6 +166,7 @@ impl Networks {
             let id = spec.id.clone();
             let network = Network::new(Made {
                 spec: Some(spec),
+                pin: record.pin,
                 ..Made::default()
             });
             table.insert(id, Arc::new(network));
@@ -170,6 +180,7 @@ impl Networks {
                 bin_dir: bin_dir.to_owned(),
                 host_id: host_id.to_owned(),
                 knobs: knobs.clone(),
+                hang_after,
                 underlay,
                 table: Mutex::new(table),
             }),
@@ -359,6 +370,8 @@ impl Networks {
                 last_error: switch.last_error,
                 log: switch.log,
                 network: id.clone(),
+                version: network.ports.daemon().version,
+                build: network.ports.daemon().build,
                 ..ProcessStatus::default()
             })
         });
@@ -540,6 +553,7 @@ impl Seen {
                 false => make::bridge_of(&self.spec),
             },
             mtu: make::mtu(&self.spec),
+            vlan_aware: self.spec.vlan_aware,
         })
     }
 }

@@ -26,6 +26,10 @@ pub(crate) struct PortPlan {
     pub(crate) mtu: u32,
     /// Keep a table of flows, whatever the policy says.
     pub(crate) track_flows: bool,
+    /// Of frames without a tag; 0 for none.
+    pub(crate) vlan: u32,
+    /// Those that come and go tagged.
+    pub(crate) trunk_vlans: Vec<u32>,
     /// What may change while the VM runs.
     pub(crate) tuning: NicTuning,
 }
@@ -46,13 +50,16 @@ pub(super) struct Told {
 }
 
 impl PortPlan {
-    /// What the daemon is attached with.
-    pub(super) fn config(&self, switch: &str, told: &Told) -> NetConfig {
+    /// What the daemon is attached with; `vlan_aware` if its switch is.
+    pub(super) fn config(&self, switch: &str, vlan_aware: bool, told: &Told) -> NetConfig {
         NetConfig {
             mac: self.mac.clone(),
             mtu: self.mtu,
             switch_port: Some(SwitchPort {
                 switch: switch.to_owned(),
+                vlan: self.vlan,
+                trunk_vlans: self.trunk_vlans.clone(),
+                vlan_aware,
                 ..SwitchPort::default()
             }),
             queue_pairs: self.queue_pairs,

@@ -64,8 +64,21 @@ pub(super) struct DaemonState {
     pub(super) process: Option<Process>,
     pub(super) restarts: u64,
     pub(super) sandbox: Vec<String>,
+    /// What it says its version is.
+    pub(super) version: String,
+    /// What it was upgraded to; empty for the installed program.
+    pub(super) build: String,
     /// Why it is not there or was last restarted.
     pub(super) last_error: String,
+}
+
+/// A daemon that runs.
+#[derive(Debug)]
+pub(super) struct Daemon {
+    pub(super) process: Process,
+    pub(super) sandbox: Vec<String>,
+    pub(super) version: String,
+    pub(super) build: String,
 }
 
 #[derive(Debug)]
@@ -255,11 +268,33 @@ impl Ports {
         of_vm.map(|port| port.plan.nic.clone()).collect()
     }
 
+    /// Whether all NICs that are wanted are attached.
+    ///
+    /// # Errors
+    /// Which one is not, and why if that is known.
+    pub(super) fn all_attached(&self) -> Result<(), String> {
+        for (id, port) in &self.table().wanted {
+            match &port.state {
+                State::Attached { .. } => {}
+                State::Waiting => return Err(format!("{id} was not attached in time")),
+                State::Failed { problem, .. } => return Err(format!("{id}: {}", problem.message)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there is such a NIC.
+    pub(super) fn wants(&self, id: &str) -> bool {
+        self.table().wanted.contains_key(id)
+    }
+
     /// A daemon runs, with these devices already.
-    pub(super) fn came_up(&self, process: Process, sandbox: Vec<String>, served: BTreeSet<String>) {
+    pub(super) fn came_up(&self, daemon: Daemon, served: BTreeSet<String>) {
         self.happened(|table| {
-            table.daemon.process = Some(process);
-            table.daemon.sandbox = sandbox;
+            table.daemon.process = Some(daemon.process);
+            table.daemon.sandbox = daemon.sandbox;
+            table.daemon.version = daemon.version;
+            table.daemon.build = daemon.build;
             table.served = served;
             table.stuck.clear();
         });

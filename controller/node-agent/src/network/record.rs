@@ -9,12 +9,26 @@ use prost::Message;
 use super::error::NetworkError;
 use crate::record::sync_dir;
 
+/// A version of the switch that is used instead of the installed one.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Pin {
+    /// The copy.
+    #[prost(string, tag = "1")]
+    pub(super) path: String,
+    /// Beginning of its SHA-256.
+    #[prost(string, tag = "2")]
+    pub(super) build: String,
+}
+
 /// One network.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Record {
     /// As last applied; what it names may exist.
     #[prost(message, optional, tag = "1")]
     pub(super) spec: Option<NetworkSpec>,
+    /// Of its switch.
+    #[prost(message, optional, tag = "2")]
+    pub(super) pin: Option<Pin>,
 }
 
 /// All records. Half-written files of a dead agent are removed.
@@ -40,9 +54,10 @@ pub(super) fn load(dir: &Path) -> Result<Vec<Record>, NetworkError> {
 }
 
 /// Replaces a network's record; on return it is durable.
-pub(super) fn save(dir: &Path, spec: &NetworkSpec) -> Result<(), NetworkError> {
+pub(super) fn save(dir: &Path, spec: &NetworkSpec, pin: Option<&Pin>) -> Result<(), NetworkError> {
     let record = Record {
         spec: Some(spec.clone()),
+        pin: pin.cloned(),
     };
     write(&dir.join(format!("{}.network", spec.id)), &record)
 }

@@ -1,7 +1,8 @@
 //! The device-net that is a network's switch: one process for the NICs of all VMs of this host. It
 //! outlives the agent; the next one finds it by its command line and keeps it if that is what is
 //! wanted. When it dies it is started again, at once the first time, then after growing pauses, and
-//! its [`Ports`] are attached again.
+//! its [`Ports`] are attached again. One that hangs (its control socket is silent, or one of its threads
+//! does not answer) is killed, and so dies.
 
 use std::{
     collections::BTreeSet,
@@ -27,12 +28,13 @@ use tonic::{Status, transport::Channel};
 use super::{
     error::NetworkError,
     port::{PortPlan, Told},
-    ports::{Ports, Problem, Step},
+    ports::{Daemon, Ports, Problem, Step},
+    record::Pin,
 };
 use crate::{
     faults::Knobs,
     process::{self, Exit, Identity, Process},
-    vm::{DaemonError, ending, error_chain, nics::Nics, with_deadline},
+    vm::{DaemonError, Watch, ending, error_chain, nics::Nics, with_deadline},
 };
 
 /// Name of the program.
@@ -50,6 +52,9 @@ const STOP_WITHIN: Duration = Duration::from_secs(5);
 const STABLE_AFTER: Duration = Duration::from_millis(100);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How often it is asked whether it is there, and how long it has for an answer.
+const ASK_INTERVAL: Duration = Duration::from_secs(1);
+const ANSWER_WITHIN: Duration = Duration::from_millis(500);
 /// How often its log is bounded.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -57,11 +62,23 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) network: String,
-    pub(super) program: PathBuf,
+    pub(super) program: Program,
     /// Where its sockets and its log are.
     pub(super) dir: PathBuf,
     pub(super) uplink: Option<Uplink>,
+    /// NICs may be in VLANs, all of which the uplink carries.
+    pub(super) vlan_aware: bool,
     pub(super) knobs: Knobs,
+    /// How long it may be silent.
+    pub(super) hang_after: Duration,
+}
+
+/// What is executed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Program {
+    pub(super) path: PathBuf,
+    /// Which version's copy it is; empty for the installed one.
+    pub(super) build: String,
 }
 
 /// The way from a switch to the host and the world.
@@ -82,11 +99,38 @@ pub(super) struct Switch {
 }
 
 /// A daemon that answers.
-struct Up {
-    process: Process,
+pub(super) struct Up {
+    daemon: Daemon,
     channel: Channel,
-    sandbox: Vec<String>,
     served: BTreeSet<String>,
+}
+
+impl Program {
+    /// What the switch was upgraded to, or the installed one.
+    pub(super) fn of(pin: Option<&Pin>, bin_dir: &Path) -> Self {
+        match pin {
+            Some(pin) => Self {
+                path: PathBuf::from(&pin.path),
+                build: pin.build.clone(),
+            },
+            None => Self {
+                path: bin_dir.join(PROGRAM),
+                build: String::new(),
+            },
+        }
+    }
+}
+
+impl Up {
+    /// What it says its version is.
+    pub(super) fn version(&self) -> &str {
+        &self.daemon.version
+    }
+
+    /// Ends it.
+    pub(super) async fn end(self) {
+        end(&self.daemon.process).await;
+    }
 }
 
 impl Plan {
@@ -159,7 +203,11 @@ impl Plan {
                 Uplink::Tap(name) => format!("tap={name}"),
                 Uplink::Interface(name) => format!("packet={name}"),
             };
-            let uplink = format!("switch={SWITCH},{end}");
+            let vlans = match self.vlan_aware {
+                true => ",vlan=0,trunk=all",
+                false => "",
+            };
+            let uplink = format!("switch={SWITCH},{end}{vlans}");
             args.extend(["--uplink".into(), uplink.into()]);
         }
         args
@@ -192,10 +240,35 @@ impl Plan {
         kept
     }
 
-    async fn start(&self) -> Result<Up, DaemonError> {
+    /// NICs whose frontend is connected; `None` when the daemon does not say.
+    pub(super) async fn connected(&self) -> Option<BTreeSet<String>> {
+        let asking = async {
+            let socket = Self::control_socket(&self.dir);
+            let channel = connect::unix(&socket, ANSWER_WITHIN).await.ok()?;
+            let mut client = DeviceDaemonClient::new(channel);
+            let request = with_deadline(ListDevicesRequest {}, ANSWER_WITHIN);
+            Some(
+                client
+                    .list_devices(request)
+                    .await
+                    .ok()?
+                    .into_inner()
+                    .devices,
+            )
+        };
+        let devices = tokio::time::timeout(ANSWER_WITHIN, asking).await.ok()??;
+        let connected = devices.into_iter().filter(|device| device.connected);
+        Some(connected.map(|device| device.id).collect())
+    }
+
+    /// Starts a process.
+    ///
+    /// # Errors
+    /// When it does not come up, with its last words.
+    pub(super) async fn start(&self) -> Result<Up, DaemonError> {
         let log = Self::log(&self.dir);
         let _ = process::bound_log(&log);
-        let process = Process::spawn(&self.program, &self.args(), &log)?;
+        let process = Process::spawn(&self.program.path, &self.args(), &log)?;
         let exited = process.exited();
         let up = tokio::select! {
             exit = exited => return Err(DaemonError::Exited(ending(PROGRAM, exit, &log))),
@@ -223,16 +296,21 @@ impl Plan {
             .map_err(refused("ListDevices"))?
             .into_inner();
         Ok(Up {
-            process,
+            daemon: Daemon {
+                process,
+                sandbox: info.sandbox,
+                version: info.version,
+                build: self.program.build.clone(),
+            },
             channel,
-            sandbox: info.sandbox,
             served: listed.devices.into_iter().map(|device| device.id).collect(),
         })
     }
 }
 
 impl Switch {
-    fn keep(plan: Plan, ports: &Arc<Ports>, up: Up) -> Self {
+    /// Keeps a daemon that runs.
+    pub(super) fn keep(plan: Plan, ports: &Arc<Ports>, up: Up) -> Self {
         let channel = announce(ports, up);
         let keeper = keep_running(plan.clone(), ports.clone(), channel);
         Self {
@@ -240,6 +318,33 @@ impl Switch {
             ports: ports.clone(),
             keeper: tokio::spawn(keeper),
         }
+    }
+
+    /// Starts a daemon again and again until one runs; the last one did not, for this reason.
+    pub(super) fn revive(plan: Plan, ports: &Arc<Ports>, error: String) -> Self {
+        let keeper = {
+            let (plan, ports) = (plan.clone(), ports.clone());
+            async move {
+                let mut pause = FIRST_PAUSE;
+                let channel = start_again(&plan, &ports, error, &mut pause).await;
+                keep_running(plan, ports, channel).await;
+            }
+        };
+        Self {
+            plan,
+            ports: ports.clone(),
+            keeper: tokio::spawn(keeper),
+        }
+    }
+
+    /// What it is started with.
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What is executed.
+    pub(super) fn program(&self) -> &Program {
+        &self.plan.program
     }
 
     /// Ends it.
@@ -266,7 +371,7 @@ pub(super) async fn stop_strays(dir: &Path) {
 }
 
 fn announce(ports: &Ports, up: Up) -> Channel {
-    ports.came_up(up.process, up.sandbox, up.served);
+    ports.came_up(up.daemon, up.served);
     up.channel
 }
 
@@ -274,31 +379,46 @@ async fn keep_running(plan: Plan, ports: Arc<Ports>, mut channel: Channel) {
     let mut pause = Duration::ZERO;
     loop {
         let begun = Instant::now();
-        let exit = serve(&plan, &ports, &channel).await;
-        let mut error = ending(PROGRAM, exit, &Plan::log(&plan.dir));
+        let error = serve(&plan, &ports, &channel).await;
         pause = match begun.elapsed() >= STABLE_AFTER {
             true => Duration::ZERO,
             false => next_pause(pause),
         };
-        channel = loop {
-            tracing::warn!(network = plan.network, "{error}; starting it again");
-            ports.went_down(error);
-            tokio::time::sleep(pause).await;
-            match plan.start().await {
-                Ok(up) => break announce(&ports, up),
-                Err(failed) => error = error_chain(&failed),
-            }
-            pause = next_pause(pause);
-        };
-        ports.count_restart();
+        channel = start_again(&plan, &ports, error, &mut pause).await;
     }
 }
 
-/// Keeps the daemon's ports as they are wanted until it ends.
-async fn serve(plan: &Plan, ports: &Ports, channel: &Channel) -> Exit {
+/// Until one runs, after growing pauses.
+async fn start_again(
+    plan: &Plan,
+    ports: &Ports,
+    mut error: String,
+    pause: &mut Duration,
+) -> Channel {
+    loop {
+        tracing::warn!(network = plan.network, "{error}; starting it again");
+        ports.went_down(error);
+        tokio::time::sleep(*pause).await;
+        match plan.start().await {
+            Ok(up) => {
+                let channel = announce(ports, up);
+                ports.count_restart();
+                return channel;
+            }
+            Err(failed) => error = error_chain(&failed),
+        }
+        *pause = next_pause(*pause);
+    }
+}
+
+/// Keeps the daemon's ports as they are wanted until it ends, and tells how it did.
+async fn serve(plan: &Plan, ports: &Ports, channel: &Channel) -> String {
+    let log = Plan::log(&plan.dir);
     let Some(process) = ports.daemon().process else {
-        return Exit::Unknown;
+        return ending(PROGRAM, Exit::Unknown, &log);
     };
+    let hangs = hangs(plan.hang_after, channel);
+    tokio::pin!(hangs);
     loop {
         let work = async {
             while let Some(step) = ports.next_step() {
@@ -308,11 +428,32 @@ async fn serve(plan: &Plan, ports: &Ports, channel: &Channel) -> Exit {
         };
         tokio::select! {
             // A step that is cut off is one of a daemon that is gone.
-            exit = process.exited() => return exit,
+            exit = process.exited() => return ending(PROGRAM, exit, &log),
+            reason = &mut hangs => {
+                process.kill().await;
+                return format!("{PROGRAM} hung and was killed: {reason}");
+            }
             () = work => {}
         }
         if let Err(error) = process::bound_log(&Plan::log(&plan.dir)) {
             tracing::warn!(network = plan.network, "bounding its switch's log: {error}");
+        }
+    }
+}
+
+/// Comes when the daemon hangs, with the reason.
+async fn hangs(patience: Duration, channel: &Channel) -> String {
+    let mut watch = Watch::default();
+    loop {
+        tokio::time::sleep(ASK_INTERVAL).await;
+        let mut client = DeviceDaemonClient::new(channel.clone());
+        let asking = client.list_devices(with_deadline(ListDevicesRequest {}, ANSWER_WITHIN));
+        let answer = match tokio::time::timeout(ANSWER_WITHIN, asking).await {
+            Ok(Ok(answer)) => Some(answer.into_inner().devices),
+            Ok(Err(_)) | Err(_) => None,
+        };
+        if let Err(reason) = watch.judge(answer.as_deref(), patience, Instant::now()) {
+            return reason;
         }
     }
 }
@@ -386,7 +527,7 @@ async fn attach(
     let request = AttachRequest {
         id: id.to_owned(),
         listener: Some(Listener::SocketFd(FdRef { token })),
-        device: Some(Device::Net(port.config(SWITCH, told))),
+        device: Some(Device::Net(port.config(SWITCH, plan.vlan_aware, told))),
     };
     DeviceDaemonClient::new(channel.clone())
         .attach(with_deadline(request, CALL_DEADLINE))

@@ -20,6 +20,10 @@ use crate::{
 const NO_FENCE: &str = "writes of a dead daemon that are still in the kernel: it is not started by this agent, so \
      nothing holds its successor back until they are over";
 
+/// Likewise.
+const NO_HANG_DETECTION: &str = "an end to its hanging: it has no control socket to ask, and slow storage looks the \
+     same, so it is never killed; how long requests have waited for storage is how long it has completed none";
+
 #[tonic::async_trait]
 impl Devices for Service {
     async fn get_devices(
@@ -87,6 +91,10 @@ fn details(
     let is_ours = process.is_some_and(|process| process.name != "passt");
     if let Some(health) = health.as_mut().filter(|_| !is_ours && kind == "blk") {
         health.not_guaranteed.push(NO_FENCE.to_owned());
+    }
+    let is_foreign = spec.vhost_user.iter().any(|device| device.name == name);
+    if let Some(health) = health.as_mut().filter(|_| is_foreign) {
+        health.not_guaranteed.push(NO_HANG_DETECTION.to_owned());
     }
     let process = process.unwrap_or(&foreign);
     let known = status.devices.iter().find(|device| device.name == name);

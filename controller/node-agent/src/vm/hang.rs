@@ -9,6 +9,10 @@
 //!
 //! How far rings are is read by `vmm-core` from guest memory, which costs the daemon nothing; it is only asked
 //! now and then, and when a ring stands still.
+//!
+//! Others' daemons have no control socket to ask. passt, which this agent starts, is killed when it takes
+//! nothing of what the guest sends. A daemon of a third party is not ours to kill, and may have slow storage:
+//! since when its requests wait is told, and no more.
 
 use std::{
     collections::BTreeMap,
@@ -37,7 +41,7 @@ const RING_PATIENCE_FACTOR: u32 = 3;
 
 /// What was seen of a daemon so far.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
+pub(crate) struct Watch {
     asked: Option<Instant>,
     /// It has not answered since.
     silent_since: Option<Instant>,
@@ -85,6 +89,12 @@ impl Watch {
         }
     }
 
+    /// Rings that are stopped owe nothing.
+    fn rest(&mut self) {
+        self.due.clear();
+        self.storage_waits.clear();
+    }
+
     /// Nothing that was seen before holds for another process.
     fn forget(&mut self) {
         *self = Self::default();
@@ -108,8 +118,27 @@ impl Watch {
         is_time || stands_still || self.silent_since.is_some()
     }
 
+    /// As [`Watch::judge`], of a daemon that cannot be asked, and whose storage is never slow.
+    fn judge_by_rings(&self, device: &str, patience: Duration, now: Instant) -> Result<(), String> {
+        let still = self.stillness(device, now);
+        match still >= patience * RING_PATIENCE_FACTOR {
+            true => Err(format!(
+                "requests of {device} have been due for {still:.1?}, and it does nothing about them"
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// Of a daemon that cannot be asked: its storage may be slow.
+    fn note_wait(&mut self, device: &str, patience: Duration, now: Instant) {
+        let still = self.stillness(device, now);
+        if still >= patience {
+            self.storage_waits.insert(device.to_owned(), now - still);
+        }
+    }
+
     /// What a daemon's answer, if there was one, says: `Err` with the reason when it hangs.
-    fn judge(
+    pub(crate) fn judge(
         &mut self,
         answer: Option<&[Device]>,
         patience: Duration,
@@ -166,26 +195,49 @@ fn is_for_sending(queue: &QueueProgress) -> bool {
 
 impl Machine {
     /// Looks whether the daemons get on, and kills those that do not; their ends are noticed as any are.
-    pub(super) async fn watch_daemons(&mut self, patience: Duration) {
+    /// `foreign` are the devices of third parties.
+    pub(super) async fn watch_daemons(
+        &mut self,
+        patience: Duration,
+        foreign: impl Iterator<Item = &str>,
+    ) {
+        for name in foreign {
+            let now = Instant::now();
+            match self.health.device(name) {
+                Some(device) if !self.health.paused => {
+                    self.foreign.note_rings(device, now);
+                    self.foreign.note_wait(name, patience, now);
+                }
+                Some(_) => self.foreign.rest(),
+                None => {}
+            }
+        }
         for daemon in &mut self.daemons {
-            let is_ours = daemon.plan.can_stand_by();
-            if !is_ours || daemon.process.is_none() || daemon.upgrade.is_some() {
+            if daemon.process.is_none() || daemon.upgrade.is_some() {
                 daemon.watch.forget();
                 continue;
             }
             let now = Instant::now();
             for plan in &daemon.plan.devices {
-                if let Some(device) = self.health.device(&plan.name) {
-                    daemon.watch.note_rings(device, now);
+                match self.health.device(&plan.name) {
+                    Some(device) if !self.health.paused => daemon.watch.note_rings(device, now),
+                    Some(_) => daemon.watch.rest(),
+                    None => {}
                 }
             }
-            if !daemon.watch.must_ask(now) {
-                continue;
-            }
-            let answer = ask(daemon).await;
-            let judged = daemon
-                .watch
-                .judge(answer.as_deref(), patience, Instant::now());
+            let judged = if daemon.plan.can_stand_by() {
+                if !daemon.watch.must_ask(now) {
+                    continue;
+                }
+                let answer = ask(daemon).await;
+                daemon
+                    .watch
+                    .judge(answer.as_deref(), patience, Instant::now())
+            } else {
+                let mut devices = daemon.plan.devices.iter();
+                devices
+                    .try_for_each(|device| daemon.watch.judge_by_rings(&device.name, patience, now))
+            };
             if let (Err(reason), Some(process)) = (judged, &daemon.process) {
                 tracing::warn!(
                     dir = %self.dir.display(),
@@ -295,6 +347,23 @@ mod tests {
         assert_eq!(watch.judge(Some(&says(0, 0)), PATIENCE, soon), Ok(()));
         let late = start + PATIENCE * RING_PATIENCE_FACTOR;
         assert!(watch.judge(Some(&says(0, 0)), PATIENCE, late).is_err());
+    }
+
+    #[test]
+    fn daemon_that_cannot_be_asked_is_judged_by_its_rings_alone() {
+        let (mut watch, start) = (Watch::default(), Instant::now());
+        watch.note_rings(&rings("net", 1, 3, 7), start);
+        let soon = start + PATIENCE;
+        assert_eq!(watch.judge_by_rings("root", PATIENCE, soon), Ok(()));
+        watch.note_wait("root", PATIENCE, start + PATIENCE / 2);
+        assert_eq!(watch.storage_wait("root"), None);
+        watch.note_wait("root", PATIENCE, soon);
+        assert!(watch.storage_wait("root").is_some(), "it is told");
+        let late = start + PATIENCE * RING_PATIENCE_FACTOR;
+        assert!(watch.judge_by_rings("root", PATIENCE, late).is_err());
+        watch.rest();
+        assert_eq!(watch.judge_by_rings("root", PATIENCE, late), Ok(()));
+        assert_eq!(watch.storage_wait("root"), None);
     }
 
     #[test]

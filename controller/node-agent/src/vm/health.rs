@@ -49,7 +49,9 @@ impl Machine {
         let storage_wait = self
             .daemons
             .iter()
-            .find_map(|daemon| daemon.watch.storage_wait(&device.tag));
+            .map(|daemon| &daemon.watch)
+            .chain([&self.foreign])
+            .find_map(|watch| watch.storage_wait(&device.tag));
         DeviceStatus {
             name: device.tag.clone(),
             r#type: device.r#type.clone(),

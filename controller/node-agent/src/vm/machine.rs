@@ -46,6 +46,8 @@ pub(super) struct Machine {
     pub(super) taps: Vec<String>,
     pub(super) claims: Vec<Claim>,
     pub(super) health: Health,
+    /// Of the daemons of third parties.
+    pub(super) foreign: hang::Watch,
     pub(super) restarting: JoinSet<Restarted>,
     pub(super) upgrading: JoinSet<Upgraded>,
     /// Processes on their way to stand by.
@@ -168,6 +170,7 @@ impl Machine {
             taps,
             claims,
             health: Health::default(),
+            foreign: hang::Watch::default(),
             restarting: JoinSet::new(),
             upgrading: JoinSet::new(),
             sparing: JoinSet::new(),

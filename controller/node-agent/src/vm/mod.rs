@@ -51,6 +51,7 @@ use tonic::Code;
 pub(crate) use self::{
     command::Refusal,
     daemon::{DaemonError, mac, with_deadline},
+    hang::Watch,
     upgrade::{Done, UpgradeError, Wish},
     vmm::{devices as vmm_devices, refresh_device},
 };
@@ -493,7 +494,9 @@ impl Actor {
                 }
                 _ = refresh.tick() => {
                     machine.refresh().await;
-                    machine.watch_daemons(self.env.hang_after).await;
+                    let spec = &self.record.spec;
+                    let foreign = spec.vhost_user.iter().map(|device| device.name.as_str());
+                    machine.watch_daemons(self.env.hang_after, foreign).await;
                     machine.enforce_policies(&self.record.spec).await;
                     machine.tend_spares();
                     self.note_health(&machine);

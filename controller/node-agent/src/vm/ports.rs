@@ -9,7 +9,7 @@ use super::{
     start::StartError,
 };
 use crate::{
-    network::{Place, PortPlan},
+    network::{NetworkError, Place, PortPlan},
     record::{Record, State},
     spec::{Nic, Spec},
 };
@@ -26,6 +26,17 @@ pub(super) async fn joined(env: &Env, spec: &Spec) -> Result<Spec, StartError> {
             nic: nic.name.clone(),
             source: Box::new(source),
         })?;
+        let has_vlans = nic.vlan != 0 || !nic.trunk_vlans.is_empty();
+        if has_vlans && !place.vlan_aware {
+            let source = NetworkError::NoVlans {
+                id: network.clone(),
+                nic: nic.name.clone(),
+            };
+            return Err(StartError::Network {
+                nic: nic.name.clone(),
+                source: Box::new(source),
+            });
+        }
         join(nic, place);
     }
     Ok(spec)
@@ -94,6 +105,8 @@ fn plan(spec: &Spec, nic: &Nic, dir: &Path) -> PortPlan {
         queue_pairs: nic.queue_pairs,
         mtu: nic.mtu,
         track_flows: nic.track_flows,
+        vlan: nic.vlan,
+        trunk_vlans: nic.trunk_vlans.clone(),
         tuning: nic.tuning,
     }
 }

@@ -274,7 +274,11 @@ pub(super) async fn bring_up(
         return Err(StartError::Lease(LeaseError::NotHeld));
     }
     let started = Instant::now();
-    rising.vmm = Some(vmm::bring_up(&env.bin_dir, spec, &dir).await?.keep());
+    rising.vmm = Some(
+        vmm::bring_up(&env.bin_dir, spec, &dir, &env.knobs)
+            .await?
+            .keep(),
+    );
     tracing::info!(
         vm = spec.id,
         "running {} ms after exec of vmm-core",

@@ -102,6 +102,12 @@ pub(crate) enum UpgradeError {
         /// Its name.
         program: &'static str,
     },
+    /// The network has none, or none that runs.
+    #[error("network {network} has no device-net of its own that runs")]
+    NoSwitch {
+        /// The network.
+        network: String,
+    },
     /// Somebody else is at it.
     #[error("{program} of VM {vm} is being upgraded or restarted; try again")]
     Busy {
@@ -164,9 +170,10 @@ impl UpgradeError {
     /// What the API answers.
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::NotRunning { .. } | Self::NoDaemon { .. } | Self::HasJob { .. } => {
-                Code::FailedPrecondition
-            }
+            Self::NotRunning { .. }
+            | Self::NoDaemon { .. }
+            | Self::NoSwitch { .. }
+            | Self::HasJob { .. } => Code::FailedPrecondition,
             Self::Busy { .. } => Code::Unavailable,
             Self::Volume { source, .. } => source.code(),
             Self::NotUp(error) => error.code(),

@@ -21,6 +21,7 @@ use tonic::{Code, transport::Channel};
 
 use super::{daemon, error_chain, passt, vmm_socket};
 use crate::{
+    faults::Knobs,
     process::{Exit, Guard, Process, ProcessError},
     spec::Spec,
 };
@@ -102,8 +103,9 @@ pub(super) fn exit_note(dir: &Path) -> Option<ExitNote> {
 }
 
 /// The command line of a spec's machine.
-pub(super) fn args(spec: &Spec, dir: &Path) -> Vec<OsString> {
+pub(super) fn args(spec: &Spec, dir: &Path, knobs: &Knobs) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec!["--control-socket".into(), vmm_socket(dir).into()];
+    args.extend(knobs.daemon_args().map(Into::into));
     let mut option = |name: &str, value: OsString| args.extend([name.into(), value]);
     option("--id", spec.id.clone().into());
     option("--kernel", spec.kernel.clone().into());
@@ -170,8 +172,14 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Starts `vmm-core` and waits until the machine runs (or has ended by itself already).
-pub(super) async fn bring_up(bin_dir: &Path, spec: &Spec, dir: &Path) -> Result<Guard, VmmError> {
-    let guard = Process::spawn(&bin_dir.join(PROGRAM), &args(spec, dir), &log(dir))?;
+pub(super) async fn bring_up(
+    bin_dir: &Path,
+    spec: &Spec,
+    dir: &Path,
+    knobs: &Knobs,
+) -> Result<Guard, VmmError> {
+    let args = args(spec, dir, knobs);
+    let guard = Process::spawn(&bin_dir.join(PROGRAM), &args, &log(dir))?;
     let exited = guard.exited();
     tokio::select! {
         exit = exited => {
@@ -326,7 +334,11 @@ mod tests {
             config: vec![0x74, 0x00, 0xff],
             ..Default::default()
         }];
-        let args = args(&Spec::from_validated(&api), Path::new("/run/m"));
+        let args = args(
+            &Spec::from_validated(&api),
+            Path::new("/run/m"),
+            &Knobs::default(),
+        );
         let wanted = "tag=share,type=fs,socket=/fs.sock,queues=2,config=hex:7400ff";
         assert!(args.iter().any(|arg| arg == wanted), "{args:?}");
     }

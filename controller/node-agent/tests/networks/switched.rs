@@ -1,14 +1,17 @@
 //! Networks whose datapath is a switch: one device-net for the NICs of all VMs. The VMs' machines are real
 //! ones without their NICs, which machines of these tests are cabled to instead.
 
+mod vlans;
+
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
 use api::{
     device::{NetLimit, NetLimits},
     node::{
-        Datapath, DeleteVmRequest, Endpoint, GetNicsRequest, GetVmRequest, NetworkKind,
-        NetworkProcess, NetworkSpec, NicSpec, NicStatus, Power, ProcessStatus, SecurityRule,
-        VmPhase, VmSpec, VmStatus, nics_client::NicsClient,
+        Datapath, DeleteVmRequest, Endpoint, GetNicsRequest, GetVmRequest, Job, JobState,
+        ListJobsRequest, NetworkKind, NetworkProcess, NetworkSpec, NicSpec, NicStatus, Power,
+        ProcessStatus, SecurityRule, StartJobRequest, UpgradeDaemons, VmPhase, VmSpec, VmStatus,
+        nics_client::NicsClient, start_job_request::Work,
     },
 };
 use nix::{sys::signal::Signal, unistd::Pid};
@@ -46,10 +49,55 @@ struct Host {
 
 impl Host {
     fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    fn start_with(args: &[&str]) -> Self {
         let programs = programs();
         let dir = programs.path().to_str().unwrap().to_owned();
-        let agent = Agent::start_with(Namespace::new(), &["--bin-dir", &dir]);
+        let args = [&["--bin-dir", &dir], args].concat();
+        let agent = Agent::start_with(Namespace::new(), &args);
         Self { agent, programs }
+    }
+
+    /// An isolated network with two guests at .5 and .6, the second of which serves.
+    fn with_two_guests(args: &[&str]) -> (Self, [(Namespace, Cable); 2]) {
+        let mut host = Self::start_with(args);
+        let status = host.agent.apply(&switched(NetworkKind::Isolated)).unwrap();
+        assert!(status.ready, "{}", status.error);
+        let guests = [("web", WEB_MAC, 5), ("db", DB_MAC, 6)].map(|(id, mac, number)| {
+            host.run(id, mac);
+            let (machine, cable) = host.guest(id, mac);
+            machine.run(&format!("ip addr add 10.20.0.{number}/24 dev eth0"));
+            (machine, cable)
+        });
+        (host, guests)
+    }
+
+    /// Has the switch that serves web's NIC exchanged; what came of it.
+    fn upgrade(&self, job_id: &str, binary: &Path) -> Job {
+        let mut client = self.agent.client();
+        let work = UpgradeDaemons {
+            vm_ids: vec!["web".into()],
+            device: "nic0".into(),
+            binary: binary.to_str().unwrap().into(),
+            gate_ms: 10_000,
+            ..Default::default()
+        };
+        let request = StartJobRequest {
+            job_id: job_id.into(),
+            work: Some(Work::Upgrade(work)),
+        };
+        self.agent.block_on(client.start_job(request)).unwrap();
+        poll("the upgrade", || {
+            let listed = self
+                .agent
+                .block_on(client.list_jobs(ListJobsRequest {}))
+                .unwrap();
+            let mut jobs = listed.into_inner().jobs.into_iter();
+            let job = jobs.find(|job| job.job_id == job_id).unwrap();
+            (job.state() != JobState::Running).then_some(job)
+        })
     }
 
     fn vm(&self, id: &str, mac: &str, generation: u64, power: Power) -> VmSpec {
@@ -393,4 +441,84 @@ fn bridged_switch_is_part_of_the_network_of_an_interface_without_a_bridge() {
     let refused = host.agent.apply(&spec).unwrap_err();
     assert_eq!(refused.code(), Code::NotFound);
     assert!(refused.message().contains("up7"), "{}", refused.message());
+}
+
+#[test]
+fn switch_that_hangs_is_killed_and_its_guests_are_served_again() {
+    let (mut host, [(web, web_cable), (db, db_cable)]) =
+        Host::with_two_guests(&["--hang-after", "3"]);
+    let _on_db = db.serve("10.20.0.6:7000");
+    assert_eq!(web.ask("10.20.0.6:7000").as_deref(), Some("10.20.0.5"));
+    let before = host.switch();
+    nix::sys::signal::kill(Pid::from_raw(before.pid as i32), Signal::SIGSTOP).unwrap();
+    let next = poll("the next switch", || {
+        let switch = host.switch();
+        (switch.pid != before.pid && switch.pid != 0).then_some(switch)
+    });
+    assert_eq!(next.restarts, before.restarts + 1);
+    assert!(next.last_error.contains("hung and was killed"), "{next:?}");
+    web_cable.await_connections(2);
+    db_cable.await_connections(2);
+    assert_eq!(web.ask("10.20.0.6:7000").as_deref(), Some("10.20.0.5"));
+}
+
+#[test]
+fn switch_is_exchanged_for_another_version_and_back_when_that_is_no_good() {
+    let (mut host, [(web, web_cable), (db, db_cable)]) = Host::with_two_guests(&[]);
+    let _on_db = db.serve("10.20.0.6:7000");
+    let before = host.switch();
+    let real = host.programs.path().join("device-net");
+    let good = host.programs.path().join("device-net-2");
+    let mut build = fs::read(&real).unwrap();
+    build.extend(b"another build");
+    fs::write(&good, build).unwrap();
+    fs::set_permissions(&good, fs::Permissions::from_mode(0o755)).unwrap();
+    let job = host.upgrade("good", &good);
+    assert_eq!(job.state(), JobState::Done, "{}", job.error);
+    assert!(
+        job.findings[0].starts_with("device-net of network front: device-net "),
+        "{:?}",
+        job.findings
+    );
+    let serving = |host: &mut Host| {
+        let pid = host.switch().pid;
+        poll("it in the VM's status", || {
+            let mut processes = host.status("web").processes.into_iter();
+            processes.find(|process| process.network == "front" && process.pid == pid)
+        })
+    };
+    let after = serving(&mut host);
+    assert_ne!(after.pid, before.pid);
+    assert_eq!((after.build.len(), after.restarts), (12, 0));
+    web_cable.await_connections(2);
+    db_cable.await_connections(2);
+    assert_eq!(web.ask("10.20.0.6:7000").as_deref(), Some("10.20.0.5"));
+
+    // The next agent, and the switch's next process, are of that version, too.
+    host.agent.replace();
+    poll("the adopted network", || {
+        host.agent.network("front").filter(|network| network.ready)
+    });
+    poll("its NICs", || (host.switch().nics.len() == 2).then_some(()));
+    assert_eq!(serving(&mut host).pid, after.pid, "kept, not started again");
+    host.kill_switch();
+    assert_eq!(serving(&mut host).build, after.build);
+    web_cable.await_connections(3);
+
+    let bad = host.programs.path().join("device-net-bad");
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = --version ] && exec {} --version\nexit 3\n",
+        real.display()
+    );
+    fs::write(&bad, script).unwrap();
+    fs::set_permissions(&bad, fs::Permissions::from_mode(0o755)).unwrap();
+    let job = host.upgrade("bad", &bad);
+    assert_eq!(job.state(), JobState::Failed);
+    assert!(job.error.contains("rolled back"), "{}", job.error);
+    assert_eq!(serving(&mut host).build, after.build);
+    web_cable.await_connections(4);
+    db_cable.await_connections(4);
+    assert_eq!(web.ask("10.20.0.6:7000").as_deref(), Some("10.20.0.5"));
+    let kept = fs::read_dir(host.agent.path().join("state/versions")).unwrap();
+    assert_eq!(kept.count(), 1, "the good one");
 }

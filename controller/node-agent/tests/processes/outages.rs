@@ -4,8 +4,8 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use api::node::{
-    DeviceDetails, GetDevicesRequest, OutageAction, OutagePolicy, Power, VmPhase, VmSpec, VmStatus,
-    devices_client::DevicesClient,
+    CreateVolumeRequest, DeviceDetails, GetDevicesRequest, OutageAction, OutagePolicy, Power,
+    VmPhase, VmSpec, VmStatus, devices_client::DevicesClient,
 };
 use faultfs::{Effect, Fault, FaultFs, Op};
 use nix::{
@@ -369,4 +369,34 @@ async fn no_request_fails_before_the_dead_daemons_own_is_over() {
     rig.until("served again", |status| restarts(status) == (1, 0))
         .await;
     rig.prints("00").await;
+}
+
+#[tokio::test]
+async fn agent_ends_while_storage_holds_up_one_of_its_threads() {
+    let Some(storage) = mounted() else { return };
+    let mut agent = Agent::start().await;
+    let source = storage.path("source.raw");
+    fs::write(&source, vec![7; 1 << 20]).unwrap();
+    let held = storage.inject(Fault::new(Op::Read, Effect::Hold));
+    let mut client = agent.client.clone();
+    let copying = tokio::spawn(async move {
+        let request = CreateVolumeRequest {
+            id: "copy".into(),
+            source_path: source.display().to_string(),
+            ..Default::default()
+        };
+        client.create_volume(request).await
+    });
+    let reading = tokio::task::spawn_blocking(move || {
+        storage.await_held(1);
+        storage
+    });
+    let storage = reading.await.unwrap();
+    let ended = agent.end(Signal::SIGTERM);
+    assert!(ended.success(), "{ended}");
+    assert_eq!(storage.held(), 1, "its storage has not answered");
+    copying.await.unwrap().unwrap_err();
+    storage.lift(held);
+    storage.release();
+    agent.start_again().await;
 }

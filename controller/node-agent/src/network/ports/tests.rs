@@ -17,6 +17,8 @@ fn plan(nic: &str) -> PortPlan {
         queue_pairs: 1,
         mtu: 0,
         track_flows: false,
+        vlan: 0,
+        trunk_vlans: Vec::new(),
         tuning: NicTuning::default(),
     }
 }
@@ -34,7 +36,13 @@ fn come_up(ports: &Ports, dir: &Path, served: &[&str]) {
     let sleeper = Process::spawn(Path::new("/bin/sleep"), &["60".into()], &log).unwrap();
     let served = served.iter().map(|nic| port_id("web", nic)).collect();
     // Killed with the guard; nobody looks at it here.
-    ports.came_up(Process::clone(&sleeper), Vec::new(), served);
+    let daemon = Daemon {
+        process: Process::clone(&sleeper),
+        sandbox: Vec::new(),
+        version: String::new(),
+        build: String::new(),
+    };
+    ports.came_up(daemon, served);
 }
 
 /// Carries out the next step, which succeeds; what it was.
