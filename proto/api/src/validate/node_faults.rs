@@ -2,7 +2,8 @@
 
 use tonic::Status;
 
-use super::{absolute, fault_id, fault_rule, fault_ttl};
+use super::{absolute, fault_id, fault_rule as checked_rule, fault_ttl};
+use crate::device::{FaultRule, fault_rule};
 use crate::errors::Violations;
 use crate::node::{self, fault, host_fault, process_fault};
 
@@ -45,20 +46,39 @@ pub fn node_fault(found: &mut Violations, field: &str, fault: &node::Fault) {
     );
     match &fault.fault {
         Some(fault::Fault::Rule(rule)) => {
-            let is_of_daemon = matches!(
-                node::FaultProcess::try_from(process),
-                Ok(node::FaultProcess::Unspecified | node::FaultProcess::Daemon)
-            );
-            found.require(is_of_daemon, &format!("{field}.rule"), || {
-                "is for daemons; the agent and vmm-core know no rules".into()
-            });
-            fault_rule(found, &format!("{field}.rule"), rule);
+            if let Some(problem) = misplaced(rule, process) {
+                found.add(format!("{field}.rule"), problem);
+            }
+            checked_rule(found, &format!("{field}.rule"), rule);
         }
         Some(fault::Fault::Process(process)) => {
             process_fault(found, &format!("{field}.process"), process, is_of_agent);
         }
         Some(fault::Fault::Host(host)) => host_fault(found, &format!("{field}.host"), host),
         None => found.add(field, "give rule, process or host"),
+    }
+}
+
+/// Why a process of this kind knows no such rule, if it does not.
+fn misplaced(rule: &FaultRule, process: i32) -> Option<&'static str> {
+    use fault_rule::Action::{Disconnect, LateKick, LateReconnect, LateReply, LostKick};
+    let action = rule.action.as_ref();
+    match node::FaultProcess::try_from(process) {
+        Ok(node::FaultProcess::Agent) => {
+            Some("is for daemons and vmm-core; the agent knows no rules")
+        }
+        Ok(node::FaultProcess::Vmm) => {
+            let is_known = matches!(
+                action,
+                Some(Disconnect(_) | LateKick(_) | LateReconnect(_) | LateReply(_) | LostKick(_))
+            );
+            let problem = "is for daemons; vmm-core knows lost_kick, late_kick, late_reply, disconnect and late_reconnect";
+            (!is_known).then_some(problem)
+        }
+        _ => {
+            let is_frontends = matches!(action, Some(LateKick(_) | LateReconnect(_)));
+            is_frontends.then_some("is for vmm-core; choose it as the process")
+        }
     }
 }
 
@@ -150,6 +170,7 @@ fn at_most_ms(found: &mut Violations, field: &str, value_ms: u64, max_ms: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::{LateKickFault, LostKickFault, UsedStallFault};
 
     fn complaint(target: node::FaultTarget, fault: fault::Fault) -> String {
         let request = node::ArmFaultsRequest {
@@ -185,6 +206,35 @@ mod tests {
         let freeze = || process(process_fault::Action::Freeze(node::FreezeFault::default()));
         assert!(complaint(agent(), freeze()).contains("cannot be done to the agent"));
         assert_eq!(complaint(node::FaultTarget::default(), freeze()), "");
+    }
+
+    #[test]
+    fn each_process_knows_its_rules() {
+        let of = |process: node::FaultProcess| node::FaultTarget {
+            process: process.into(),
+            ..node::FaultTarget::default()
+        };
+        let rule = |action| {
+            fault::Fault::Rule(FaultRule {
+                action: Some(action),
+                ..FaultRule::default()
+            })
+        };
+        let late = || rule(fault_rule::Action::LateKick(LateKickFault { delay_ms: 1 }));
+        let lost = || rule(fault_rule::Action::LostKick(LostKickFault {}));
+        let stall = || {
+            rule(fault_rule::Action::UsedStall(UsedStallFault {
+                duration_ms: 1,
+            }))
+        };
+        let (vmm, daemon) = (node::FaultProcess::Vmm, node::FaultProcess::Daemon);
+        assert_eq!(complaint(of(vmm), late()), "");
+        assert_eq!(complaint(of(vmm), lost()), "");
+        assert!(complaint(of(vmm), stall()).contains("is for daemons"));
+        assert_eq!(complaint(of(daemon), lost()), "");
+        assert!(complaint(of(daemon), late()).contains("is for vmm-core"));
+        let agent = node::FaultProcess::Agent;
+        assert!(complaint(of(agent), lost()).contains("the agent knows no rules"));
     }
 
     #[test]
