@@ -447,7 +447,7 @@ pub enum FaultError {
         /// Its id.
         id: String,
     },
-    /// The role is missing.
+    /// The installation does not allow it, whoever asks.
     #[error(
         "this controller does no faults: start it with --allow-faults, where nothing of value runs"
     )]
