@@ -9,9 +9,9 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::Settings;
 use super::ground;
 use super::host::{Order, Seen};
+use super::{Ended, Settings};
 
 const STATE_BYTES: u64 = 192 << 20;
 
@@ -151,7 +151,8 @@ impl Machine {
             return Ok(Seen::default());
         };
         if let Some(status) = qemu.try_wait()? {
-            anyhow::bail!("host {} ended by itself: {status}", self.number);
+            let host = self.number;
+            return Err(Ended { host, status }.into());
         }
         let text = fs::read(self.events()).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);

@@ -18,7 +18,9 @@ pub mod host;
 pub mod machines;
 pub mod story;
 
+use std::fmt;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
@@ -47,6 +49,21 @@ pub struct Settings {
     pub log_dir: PathBuf,
 }
 
+/// A host that was not switched off is off.
+#[derive(Debug)]
+struct Ended {
+    host: usize,
+    status: ExitStatus,
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "host {} ended by itself: {}", self.host, self.status)
+    }
+}
+
+impl std::error::Error for Ended {}
+
 /// Asks again until there is an answer.
 fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let deadline = Instant::now() + PATIENCE;
@@ -55,6 +72,7 @@ fn until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T>
         let trouble = match ask() {
             Ok(Some(answer)) => return Ok(answer),
             Ok(None) => None,
+            Err(error) if error.is::<Ended>() => return Err(error),
             Err(error) => Some(error),
         };
         if Instant::now() > deadline {

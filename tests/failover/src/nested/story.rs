@@ -55,7 +55,12 @@ pub fn run(settings: &Settings, step: &mut dyn FnMut(&str)) -> Result<Report> {
     let mut control = Control::start(settings, dir.path(), &addresses)?;
     let image = dir.path().join("shared.img");
     let disk_address = control.serve_disk(&image, VOLUME, BLOCKS * BLOCK_LEN as u64)?;
-    let names = until("both hosts", || names(&control, &addresses))?;
+    let names = until("both hosts", || {
+        for host in &mut hosts {
+            host.seen()?;
+        }
+        names(&control, &addresses)
+    })?;
 
     step("starting a VM on each host: one may run anywhere, with a disk of the shared pool");
     control.share(POOL, &disk_address, VOLUME, BLOCKS * BLOCK_LEN as u64)?;
