@@ -2,11 +2,19 @@
 
 use super::*;
 
+const PLAIN_MAC: &str = "52:54:00:12:34:07";
+
 /// A switch on `up0`, whose guests may call themselves what they like.
 fn with_vlans() -> NetworkSpec {
     let mut spec = switched(NetworkKind::Bridged);
     spec.uplink = "up0".into();
     spec.vlan_aware = true;
+    spec.endpoints.push(Endpoint {
+        vm_id: "plain".into(),
+        nic: "nic0".into(),
+        mac: PLAIN_MAC.into(),
+        ..Default::default()
+    });
     for endpoint in &mut spec.endpoints {
         endpoint.ipv4_address.clear();
         endpoint.ipv6_address.clear();
@@ -23,92 +31,51 @@ fn run_in(host: &mut Host, (id, mac): (&str, &str), vlan: u32, trunk: &[u32]) ->
 }
 
 #[test]
-fn access_and_trunk_nics_reach_their_vlans_alone() {
+fn nics_reach_their_vlan_alone_and_what_is_in_none_the_wire() {
     let mut host = Host::start();
     let world = Namespace::new();
     host.agent.host.connect("up0", &world, "eth0");
-    for line in [
-        "ip link add link eth0 name eth0.10 type vlan id 10",
-        "ip link add link eth0 name eth0.20 type vlan id 20",
-        "ip addr add 192.0.2.2/24 dev eth0",
-        "ip addr add 10.10.0.2/24 dev eth0.10",
-        "ip addr add 10.20.0.2/24 dev eth0.20",
-        "ip link set eth0.10 up",
-        "ip link set eth0.20 up",
-    ] {
-        world.run(line);
-    }
+    world.run("ip addr add 10.20.0.1/24 dev eth0");
     let status = host.agent.apply(&with_vlans()).unwrap();
     assert!(status.ready, "{}", status.error);
-    for (vm, vlan, trunk) in [
-        (("web", WEB_MAC), 10, &[][..]),
-        (("db", DB_MAC), 0, &[10, 20]),
-    ] {
-        let status = run_in(&mut host, vm, vlan, trunk);
-        assert_eq!(status.phase(), VmPhase::Running, "{}", status.error);
-    }
-    let (web, web_cable) = host.guest("web", WEB_MAC);
-    let (db, db_cable) = host.guest("db", DB_MAC);
-    web.run("ip addr add 10.10.0.5/24 dev eth0");
-    web.run("ip addr add 192.0.2.5/24 dev eth0");
-    for line in [
-        "ip link add link eth0 name eth0.10 type vlan id 10",
-        "ip link add link eth0 name eth0.20 type vlan id 20",
-        "ip addr add 192.0.2.6/24 dev eth0",
-        "ip addr add 10.10.0.6/24 dev eth0.10",
-        "ip addr add 10.20.0.6/24 dev eth0.20",
-        "ip link set eth0.10 up",
-        "ip link set eth0.20 up",
-    ] {
-        db.run(line);
-    }
-    let _servers = [
-        world.serve("192.0.2.2:7000"),
-        world.serve("10.10.0.2:7000"),
-        world.serve("10.20.0.2:7000"),
-        db.serve("10.10.0.6:7000"),
-        db.serve("192.0.2.6:7000"),
+    let vms = [
+        ("web", WEB_MAC, 10, "10.20.0.5"),
+        ("db", DB_MAC, 10, "10.20.0.6"),
+        ("plain", PLAIN_MAC, 0, "10.20.0.7"),
     ];
-    let holds = || {
-        let web_as = |server: &str| web.ask(server);
-        assert_eq!(
-            web_as("10.10.0.2:7000").as_deref(),
-            Some("10.10.0.5"),
-            "by the wire"
-        );
-        assert_eq!(
-            web_as("10.10.0.6:7000").as_deref(),
-            Some("10.10.0.5"),
-            "the trunk"
-        );
-        assert_eq!(
-            db.ask("10.20.0.2:7000").as_deref(),
-            Some("10.20.0.6"),
-            "tagged"
-        );
-        assert_eq!(
-            db.ask("192.0.2.2:7000").as_deref(),
-            Some("192.0.2.6"),
-            "in none"
-        );
+    let guests = vms.map(|(id, mac, vlan, address)| {
+        let status = run_in(&mut host, (id, mac), vlan, &[]);
+        assert_eq!(status.phase(), VmPhase::Running, "{}", status.error);
+        let (guest, cable) = host.guest(id, mac);
+        guest.run(&format!("ip addr add {address}/24 dev eth0"));
+        (guest, cable)
+    });
+    let [(web, web_cable), (db, db_cable), (plain, plain_cable)] = &guests;
+    let _servers = [
+        world.serve("10.20.0.1:7000"),
+        db.serve("10.20.0.6:7000"),
+        plain.serve("10.20.0.7:7000"),
+    ];
+    let reached = || {
+        let by_web = web.ask("10.20.0.6:7000");
+        assert_eq!(by_web.as_deref(), Some("10.20.0.5"), "in VLAN 10");
+        let by_plain = plain.ask("10.20.0.1:7000");
+        assert_eq!(by_plain.as_deref(), Some("10.20.0.7"), "on the wire");
     };
-    holds();
-    assert_eq!(
-        web.ask("192.0.2.2:7000"),
-        None,
-        "VLAN 10 is not what is in none"
-    );
-    assert_eq!(
-        web.ask("192.0.2.6:7000"),
-        None,
-        "VLAN 10 is not what is in none"
-    );
+    reached();
+    assert_eq!(web.ask("10.20.0.7:7000"), None, "it is in no VLAN");
+    assert_eq!(web.ask("10.20.0.1:7000"), None, "VLAN 10 is tagged there");
+    let args = fs::read(format!("/proc/{}/cmdline", host.switch().pid)).unwrap();
+    let args = String::from_utf8_lossy(&args).into_owned();
+    assert!(args.contains("packet=up0,vlan=0,trunk=all"), "{args}");
     host.kill_switch();
-    web_cable.await_connections(2);
-    db_cable.await_connections(2);
-    holds();
-    host.remove("web", WEB_MAC);
-    host.remove("db", DB_MAC);
+    for cable in [web_cable, db_cable, plain_cable] {
+        cable.await_connections(2);
+    }
+    reached();
+    for (id, mac, ..) in vms {
+        host.remove(id, mac);
+    }
     host.agent.delete("front").unwrap();
     host.agent.assert_clean();
 }
@@ -131,7 +98,6 @@ fn vlan_in_a_network_without_them_is_refused() {
         "{}",
         refused.message()
     );
-    host.remove("web", WEB_MAC);
     host.agent.delete("front").unwrap();
     host.agent.assert_clean();
 }
