@@ -1,6 +1,7 @@
 //! Until when a disk may do I/O: for VMs that are started elsewhere when their host is lost.
 //!
-//! Queues ask by their own clock, right where they would begin a request. So it does not matter who
+//! Queues ask by their own clock, right where they would begin a request or its next step; so do
+//! workers, and jobs before each block. So it does not matter who
 //! is frozen, and for how long: a queue that wakes late finds that its time is over. The clock goes
 //! on while the host sleeps.
 
@@ -42,6 +43,12 @@ impl Allowance {
         let until_ns = until_ns.min(ALWAYS - 1);
         let before = self.until_ns.fetch_max(until_ns, Ordering::AcqRel);
         before < until_ns && before <= boottime_ns()
+    }
+
+    /// As if its time had come.
+    #[cfg(test)]
+    pub(crate) fn end(&self) {
+        self.until_ns.store(0, Ordering::Release);
     }
 
     /// Nothing may begin. Reads the clock only where there is an end.

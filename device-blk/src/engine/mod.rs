@@ -112,6 +112,8 @@ pub(crate) struct BlkQueue {
     free_slots: Vec<usize>,
     /// Slots of jobs that need a bounce buffer, in order.
     waiting: VecDeque<usize>,
+    /// Slots of jobs that may take no further step: the time that the disk was allowed is over.
+    stopped: VecDeque<usize>,
     /// Reads and writes that were not admitted yet, in order.
     held: [VecDeque<Job>; 2],
     /// When the first of each may be.
@@ -173,6 +175,7 @@ impl BlkQueue {
             slots: Vec::new(),
             free_slots: Vec::new(),
             waiting: VecDeque::new(),
+            stopped: VecDeque::new(),
             held: Default::default(),
             held_until_ns: [0; 2],
             alarm,
@@ -192,6 +195,7 @@ impl BlkQueue {
     fn work(&mut self, ring: &mut Ring) -> Result<(), RingError> {
         self.is_unfinished = false;
         for _ in 0..MAX_ROUNDS {
+            self.resume_stopped(ring);
             self.uring.submit();
             let reaped = self.reap(ring);
             let accepted = self.accept(ring)?;
@@ -377,8 +381,13 @@ impl BlkQueue {
         }
     }
 
-    /// Lets the job in a slot take its next step; true when that answered it.
+    /// Lets the job in a slot take its next step; true when that answered it. A job of many steps
+    /// begins none after the time that the disk was allowed.
     fn advance(&mut self, ring: &mut Ring, index: usize) -> bool {
+        if self.backend.allowance().is_over() {
+            self.stopped.push_back(index);
+            return false;
+        }
         let Slot { job, iovecs } = &mut self.slots[index];
         let job = job.as_mut().expect("completions and waits belong to jobs");
         let mut backing = Backing {
@@ -415,7 +424,9 @@ impl BlkQueue {
             pin: job.chain.pin(),
         };
         let iovecs = std::mem::take(iovecs);
-        let item = Item::new(held, operation, iovecs, index, Arc::clone(&self.results));
+        let allowance = Arc::clone(&self.backend.options.allowance);
+        let results = Arc::clone(&self.results);
+        let item = Item::new(held, operation, iovecs, index, results, allowance);
         self.with_workers += 1;
         self.backend.workers.submit(item);
     }
@@ -479,6 +490,17 @@ impl BlkQueue {
             if self.waiting.len() == left {
                 return self.waiting.rotate_right(1);
             }
+        }
+    }
+
+    /// Lets jobs go on that could take no step, once the disk is allowed more time.
+    #[inline]
+    fn resume_stopped(&mut self, ring: &mut Ring) {
+        if self.stopped.is_empty() || !self.is_allowed() {
+            return;
+        }
+        for index in std::mem::take(&mut self.stopped) {
+            self.advance(ring, index);
         }
     }
 
@@ -620,6 +642,7 @@ impl QueueHandler for BlkQueue {
                 self.admit_held(ring, false);
                 self.release_held_back(ring, false, true);
             }
+            self.resume_stopped(ring);
             self.uring.submit();
             self.reap(ring);
             if self.in_flight() == 0 {
@@ -627,7 +650,8 @@ impl QueueHandler for BlkQueue {
             }
             let left = self.in_flight() + self.held();
             // What was held is begun by whoever serves the disk next, and is allowed to.
-            let is_over = left == 0 || (self.is_stopped && self.in_flight() == 0);
+            let runs = self.in_flight() - self.stopped.len();
+            let is_over = left == 0 || (self.is_stopped && runs == 0);
             if is_over || Instant::now() >= deadline {
                 return left;
             }

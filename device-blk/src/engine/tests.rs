@@ -6,6 +6,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user::driver::{DriverRing, GuestMemory};
 use vhost_user::ring::RingConfig;
 
+mod allowed;
 mod leaving;
 mod patchwork;
 mod quiescing;

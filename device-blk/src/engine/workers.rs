@@ -19,6 +19,7 @@ use std::time::Duration;
 use vhost_user::eventfd::EventFd;
 use vhost_user::ring::MemoryPin;
 
+use super::allowance::Allowance;
 use crate::confinement;
 use crate::image::{Buffers, Image, PendingTask, Task};
 
@@ -56,6 +57,8 @@ pub(super) struct Item {
     /// Where the job is.
     slot: usize,
     results: Arc<Results>,
+    /// Of the disk.
+    allowance: Arc<Allowance>,
 }
 
 /// What an item keeps alive.
@@ -236,6 +239,9 @@ impl Pool {
             let changes = item.changes();
             if item.results.is_abandoned() {
                 item.answer(-libc::ECANCELED);
+            } else if item.allowance.is_over() {
+                // The queue begins it anew, once it may.
+                item.answer(-libc::EAGAIN);
             } else {
                 let performed = panic::catch_unwind(AssertUnwindSafe(|| item.perform()));
                 // A defect of the image's; the guest must not wait for ever.
@@ -311,6 +317,7 @@ impl Item {
         iovecs: Vec<libc::iovec>,
         slot: usize,
         results: Arc<Results>,
+        allowance: Arc<Allowance>,
     ) -> Self {
         Self {
             held: Some(held),
@@ -318,6 +325,7 @@ impl Item {
             iovecs,
             slot,
             results,
+            allowance,
         }
     }
 

@@ -118,7 +118,10 @@ impl Begun {
 
     fn copy(&self, control: &Control) -> Result<(), JobError> {
         let mut copier = Copier::new();
-        let mut pace = Pace::new(self.backup.bytes_per_second);
+        let mut pace = Pace::new(
+            self.backup.bytes_per_second,
+            self.backup.backend.allowance(),
+        );
         control.add_total(self.saver.left_bytes());
         let total_bytes = self.saver.left_bytes();
         let mut from = 0;
@@ -140,6 +143,7 @@ impl Begun {
         }
         control.add_done(total_bytes - done_bytes);
         self.check()?;
+        pace.wait_for_leave(control)?;
         Ok(flush(&*self.backup.target)?)
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use api::rate::TokenBucket;
 
 use super::{Control, JobError};
+use crate::engine::allowance::Allowance;
 use crate::engine::buffer::AlignedBuffer;
 use crate::image::task::OwnIovec;
 use crate::image::{Access, Buffers, Image, Place, SECTOR_BYTES, Task};
@@ -164,20 +165,25 @@ fn next_data(fd: RawFd, offset_bytes: u64) -> Option<u64> {
     }
 }
 
-/// How fast a job may copy.
+/// Between two looks whether the disk may do I/O again.
+const LEAVE_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How fast a job may copy, and until when.
 #[derive(Debug)]
-pub(crate) struct Pace {
+pub(crate) struct Pace<'a> {
     bucket: Option<TokenBucket>,
     began: Instant,
+    allowance: &'a Allowance,
 }
 
-impl Pace {
-    /// 0 for no limit.
-    pub(crate) fn new(bytes_per_second: u64) -> Self {
+impl<'a> Pace<'a> {
+    /// 0 for no limit; `allowance` is the disk's.
+    pub(crate) fn new(bytes_per_second: u64, allowance: &'a Allowance) -> Self {
         let bucket = |rate| TokenBucket::full(rate, BLOCK_BYTES);
         Self {
             bucket: (bytes_per_second > 0).then(|| bucket(bytes_per_second)),
             began: Instant::now(),
+            allowance,
         }
     }
 
@@ -186,6 +192,23 @@ impl Pace {
     /// # Errors
     /// The job is to end.
     pub(crate) fn wait(&mut self, control: &Control, len_bytes: u64) -> Result<(), JobError> {
+        self.wait_for_rate(control, len_bytes)?;
+        self.wait_for_leave(control)
+    }
+
+    /// Waits for as long as the time is over that the disk was allowed.
+    ///
+    /// # Errors
+    /// The job is to end.
+    pub(crate) fn wait_for_leave(&self, control: &Control) -> Result<(), JobError> {
+        while self.allowance.is_over() {
+            control.check_cancelled()?;
+            std::thread::sleep(LEAVE_INTERVAL);
+        }
+        control.check_cancelled()
+    }
+
+    fn wait_for_rate(&mut self, control: &Control, len_bytes: u64) -> Result<(), JobError> {
         control.check_cancelled()?;
         let Some(bucket) = &mut self.bucket else {
             return Ok(());

@@ -91,7 +91,7 @@ impl Mirror {
             capacity_bytes,
             fresh: self.fresh,
             copier: Copier::new(),
-            pace: Pace::new(self.bytes_per_second),
+            pace: Pace::new(self.bytes_per_second, self.backend.allowance()),
         };
         // Only while nothing was written to the target do zeroes need no writing.
         pass.run()?;
@@ -111,6 +111,7 @@ impl Mirror {
             if self.auto_complete || control.completes() {
                 // What the guest has flushed must be on the target's storage after the switch.
                 // Most of that is done before the guest has to wait.
+                pass.pace.wait_for_leave(control)?;
                 flush(&*self.target)?;
                 if due.count() * UNIT_BYTES <= MAX_LEFT_BYTES {
                     return self.switch(&mut pass);
@@ -129,8 +130,10 @@ impl Mirror {
                 target: Arc::clone(&self.target),
                 capacity_bytes: pass.capacity_bytes,
                 fresh: pass.fresh,
+                backend: Arc::clone(&self.backend),
             };
             rest.copy_within(REST_PATIENCE)?;
+            check_leave(&self.backend)?;
             pass.control.take_back()?;
             self.target.set_patience(None);
             mark_as_current(&*self.target);
@@ -150,7 +153,7 @@ struct Pass<'a> {
     capacity_bytes: u64,
     fresh: Fresh,
     copier: Copier,
-    pace: Pace,
+    pace: Pace<'a>,
 }
 
 impl Pass<'_> {
@@ -205,6 +208,7 @@ struct Rest {
     target: Arc<dyn Image>,
     capacity_bytes: u64,
     fresh: Fresh,
+    backend: Arc<Backend>,
 }
 
 impl Rest {
@@ -231,9 +235,22 @@ impl Rest {
         let mut copier = Copier::new();
         let (source, target) = (&*self.source, &*self.target);
         while let Some((offset_bytes, len_bytes)) = take(&self.due, 0, self.capacity_bytes) {
+            check_leave(&self.backend)?;
             copier.copy(source, target, offset_bytes, len_bytes, self.fresh)?;
         }
+        check_leave(&self.backend)?;
         Ok(flush(target)?)
+    }
+}
+
+/// While the guest waits nobody waits for more time: the disk stays where it is.
+fn check_leave(backend: &Backend) -> Result<(), JobError> {
+    match backend.allowance().is_over() {
+        true => Err(JobError::Failed(
+            "the time that the disk was allowed is over; mirror it again when its host is back"
+                .into(),
+        )),
+        false => Ok(()),
     }
 }
 

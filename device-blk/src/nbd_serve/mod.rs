@@ -240,6 +240,8 @@ fn listen(args: &ServeArgs) -> anyhow::Result<(OwnedFd, String, Option<SocketFil
     Ok(match listener {
         Listener::Unix(listener, file) => (listener.into(), name, Some(file)),
         Listener::Tcp(listener) => (listener.into(), name, None),
-        Listener::Tls(_) => bail!("--listen {address}: NBD has a TLS of its own; name HOST:PORT and --tls-file"),
+        Listener::Tls(_) => {
+            bail!("--listen {address}: NBD has a TLS of its own; name HOST:PORT and --tls-file")
+        }
     })
 }

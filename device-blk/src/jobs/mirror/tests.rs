@@ -140,6 +140,7 @@ fn target_that_hangs_at_the_switch_keeps_the_guest_for_a_bounded_time() {
         target: rig.target.clone(),
         capacity_bytes: CAPACITY_BYTES,
         fresh: Fresh::Unknown,
+        backend: Arc::clone(&rig.backend),
     };
     rig.target.hangs.store(true, Ordering::Release);
     let began = Instant::now();
