@@ -22,10 +22,18 @@ fn with_vlans() -> NetworkSpec {
     spec
 }
 
-fn run_in(host: &mut Host, (id, mac): (&str, &str), vlan: u32, trunk: &[u32]) -> VmStatus {
-    let mut spec = host.vm(id, mac, 1, Power::On);
+fn run_in(host: &mut Host, vm: (&str, &str), vlan: u32) -> VmStatus {
+    apply_in(host, vm, vlan, (1, Power::On))
+}
+
+fn apply_in(
+    host: &mut Host,
+    (id, mac): (&str, &str),
+    vlan: u32,
+    (generation, power): (u64, Power),
+) -> VmStatus {
+    let mut spec = host.vm(id, mac, generation, power);
     spec.nics[0].vlan = vlan;
-    spec.nics[0].trunk_vlans = trunk.to_vec();
     host.agent.apply_vm(&spec);
     host.settled(id)
 }
@@ -44,7 +52,7 @@ fn nics_reach_their_vlan_alone_and_what_is_in_none_the_wire() {
         ("plain", PLAIN_MAC, 0, "10.20.0.7"),
     ];
     let guests = vms.map(|(id, mac, vlan, address)| {
-        let status = run_in(&mut host, (id, mac), vlan, &[]);
+        let status = run_in(&mut host, (id, mac), vlan);
         assert_eq!(status.phase(), VmPhase::Running, "{}", status.error);
         let (guest, cable) = host.guest(id, mac);
         guest.run(&format!("ip addr add {address}/24 dev eth0"));
@@ -73,7 +81,9 @@ fn nics_reach_their_vlan_alone_and_what_is_in_none_the_wire() {
         cable.await_connections(2);
     }
     reached();
-    for (id, mac, ..) in vms {
+    for (id, mac, vlan, _) in vms {
+        let status = apply_in(&mut host, (id, mac), vlan, (2, Power::OffNow));
+        assert_eq!(status.phase(), VmPhase::Stopped);
         host.remove(id, mac);
     }
     host.agent.delete("front").unwrap();
@@ -86,7 +96,7 @@ fn vlan_in_a_network_without_them_is_refused() {
     let mut spec = switched(NetworkKind::Isolated);
     let status = host.agent.apply(&spec).unwrap();
     assert!(status.ready, "{}", status.error);
-    let failed = run_in(&mut host, ("web", WEB_MAC), 10, &[]);
+    let failed = run_in(&mut host, ("web", WEB_MAC), 10);
     assert_eq!(failed.phase(), VmPhase::Failed);
     let named = failed.error.contains("NIC nic0") && failed.error.contains("has no VLANs");
     assert!(named, "{}", failed.error);
