@@ -31,7 +31,7 @@ pub struct Tokens {
 #[derive(Debug)]
 struct State {
     known: HashMap<[u8; 32], Principal>,
-    modified: Option<(SystemTime, u64)>,
+    stamp: Option<Stamp>,
     looked: Instant,
 }
 
@@ -50,12 +50,12 @@ impl Tokens {
     /// # Errors
     /// When it cannot be read or has something in it that is not understood.
     pub fn open(path: &Path) -> Result<Self, TokensError> {
-        let modified = stamp(path);
+        let stamp = stamp(path);
         Ok(Self {
             path: path.to_owned(),
             state: Mutex::new(State {
                 known: read(path)?,
-                modified,
+                stamp,
                 looked: Instant::now(),
             }),
         })
@@ -66,13 +66,13 @@ impl Tokens {
         let mut state = self.state.lock().expect("nothing panics while it is held");
         if state.looked.elapsed() >= LOOK_INTERVAL {
             state.looked = Instant::now();
-            let modified = stamp(&self.path);
-            if modified != state.modified {
+            let stamp = stamp(&self.path);
+            if stamp != state.stamp {
                 match read(&self.path) {
                     Ok(known) => {
                         tracing::info!(file = %self.path.display(), tokens = known.len(), "tokens were read again");
                         state.known = known;
-                        state.modified = modified;
+                        state.stamp = stamp;
                     }
                     Err(error) => tracing::warn!(
                         error = %crate::with_source(&error),
@@ -86,11 +86,14 @@ impl Tokens {
     }
 }
 
-/// Changes with the file: when it was written and which file it is.
-fn stamp(path: &Path) -> Option<(SystemTime, u64)> {
+/// What a file's stamp is made of: when it was written, its inode, its length in bytes.
+type Stamp = (SystemTime, u64, u64);
+
+/// Changes with the file.
+fn stamp(path: &Path) -> Option<Stamp> {
     use std::os::unix::fs::MetadataExt as _;
     let metadata = fs::metadata(path).ok()?;
-    Some((metadata.modified().ok()?, metadata.ino() ^ metadata.len()))
+    Some((metadata.modified().ok()?, metadata.ino(), metadata.len()))
 }
 
 fn read(path: &Path) -> Result<HashMap<[u8; 32], Principal>, TokensError> {
