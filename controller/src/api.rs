@@ -48,6 +48,7 @@ mod nics;
 mod operations;
 mod pools;
 mod projects;
+mod reach;
 mod security_groups;
 mod state;
 mod upgrades;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ::api::controller as pb;
 use ::api::errors;
+use sha2::{Digest as _, Sha256};
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderValue, Request, Response};
 use tonic::server::NamedService;
@@ -112,7 +113,16 @@ impl Gate {
             }
         };
         if principal != Principal::local() {
-            let limited = self.limit(&principal.name);
+            // Those without a name have an allowance each, by what tells them apart: one that floods
+            // takes nothing from the others.
+            let unnamed = || match &credentials.certificate {
+                Some(certificate) => format!("!{:x?}", Sha256::digest(certificate)),
+                None => format!("?{}", peer.rsplit_once(':').map_or(peer, |(host, _)| host)),
+            };
+            let limited = match principal.name.is_empty() {
+                true => self.limit(&unnamed()),
+                false => self.limit(&principal.name),
+            };
             limited.map_err(|status| Refusal {
                 caller: Some(principal.clone()),
                 status: Box::new(status),

@@ -351,3 +351,24 @@ async fn without_credentials_set_up_everybody_is_local() {
         Principal::local()
     );
 }
+
+#[tokio::test]
+async fn flood_of_an_open_method_leaves_others_their_allowance() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tokens.json");
+    std::fs::write(&file, "[]").unwrap();
+    let store: SharedStore = Arc::new(EmbeddedStore::open(&dir.path().join("s.redb")).unwrap());
+    let authenticator = Authenticator::off().with_tokens(Tokens::open(&file).unwrap());
+    let gate = Gate::new(authenticator, Rate::new(1), Audit::start(store));
+    let [join, renew] = ["JoinHost", "RenewHostCertificate"]
+        .map(|method| format!("mortise.controller.v1.Certificates/{method}"));
+    let nobody = Credentials::default();
+    let flooded = (0..10).any(|_| gate.admit(&join, &nobody, "192.0.2.1:5").is_err());
+    assert!(flooded, "one address has an allowance");
+    assert!(gate.admit(&join, &nobody, "192.0.2.2:5").is_ok());
+    let host = Credentials {
+        certificate: Some(b"a host's".to_vec()),
+        ..Default::default()
+    };
+    assert!(gate.admit(&renew, &host, "192.0.2.1:6").is_ok());
+}

@@ -8,7 +8,7 @@ use api::node::{self, start_job_request::Work};
 use api::validate;
 use tonic::{Request, Response, Status};
 
-use super::{Api, command_status, mask::apply_limit};
+use super::{Api, caller, command_status, mask::apply_limit, reach};
 use crate::commands::{self, CommandError, RequestKey};
 use crate::model;
 
@@ -118,7 +118,9 @@ impl Disks for Api {
         &self,
         request: Request<MirrorDiskRequest>,
     ) -> Result<Response<Operation>, Status> {
+        let caller = caller(&request);
         let request = request.into_inner();
+        reach::path(&caller, &request.path, "path")?;
         let name = validate::mirror_disk_request(&request)?;
         let key = RequestKey::new(&name.0.project, &request.request_id, "MirrorDisk", &request);
         let kind = OperationKind::MirrorDisk;
@@ -149,7 +151,9 @@ impl Disks for Api {
         &self,
         request: Request<BackupDiskRequest>,
     ) -> Result<Response<Operation>, Status> {
+        let caller = caller(&request);
         let request = request.into_inner();
+        reach::path(&caller, &request.path, "path")?;
         let name = validate::backup_disk_request(&request)?;
         let key = RequestKey::new(&name.0.project, &request.request_id, "BackupDisk", &request);
         let kind = OperationKind::BackupDisk;

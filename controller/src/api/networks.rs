@@ -7,7 +7,7 @@ use api::names::{Name, Parent};
 use api::validate;
 use tonic::{Request, Response, Status};
 
-use super::{Api, command_status, store_status};
+use super::{Api, caller, command_status, reach, store_status};
 use crate::commands::{self, RequestKey};
 use crate::model::{NetworkRecord, prefix};
 use crate::plan::Layout;
@@ -56,6 +56,7 @@ impl Networks for Api {
         &self,
         request: Request<CreateNetworkRequest>,
     ) -> Result<Response<Operation>, Status> {
+        let caller = caller(&request);
         let request = request.into_inner();
         validate::create_network_request(&request)?;
         let parent = validate::list_parent(&request.parent)?.project();
@@ -64,6 +65,7 @@ impl Networks for Api {
         let key = RequestKey::new(&project, &request.request_id, "CreateNetwork", &request);
         let network = request.network.unwrap_or_default();
         let spec = network.spec.unwrap_or_default();
+        reach::network(&caller, &spec)?;
         let operation =
             commands::create_network(&self.store, &name, &spec, &key, request.validate_only);
         operation.await.map(Response::new).map_err(command_status)

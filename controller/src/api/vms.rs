@@ -6,7 +6,7 @@ use api::names::{Name, Parent};
 use api::validate;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Api, command_status, console, store_status};
+use super::{Api, caller, command_status, console, reach, store_status};
 use crate::commands::{self, CommandError, RequestKey, phase_word};
 use crate::model::{VmRecord, prefix};
 use crate::reconciler::decode;
@@ -45,6 +45,7 @@ impl Vms for Api {
         &self,
         request: Request<CreateVmRequest>,
     ) -> Result<Response<Operation>, Status> {
+        let caller = caller(&request);
         let request = request.into_inner();
         validate::create_vm_request(&request)?;
         let parent = validate::list_parent(&request.parent)?.project();
@@ -52,6 +53,7 @@ impl Vms for Api {
         let name = Name::vm(&project, &request.vm_id);
         let key = RequestKey::new(&project, &request.request_id, "CreateVm", &request);
         let spec = request.vm.and_then(|vm| vm.spec).unwrap_or_default();
+        reach::vm(&caller, &spec)?;
         let operation = commands::create_vm(
             &self.store,
             &self.hosts,

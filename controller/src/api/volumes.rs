@@ -6,7 +6,7 @@ use api::names::{Name, Parent};
 use api::validate;
 use tonic::{Request, Response, Status};
 
-use super::{Api, command_status, store_status};
+use super::{Api, caller, command_status, reach, store_status};
 use crate::commands::{self, RequestKey};
 use crate::model::{self, VolumeRecord, prefix};
 use crate::reconciler::decode;
@@ -54,6 +54,7 @@ impl Volumes for Api {
         &self,
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<Operation>, Status> {
+        let caller = caller(&request);
         let mut request = request.into_inner();
         validate::create_volume_request(&request)?;
         let parent = validate::list_parent(&request.parent)?.project();
@@ -66,6 +67,7 @@ impl Volumes for Api {
             .volume
             .and_then(|volume| volume.spec)
             .unwrap_or_default();
+        reach::volume(&caller, &spec)?;
         let uid = model::new_uid();
         let host = commands::place_volume(&self.store, &self.hosts, &name, &spec).await;
         let host = host.map_err(command_status)?;

@@ -355,7 +355,7 @@ async fn strangers_are_refused_by_hosts_and_controllers() {
 #[tokio::test(flavor = "multi_thread")]
 async fn expired_certificate_is_refused_and_a_new_one_is_taken_without_a_restart() {
     let dir = tempfile::tempdir().unwrap();
-    let c = Secured::start(dir.path(), &["--certificate-lifetime", "2"]).await;
+    let c = Secured::start(dir.path(), &["--certificate-lifetime", "4"]).await;
     let mut machine = Machine::new(dir.path(), "a");
     let name = machine.joined(&c, &c.token("", 0).await);
     let identity = machine.files().read().unwrap().identity.unwrap();
