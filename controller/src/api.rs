@@ -318,6 +318,23 @@ fn command_status(error: CommandError) -> Status {
                 &metadata,
             )
         }
+        CommandError::HostNotLost { host, what } => {
+            let metadata = [("host", host.as_str()), ("vms", what)];
+            status(
+                Code::FailedPrecondition,
+                "HOST_NOT_LOST",
+                message,
+                &metadata,
+            )
+        }
+        CommandError::ExportTaken { export, volume } => {
+            let metadata = [("export", export.as_str()), ("volume", volume)];
+            status(Code::AlreadyExists, "EXPORT_TAKEN", message, &metadata)
+        }
+        CommandError::VolumeHeld { volume, vm } => {
+            let metadata = [("volume", volume.as_str()), ("vm", vm)];
+            status(Code::FailedPrecondition, "VOLUME_HELD", message, &metadata)
+        }
         CommandError::PoolInUse { pool, volume } => {
             let metadata = [("pool", pool.as_str()), ("volume", volume)];
             status(Code::FailedPrecondition, "POOL_IN_USE", message, &metadata)

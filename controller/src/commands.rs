@@ -40,7 +40,10 @@ pub use placement::{
     Place, Placing, get_host, is_local, no_host, place, place_at, place_upload, place_volume,
     release, unplace, upload_host, vm_request,
 };
-pub use pools::{attach, create_pool, delete_pool, get_pool, local_pool, visible_pool};
+pub use pools::{
+    attach, count_placements, create_pool, delete_pool, get_pool, local_pool, release_export,
+    visible_pool,
+};
 pub use projects::{
     create_project, default_project, delete_project, get_project, update_project, visible_project,
 };
@@ -604,6 +607,32 @@ pub enum CommandError {
     NoSuchProject {
         /// Its id.
         project: String,
+    },
+    /// Only when it is lost for sure others may run what it ran.
+    #[error(
+        "{what} may still run on host {host}, and is started elsewhere once the host is lost for sure; try again in a minute"
+    )]
+    HostNotLost {
+        /// Its id.
+        host: String,
+        /// VMs.
+        what: String,
+    },
+    /// A place in a pool is one volume's.
+    #[error("{export} is {volume} already; name another export, or delete that volume first")]
+    ExportTaken {
+        /// What it is called in the pool.
+        export: String,
+        /// Whose it is.
+        volume: String,
+    },
+    /// Two may not write to it.
+    #[error("vm {vm} may be running with volume {volume}; stop it first: vmctl vm stop {vm}")]
+    VolumeHeld {
+        /// Its id.
+        volume: String,
+        /// Who has it.
+        vm: String,
     },
     /// Pools with volumes in them stay.
     #[error("{volume} is in pool {pool}; delete it first")]

@@ -18,6 +18,7 @@
 //! fault-switch-off                      there while nothing may be broken on purpose
 //! projects/{project}           ProjectRecord
 //! pools/{pool}                 PoolRecord
+//! exports/{place}/{export}     ExportRecord
 //! quota-fence/{project}        changes with all that counts against the project's quota
 //! audit/{id}                   controller.v1 AuditEntry; ids sort by age
 //! seeds/{project}/{vm}         node.v1 CloudInit of the VM, if it has one
@@ -50,7 +51,7 @@ pub use host::{
     host_id, host_name, inventory, labelled, reservation_key, upload_host_key,
 };
 pub use nic::{capture, flow, nic_status};
-pub use pool::{PoolRecord, is_fenced, pool_key};
+pub use pool::{ExportRecord, PoolRecord, is_fenced, pool_key};
 pub use project::{
     EXPLICIT_PROJECTS, PROJECT_COLLECTIONS, ProjectRecord, project_key, quota_fence_key,
 };
@@ -94,6 +95,9 @@ pub struct VmRecord {
     /// Which owner of its volumes it is, by their names, since it was started last.
     #[prost(btree_map = "string, uint64", tag = "20")]
     pub attachments: BTreeMap<String, u64>,
+    /// What its placements count from: each restore of the state is higher than all before it.
+    #[prost(uint64, tag = "21")]
+    pub placements_base: u64,
 }
 
 /// A volume as stored.
@@ -114,7 +118,8 @@ pub struct VolumeRecord {
     /// Where it is, if not in a host's own pool.
     #[prost(message, optional, tag = "40")]
     pub pool: Option<pb::PoolSpec>,
-    /// VMs that were started with it so far: whoever had it before the last one may not write any more.
+    /// VMs that were started with it so far, while it is in a host's own pool: whoever had it before the
+    /// last one may not write any more.
     #[prost(uint64, tag = "41")]
     pub attachments: u64,
 }

@@ -357,7 +357,9 @@ impl Reconciler {
                 if self.is_busy(&record.host, &name) {
                     return Ok(());
                 }
-                let (node_id, transaction) = (&record.node_id, Transaction::new());
+                let node_id = &record.node_id;
+                let transaction =
+                    commands::release_export(store, record, Transaction::new()).await?;
                 forget(
                     store,
                     &self.asked(&name, desired),
@@ -517,6 +519,7 @@ async fn place_vm(
         },
     };
     place.note(&mut record);
+    commands::count_placements(store, &mut record).await?;
     let target = model::host_name(place.host());
     let event = model::new_event(&record.vm.name, "VM_PLACED", format!("on {target}"));
     let mut transaction = Transaction::new();

@@ -1,9 +1,12 @@
 //! Commands on hosts.
 
 use api::controller as pb;
+use api::names::Name;
 use prost::Message;
 
-use super::{CommandError, RequestKey, get_host, with_retry};
+use super::vms::want_power;
+use super::{CommandError, RequestKey, get_host, unplace, with_retry};
+use crate::failover;
 use crate::model::{self, VmRecord, VolumeRecord, prefix};
 use crate::plan::Stored;
 use crate::reconciler::decode;
@@ -14,8 +17,9 @@ const MAX_NAMED: usize = 8;
 /// Evictions that go in one transaction.
 const MAX_DELETED: usize = 100;
 
-/// Forgets a host. With `force`, what is on it is taken from it: VMs are placed elsewhere, volumes are
-/// lost.
+/// Forgets a host. With `force`, what is on it is taken from it: VMs are off and placed elsewhere, volumes
+/// are lost. One that is started elsewhere by itself is waited for: only whoever renews leases knows when
+/// the host does not run it any more.
 ///
 /// # Errors
 /// When there is none of that id, it changed, it answers, or something is on it, unless `force`.
@@ -30,18 +34,30 @@ pub async fn delete_host(
         let Stored { record, revision } = get_host(store, id).await?;
         check_etag(&record, etag)?;
         let mut on_it = Vec::new();
-        for item in store.list(Range::all(prefix::VMS)).await?.items {
-            let record: VmRecord = decode(&item.key, &item.value)?;
-            if record.host == id {
-                on_it.push(record.vm.name);
+        let mut roaming = Vec::new();
+        let vms: Vec<Stored<VmRecord>> =
+            records_on(store, prefix::VMS, |record: &VmRecord| record.host == id).await?;
+        let is_here = |record: &VolumeRecord| record.host == id;
+        let volumes: Vec<Stored<VolumeRecord>> =
+            records_on(store, prefix::VOLUMES, is_here).await?;
+        for Stored { record, .. } in &vms {
+            on_it.push(record.vm.name.clone());
+            let is_bound = |disk: &pb::Disk| match &disk.source {
+                Some(pb::disk::Source::Volume(volume)) => {
+                    volumes.iter().any(|own| own.record.volume.name == *volume)
+                }
+                _ => false,
+            };
+            let mut disks = record.vm.spec.iter().flat_map(|spec| &spec.disks);
+            if failover::roams(record) && !disks.any(is_bound) {
+                roaming.push(record.vm.name.clone());
             }
         }
-        for item in store.list(Range::all(prefix::VOLUMES)).await?.items {
-            let record: VolumeRecord = decode(&item.key, &item.value)?;
-            if record.host == id {
-                on_it.push(record.volume.name);
-            }
-        }
+        on_it.extend(
+            volumes
+                .iter()
+                .map(|stored| stored.record.volume.name.clone()),
+        );
         if answers && on_it.is_empty() && !force {
             on_it.push("an agent that answers".to_owned());
         }
@@ -53,6 +69,16 @@ pub async fn delete_host(
             }
             let host = id.to_owned();
             return Err(CommandError::HostInUse { host, what });
+        }
+        if !roaming.is_empty() {
+            let (host, what) = (id.to_owned(), roaming.join(", "));
+            return Err(CommandError::HostNotLost { host, what });
+        }
+        for stored in &vms {
+            strand_vm(store, stored).await?;
+        }
+        for stored in &volumes {
+            lose_volume(store, stored).await?;
         }
         let key = model::host_name(id);
         let event = model::new_event(&key, "HOST_DELETED", "");
@@ -74,6 +100,71 @@ pub async fn delete_host(
         Ok(())
     })
     .await
+}
+
+/// Records of one kind of which `is_meant` is true.
+async fn records_on<R: Message + Default>(
+    store: &SharedStore,
+    prefix: &str,
+    is_meant: impl Fn(&R) -> bool,
+) -> Result<Vec<Stored<R>>, CommandError> {
+    let mut found = Vec::new();
+    for item in store.list(Range::all(prefix)).await?.items {
+        let record: R = decode(&item.key, &item.value)?;
+        if is_meant(&record) {
+            let revision = item.revision;
+            found.push(Stored { record, revision });
+        }
+    }
+    Ok(found)
+}
+
+/// Takes a VM from a host that is deleted: nobody knows whether it runs, so it is off until somebody says
+/// otherwise.
+async fn strand_vm(store: &SharedStore, stored: &Stored<VmRecord>) -> Result<(), CommandError> {
+    let mut record = stored.record.clone();
+    let Ok(name) = Name::parse_vm(&record.vm.name) else {
+        return Ok(());
+    };
+    let key = model::key(&name);
+    let transaction = Transaction::new().if_unchanged(key.clone(), stored.revision);
+    let transaction = unplace(store, &mut record, transaction).await?;
+    want_power(&mut record, pb::DesiredPower::OffNow);
+    let status = record.vm.status.get_or_insert_default();
+    status.set_phase(pb::VmPhase::Failed);
+    status.error = Some(host_deleted());
+    let transaction = transaction.put(key, record.encode_to_vec());
+    store.commit(transaction).await?;
+    Ok(())
+}
+
+/// What was in the pool of a host that is deleted is no more; its record can be deleted.
+async fn lose_volume(
+    store: &SharedStore,
+    stored: &Stored<VolumeRecord>,
+) -> Result<(), CommandError> {
+    let mut record = stored.record.clone();
+    let Ok(name) = Name::parse_volume(&record.volume.name) else {
+        return Ok(());
+    };
+    record.host.clear();
+    let status = record.volume.status.get_or_insert_default();
+    status.set_phase(pb::VolumePhase::Failed);
+    status.error = Some(host_deleted());
+    let key = model::key(&name);
+    let transaction = Transaction::new()
+        .if_unchanged(key.clone(), stored.revision)
+        .put(key, record.encode_to_vec());
+    store.commit(transaction).await?;
+    Ok(())
+}
+
+fn host_deleted() -> pb::OperationError {
+    pb::OperationError {
+        code: tonic::Code::DataLoss as i32,
+        message: "its host was deleted".to_owned(),
+        reason: "HOST_DELETED".to_owned(),
+    }
 }
 
 /// Changes what is decided about a host.

@@ -7,8 +7,11 @@ use api::validate::LOCAL_POOL;
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
-use super::{CommandError, get_volume};
-use crate::model::{self, PoolRecord, VmRecord, VolumeRecord, is_fenced, pool_key, prefix};
+use super::{CommandError, get_vm, get_volume};
+use crate::leader;
+use crate::model::{
+    self, ExportRecord, PoolRecord, VmRecord, VolumeRecord, is_fenced, pool_key, prefix,
+};
 use crate::plan::Stored;
 use crate::reconciler::decode;
 use crate::store::{Range, SharedStore, StoreError, Transaction};
@@ -181,19 +184,89 @@ pub(super) async fn require_pool(
     Ok((record.pool.spec, transaction))
 }
 
-/// Counts one more owner of each volume that a VM writes to, before it is started: those before it are
-/// kept from writing from then on. `record` has yet to be put.
+/// Adds to the transaction that makes a volume of a pool that hosts share that nobody else has its place
+/// there.
+///
+/// # Errors
+/// When another volume has it.
+pub(super) async fn claim_export(
+    store: &SharedStore,
+    record: &VolumeRecord,
+    transaction: Transaction,
+) -> Result<Transaction, CommandError> {
+    let Some(key) = record.export_key() else {
+        return Ok(transaction);
+    };
+    let mut export = get_export(store, &key).await?;
+    if !export.record.volume.is_empty() {
+        return Err(CommandError::ExportTaken {
+            export: record.export(),
+            volume: export.record.volume,
+        });
+    }
+    export.record.volume.clone_from(&record.volume.name);
+    Ok(put_export(transaction, key, &export))
+}
+
+/// The place of a volume that goes is free; how many owners it had stays known, as its server knows.
 ///
 /// # Errors
 /// When the store fails.
+pub async fn release_export(
+    store: &SharedStore,
+    record: &VolumeRecord,
+    transaction: Transaction,
+) -> Result<Transaction, StoreError> {
+    let Some(key) = record.export_key() else {
+        return Ok(transaction);
+    };
+    let mut export = get_export(store, &key).await?;
+    export.record.volume.clear();
+    export.record.vm.clear();
+    Ok(put_export(transaction, key, &export))
+}
+
+async fn get_export(store: &SharedStore, key: &str) -> Result<Stored<ExportRecord>, StoreError> {
+    Ok(match store.get(key).await? {
+        Some(item) => Stored {
+            record: decode(&item.key, &item.value)?,
+            revision: item.revision,
+        },
+        None => Stored {
+            record: ExportRecord::default(),
+            revision: 0,
+        },
+    })
+}
+
+fn put_export(transaction: Transaction, key: String, export: &Stored<ExportRecord>) -> Transaction {
+    let transaction = match export.revision {
+        0 => transaction.if_absent(key.clone()),
+        revision => transaction.if_unchanged(key.clone(), revision),
+    };
+    transaction.put(key, export.record.encode_to_vec())
+}
+
+/// Counts one more owner of each volume that a VM writes to, before it is started: those before it are
+/// kept from writing from then on. `record` has yet to be put.
+///
+/// Numbers are never given twice: they count from what each restore of the state raises above all that was
+/// given before.
+///
+/// # Errors
+/// When another VM may be running with a volume, or the store fails.
 pub async fn attach(
     store: &SharedStore,
     record: &mut VmRecord,
     mut transaction: Transaction,
 ) -> Result<Transaction, CommandError> {
+    let base = leader::epoch_base(store).await?;
     let spec = record.vm.spec.clone().unwrap_or_default();
     record.attachments.clear();
-    for disk in spec.disks.iter().filter(|disk| !disk.read_only) {
+    // A volume that is written to counts, whatever else the VM does with it.
+    let mut disks: Vec<&pb::Disk> = spec.disks.iter().collect();
+    disks.sort_by_key(|disk| disk.read_only);
+    for disk in disks {
         let Some(pb::disk::Source::Volume(volume)) = &disk.source else {
             continue;
         };
@@ -204,18 +277,83 @@ pub async fn attach(
         let Ok(name) = Name::parse_volume(volume) else {
             continue;
         };
-        let stored = match get_volume(store, &name).await {
+        let mut owned = match get_volume(store, &name).await {
             Ok(stored) => stored,
             // Its host says so.
             Err(CommandError::NotFound { .. }) => continue,
             Err(error) => return Err(error),
         };
-        let mut owned = stored.record;
-        owned.attachments += 1;
-        record.attachments.insert(volume.clone(), owned.attachments);
-        transaction = transaction
-            .if_unchanged(model::key(&name), stored.revision)
-            .put(model::key(&name), owned.encode_to_vec());
+        let number = match owned.record.export_key() {
+            Some(key) => {
+                let mut export = get_export(store, &key).await?;
+                if !disk.read_only {
+                    check_holder(store, &name, &export.record.vm, &record.vm.name).await?;
+                    export.record.owners += 1;
+                    export.record.vm.clone_from(&record.vm.name);
+                    transaction = put_export(transaction, key, &export);
+                }
+                // Whoever only reads it is as good as who has it now.
+                export.record.owners.max(1)
+            }
+            None if disk.read_only => continue,
+            None => {
+                owned.record.attachments += 1;
+                transaction = transaction
+                    .if_unchanged(model::key(&name), owned.revision)
+                    .put(model::key(&name), owned.record.encode_to_vec());
+                owned.record.attachments
+            }
+        };
+        let number = base.saturating_add(number);
+        record.attachments.insert(volume.clone(), number);
     }
     Ok(transaction)
+}
+
+/// Says what the placements of a VM with disks of its own choice on other hosts count from.
+///
+/// # Errors
+/// When the store fails.
+pub async fn count_placements(
+    store: &SharedStore,
+    record: &mut VmRecord,
+) -> Result<(), StoreError> {
+    let mut disks = record.vm.spec.iter().flat_map(|spec| &spec.disks);
+    if disks.any(|disk| disk.nbd.is_some()) {
+        record.placements_base = leader::epoch_base(store).await?;
+    }
+    Ok(())
+}
+
+/// Whoever was started with the volume last does not run any more.
+async fn check_holder(
+    store: &SharedStore,
+    volume: &Name,
+    holder: &str,
+    vm: &str,
+) -> Result<(), CommandError> {
+    if holder == vm {
+        return Ok(());
+    }
+    let Ok(holder) = Name::parse_vm(holder) else {
+        return Ok(());
+    };
+    match get_vm(store, &holder).await {
+        Ok(stored) if may_run(&stored.record) => Err(CommandError::VolumeHeld {
+            volume: volume.id.clone(),
+            vm: holder.id,
+        }),
+        Ok(_) | Err(CommandError::NotFound { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// It is to run, or was not seen to have ended.
+pub(super) fn may_run(record: &VmRecord) -> bool {
+    use pb::VmPhase::{Failed, Pending, Stopped, Unspecified};
+    record.vm.desired_power() == pb::DesiredPower::On
+        || !matches!(
+            record.status().phase(),
+            Unspecified | Pending | Stopped | Failed
+        )
 }

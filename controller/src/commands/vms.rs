@@ -4,6 +4,7 @@ use api::controller as pb;
 use api::names::Name;
 use prost::Message;
 
+use super::pools::{count_placements, may_run};
 use super::{
     CommandError, Place, Placing, RequestKey, addresses, attach, check_etag, get_vm, no_host,
     place, quota, validated, visible_vm, vm_request, with_retry,
@@ -73,6 +74,7 @@ pub async fn create_vm(
         };
         if let Some(place) = &place {
             place.note(&mut record);
+            count_placements(store, &mut record).await?;
         }
         let event = model::new_event(&name.to_string(), "VM_CREATED", "");
         let node_id = model::node_id_key(name, &node_id);
@@ -261,14 +263,7 @@ async fn set_power(
 
 /// It has surely ended, and is to run: what it is told of its disks may change.
 fn is_start(record: &VmRecord, power: pb::DesiredPower) -> bool {
-    use pb::VmPhase::{Failed, Pending, Stopped, Unspecified};
-    let wanted = (record.vm.desired_power(), power);
-    let is_change = wanted.0 != pb::DesiredPower::On && wanted.1 == pb::DesiredPower::On;
-    is_change
-        && matches!(
-            record.status().phase(),
-            Unspecified | Pending | Stopped | Failed
-        )
+    power == pb::DesiredPower::On && !may_run(record)
 }
 
 /// A new generation, unless this is wanted already. What is on its way off stays so.

@@ -60,6 +60,7 @@ pub async fn create_volume(
             pool,
             ..Default::default()
         };
+        let transaction = pools::claim_export(store, &record, transaction).await?;
         if record.shared().is_some() {
             record.volume.status = Some(record.shared_status());
         }

@@ -20,6 +20,7 @@ pub fn node_vm_spec<'a>(
     let spec = record.vm.spec.clone().unwrap_or_default();
     // Of its disks on other hosts: whoever serves them refuses the hosts that it was on before.
     let attachment = record.placements.saturating_sub(1);
+    let attachment = attachment.saturating_add(record.placements_base);
     node::VmSpec {
         id: record.node_id.clone(),
         generation: record.vm.generation,

@@ -2,7 +2,7 @@
 
 use api::controller as pb;
 use api::controller::pool_spec::Kind;
-use api::names::Name;
+use api::names::{DEFAULT_PROJECT, Name};
 use prost::Message;
 
 use super::{VolumeRecord, prefix};
@@ -24,6 +24,21 @@ pub struct PoolRecord {
     pub fingerprint: Vec<u8>,
 }
 
+/// A volume's place in a pool that hosts share, whichever volume that is. It stays when the volume goes:
+/// the pool's server remembers how many owners there were.
+#[derive(Clone, PartialEq, Message)]
+pub struct ExportRecord {
+    /// Name of the volume; empty: none is.
+    #[prost(string, tag = "1")]
+    pub volume: String,
+    /// VMs that were started with it so far.
+    #[prost(uint64, tag = "2")]
+    pub owners: u64,
+    /// Name of the last VM that was started to write to it.
+    #[prost(string, tag = "3")]
+    pub vm: String,
+}
+
 /// Key of a pool.
 pub fn pool_key(id: &str) -> String {
     format!("{}{id}", prefix::POOLS)
@@ -43,15 +58,28 @@ impl VolumeRecord {
         }
     }
 
-    /// What it is called in a pool that hosts share.
+    /// What it is called in a pool that hosts share: projects do not share names.
     pub fn export(&self) -> String {
         let spec = self.volume.spec.as_ref();
         match spec.map(|spec| spec.export.as_str()).unwrap_or_default() {
-            "" => {
-                Name::parse_volume(&self.volume.name).map_or_else(|_| String::new(), |name| name.id)
-            }
+            "" => match Name::parse_volume(&self.volume.name) {
+                Ok(name) if name.project == DEFAULT_PROJECT => name.id,
+                Ok(name) => format!("{}.{}", name.project, name.id),
+                Err(_) => String::new(),
+            },
             export => export.to_owned(),
         }
+    }
+
+    /// Key of its [`ExportRecord`], if it is in a pool that hosts share. Two pools may be one place.
+    pub fn export_key(&self) -> Option<String> {
+        let place = match self.shared()? {
+            Kind::Nbd(nbd) => format!("nbd/{}", nbd.address),
+            Kind::SharedDirectory(directory) => format!("file{}", directory.path),
+            Kind::Local(_) => return None,
+        };
+        let place = place.trim_end_matches('/');
+        Some(format!("exports/{place}/{}", self.export()))
     }
 
     /// Of a volume in a pool that hosts share: it is there, and nobody makes it.

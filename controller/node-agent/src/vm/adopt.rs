@@ -24,6 +24,11 @@ pub(super) async fn adopt(actor: &mut Actor) -> Next {
         State::Stopped { .. } | State::Failed(_) => Next::Rest,
         State::Starting(assets) => {
             undo_start(actor, &assets).await;
+            // One that had nothing yet does not say of which boot it is.
+            let is_old = !assets.boot_id.is_empty() && assets.boot_id != actor.env.boot_id;
+            if is_old && !actor.record.spec.comes_back() {
+                return actor.finish("host-reboot");
+            }
             if actor.record.spec.power == Power::On {
                 Next::Start
             } else {

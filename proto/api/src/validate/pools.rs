@@ -65,7 +65,7 @@ pub fn create_pool_request(request: &CreatePoolRequest) -> Result<(), Status> {
 }
 
 /// Of a volume in a pool that hosts share: what a host makes of volumes is not to be had there.
-pub(super) fn of_volume(found: &mut Violations, spec: &VolumeSpec) {
+pub(super) fn of_volume(found: &mut Violations, spec: &VolumeSpec, parent: &str) {
     if spec.pool.is_empty() {
         found.require(spec.export.is_empty(), "volume.spec.export", || {
             "is of volumes in pools that hosts share; name the pool".to_owned()
@@ -92,6 +92,13 @@ pub(super) fn of_volume(found: &mut Violations, spec: &VolumeSpec) {
     }
     found.require(spec.size_bytes > 0, "volume.spec.size_bytes", || {
         "is missing: it counts against the project's quota".to_owned()
+    });
+    let project = parent.trim_start_matches("projects/");
+    let is_own = spec.export.is_empty()
+        || project == names::DEFAULT_PROJECT
+        || spec.export.starts_with(&format!("{project}."));
+    found.require(is_own, "volume.spec.export", || {
+        format!("must begin with \"{project}.\": what is called otherwise is not this project's")
     });
     let is_export = spec.export.len() <= 255 && !spec.export.contains(['@', '/', '\0']);
     found.require(is_export, "volume.spec.export", || {
@@ -152,7 +159,7 @@ mod tests {
     fn volume_of_a_shared_pool_is_of_no_host() {
         let violations = |spec: VolumeSpec| {
             let mut found = Violations::new();
-            of_volume(&mut found, &spec);
+            of_volume(&mut found, &spec, "projects/default");
             found
                 .into_result()
                 .err()
@@ -171,8 +178,16 @@ mod tests {
         assert!(violations(of_host).unwrap().contains("volume.spec.host"));
         let elsewhere = VolumeSpec {
             pool: "fast".into(),
-            ..shared
+            ..shared.clone()
         };
         assert!(violations(elsewhere).unwrap().contains("volume.spec.pool"));
+        let of_others = VolumeSpec {
+            export: "data".into(),
+            ..shared.clone()
+        };
+        let mut found = Violations::new();
+        of_volume(&mut found, &of_others, "projects/web");
+        let status = found.into_result().unwrap_err();
+        assert!(format!("{status:?}").contains("volume.spec.export"));
     }
 }

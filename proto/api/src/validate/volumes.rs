@@ -91,7 +91,7 @@ pub fn create_volume_request(request: &pb::CreateVolumeRequest) -> Result<(), St
         return found.into_result();
     };
     placement::host(&mut found, "volume.spec.host", &spec.host);
-    super::pools::of_volume(&mut found, spec);
+    super::pools::of_volume(&mut found, spec, &request.parent);
     let at = "volume.spec.";
     let of_this_project = |name: Result<names::Name, names::NameError>| match name {
         Ok(name) if request.parent == format!("projects/{}", name.project) => None,
