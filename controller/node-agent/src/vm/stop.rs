@@ -96,11 +96,19 @@ impl Actor {
         let (env, spec) = (self.env.clone(), self.record.spec.clone());
         let lapse = leased::lapse(&env, &spec);
         tokio::pin!(lapse);
+        let mut lease = self.env.leases.watch();
+        lease.mark_changed();
         loop {
             let grace = Duration::from_millis(u64::from(self.record.spec.shutdown_grace_ms));
             tokio::select! {
                 exit = vmm.exited() => return Some(exit),
                 () = &mut lapse => return None,
+                // Its disks need leave for its last blocks, too.
+                Ok(()) = lease.changed(), if self.is_leased() => {
+                    if !self.follow_lease(machine).await {
+                        return None;
+                    }
+                }
                 () = tokio::time::sleep_until(asked_at + grace) => return None,
                 _ = machine.daemon_event(&self.env) => {
                     self.note_pins(machine);
