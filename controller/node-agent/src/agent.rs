@@ -219,8 +219,9 @@ impl Agent {
             changes,
         });
         env.versions.remove_unfinished();
-        env.versions
-            .collect(records.iter().flat_map(|record| &record.pins));
+        let of_switches = env.networks.pins()?;
+        let pins = records.iter().flat_map(|record| &record.pins);
+        env.versions.collect(pins.chain(&of_switches));
         let vms = records
             .into_iter()
             .map(|record| (record.spec.id.clone(), Vm::adopt(env.clone(), record)))

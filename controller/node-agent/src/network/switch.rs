@@ -106,9 +106,9 @@ pub(super) struct Up {
 }
 
 impl Program {
-    /// What the switch was upgraded to, or the installed one.
+    /// What the switch was upgraded to, or the installed one: also when that copy is gone.
     pub(super) fn of(pin: Option<&Pin>, bin_dir: &Path) -> Self {
-        match pin {
+        match pin.filter(|pin| Path::new(&pin.path).is_file()) {
             Some(pin) => Self {
                 path: PathBuf::from(&pin.path),
                 build: pin.build.clone(),
