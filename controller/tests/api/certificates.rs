@@ -383,10 +383,9 @@ async fn certificates_and_authorities_are_exchanged_under_running_connections() 
     let first = std::fs::read(machine.certificate()).unwrap();
     machine.start();
     let host = c.connected().await;
-    let rotated = c
-        .certificates()
-        .rotate_authority(pb::RotateAuthorityRequest {});
-    let rotated = rotated.await.unwrap().into_inner();
+    let request = pb::RotateAuthorityRequest {};
+    let rotated = c.certificates().rotate_authority(request).await;
+    let rotated = rotated.unwrap().into_inner();
 
     // The host renews in time, and is then certified by the new authority.
     let authorities = || async {
