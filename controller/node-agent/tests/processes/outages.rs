@@ -34,9 +34,11 @@ impl Rig {
     /// The same, with the disk on a file system whose requests can be held.
     async fn start_on(tardy_seconds: u32, storage: Option<&FaultFs>) -> Self {
         // The first process after the first one is late: what comes up meanwhile is a stand-in.
+        // Who asks for the version starts no daemon.
         let script = format!(
-            "cd $(dirname $0)\n[ -e away ] && exit 1\necho x >> starts\n\
-             [ $(wc -l < starts) = 2 ] && sleep {tardy_seconds}\nexec {} \"$@\"",
+            "cd $(dirname $0)\nif [ \"$1\" != --version ]; then\n\
+             [ -e away ] && exit 1\necho x >> starts\n\
+             [ $(wc -l < starts) = 2 ] && sleep {tardy_seconds}\nfi\nexec {} \"$@\"",
             built("device-blk").display()
         );
         let mut agent = Agent::start_with_args("device-blk", &script, "--hang-after\n2\n").await;
