@@ -32,10 +32,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("qcow2", &[]),
     ("request", &[]),
     ("bench", &[]),
-    ("failover", &["api", "nbd"]),
+    ("failover", &["api", "etcd", "guest", "nbd"]),
     ("etcd", &[]),
     ("faultfs", &[]),
-    ("fleet", &["api"]),
+    ("fleet", &["api", "etcd"]),
     ("recovery", &["api", "guest"]),
     (
         "device-net",
