@@ -16,6 +16,7 @@ mod harness;
 mod kill_orders;
 mod networks;
 mod operations;
+mod pools;
 mod replicas;
 mod simulated;
 mod standalone;
