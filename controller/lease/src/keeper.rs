@@ -1,6 +1,7 @@
 //! The leader's end of all hosts' leases: when is a host's VM surely stopped.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::{Moment, Renewal, Terms, Ticket};
 
@@ -13,8 +14,9 @@ use crate::{Moment, Renewal, Terms, Ticket};
 pub struct Keeper {
     terms: Terms,
     epoch: u64,
-    /// The longest terms that any leader before may have granted.
     began: Moment,
+    /// From a ticket until nothing of a VM is left, by the longest terms that were ever granted.
+    longest: Duration,
     hosts: BTreeMap<String, Known>,
 }
 
@@ -32,8 +34,16 @@ impl Keeper {
             terms,
             epoch,
             began: now,
+            longest: terms.surely_over(),
             hosts: BTreeMap::new(),
         }
+    }
+
+    /// Leaders before may have granted leases that were surely over only after `longest`.
+    #[must_use]
+    pub fn after_leases_of(mut self, longest: Duration) -> Self {
+        self.longest = self.longest.max(longest);
+        self
     }
 
     /// What is granted.
@@ -65,7 +75,7 @@ impl Keeper {
 
     /// When the host's leased VMs are surely stopped if nothing is heard any more.
     pub fn over_at(&self, host: &str) -> Moment {
-        let first = self.began.after(self.terms.surely_over());
+        let first = self.began.after(self.longest);
         match self.hosts.get(host) {
             Some(known) => known.over_at.max(first),
             None => first,
@@ -125,6 +135,17 @@ mod tests {
         keeper.heard("a", HostLease::new("s".into()).ticket(at(0)), at(1_000_000));
         keeper.forget("a");
         assert!(!keeper.is_lost("a", at(1_017_000)));
+    }
+
+    #[test]
+    fn new_leader_waits_for_the_longer_leases_of_those_before() {
+        let longer = Duration::from_secs(100);
+        let mut keeper = keeper(at(1_000)).after_leases_of(longer);
+        assert_eq!(keeper.over_at("never-heard"), at(101_000));
+        keeper.heard("a", HostLease::new("s".into()).ticket(at(0)), at(2_000));
+        assert_eq!(keeper.over_at("a"), at(101_000));
+        let shorter = Keeper::new(TERMS, 1, at(0)).after_leases_of(Duration::ZERO);
+        assert_eq!(shorter.over_at("a"), at(17_170));
     }
 
     /// Whatever the delays and however the two clocks drift, a host that the leader holds for lost

@@ -21,6 +21,8 @@ pub(super) const REVISION: &str = "revision";
 pub(super) const COMPACTED: &str = "compacted";
 /// The lease that was granted last.
 pub(super) const LAST_LEASE: &str = "last-lease";
+/// Rises with every transaction of the file: which of them it has.
+pub(super) const BATCH: &str = "batch";
 /// How the tables are laid out; absent in files of before this was written down, which are alike.
 const LAYOUT: &str = "layout";
 const THIS_LAYOUT: u64 = 1;
@@ -62,8 +64,9 @@ pub(super) fn begin(
     Ok((number(transaction, REVISION)?, found))
 }
 
-pub(super) fn revision(transaction: &ReadTransaction) -> Result<u64, StoreError> {
-    number(transaction, REVISION)
+/// The number of the last transaction of the file.
+pub(super) fn batch(transaction: &ReadTransaction) -> Result<u64, StoreError> {
+    number(transaction, BATCH)
 }
 
 fn number(transaction: &ReadTransaction, name: &str) -> Result<u64, StoreError> {

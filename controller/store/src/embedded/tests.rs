@@ -154,3 +154,49 @@ async fn failed_sync_is_answered_by_what_is_there_afterwards() {
     }
     store.commit(big(9)).await.unwrap();
 }
+
+/// The file need not grow for it.
+fn small(n: usize) -> Transaction {
+    Transaction::new().put(format!("small/{n:04}"), vec![7])
+}
+
+#[tokio::test]
+async fn what_cannot_be_looked_at_is_in_doubt() {
+    let Some(fs) = mounted() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s.redb");
+    let link = || std::os::unix::fs::symlink(fs.path("s.redb"), &path).unwrap();
+    link();
+    let store = Arc::new(EmbeddedStore::open(&path).unwrap());
+    // It cannot be opened anew.
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    fs.inject(Fault::new(Op::Sync, Effect::Fail(nix::libc::EIO)).times(1));
+    let mut commits = tokio::task::JoinSet::new();
+    for n in 0..16 {
+        let store = store.clone();
+        commits.spawn(async move { (n, store.commit(small(n)).await) });
+    }
+    let mut results = Vec::new();
+    while let Some(done) = commits.join_next().await {
+        results.push(done.unwrap());
+    }
+    std::fs::remove_dir(&path).unwrap();
+    link();
+    // The first attempt opens it.
+    let mut attempts = 0;
+    while let Err(error) = store.commit(small(99)).await {
+        attempts += 1;
+        assert!(attempts < 3, "{}", error.with_causes());
+    }
+    let mut doubts = 0;
+    for (n, result) in results {
+        let found = store.get(&format!("small/{n:04}")).await.unwrap();
+        match result {
+            Ok(_) => assert!(found.is_some(), "acknowledged, and {n} is not there"),
+            Err(StoreError::InDoubt(_)) => doubts += 1,
+            Err(error) => assert!(found.is_none(), "{error}, and {n} is there"),
+        }
+    }
+    assert!(doubts > 0, "the failed transaction cannot be known");
+}

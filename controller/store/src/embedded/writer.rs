@@ -11,7 +11,8 @@ use tokio::sync::{oneshot, watch};
 
 use super::file::{File, failed};
 use super::tables::{
-    self, COMPACTED, DATA, LAST_LEASE, LEASED, LEASES, LOG, LoggedChange, META, REVISION, item,
+    self, BATCH, COMPACTED, DATA, LAST_LEASE, LEASED, LEASES, LOG, LoggedChange, META, REVISION,
+    item,
 };
 use super::{LeaseId, StoreError, Transaction};
 use crate::{Compare, Write};
@@ -147,11 +148,17 @@ impl Apply {
     }
 
     /// Does them in order. One that is refused leaves no trace; when the batch cannot be stored, they
-    /// are tried one by one, so that what is too much does not take the rest with it.
+    /// are tried one by one, so that what is too much does not take the rest with it. What may have been
+    /// stored is not tried again.
     fn batch(&self, tasks: &[&Task]) -> Vec<Result<u64, StoreError>> {
         match self.attempt(tasks) {
             Ok(results) => results,
             Err(error) if tasks.len() == 1 => vec![Err(error)],
+            Err(StoreError::InDoubt(source)) => {
+                let source: Arc<dyn std::error::Error + Send + Sync> = source.into();
+                let doubt = || StoreError::InDoubt(Box::new(source.clone()));
+                tasks.iter().map(|_| Err(doubt())).collect()
+            }
             Err(_) => tasks
                 .iter()
                 .map(|task| {
@@ -165,16 +172,18 @@ impl Apply {
     fn attempt(&self, tasks: &[&Task]) -> Result<Vec<Result<u64, StoreError>>, StoreError> {
         let written = self.file.with(|database| {
             let transaction = database.begin_write().map_err(failed)?;
-            let (newest, results) = self.write(&transaction, tasks)?;
-            Ok((newest, results, transaction.commit().map_err(failed)))
+            let written = self.write(&transaction, tasks)?;
+            Ok((written, transaction.commit().map_err(failed)))
         });
-        let (newest, results) = match written {
-            Ok((newest, results, Ok(()))) => (newest, results),
-            Ok((newest, results, Err(error))) => {
+        let Written {
+            newest, results, ..
+        } = match written {
+            Ok((written, Ok(()))) => written,
+            Ok((written, Err(error))) => {
                 // The disk may have it all the same: what it says when it is read again counts.
                 self.reopen();
-                match self.file.read(tables::revision) {
-                    Ok(found) if found == newest => (newest, results),
+                match self.file.read(tables::batch) {
+                    Ok(found) if found == written.batch => written,
                     Ok(_) => return Err(error),
                     Err(_) => return Err(StoreError::InDoubt(Box::new(error))),
                 }
@@ -205,12 +214,11 @@ impl Apply {
         }
     }
 
-    /// The revision it is then, and each task's answer.
     fn write(
         &self,
         transaction: &WriteTransaction,
         tasks: &[&Task],
-    ) -> Result<(u64, Vec<Result<u64, StoreError>>), StoreError> {
+    ) -> Result<Written, StoreError> {
         let mut tables = Tables {
             data: transaction.open_table(DATA).map_err(failed)?,
             log: transaction.open_table(LOG).map_err(failed)?,
@@ -237,8 +245,24 @@ impl Apply {
             tables.meta.insert(REVISION, revision).map_err(failed)?;
             tables.compact(revision.saturating_sub(self.log_len))?;
         }
-        Ok((revision, results))
+        let batch = tables.number(BATCH)? + 1;
+        tables.meta.insert(BATCH, batch).map_err(failed)?;
+        Ok(Written {
+            newest: revision,
+            batch,
+            results,
+        })
     }
+}
+
+/// What a transaction of the file holds.
+struct Written {
+    /// The revision it is then.
+    newest: u64,
+    /// Its own number.
+    batch: u64,
+    /// Each task's answer.
+    results: Vec<Result<u64, StoreError>>,
 }
 
 /// The tables, and the revision that the next change follows.
