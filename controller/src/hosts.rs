@@ -8,7 +8,7 @@
 //!
 //! Every replica has connections of its own: consoles and figures come from any of them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
@@ -33,6 +33,21 @@ use crate::store::{Range, SharedStore, StoreError, Transaction};
 const STORE_RETRY: Duration = Duration::from_secs(1);
 /// Between two looks for a host that does not answer.
 const REGISTER_RETRY: Duration = Duration::from_millis(100);
+
+/// Of a host that has no such record.
+const NOTHING_RESERVED: Stored<ReservationRecord> = Stored {
+    record: ReservationRecord {
+        vcpus: 0,
+        memory_bytes: 0,
+        vms: 0,
+        labels: BTreeMap::new(),
+        daemons: BTreeMap::new(),
+        daemon_labels: BTreeMap::new(),
+        repels: BTreeMap::new(),
+        bounds: BTreeMap::new(),
+    },
+    revision: 0,
+};
 
 /// All hosts. Cheap to clone.
 #[derive(Clone)]
@@ -268,12 +283,15 @@ impl Hosts {
     /// When the store fails.
     pub async fn look_up(&self, store: &SharedStore, host: &str) -> Result<(), StoreError> {
         let item = store.get(&model::reservation_key(host)).await?;
-        if let Some(item) = item {
-            let stored = Stored {
+        let reserved = match item {
+            Some(item) => Stored {
                 record: decode(&item.key, &item.value)?,
                 revision: item.revision,
-            };
-            self.promised(host, stored);
+            },
+            None => NOTHING_RESERVED,
+        };
+        if let Some(entry) = self.known_mut().get_mut(host) {
+            entry.reserved = reserved;
         }
         Ok(())
     }
@@ -343,6 +361,9 @@ impl Hosts {
         gone.iter().for_each(|id| self.forget(id));
         let listing = store.list(Range::all(model::RESERVATIONS)).await?;
         let mut reservations = store.watch(model::RESERVATIONS, listing.revision).await?;
+        let ids = listing.items.iter();
+        let ids = ids.map(|item| item.key.trim_start_matches(model::RESERVATIONS).to_owned());
+        self.unlearn(&ids.collect(), listing.revision);
         for item in listing.items {
             self.learn(&item.key, Some(&item.value), item.revision)?;
         }
@@ -363,15 +384,28 @@ impl Hosts {
         }
     }
 
-    /// A reservation as somebody stored it.
+    /// A reservation as somebody stored it, or removed it.
     fn learn(&self, key: &str, value: Option<&[u8]>, revision: u64) -> Result<(), StoreError> {
-        let record = match value {
-            Some(value) => decode(key, value)?,
-            None => ReservationRecord::default(),
-        };
         let host = key.trim_start_matches(model::RESERVATIONS);
-        self.promised(host, Stored { record, revision });
+        if let Some(value) = value {
+            let record = decode(key, value)?;
+            self.promised(host, Stored { record, revision });
+        } else if let Some(entry) = self.known_mut().get_mut(host)
+            && entry.reserved.revision < revision
+        {
+            // The next transaction must find it absent, not as the removal left it.
+            entry.reserved = NOTHING_RESERVED;
+        }
         Ok(())
+    }
+
+    /// Reservations that are not among the `stored` ones were removed, by `revision`.
+    fn unlearn(&self, stored: &BTreeSet<String>, revision: u64) {
+        for entry in &mut self.known_mut().entries {
+            if !stored.contains(&entry.id) && entry.reserved.revision <= revision {
+                entry.reserved = NOTHING_RESERVED;
+            }
+        }
     }
 
     /// Notes a host, and has a connection to where it is: the one that there is or a new one.
@@ -393,10 +427,7 @@ impl Hosts {
                 known.entries.push(Entry {
                     id: id.clone(),
                     record: HostRecord::default(),
-                    reserved: Stored {
-                        record: ReservationRecord::default(),
-                        revision: 0,
-                    },
+                    reserved: NOTHING_RESERVED,
                     placing: Arc::default(),
                     connected: false,
                     connection: None,

@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use api::node::{RenewLeaseRequest, RenewLeaseResponse};
 use lease::{Keeper, Moment, Renewal, Terms, Ticket};
@@ -20,6 +21,9 @@ use crate::hosts::Hosts;
 use crate::reach::Reach;
 use crate::reconciler::with_source;
 use crate::store::{SharedStore, StoreError, Transaction};
+
+/// How long, in milliseconds, the longest lease that any leader granted took to be surely over.
+const LONGEST: &str = "lease-terms";
 
 /// Which hosts are lost. Cheap to clone.
 #[derive(Clone)]
@@ -67,7 +71,18 @@ impl Leases {
     /// Renews leases for as long as this controller leads. `store` refuses transactions of a leadership
     /// that is over.
     pub async fn run(self, store: SharedStore, hosts: Hosts, reach: Arc<dyn Reach>) {
-        *self.keeper() = Some(Keeper::new(self.0.terms, 0, self.now()));
+        let longest = loop {
+            match note_longest(&store, self.0.terms.surely_over()).await {
+                Ok(longest) => break longest,
+                Err(StoreError::Deposed) => return,
+                Err(error) => {
+                    tracing::warn!(error = %with_source(&error), "cannot note the terms of leases");
+                }
+            }
+            tokio::time::sleep(self.0.terms.renew_every()).await;
+        };
+        let keeper = Keeper::new(self.0.terms, 0, self.now());
+        *self.keeper() = Some(keeper.after_leases_of(longest));
         let _over = Over(&self);
         let mut heard: BTreeMap<String, Renewal> = BTreeMap::new();
         loop {
@@ -145,6 +160,28 @@ impl Drop for Over<'_> {
     }
 }
 
+/// The longest that any leader granted, `own` included, which is noted before it is granted: the next
+/// leader may have other terms.
+async fn note_longest(store: &SharedStore, own: Duration) -> Result<Duration, StoreError> {
+    let noted = store.get(LONGEST).await?;
+    let longest = noted.as_ref().and_then(|item| {
+        let text = std::str::from_utf8(&item.value).ok()?;
+        text.parse().ok().map(Duration::from_millis)
+    });
+    let longest = longest.unwrap_or_default();
+    if own <= longest {
+        return Ok(longest);
+    }
+    let millis = own.as_millis().saturating_add(1).to_string();
+    let transaction = match noted {
+        Some(item) => Transaction::new().if_unchanged(LONGEST, item.revision),
+        None => Transaction::new().if_absent(LONGEST),
+    };
+    let transaction = transaction.put(LONGEST, millis.into_bytes());
+    store.commit(transaction).await?;
+    Ok(own)
+}
+
 /// Returns once it is known that this controller led after `heard` was heard.
 async fn prove(store: &SharedStore, heard: &BTreeMap<String, Renewal>) -> Result<(), StoreError> {
     if heard.is_empty() {
@@ -154,7 +191,7 @@ async fn prove(store: &SharedStore, heard: &BTreeMap<String, Renewal>) -> Result
 }
 
 fn request(granted: Renewal) -> RenewLeaseRequest {
-    let millis = |term: std::time::Duration| u32::try_from(term.as_millis()).unwrap_or(u32::MAX);
+    let millis = |term: Duration| u32::try_from(term.as_millis()).unwrap_or(u32::MAX);
     RenewLeaseRequest {
         session: granted.ticket.session,
         ticket_boottime_ns: granted.ticket.at.as_nanos(),
@@ -168,5 +205,25 @@ fn ticket(answer: RenewLeaseResponse) -> Ticket {
     Ticket {
         session: answer.session,
         at: Moment::from_nanos(answer.ticket_boottime_ns),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::embedded::EmbeddedStore;
+
+    #[tokio::test]
+    async fn longest_terms_that_were_ever_granted_are_kept() {
+        let store: SharedStore = Arc::new(EmbeddedStore::in_memory());
+        let term = Duration::from_secs;
+        assert_eq!(note_longest(&store, term(45)).await.unwrap(), term(45));
+        let kept = note_longest(&store, term(10)).await.unwrap();
+        assert!(
+            kept >= term(45),
+            "shorter terms do not shorten what was granted"
+        );
+        assert_eq!(note_longest(&store, term(90)).await.unwrap(), term(90));
+        assert!(note_longest(&store, term(45)).await.unwrap() >= term(90));
     }
 }

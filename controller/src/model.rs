@@ -21,6 +21,7 @@
 //! exports/{place}/{export}     ExportRecord
 //! quota-fence/{project}        changes with all that counts against the project's quota
 //! audit/{id}                   controller.v1 AuditEntry; ids sort by age
+//! lease-terms                  how long the longest lease of a host lasts that was ever granted
 //! seeds/{project}/{vm}         node.v1 CloudInit of the VM, if it has one
 //! hosts/{host}, reservations/{host}, evictions/{host}/{node id}, upload-hosts/{project}/{upload}   see `host`
 //! ```

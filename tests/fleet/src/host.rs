@@ -2,6 +2,7 @@
 //! does; what a VM does is said by [`Host::disturb`]. Thousands fit into one process.
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
@@ -10,6 +11,7 @@ use anyhow::{Context as _, Result};
 use api::node::leases_server::{Leases, LeasesServer};
 use api::node::node_agent_server::{NodeAgent, NodeAgentServer};
 use api::node::*;
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -35,7 +37,11 @@ pub(crate) struct Served {
     pub(crate) host: Host,
     task: JoinHandle<()>,
     socket: PathBuf,
+    /// Connections outlive the task that accepted them.
+    connections: Connections,
 }
+
+type Connections = Arc<Mutex<Vec<OwnedFd>>>;
 
 impl Served {
     /// Serves a host on a socket in `dir`.
@@ -51,12 +57,23 @@ impl Served {
         let server = Server::builder()
             .add_service(NodeAgentServer::new(host.clone()))
             .add_service(LeasesServer::new(host.clone()));
-        let task = tokio::spawn(async move {
-            let _ = server
-                .serve_with_incoming(UnixListenerStream::new(listener))
-                .await;
+        let connections = Connections::default();
+        let known = connections.clone();
+        let incoming = UnixListenerStream::new(listener).map(move |accepted| {
+            let stream = accepted?;
+            let end = stream.as_fd().try_clone_to_owned()?;
+            known.lock().expect("nobody panics with it").push(end);
+            Ok::<_, std::io::Error>(stream)
         });
-        Ok(Self { host, task, socket })
+        let task = tokio::spawn(async move {
+            let _ = server.serve_with_incoming(incoming).await;
+        });
+        Ok(Self {
+            host,
+            task,
+            socket,
+            connections,
+        })
     }
 
     /// As the controller's command line has it.
@@ -69,6 +86,10 @@ impl Drop for Served {
     fn drop(&mut self) {
         self.task.abort();
         let _ = std::fs::remove_file(&self.socket);
+        let connections = self.connections.lock().expect("nobody panics with it");
+        for connection in connections.iter() {
+            let _ = shutdown(connection.as_raw_fd(), Shutdown::Both);
+        }
     }
 }
 

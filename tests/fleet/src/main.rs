@@ -25,8 +25,8 @@ mod controller;
 mod host;
 mod load;
 
-/// Descriptors that a host takes at most: listener, connection, its other end.
-const DESCRIPTORS_PER_HOST: u64 = 4;
+/// Descriptors that a host takes at most: listener, two connections, twice each.
+const DESCRIPTORS_PER_HOST: u64 = 5;
 
 #[derive(Debug, Parser)]
 struct Options {

@@ -175,3 +175,43 @@ async fn what_is_taken_from_a_host_is_given_back_and_marked_there() {
     let key = model::eviction_key("a", "web");
     assert!(store.get(&key).await.unwrap().is_some());
 }
+
+async fn placed(store: &SharedStore, hosts: &Hosts, id: &str) {
+    let spec = pb::VmSpec {
+        vcpus: 1,
+        memory_bytes: GIB,
+        ..Default::default()
+    };
+    let name = Name::vm("default", id);
+    let request = RequestKey::new("default", "", "Test", &pb::GetVmRequest::default());
+    let created = create_vm(store, hosts, &name, &spec, &request, false).await;
+    created.unwrap();
+    let stored = super::super::get_vm(store, &name).await.unwrap();
+    assert_eq!(stored.record.host, "a");
+}
+
+#[tokio::test]
+async fn host_whose_reservation_was_removed_is_promised_anew() {
+    let store: SharedStore = Arc::new(EmbeddedStore::in_memory());
+    add_host(&store, "a", 4, 8 * GIB).await;
+    let hosts = Hosts::new();
+    tokio::spawn(hosts.clone().run(store.clone()));
+    hosts.pretend_connected(&["a"]).await;
+    placed(&store, &hosts, "one").await;
+    let key = model::reservation_key("a");
+    let removed = Transaction::new().delete(key.clone());
+    store.commit(removed).await.unwrap();
+    // Whether the removal was heard of or not.
+    placed(&store, &hosts, "two").await;
+    let removed = Transaction::new().delete(key);
+    store.commit(removed).await.unwrap();
+    let heard = async {
+        while hosts.reserved("a") != ReservationRecord::default() {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    };
+    let patience = std::time::Duration::from_secs(30);
+    tokio::time::timeout(patience, heard).await.unwrap();
+    placed(&store, &hosts, "three").await;
+    assert_eq!(reservation(&store, "a").await.unwrap().record.vms, 1);
+}
