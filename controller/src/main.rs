@@ -10,7 +10,7 @@ use api::controller::certificates_server::CertificatesServer;
 use api::controller::states_server::StatesServer;
 use api::listen::{Address, Listener};
 use api::serve;
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 
 use controller::agent::Agent;
 use controller::api::{Api, CertificateService, StateService};
@@ -32,6 +32,11 @@ const SCHEMA_RETRY: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if options.command.is_none() && !options.has_hosts() {
+        let missing = "no host to manage: --standalone for this machine, --node for others, or --listen https://HOST:PORT for hosts that join";
+        let kind = clap::error::ErrorKind::MissingRequiredArgument;
+        Options::command().error(kind, missing).exit();
+    }
     let done = match &options.command {
         Some(Command::Migrate(migrate)) => move_state(migrate),
         None => run(options),
@@ -47,10 +52,6 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(options: Options) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        options.has_hosts(),
-        "no host to manage: --standalone for this machine, --node for others, or --listen https://HOST:PORT for hosts that join"
-    );
     options.transport.check(&options.listen, &options.nodes)?;
     let telemetry = telemetry::init("controller", options.access.otlp.as_deref())?;
     let state_dir = StateDir::lock(&options.state_dir)?;
