@@ -4,7 +4,7 @@
 //! |---|---|
 //! | vCPU | the vCPU's KVM calls, interrupt routes and doorbells, hanging up on backends |
 //! | devices | Unix sockets to backends, shared memory, interrupt routes and doorbells |
-//! | control | Unix sockets, reading guest memory's file, removing the control socket's file |
+//! | control | Unix sockets, reading guest memory's file, removing the control socket's file, doorbells (for faults that are armed) |
 //! | stdio | nothing |
 //! | main | interrupt controllers and routes, guest memory, hanging up on backends, the exit file |
 
@@ -59,7 +59,9 @@ impl ThreadKind {
                     sets::base()
                         .with(sets::tokio())
                         .with(socket_file)
-                        .with(memory),
+                        .with(memory)
+                        // Whoever arms faults of kicks takes doorbells from KVM.
+                        .with(interrupts()),
                 )
             }
             Self::Stdio => ("vmm-core-stdio", sets::base()),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use api::{
     device::{
         CrashFault, DisconnectFault, ErrorFault, FaultOp, FaultRule, FaultSelector, FaultTrigger,
-        fault_rule::Action,
+        LateKickFault, LateReconnectFault, fault_rule::Action,
     },
     node::{
         ArmFaultsRequest, ControllerPartitionFault, DisarmFaultsRequest, Fault, FaultEventKind,
@@ -66,6 +66,15 @@ impl Rig {
     }
 
     async fn arm(&mut self, id: &str, fault: fault::Fault) -> Result<FaultStatus, Status> {
+        self.arm_in(FaultProcess::Daemon, id, fault).await
+    }
+
+    async fn arm_in(
+        &mut self,
+        process: FaultProcess,
+        id: &str,
+        fault: fault::Fault,
+    ) -> Result<FaultStatus, Status> {
         let request = ArmFaultsRequest {
             experiment_id: "run".to_owned(),
             faults: vec![Fault {
@@ -73,7 +82,7 @@ impl Rig {
                 target: Some(FaultTarget {
                     vm_id: "web".to_owned(),
                     device: "root".to_owned(),
-                    process: FaultProcess::Daemon.into(),
+                    process: process.into(),
                 }),
                 fault: Some(fault),
             }],
@@ -152,6 +161,17 @@ fn rule(action: Action, max_hits: u64) -> fault::Fault {
     })
 }
 
+/// About no request.
+fn of_the_link(action: Action, max_hits: u64) -> fault::Fault {
+    match rule(action, max_hits) {
+        fault::Fault::Rule(rule) => fault::Fault::Rule(FaultRule {
+            selector: None,
+            ..rule
+        }),
+        other => other,
+    }
+}
+
 fn process(action: process_fault::Action) -> fault::Fault {
     fault::Fault::Process(ProcessFault {
         action: Some(action),
@@ -221,6 +241,34 @@ async fn crash_is_a_hit_though_nobody_could_be_asked() {
     assert_eq!(status.hits, 1);
     rig.prints("00").await;
     assert_eq!(rig.status("crash").await.hits, 1, "not once more");
+}
+
+#[tokio::test]
+async fn vmm_core_does_its_end_wrong_and_the_guest_goes_on() {
+    let mut rig = Rig::start(ALLOW).await;
+    let vmm = FaultProcess::Vmm;
+    let late = of_the_link(Action::LateKick(LateKickFault { delay_ms: 20 }), 3);
+    rig.arm_in(vmm, "late-kick", late).await.unwrap();
+    let kicked = rig.until_hits("late-kick", 3).await;
+    assert_eq!(kicked.targets[0].device, "root");
+    let closes = of_the_link(Action::Disconnect(DisconnectFault {}), 1);
+    rig.arm_in(vmm, "closes", closes).await.unwrap();
+    let later = of_the_link(
+        Action::LateReconnect(LateReconnectFault { delay_ms: 300 }),
+        1,
+    );
+    rig.arm_in(vmm, "later", later).await.unwrap();
+    kill_hard(rig.blk().await);
+    rig.until_hits("closes", 1).await;
+    rig.until_hits("later", 1).await;
+    rig.prints("00").await;
+    rig.disarm(&[]).await;
+    rig.prints("00").await;
+    let refused = rig.arm(
+        "late-kick",
+        rule(Action::LateKick(LateKickFault { delay_ms: 1 }), 1),
+    );
+    assert_eq!(refused.await.unwrap_err().code(), Code::InvalidArgument);
 }
 
 #[tokio::test]

@@ -80,7 +80,7 @@ pub(super) fn before_message(faults: &DeviceFaults, request: u32, stop: Borrowed
         match strike.action {
             Action::LateReply(delay) | Action::Hang(delay) => {
                 faults::wait(&strike, delay, stop);
-            },
+            }
             Action::Disconnect => {
                 tracing::warn!(
                     device = faults.id(),

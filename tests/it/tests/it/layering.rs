@@ -52,7 +52,15 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     (
         "node-agent",
-        &["api", "lease", "luks", "pki", "qcow2", "sandbox", "telemetry"],
+        &[
+            "api",
+            "lease",
+            "luks",
+            "pki",
+            "qcow2",
+            "sandbox",
+            "telemetry",
+        ],
     ),
     ("vmctl", &["api", "pki"]),
     ("guest", &[]),
