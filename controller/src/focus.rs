@@ -263,10 +263,9 @@ fn slice<T>(
         .take(count)
         .map(|entry| entry.0)
         .collect();
-    let next = match keys.len() < count || steps == 1 {
-        true => String::new(),
-        false => keys.last().map_or_else(String::new, |key| (*key).clone()),
-    };
+    let end = map.last_key_value().map(|entry| entry.0);
+    let next = keys.last().filter(|key| Some(**key) != end);
+    let next = next.map_or_else(String::new, |key| (*key).clone());
     share.extend(keys.into_iter().cloned());
     *last = next;
 }
