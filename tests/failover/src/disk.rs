@@ -58,7 +58,9 @@ impl Found {
     /// `first` is what the first one left, and more than two rounds. Also how many the next one made.
     pub fn of_two_guests(&self, first: &Self) -> (Vec<Wrong>, u32) {
         let left = first.last();
-        let second = match self.last() > left {
+        // Writes that lie within one round are one guest's: the next one's have replaced all others.
+        let oldest = self.0.iter().copied().min().unwrap_or_default();
+        let second = match self.last() > left || self.last() - oldest < BLOCKS {
             true => self.last(),
             false => self.last_below(left.saturating_sub(BLOCKS)),
         };
@@ -127,7 +129,9 @@ mod tests {
         let mut lost = first.clone();
         lost.0[200] -= BLOCKS;
         assert_eq!(lost.of_one_guest().len(), 1);
-        written(&mut disk, 41..=5_000);
+        written(&mut disk, 41..=800);
+        assert_eq!(disk.of_two_guests(&first), (vec![], 800));
+        written(&mut disk, 801..=5_000);
         assert_eq!(disk.of_two_guests(&first), (vec![], 5_000));
     }
 }
