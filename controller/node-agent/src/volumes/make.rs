@@ -447,24 +447,30 @@ fn preallocate(
 ) -> Result<(), VolumeError> {
     match preallocation {
         Preallocation::Off | Preallocation::Metadata => Ok(()),
-        Preallocation::Falloc => reserve(file, size_bytes)
-            .map_err(|errno| io_error(id, "reserving its blocks")(errno.into())),
+        Preallocation::Falloc => {
+            reserve(file, size_bytes).map_err(io_error(id, "reserving its blocks"))
+        }
         Preallocation::Full => {
             // First, so that a full disk is known before the work.
-            reserve(file, size_bytes)
-                .map_err(|errno| io_error(id, "reserving its blocks")(errno.into()))?;
+            reserve(file, size_bytes).map_err(io_error(id, "reserving its blocks"))?;
             write_zeroes(file).map_err(io_error(id, "writing its blocks"))
         }
     }
 }
 
-fn reserve(file: &File, size_bytes: u64) -> nix::Result<()> {
-    nix::fcntl::fallocate(
-        file,
-        nix::fcntl::FallocateFlags::empty(),
-        0,
-        size_bytes as i64,
-    )
+/// Takes the blocks if there are so many: a file system that is asked for more than it has may take all
+/// of them first, and meanwhile nobody else can write.
+fn reserve(file: &File, size_bytes: u64) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    const BLOCK_BYTES: u64 = 512;
+    let own_bytes = file.metadata()?.blocks() * BLOCK_BYTES;
+    let stat = nix::sys::statvfs::fstatvfs(file)?;
+    let free_bytes = stat.blocks_available() * stat.fragment_size();
+    if size_bytes.saturating_sub(own_bytes) > free_bytes {
+        return Err(nix::errno::Errno::ENOSPC.into());
+    }
+    let mode = nix::fcntl::FallocateFlags::empty();
+    Ok(nix::fcntl::fallocate(file, mode, 0, size_bytes as i64)?)
 }
 
 /// Writes zeroes where the file has a hole or reserved blocks; data stay.
