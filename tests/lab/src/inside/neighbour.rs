@@ -21,7 +21,7 @@ pub(super) fn run(site: &Site) -> Result<i32> {
         tool::output(Command::new("ip").args(arguments))?;
     }
     let status = Command::new(site.bin_dir.join("node-agent"))
-        .args(["--listen", &format!("{ADDRESS}:{PORT}")])
+        .args(["--listen", &format!("{ADDRESS}:{PORT}"), "--insecure"])
         .arg("--state-dir")
         .arg(Path::new("/tmp/state"))
         .arg("--run-dir")

@@ -29,7 +29,8 @@ impl Fleet {
 
     /// A controller here that manages another machine, whose node agent listens there.
     pub(super) fn start_at(agent: &str) -> Fleet {
-        Self::start_with(vec!["--node".to_owned(), agent.to_owned()])
+        let options = ["--node", agent, "--insecure"];
+        Self::start_with(options.map(str::to_owned).to_vec())
     }
 
     /// A controller with these options.

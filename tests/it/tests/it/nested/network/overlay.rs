@@ -17,7 +17,7 @@ const BYTES: u64 = 1 << 20;
 
 #[test]
 fn two_vms_on_two_hosts_exchange_payloads_over_a_vxlan() {
-    ip(&format!("addr add {HERE}/24 dev eth0"));
+    ip(&format!("addr replace {HERE}/24 dev eth0"));
     ip("link set eth0 up");
     wait_until_within("the other host", BOOT_LIMIT, || {
         TcpStream::connect(AGENT).is_ok()
