@@ -4,7 +4,8 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Instant;
 
 use super::poller::{Look, Poller};
-use super::serving::{Serving, Stop, event_fds};
+use super::serving::{Serving, event_fds};
+use super::worker::Stop;
 use super::{Device, Polling, QueueHandler, Wake};
 
 /// Rounds of processing without a look at commands and events, while the driver keeps adding.

@@ -15,17 +15,17 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use faults::{DeviceFaults, Point};
 
 use super::shared::{Mail, OwnRing, SharedRing};
-use super::worker::{Command, QueueStats};
+use super::worker::{Command, QueueStats, Stop};
 use super::{Device, QueueHandler, Wake, misbehaviour};
 use crate::eventfd::{Doorbell, EventFd};
-use crate::ring::{Intake, Ring, RingError, RingState};
+use crate::ring::{Intake, Ring, RingError};
 
 /// Event descriptors a handler may have.
 const MAX_EVENTS: usize = 8;
@@ -48,9 +48,6 @@ pub(super) struct Serving {
     reported_completed: u64,
     faults: Option<Arc<DeviceFaults>>,
 }
-
-/// A stop that was commanded: until when, and who waits for it.
-pub(super) type Stop = (Instant, SyncSender<RingState>);
 
 impl Serving {
     #[expect(clippy::too_many_arguments, reason = "what a ring is served with")]
@@ -113,7 +110,12 @@ impl Serving {
     }
 
     /// Completes what is in flight and ends the ring.
-    pub(super) fn stop(mut self, handler: Option<Box<dyn QueueHandler>>, (deadline, answer): Stop) {
+    pub(super) fn stop(mut self, handler: Option<Box<dyn QueueHandler>>, stop: Stop) {
+        let Stop {
+            successor,
+            deadline,
+            answer,
+        } = stop;
         self.stats.set_worker(None);
         self.ring.get().end_faults();
         let mut handler = handler;
@@ -125,7 +127,7 @@ impl Serving {
         drop(handler);
         self.stats.running.store(false, Ordering::Relaxed);
         self.report();
-        let mut state = self.ring.into_ring().finish();
+        let mut state = self.ring.into_ring().finish(successor);
         if self.is_broken {
             // The driver broke the ring: what could not be taken up again any more stays in the
             // region, but does not keep the frontend from stopping the ring.
@@ -271,8 +273,11 @@ impl Serving {
 
     /// Carries out what was commanded, up to a stop.
     pub(super) fn obey(&mut self) -> Option<Stop> {
-        self.stats.answer_look();
+        let was_asked = self.stats.answer_look();
         self.ring.get().look_at_faults();
+        if was_asked {
+            self.ring.get().remind();
+        }
         if let OwnRing::Shared(shared) = &self.ring
             && let Some(error) = shared.take_error()
         {
@@ -295,7 +300,7 @@ impl Serving {
                     self.ring.get().set_call(call);
                 }
                 Ok(Command::SetErr(err)) => self.err = err,
-                Ok(Command::Stop { deadline, answer }) => return Some((deadline, answer)),
+                Ok(Command::Stop(stop)) => return Some(stop),
                 Err(_) => return None,
             }
         }

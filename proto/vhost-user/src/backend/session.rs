@@ -36,7 +36,7 @@ use super::worker::{Worker, WorkerError};
 use crate::eventfd::{Doorbell, EventFd};
 use crate::inflight::{InflightError, InflightRegion};
 use crate::memory::{MemoryError, MemoryTable, Region, RegionLayout, is_sealed_against_shrinking};
-use crate::ring::{Ring, RingAddresses, RingConfig, RingError, RingFormat};
+use crate::ring::{Ring, RingAddresses, RingConfig, RingError, RingFormat, Successor};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 const F_PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -192,7 +192,8 @@ impl Session {
     /// Drains and stops all rings and forgets the driver's state. Returns only when no worker
     /// and no I/O of this session is left.
     pub(super) fn end(&mut self) {
-        if let Err(error) = self.stop_all(Instant::now() + self.drain_timeout()) {
+        let deadline = Instant::now() + self.drain_timeout();
+        if let Err(error) = self.stop_all(deadline, Successor::Alone) {
             let error = &error as &dyn StdError;
             tracing::warn!(device = self.name, error, "rings did not end in order");
         }
@@ -414,7 +415,10 @@ impl Session {
         if let Some(worker) = &vring.worker {
             // An undrained ring keeps its worker and its entries in the in-flight region: the
             // failure ends the session, and the next one resubmits them.
-            vring.base = worker.begin_stop(deadline).wait()?.next_avail;
+            vring.base = worker
+                .begin_stop(deadline, Successor::Told)
+                .wait()?
+                .next_avail;
             if let Some(worker) = vring.worker.take() {
                 worker.join();
             }
@@ -569,13 +573,17 @@ impl Session {
     }
 
     /// Stops all rings at once and waits for their threads.
-    fn stop_all(&mut self, deadline: Instant) -> std::result::Result<(), WorkerError> {
+    fn stop_all(
+        &mut self,
+        deadline: Instant,
+        successor: Successor,
+    ) -> std::result::Result<(), WorkerError> {
         let workers: Vec<_> = self
             .vrings
             .iter_mut()
             .filter_map(|vring| {
                 let worker = vring.worker.take()?;
-                let stop = worker.begin_stop(deadline);
+                let stop = worker.begin_stop(deadline, successor);
                 let doorbells = [vring.call.as_ref(), vring.err.as_ref()];
                 Some((worker, stop, doorbells))
             })
@@ -598,7 +606,7 @@ impl Session {
     /// Back to the state of a fresh session, but for owner, memory and negotiated features of
     /// the protocol.
     fn reset_rings(&mut self) -> std::result::Result<(), Refusal> {
-        self.stop_all(Instant::now() + self.drain_timeout())?;
+        self.stop_all(Instant::now() + self.drain_timeout(), Successor::Told)?;
         self.vrings
             .iter_mut()
             .for_each(|vring| *vring = Vring::default());

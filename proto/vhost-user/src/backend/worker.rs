@@ -19,7 +19,7 @@ use super::{Device, lone};
 use crate::eventfd::{self, Doorbell, EventFd};
 use crate::log_limit::LogLimit;
 use crate::memory::MemoryTable;
-use crate::ring::{Ring, RingError, RingState};
+use crate::ring::{Ring, RingError, RingState, Successor};
 
 /// How long a worker may take to answer a command beyond the work that the command asks for.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,7 +50,8 @@ pub(super) struct Look {
 
 impl QueueStats {
     /// How long the ring's thread has not answered, and asks it once more. Asking makes it look at its
-    /// ring as well, so that a kick that was lost is made up for.
+    /// ring as well, so that a kick that was lost is made up for, and a signal that was: see
+    /// [`Ring::remind`].
     pub(super) fn unresponsive(&self) -> Duration {
         let mut look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(worker) = &look.worker else {
@@ -66,10 +67,10 @@ impl QueueStats {
         }
     }
 
-    /// Its thread looks at its mail.
-    pub(super) fn answer_look(&self) {
+    /// Its thread looks at its mail; whether it was asked.
+    pub(super) fn answer_look(&self) -> bool {
         let mut look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
-        look.asked = None;
+        look.asked.take().is_some()
     }
 
     pub(super) fn set_worker(&self, worker: Option<Arc<Mail>>) {
@@ -80,12 +81,18 @@ impl QueueStats {
     }
 }
 
+/// A stop that was commanded.
+pub(super) struct Stop {
+    pub(super) successor: Successor,
+    /// Until when what is in flight may complete.
+    pub(super) deadline: Instant,
+    /// Who waits for it.
+    pub(super) answer: SyncSender<RingState>,
+}
+
 /// What the session wants of a worker.
 pub(super) enum Command {
-    Stop {
-        deadline: Instant,
-        answer: SyncSender<RingState>,
-    },
+    Stop(Stop),
     SetMemory {
         memory: Arc<MemoryTable>,
         answer: SyncSender<Result<(), RingError>>,
@@ -187,12 +194,13 @@ impl Worker {
     }
 
     /// Asks the worker to complete what is in flight and end.
-    pub(super) fn begin_stop(&self, deadline: Instant) -> PendingStop {
+    pub(super) fn begin_stop(&self, deadline: Instant, successor: Successor) -> PendingStop {
         let (sender, answer) = sync_channel(1);
-        self.send(Command::Stop {
+        self.send(Command::Stop(Stop {
+            successor,
             deadline,
             answer: sender,
-        });
+        }));
         PendingStop {
             index: self.index,
             deadline,
@@ -282,7 +290,7 @@ impl Worker {
 impl Drop for Worker {
     /// Whoever lets go of a running worker ends it.
     fn drop(&mut self) {
-        drop(self.begin_stop(Instant::now()));
+        drop(self.begin_stop(Instant::now(), Successor::Alone));
     }
 }
 

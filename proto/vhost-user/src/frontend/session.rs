@@ -243,14 +243,21 @@ pub fn start(
             connection.set_vring_enable(queue.index, true)?;
         }
     }
+    // From here on a ring moves, so that its noted base holds no longer: guest memory says where a split one
+    // is. Of a packed one the region does, but not before the backend has begun.
+    let keeps_base = format == RingFormat::Packed && inflight.is_some();
     for queue in &mut activation.queues {
-        // From here on the ring moves, so the noted base holds no longer.
-        queue.base = None;
+        if !keeps_base {
+            queue.base = None;
+        }
         let kick = &resources.queues[usize::from(queue.index)].kick;
         connection.set_vring_kick(queue.index, kick)?;
     }
     // Without REPLY_ACK only a request with an answer tells that all the others arrived.
     connection.features()?;
+    for queue in &mut activation.queues {
+        queue.base = None;
+    }
     Ok(())
 }
 

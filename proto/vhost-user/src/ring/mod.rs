@@ -20,6 +20,7 @@ mod error;
 mod fault;
 mod misbehaviour;
 mod packed;
+mod reminder;
 mod split;
 mod walk;
 
@@ -41,6 +42,7 @@ pub use fault::ChainFault;
 use misbehaviour::RingFaults;
 use packed::PackedRing;
 pub(crate) use packed::Position;
+use reminder::Reminder;
 use split::SplitRing;
 pub use walk::MAX_INDIRECT_DESCS;
 use walk::{Buffers, Walk};
@@ -111,6 +113,15 @@ pub enum Intake {
     Closed,
 }
 
+/// How whoever serves a ring next learns where it goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Successor {
+    /// From the frontend, which is told or begins anew.
+    Told,
+    /// By itself, as after a crash: the session ended, and nobody asked.
+    Alone,
+}
+
 /// Where a ring stands; enough to start a successor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingState {
@@ -141,6 +152,7 @@ pub struct Ring {
     /// Storage of long chains, to be used again.
     spare: Vec<SegmentVec>,
     completed_total: u64,
+    reminder: Reminder,
     /// Points at which something may go wrong on purpose; 0 but in experiments.
     armed: u32,
     faults: Option<Box<RingFaults>>,
@@ -222,6 +234,7 @@ impl Ring {
             resubmit,
             spare: Vec::new(),
             completed_total: 0,
+            reminder: Reminder::default(),
             armed: 0,
             faults: None,
         })
@@ -529,14 +542,16 @@ impl Ring {
 
     /// Ends the ring's life in order. What is left to resubmit becomes the driver's again where
     /// that is possible: a receive queue holds buffers that no packet came for. When nothing is in
-    /// flight, the region forgets the ring.
-    pub fn finish(mut self) -> RingState {
+    /// flight, the region forgets the ring, unless nothing else says where it goes on: the used
+    /// index of a split ring is in guest memory, that of a packed one is not.
+    pub fn finish(mut self, successor: Successor) -> RingState {
         self.publish();
         if either!(&mut self.queue, queue => queue.rewind(&self.resubmit)) {
             self.resubmit.clear();
         }
         let state = self.state();
-        if state.in_flight == 0 {
+        let is_told = successor == Successor::Told || matches!(self.queue, Queue::Split(_));
+        if state.in_flight == 0 && is_told {
             either!(&mut self.queue, queue => queue.retire());
         }
         state

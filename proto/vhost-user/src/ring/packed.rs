@@ -351,6 +351,17 @@ impl PackedRing {
         }
     }
 
+    /// Whether the driver asked to be signalled of something that is published, and has not asked anew.
+    pub(super) fn driver_waits_for_published(&self) -> bool {
+        let size = self.areas.size();
+        match self.areas.driver_wants(self.event_idx) {
+            Wanted::Everything => true,
+            Wanted::Nothing => false,
+            Wanted::At(event) if event.index >= size => true,
+            Wanted::At(event) => (1..=u32::from(size)).contains(&self.published.since(event, size)),
+        }
+    }
+
     /// Makes what a predecessor left the driver's again, where that is possible: when these are
     /// exactly the descriptors that follow the used ones in the ring.
     pub(super) fn rewind(&mut self, left: &VecDeque<u16>) -> bool {

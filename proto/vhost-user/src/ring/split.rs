@@ -315,6 +315,16 @@ impl SplitRing {
         new.wrapping_sub(used_event).wrapping_sub(1) < new.wrapping_sub(old)
     }
 
+    /// Whether the driver asked to be signalled of something that is published, and has not asked anew. It
+    /// may have taken what there is and want to hear of nothing more.
+    pub(super) fn driver_waits_for_published(&self) -> bool {
+        if !self.event_idx {
+            return self.areas.avail_flags() & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0;
+        }
+        let behind = self.published.wrapping_sub(self.areas.used_event());
+        (1..=self.areas.size()).contains(&behind)
+    }
+
     /// Makes what a predecessor left the driver's again, where that is possible: when these are
     /// exactly the entries that follow `used->idx` in the available ring.
     pub(super) fn rewind(&mut self, left: &VecDeque<u16>) -> bool {

@@ -3,6 +3,7 @@
 mod hostile;
 mod packed;
 mod recovery;
+mod reminders;
 
 use std::sync::Arc;
 

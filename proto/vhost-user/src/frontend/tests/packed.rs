@@ -219,6 +219,27 @@ fn rings_stop_and_go_on_at_any_place_of_any_lap() {
 }
 
 #[test]
+fn backends_that_end_in_order_leave_the_place_to_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("packed.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let echo = Arc::new(Echo::default());
+    let mut server = serve(&listener, &echo);
+    let mut guest = Guest::boot(&socket);
+    for _ in 0..30 {
+        guest.submit();
+        guest.await_all();
+        // Nothing is in flight, and nobody asks where the ring stands.
+        server.stop(TIMEOUT).unwrap();
+        server = serve(&listener, &echo);
+    }
+    let taken = echo.taken.lock().unwrap().clone();
+    assert_eq!(taken, (0..30).collect::<Vec<_>>(), "each once, in order");
+    drop(guest);
+    server.stop(TIMEOUT).unwrap();
+}
+
+#[test]
 fn backends_that_die_lose_and_double_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("packed.sock");

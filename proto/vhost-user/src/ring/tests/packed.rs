@@ -337,7 +337,7 @@ fn ring_goes_on_where_it_stopped_with_its_wrap_counter() {
         let chain = ring.pop().unwrap().unwrap();
         assert_eq!(text(&chain)[0], round);
         ring.complete(chain, 0);
-        let state = ring.finish();
+        let state = ring.finish(Successor::Told);
         assert_eq!((state.in_flight, state.next_avail), (0, state.used_idx));
         base = state.next_avail;
         assert!(packed.driver.pop_used().is_some());

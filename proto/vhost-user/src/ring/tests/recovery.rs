@@ -44,7 +44,7 @@ fn draining_ring_yields_what_is_left_to_resubmit_and_nothing_new() {
     assert_eq!(chain.head(), old);
     assert!(ring.pop().unwrap().is_none());
     ring.complete(chain, 4);
-    assert_eq!(ring.finish().in_flight, 0);
+    assert_eq!(ring.finish(Successor::Told).in_flight, 0);
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn resubmitted_buffers_that_were_not_used_become_the_drivers_again() {
         in_flight: 0,
         left_to_resubmit: 0,
     };
-    assert_eq!(ring.finish(), stopped);
+    assert_eq!(ring.finish(Successor::Told), stopped);
     assert_eq!(heads(&mut fixture.ring_with(&region)), all[1..]);
 }
 
@@ -85,7 +85,10 @@ fn requests_completed_out_of_order_are_not_rewound() {
     ring.complete(chains.remove(1), 4);
     ring.publish();
     drop((ring, chains));
-    assert_eq!(fixture.ring_with(&region).finish().in_flight, 1);
+    assert_eq!(
+        fixture.ring_with(&region).finish(Successor::Told).in_flight,
+        1
+    );
     assert_eq!(
         heads(&mut fixture.ring_with(&region)),
         all[..1],
@@ -138,7 +141,7 @@ fn drained_ring_starts_again_anywhere() {
     let chain = ring.pop().unwrap().unwrap();
     ring.complete(chain, 4);
     assert_eq!(
-        ring.finish(),
+        ring.finish(Successor::Told),
         RingState {
             next_avail: 1,
             used_idx: 1,

@@ -118,7 +118,7 @@ fn draining_ring_yields_what_is_left_to_resubmit_and_nothing_new() {
         assert_eq!(text(&chain)[0], 1);
         assert!(ring.pop().unwrap().is_none());
         ring.complete(chain, 0);
-        assert_eq!(ring.finish().in_flight, 0);
+        assert_eq!(ring.finish(Successor::Told).in_flight, 0);
     });
 }
 
@@ -135,7 +135,7 @@ fn resubmitted_buffers_that_were_not_used_become_the_drivers_again() {
         let mut ring = packed.ring_with(&region);
         let chain = ring.pop().unwrap().unwrap();
         ring.unpop(chain);
-        let state = ring.finish();
+        let state = ring.finish(Successor::Told);
         assert_eq!(state.in_flight, 0);
         assert_eq!(state.next_avail, packed.driver.raw_next_used());
         let mut ring = packed.ring_with(&region);
@@ -151,7 +151,10 @@ fn requests_completed_out_of_order_are_not_rewound() {
         ring.complete(chains.remove(1), 4);
         ring.publish();
         drop((ring, chains));
-        assert_eq!(packed.ring_with(&region).finish().in_flight, 1);
+        assert_eq!(
+            packed.ring_with(&region).finish(Successor::Told).in_flight,
+            1
+        );
         assert_eq!(names(&mut packed.ring_with(&region)), [1, 3, 4]);
     });
 }
@@ -164,7 +167,7 @@ fn drained_ring_starts_again_anywhere() {
     let mut ring = packed.ring_with(&region);
     let chain = ring.pop().unwrap().unwrap();
     ring.complete(chain, 0);
-    assert_eq!(ring.finish().in_flight, 0);
+    assert_eq!(ring.finish(Successor::Told).in_flight, 0);
     // The guest reset the driver: the ring starts over, the region is the same.
     packed.driver = PackedDriverRing::new(&packed.memory, 0, SIZE, 0);
     packed.offer(&[2, 2]);
