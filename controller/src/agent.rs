@@ -84,7 +84,7 @@ impl Agent {
             tracing::info!(socket = %self.socket.display(), "adopted the running node agent");
         }
         loop {
-            if listen::answers(&self.socket) {
+            if listen::answers(&self.socket) || self.is_there() {
                 tokio::time::sleep(WATCH_INTERVAL).await;
                 continue;
             }
@@ -102,6 +102,19 @@ impl Agent {
             tokio::time::sleep(backoff).await;
             backoff = (backoff * 2).min(MAX_BACKOFF);
         }
+    }
+
+    /// One that was started here is being exchanged for another binary, or is about to end: its process is
+    /// there, and does not listen.
+    fn is_there(&self) -> bool {
+        let Ok(pid) = std::fs::read_to_string(&self.pid_file) else {
+            return false;
+        };
+        // That of a process that has ended is empty.
+        let line = std::fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
+        let address = self.address().to_string();
+        line.split(|byte| *byte == 0)
+            .any(|word| word == address.as_bytes())
     }
 
     fn start(&self) -> Result<tokio::process::Child, AgentError> {

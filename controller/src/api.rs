@@ -9,6 +9,7 @@ use ::api::controller::devices_server::DevicesServer;
 use ::api::controller::disks_server::DisksServer;
 use ::api::controller::events_server::EventsServer;
 use ::api::controller::fault_experiments_server::FaultExperimentsServer;
+use ::api::controller::host_upgrades_server::HostUpgradesServer;
 use ::api::controller::hosts_server::HostsServer;
 use ::api::controller::networks_server::NetworksServer;
 use ::api::controller::nics_server::NicsServer;
@@ -40,6 +41,7 @@ mod devices;
 mod disks;
 mod events;
 mod faults;
+mod host_upgrades;
 mod hosts;
 mod listing;
 mod mask;
@@ -91,6 +93,7 @@ impl Api {
             .with(gate.guard(NicsServer::new(self.clone())))
             .with(gate.guard(SecurityGroupsServer::new(self.clone())))
             .with(gate.guard(HostsServer::new(self.clone())))
+            .with(gate.guard(HostUpgradesServer::new(self.clone())))
             .with(gate.guard(OperationsServer::new(self.clone())))
             .with(gate.guard(FaultExperimentsServer::new(self.clone())))
             .with(gate.guard(EventsServer::new(self.clone())))
@@ -299,6 +302,15 @@ fn command_status(error: CommandError) -> Status {
         CommandError::NotAMirror { operation } => {
             let metadata = [("operation", operation.as_str())];
             status(Code::FailedPrecondition, "NOT_A_MIRROR", message, &metadata)
+        }
+        CommandError::UpgradeUnderWay { operation } => {
+            let metadata = [("operation", operation.as_str())];
+            status(
+                Code::FailedPrecondition,
+                "UPGRADE_UNDER_WAY",
+                message,
+                &metadata,
+            )
         }
         CommandError::NotCancellable { operation } => {
             let metadata = [("operation", operation.as_str())];

@@ -3,6 +3,7 @@
 //!
 //! What it holds may be a little old. Whoever acts on it compares revisions, as with anything read.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 
 use api::controller as pb;
@@ -120,16 +121,18 @@ impl Cache {
                 let name = name();
                 focus.name(&name);
                 if let Some(before) = put(&mut desired.vms, &name, &change)? {
+                    let before = before.stored.as_ref().map(|stored| &stored.record);
                     let after = desired.vms.get(&name).map(|stored| &stored.record);
-                    index.vm(&name, before.record.as_ref(), after);
+                    index.vm(&name, before, after);
                 }
             }
             prefix::VOLUMES => {
                 let name = name();
                 focus.name(&name);
                 if let Some(before) = put(&mut desired.volumes, &name, &change)? {
+                    let before = before.stored.as_ref().map(|stored| &stored.record);
                     let after = desired.volumes.get(&name).map(|stored| &stored.record);
-                    index.volume(&name, before.record.as_ref(), after);
+                    index.volume(&name, before, after);
                 }
                 // A VM may wait for it.
                 focus.unplaced(index);
@@ -168,6 +171,9 @@ impl Cache {
             }
             prefix::JOBS => {
                 let operation = format!("{}{rest}", prefix::OPERATIONS);
+                if let Some(job) = desired.jobs.get(&operation) {
+                    focus.job(desired.host_of_job(job));
+                }
                 match &change.value {
                     Some(value) => {
                         let record = decode(&change.key, value)?;
@@ -185,28 +191,31 @@ impl Cache {
 }
 
 /// What was there before a change.
-struct Before<T> {
-    record: Option<T>,
+struct Before<S> {
+    stored: Option<S>,
 }
 
 /// A change that is older than what was read, or the same, changes nothing.
-fn put<T: Message + Default>(
-    records: &mut BTreeMap<String, Stored<T>>,
+fn put<T, S>(
+    records: &mut BTreeMap<String, S>,
     name: &str,
     change: &Change,
-) -> Result<Option<Before<T>>, StoreError> {
-    let known = records.get(name);
+) -> Result<Option<Before<S>>, StoreError>
+where
+    T: Message + Default,
+    S: Borrow<Stored<T>> + From<Stored<T>>,
+{
+    let known: Option<&Stored<T>> = records.get(name).map(Borrow::borrow);
     if known.is_some_and(|known| known.revision >= change.revision) {
         return Ok(None);
     }
-    let before = match &change.value {
+    let stored = match &change.value {
         Some(value) => {
             let record = decode(&change.key, value)?;
             let revision = change.revision;
-            records.insert(name.to_owned(), Stored { record, revision })
+            records.insert(name.to_owned(), Stored { record, revision }.into())
         }
         None => records.remove(name),
     };
-    let record = before.map(|before| before.record);
-    Ok(Some(Before { record }))
+    Ok(Some(Before { stored }))
 }

@@ -136,13 +136,17 @@ impl Certificates {
     /// For servers of the API.
     pub fn server(&self) -> tls::Server {
         let credentials = self.0.credentials.clone();
+        let known = credentials.clone();
         tls::Server::new(move || credentials.server(Clients::Anybody))
+            .watching(move |chain| known.watch_client(Clients::Anybody, chain))
     }
 
     /// For calls to hosts.
     pub fn client(&self, expect: Expect) -> tls::Client {
         let credentials = self.0.credentials.clone();
+        let (known, expected) = (credentials.clone(), expect.clone());
         tls::Client::new(move || credentials.client(expect.clone()))
+            .watching(move |(chain, asked)| known.watch_server(expected.clone(), chain, asked))
     }
 
     /// Follows the authorities in the store and renews the own certificate, for ever.
@@ -450,8 +454,8 @@ pub enum CertificateError {
         /// Who.
         host: String,
     },
-    /// It was deleted.
-    #[error("{host} was deleted, and its certificate counts no more; to have it back, `vmctl host token create --host {id}` and join again", id = host.trim_start_matches("hosts/"))]
+    /// It was deleted, or joined again.
+    #[error("{host} was deleted or joined again, and its certificate counts no more; to have it back, `vmctl host token create --host {id}` and join again", id = host.trim_start_matches("hosts/"))]
     Withdrawn {
         /// Who.
         host: String,

@@ -19,6 +19,7 @@ mod addresses;
 mod change;
 mod devices;
 mod disks;
+mod host_upgrades;
 mod hosts;
 mod networks;
 mod nics;
@@ -33,6 +34,7 @@ mod volumes;
 
 pub use devices::{check_device, devices, outage_policy, update_device};
 pub use disks::{DiskOnHost, complete_mirror, disk_job, find_disk, update_disk};
+pub use host_upgrades::{checked_upgrade, selected_hosts, upgrade_hosts};
 pub use hosts::{cordon_host, delete_host, drain_host, update_host};
 pub use networks::{create_network, delete_network, get_network, update_network, visible_network};
 pub use nics::{find_nic, update_nic};
@@ -230,6 +232,10 @@ pub async fn cancel_operation(
         let metadata = operation.metadata.clone().unwrap_or_default();
         if is_cancellable_job(metadata.kind()) {
             disks::cancel_job(store, name).await?;
+            return Ok(operation);
+        }
+        if metadata.kind() == pb::OperationKind::UpgradeHosts {
+            host_upgrades::cancel_host_upgrade(store, name).await?;
             return Ok(operation);
         }
         let target = Name::parse_vm(&metadata.target).ok();
@@ -573,6 +579,14 @@ pub enum CommandError {
     /// The operation is none that waits for a switch.
     #[error("{operation} is not a mirror that goes on; vmctl op list shows those")]
     NotAMirror {
+        /// Its name.
+        operation: String,
+    },
+    /// One at a time.
+    #[error(
+        "hosts are being upgraded by {operation}; wait for it (vmctl op wait {operation}) or cancel it (vmctl op cancel {operation})"
+    )]
+    UpgradeUnderWay {
         /// Its name.
         operation: String,
     },

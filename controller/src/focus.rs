@@ -21,6 +21,8 @@ use crate::plan::{Desired, Fleet, Index, Observed, Part};
 const MAX_DUE: usize = 2_000;
 /// VMs or volumes of one step of a sweep. Where there are no more, each look is at everything.
 const SWEEP: usize = 1_000;
+/// Between two steps of a sweep at least: a fleet in which nothing happens costs next to nothing.
+const SWEEP_PAUSE: Duration = Duration::from_millis(250);
 /// Of those without a host, when a host may have room.
 const MAX_UNPLACED: usize = 1_000;
 /// Before what somebody else was faster with is looked at again.
@@ -38,7 +40,7 @@ pub struct Focus {
     seen: Arc<Fleet>,
     lost: BTreeSet<String>,
     sweep: Sweep,
-    /// How long a sweep over everything takes.
+    /// How long a sweep over everything takes, unless there is very much.
     round: Duration,
 }
 
@@ -137,6 +139,11 @@ impl Focus {
             .get_or_insert_with(|| Instant::now() + AGAIN_AFTER);
     }
 
+    /// An operation's work on a host is wanted otherwise, or no more.
+    pub fn job(&mut self, host: &str) {
+        self.again_of_host(host);
+    }
+
     /// A call about `name` is over.
     pub fn told(&mut self, host: &str, name: &str) {
         self.due.push(name);
@@ -153,17 +160,25 @@ impl Focus {
     /// Notes what is seen otherwise than at the last look, and who is lost now.
     pub fn see(&mut self, fleet: &Arc<Fleet>, lost: &BTreeSet<String>, index: &Index) {
         let before = std::mem::replace(&mut self.seen, fleet.clone());
+        if Arc::ptr_eq(&before, fleet) {
+            return self.see_lost(lost, index);
+        }
+        // Both are in order.
+        let mut earlier = before.hosts.iter().peekable();
         for (host, seen) in &fleet.hosts {
-            match before.hosts.get(host) {
-                Some(last) if Arc::ptr_eq(last, seen) => {}
-                last => self.compare(host, last.map(Arc::as_ref), seen, index),
+            while let Some((gone, _)) = earlier.next_if(|(id, _)| *id < host) {
+                self.all_of(gone, index);
+            }
+            match earlier.next_if(|(id, _)| *id == host) {
+                Some((_, last)) if Arc::ptr_eq(last, seen) => {}
+                last => self.compare(host, last.map(|(_, last)| last.as_ref()), seen, index),
             }
         }
-        for host in before.hosts.keys() {
-            if !fleet.hosts.contains_key(host) {
-                self.all_of(host, index);
-            }
-        }
+        earlier.for_each(|(gone, _)| self.all_of(gone, index));
+        self.see_lost(lost, index);
+    }
+
+    fn see_lost(&mut self, lost: &BTreeSet<String>, index: &Index) {
         if self.lost != *lost {
             let changed: Vec<String> = self.lost.symmetric_difference(lost).cloned().collect();
             changed.iter().for_each(|host| self.all_of(host, index));
@@ -226,7 +241,7 @@ impl Focus {
         if steps > 1 && now < sweep.at {
             return;
         }
-        sweep.at = now + self.round / steps;
+        sweep.at = now + (self.round / steps).max(SWEEP_PAUSE);
         slice(&desired.vms, &mut sweep.vm, steps, &mut part.names);
         slice(&desired.volumes, &mut sweep.volume, steps, &mut part.names);
         slice(&desired.hosts, &mut sweep.host, steps, &mut part.hosts);

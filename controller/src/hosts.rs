@@ -89,6 +89,8 @@ struct Connection {
     certificates_after: SystemTime,
     /// Ends with the connection.
     _task: Arc<OwnTask>,
+    /// What goes over it is cut when this is dropped.
+    _held: watch::Sender<()>,
 }
 
 impl Known {
@@ -446,12 +448,22 @@ impl Hosts {
         if is_new && self.connects {
             let certificates = self.certificates.as_ref();
             let expect = Expect::Host(id.clone(), after);
+            // Streams that others opened end with the connection, too: consoles, captures.
+            let (held, holds) = watch::channel(());
             let tls = certificates.map(|certificates| certificates.client(expect));
-            entry.connection = Some(self.connect(&id, Node::new(address).with_tls(tls), after));
+            let tls = tls.map(|tls| tls.while_held(holds));
+            let node = Node::new(address).with_tls(tls);
+            entry.connection = Some(self.connect(&id, node, after, held));
         }
     }
 
-    fn connect(&self, id: &str, node: Node, certificates_after: SystemTime) -> Connection {
+    fn connect(
+        &self,
+        id: &str,
+        node: Node,
+        certificates_after: SystemTime,
+        held: watch::Sender<()>,
+    ) -> Connection {
         let (hosts, host, of) = (self.clone(), id.to_owned(), node.clone());
         let told = (self.clone(), id.to_owned());
         node.tell_at_once(move |seen| told.0.saw(&told.1, seen));
@@ -475,6 +487,7 @@ impl Hosts {
             node,
             certificates_after,
             _task: Arc::new(OwnTask(task)),
+            _held: held,
         }
     }
 
@@ -505,8 +518,12 @@ impl Hosts {
             let address = entry.record.address.clone();
             tracing::warn!(host = id, address, "another host answers there");
         }
+        let last = known.fleet.hosts.get(id);
+        if last.is_some_and(|last| Arc::ptr_eq(last, &seen)) {
+            return;
+        }
         let fleet = Arc::make_mut(&mut known.fleet);
-        fleet.hosts.insert(id.to_owned(), seen);
+        fleet.hosts.insert(id.into(), seen);
         drop(known);
         self.changed.send_modify(|count| *count += 1);
     }

@@ -57,10 +57,7 @@ impl Leases {
         let Some(keeper) = keeper.as_ref() else {
             return BTreeSet::new();
         };
-        hosts
-            .filter(|host| keeper.is_lost(host, now))
-            .cloned()
-            .collect()
+        keeper.lost(hosts, now).cloned().collect()
     }
 
     /// Changes with every round of renewals.

@@ -11,6 +11,7 @@
 //! hosts      all hosts: connections, what was seen; scheduler: which of them gets a VM
 //! leases     which hosts are lost; failover: what is taken from them
 //! reconciler the loop: load, look, plan, act; cache: what is wanted, in memory; focus: what is looked at
+//! host_upgrades rolling upgrades of agents and daemons, some hosts at a time
 //! faults     experiments: runs, what they saw, their verdicts
 //! certificates what is shown and believed by TLS: the authority, tokens of hosts that join
 //! node       the connection to a host's agent; agent: starts one in standalone mode
@@ -24,6 +25,7 @@ pub mod commands;
 pub mod failover;
 pub mod faults;
 pub mod focus;
+pub mod host_upgrades;
 pub mod hosts;
 pub mod leases;
 pub mod metrics;

@@ -16,6 +16,7 @@ use controller::agent::Agent;
 use controller::api::{Api, CertificateService, StateService};
 use controller::certificates::Certificates;
 use controller::faults::Experiments;
+use controller::host_upgrades;
 use controller::hosts::Hosts;
 use controller::leader::{Candidate, Epoch, Term};
 use controller::leases::Leases;
@@ -24,6 +25,11 @@ use controller::options::{self, Command, Options, StateDir};
 use controller::reconciler::{self, Reconciler};
 use controller::store::schema::{self, SchemaError};
 use controller::store::{SharedStore, StoreError};
+
+/// Tens of thousands of small records come and go, on all threads: less of what they leave behind is kept than
+/// by the C library.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// For the last words to the store.
 const RESIGN_TIMEOUT: Duration = Duration::from_secs(3);
@@ -173,6 +179,7 @@ async fn lead(term: Term, hosts: Hosts, leases: Leases, experiments: Experiments
             .clone()
             .run(store.clone(), hosts.clone(), Arc::new(hosts.clone())),
     );
+    tasks.spawn(host_upgrades::run(store.clone(), hosts.clone()));
     tasks.spawn(Reconciler::new(store, hosts).with_leases(leases).run());
     tasks.join_next().await;
 }

@@ -21,6 +21,7 @@
 //! exports/{place}/{export}     ExportRecord
 //! quota-fence/{project}        changes with all that counts against the project's quota
 //! audit/{id}                   controller.v1 AuditEntry; ids sort by age
+//! host-upgrade                 see `host_upgrade`
 //! lease-terms                  how long the longest lease of a host lasts that was ever granted
 //! seeds/{project}/{vm}         node.v1 CloudInit of the VM, if it has one
 //! hosts/{host}, reservations/{host}, evictions/{host}/{node id}, upload-hosts/{project}/{upload}   see `host`
@@ -37,6 +38,7 @@ use prost_types::Timestamp;
 mod convert;
 mod device;
 mod host;
+mod host_upgrade;
 mod network;
 mod nic;
 mod pool;
@@ -48,9 +50,10 @@ pub use convert::{
 };
 pub use device::{device, device_events, noted_device};
 pub use host::{
-    EVICTIONS, HOSTS, HostRecord, RESERVATIONS, ReservationRecord, eviction_key, has_labels, host,
-    host_id, host_name, inventory, labelled, reservation_key, upload_host_key,
+    EVICTIONS, HOSTS, HostRecord, PromiseRecord, RESERVATIONS, ReservationRecord, eviction_key,
+    has_labels, host, host_id, host_name, inventory, labelled, reservation_key, upload_host_key,
 };
+pub use host_upgrade::{HOST_UPGRADE, HostProgress, HostUpgradeRecord, UpgradeStage};
 pub use nic::{capture, flow, nic_status};
 pub use pool::{ExportRecord, PoolRecord, is_fenced, pool_key};
 pub use project::{
@@ -86,7 +89,7 @@ pub struct VmRecord {
     pub unplaced: String,
     /// What its host promised it.
     #[prost(message, optional, tag = "7")]
-    pub promised: Option<ReservationRecord>,
+    pub promised: Option<PromiseRecord>,
     /// It is shut down to be started on another host.
     #[prost(bool, tag = "8")]
     pub moving: bool,

@@ -4,6 +4,7 @@
 //! Seeing is level-triggered too: a message on the agent's watch only says that it is time to look;
 //! what is believed always comes from one complete answer.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use tonic::{Code, Status};
 use crate::leader::Epoch;
 use crate::plan::Observed;
 
+mod agents;
 mod faults;
 
 /// For one attempt to reach the agent.
@@ -40,6 +42,9 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// While something moves on the host that has no watch of its own.
 const MOVING_INTERVAL: Duration = Duration::from_millis(300);
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
+/// News of a host are gathered for so long: what was told to it is looked at right after that, too, and one
+/// look is enough for both.
+const GATHER: Duration = Duration::from_millis(10);
 
 /// Is told what was seen.
 type Listener = Box<dyn Fn(Arc<Observed>) + Send + Sync>;
@@ -58,6 +63,16 @@ impl Interceptor for Carry {
     }
 }
 
+/// Answers must be believed in the order of the questions, so there is one look at a time. Whoever asks
+/// while others wait is served by the same one.
+#[derive(Default)]
+struct Looks {
+    /// How often somebody asked.
+    asked: AtomicU64,
+    /// Those who asked so early have had their look: it began after they asked.
+    served: Mutex<u64>,
+}
+
 /// A host's agent. Cheap to clone.
 #[derive(Clone)]
 pub struct Node {
@@ -65,8 +80,7 @@ pub struct Node {
     tls: Option<tls::Client>,
     observed: watch::Sender<Arc<Observed>>,
     channel: watch::Sender<Option<Channel>>,
-    /// Answers must be believed in the order of the questions.
-    looking: Arc<Mutex<()>>,
+    looks: Arc<Looks>,
     /// Told what was seen before whoever had it looked goes on.
     listener: Arc<OnceLock<Listener>>,
     /// What commands carry.
@@ -81,7 +95,7 @@ impl Node {
             tls: None,
             observed: watch::Sender::new(Arc::default()),
             channel: watch::Sender::new(None),
-            looking: Arc::default(),
+            looks: Arc::default(),
             listener: Arc::default(),
             epoch: Epoch::none(),
         }
@@ -173,8 +187,9 @@ impl Node {
             Ok(Err(status)) => return status,
             Err(_) => return deadline("WatchVms"),
         };
+        let mut asked = self.ask();
         loop {
-            if let Err(status) = self.look().await {
+            if let Err(status) = self.look_since(asked).await {
                 return status;
             }
             let interval = match self.observed.borrow().is_moving() {
@@ -200,6 +215,8 @@ impl Node {
                 Ok(Some(Err(status))) => return status,
                 Ok(None) => return Status::unavailable("the agent ended the watch"),
             }
+            asked = self.ask();
+            tokio::time::sleep(GATHER).await;
         }
     }
 
@@ -208,23 +225,46 @@ impl Node {
     /// # Errors
     /// When the agent does not answer.
     pub async fn look(&self) -> Result<(), Status> {
-        let _in_order = self.looking.lock().await;
-        let mut client = self.client()?;
-        let host = call("GetHost", client.get_host(GetHostRequest {})).await?;
-        let vms = call("ListVms", client.list_vms(ListVmsRequest {}))
-            .await?
-            .vms;
-        let volumes = call("ListVolumes", client.list_volumes(ListVolumesRequest {}))
-            .await?
-            .volumes;
-        let networks =
-            match call("ListNetworks", client.list_networks(ListNetworksRequest {})).await {
-                Ok(answer) => answer.networks,
-                // An agent that was not upgraded yet has none.
-                Err(status) if status.code() == Code::Unimplemented => Vec::new(),
-                Err(status) => return Err(status),
-            };
-        let jobs = match call("ListJobs", client.list_jobs(ListJobsRequest {})).await {
+        self.look_since(self.ask()).await
+    }
+
+    /// For [`Node::look_since`]: now.
+    fn ask(&self) -> u64 {
+        self.looks.asked.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// Looks, unless that was done meanwhile.
+    async fn look_since(&self, asked: u64) -> Result<(), Status> {
+        let mut served = self.looks.served.lock().await;
+        if *served >= asked {
+            return Ok(());
+        }
+        let until_now = self.looks.asked.load(Ordering::SeqCst);
+        self.look_now().await?;
+        *served = until_now;
+        Ok(())
+    }
+
+    async fn look_now(&self) -> Result<(), Status> {
+        let client = || self.client();
+        let (mut first, mut second, mut third) = (client()?, client()?, client()?);
+        let (mut fourth, mut fifth) = (client()?, client()?);
+        // Together they take one journey.
+        let (host, vms, volumes, networks, jobs) = tokio::join!(
+            call("GetHost", first.get_host(GetHostRequest {})),
+            call("ListVms", second.list_vms(ListVmsRequest {})),
+            call("ListVolumes", third.list_volumes(ListVolumesRequest {})),
+            call("ListNetworks", fourth.list_networks(ListNetworksRequest {})),
+            call("ListJobs", fifth.list_jobs(ListJobsRequest {})),
+        );
+        let (host, vms, volumes) = (host?, vms?.vms, volumes?.volumes);
+        let networks = match networks {
+            Ok(answer) => answer.networks,
+            // An agent that was not upgraded yet has none.
+            Err(status) if status.code() == Code::Unimplemented => Vec::new(),
+            Err(status) => return Err(status),
+        };
+        let jobs = match jobs {
             Ok(answer) => answer.jobs,
             // An agent that was not upgraded yet has none.
             Err(status) if status.code() == Code::Unimplemented => Vec::new(),

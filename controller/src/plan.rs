@@ -61,8 +61,8 @@ pub struct Desired {
     pub evictions: BTreeSet<(String, String)>,
     /// Ids of hosts that surely run nothing any more that needs a lease.
     pub lost: BTreeSet<String>,
-    /// VMs by name.
-    pub vms: BTreeMap<String, Stored<VmRecord>>,
+    /// VMs by name; boxed, since a tree has room for twice as many as there are.
+    pub vms: BTreeMap<String, Box<Stored<VmRecord>>>,
     /// Volumes by name.
     pub volumes: BTreeMap<String, Stored<VolumeRecord>>,
     /// Networks by name.
@@ -291,7 +291,8 @@ impl Action {
 /// What to do next about everything.
 pub fn plan(desired: &Desired, fleet: &Fleet) -> Vec<Action> {
     let mut part = Part::all(desired);
-    part.hosts.extend(fleet.hosts.keys().cloned());
+    part.hosts
+        .extend(fleet.hosts.keys().map(|id| id.to_string()));
     plan_part(desired, fleet, &part, &Index::of(desired))
 }
 
@@ -313,7 +314,7 @@ pub fn plan_part(desired: &Desired, fleet: &Fleet, part: &Part, index: &Index) -
         }
     }
     drain::plan_drains(desired, fleet, part, &mut actions);
-    plan_jobs(desired, fleet, &mut actions);
+    plan_jobs(desired, fleet, part, &mut actions);
     let operations = part.operations.iter();
     for operation in operations.filter_map(|name| desired.pending.get(name)) {
         let metadata = operation.metadata.as_ref();
@@ -348,10 +349,6 @@ fn plan_hosts(
     actions: &mut Vec<Action>,
 ) {
     let many = fleet.hosts.len() > 1;
-    let home = |node_id: &str| {
-        let name = index.vm_of(node_id).filter(|_| many)?;
-        desired.vms.get(name).map(|stored| &stored.record)
-    };
     for host in &part.hosts {
         let observed = fleet.of(host);
         if !observed.connected {
@@ -368,8 +365,8 @@ fn plan_hosts(
             });
         }
         for node_id in observed.vms.keys() {
-            let home = home(node_id);
-            let moved = home.is_some_and(|home| home.placements > 0 && home.host != *host);
+            let home = index.home_of(node_id).filter(|_| many);
+            let moved = home.is_some_and(|home| home != host);
             if moved || is_evicted(desired, host, node_id) {
                 let call = Call::EvictVm(node_id.clone());
                 actions.push(Action::call(host, node_id, call));
@@ -394,7 +391,7 @@ fn is_evicted(desired: &Desired, host: &str, node_id: &str) -> bool {
             .contains(&(host.to_owned(), node_id.to_owned()))
 }
 
-fn plan_jobs(desired: &Desired, fleet: &Fleet, actions: &mut Vec<Action>) {
+fn plan_jobs(desired: &Desired, fleet: &Fleet, part: &Part, actions: &mut Vec<Action>) {
     let mut wanted: BTreeSet<&str> = BTreeSet::new();
     for (operation, job) in &desired.jobs {
         wanted.insert(&job.start.job_id);
@@ -403,7 +400,8 @@ fn plan_jobs(desired: &Desired, fleet: &Fleet, actions: &mut Vec<Action>) {
             plan_job(operation, job, (host, fleet.of(host)), actions);
         }
     }
-    for (host, observed) in fleet.connected() {
+    let hosts = part.hosts.iter().map(|host| (host, fleet.of(host)));
+    for (host, observed) in hosts.filter(|(_, observed)| observed.connected) {
         for (job_id, job) in &observed.jobs {
             // Also one whose operation was cancelled while the host was being told to begin.
             if !wanted.contains(job_id.as_str()) {

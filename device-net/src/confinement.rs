@@ -46,6 +46,8 @@ fn serving_syscalls() -> Syscalls {
             libc::TUNSETQUEUE,
             libc::TUNSETCARRIER,
         ])
+        // Frames of packet sockets come many at once, with what the kernel took off them.
+        .allow(&[libc::SYS_recvmmsg])
         // A queue's thread enables its ring.
         .allow(&[libc::SYS_io_uring_register, libc::SYS_io_uring_enter])
         // The threads of switches take naps.

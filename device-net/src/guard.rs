@@ -1,4 +1,5 @@
-//! What stands between a NIC's rings and its other end: the policy, the rate limits and captures.
+//! What stands between a NIC's rings and its other end: the policy, the rate limits and captures, and the end
+//! of the time that it was allowed.
 //!
 //! Whoever moves a frame asks, in this order, as far as it is needed:
 //!
@@ -11,6 +12,7 @@
 //! All of it may be called by several threads, and be changed meanwhile.
 
 mod config;
+mod lease;
 mod limiter;
 mod misbehaviour;
 #[cfg(test)]
@@ -46,6 +48,10 @@ const CAPTURE: u32 = 2;
 const INGRESS_LIMIT: u32 = 4;
 const EGRESS_LIMIT: u32 = 8;
 const FAULTS: u32 = 16;
+const LEASE: u32 = 32;
+
+/// A frame that was held when the time was over asks again after this.
+const LATE_RETRY_NS: u64 = 50_000_000;
 
 /// Of one NIC.
 #[derive(Debug)]
@@ -61,6 +67,8 @@ pub(crate) struct Guard {
     mac: MacAddress,
     policy: Mutex<Option<Policy>>,
     misbehaviour: Misbehaviour,
+    /// Until when frames may pass, by `CLOCK_BOOTTIME`, if that ends.
+    lease: Mutex<Option<u64>>,
 }
 
 /// A frame on its way.
@@ -93,6 +101,7 @@ impl Guard {
             mac,
             policy: Mutex::default(),
             misbehaviour: Misbehaviour::new(faults),
+            lease: Mutex::default(),
         }
     }
 
@@ -115,7 +124,7 @@ impl Guard {
         now_ns: u64,
     ) -> Result<(), DropReason> {
         let watches = self.watches.load(Ordering::Relaxed);
-        if watches & (POLICY | CAPTURE) == 0 {
+        if watches & (POLICY | CAPTURE | LEASE) == 0 {
             return Ok(());
         }
         let packet = Packet::parse(frame.head, frame.len_bytes);
@@ -124,6 +133,7 @@ impl Guard {
             None => packet,
         };
         let verdict = match &packet {
+            _ if watches & LEASE != 0 => Verdict::Drop(DropReason::LeaseEnded),
             _ if watches & POLICY == 0 => Verdict::Pass,
             Some(packet) => self.gate.check(packet, direction, now_ns),
             None => Verdict::Drop(DropReason::Malformed),
@@ -187,6 +197,10 @@ impl Guard {
         now_ns: u64,
     ) -> Result<(), u64> {
         let watches = self.watches.load(Ordering::Relaxed);
+        if watches & LEASE != 0 {
+            // It was held since before: those that come now do not get here.
+            return Err(now_ns + LATE_RETRY_NS);
+        }
         if watches & FAULTS != 0
             && let Some(at_ns) = self.misbehaviour.held_until_ns(direction, now_ns)
         {

@@ -7,14 +7,17 @@ mod cli;
 mod confinement;
 mod guard;
 mod kernel;
+mod leases;
 mod nic;
 mod nics;
 mod switch;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use api::daemon::{self, DeviceTable};
+use api::device::leases_server::LeasesServer;
 use api::device::nics_server::NicsServer;
 use api::fds::Inbox;
 use api::listen::{self, Sweeper};
@@ -22,6 +25,7 @@ use api::serve::Services;
 use clap::Parser;
 use cli::OpenNic;
 use faults::{Faults, Kind};
+use leases::{Clock, LeaseService};
 use nics::NicService;
 use tracing_subscriber::EnvFilter;
 
@@ -87,8 +91,9 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
         .then(|| Faults::start(Kind::Net))
         .transpose()?;
     let faults_of_nics = faults.clone();
+    let leases = Arc::<Clock>::default();
     let table = DeviceTable::new("device-net", achieved.into_names(), inbox, move |parts| {
-        nic::attach(parts, faults_of_nics.as_ref())
+        nic::attach(parts, faults_of_nics.as_ref(), &leases)
     });
     for (port, interface) in uplinks {
         switch::connect_uplink(&port, interface)
@@ -104,10 +109,12 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
     }
     sweeper.dismiss();
     let nics = NicsServer::new(NicService::new(table.clone()));
+    let leases = LeasesServer::new(LeaseService(table.clone()));
     Ok(daemon::run(
         &table,
         Services::new()
             .with(nics)
+            .with(leases)
             .with(api::fault_control::service(faults)),
         control,
         metrics,

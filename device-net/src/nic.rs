@@ -36,6 +36,7 @@ pub(crate) use mac::MacAddress;
 use self::backend::Backend;
 use self::state::NicState;
 use crate::kernel::KernelBackend;
+use crate::leases::Clock;
 use crate::switch;
 
 /// Nothing is ever in flight in a NIC beyond one system call; this bounds a stuck one.
@@ -48,6 +49,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) fn attach(
     parts: Parts,
     faults: Option<&Arc<Faults>>,
+    leases: &Arc<Clock>,
 ) -> Result<Arc<dyn ServedDevice>, Status> {
     let Some(DeviceConfig::Net(config)) = &parts.request.device else {
         return Err(Status::invalid_argument(
@@ -76,6 +78,10 @@ pub(crate) fn attach(
         .set_policy(config.policy.clone())
         .map_err(|error| Status::invalid_argument(format!("net.{error}")))?;
     nic.guard.set_limits(config.limits.unwrap_or_default());
+    if config.leased {
+        nic.guard.lease(config.io_until_boottime_ns);
+        leases.watch(&nic.guard)?;
+    }
     backend.set_link(!config.link_down);
     let device = Arc::new(NicDevice::new(nic, backend, mtu));
     let server = Server::spawn(&parts.request.id, parts.listener, device.clone())
@@ -190,6 +196,7 @@ impl ServedDevice for ServedNic {
             inflight: 0,
             last_session_end: status.last_session_end.unwrap_or_default(),
             net: Some(self.device.stats()),
+            io_stopped: self.state().guard.is_over(),
             ..Device::default()
         }
     }

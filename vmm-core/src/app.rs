@@ -79,7 +79,7 @@ fn start(cli: &Cli, started: Instant) -> Result<Outcome, String> {
         .then(|| start_faults(&confine))
         .transpose()?;
     let console = Arc::new(Console::new(started));
-    let inbox = Inbox::new();
+    let inbox = Inbox::new(cli.run_until_boottime_ns);
     let controls = Controls {
         id: cli.id.clone(),
         vcpus: config.vcpus,

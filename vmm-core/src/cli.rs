@@ -63,6 +63,10 @@ pub struct Cli {
     /// Wait for a Start request instead of booting at once
     #[arg(long, requires = "control_socket")]
     pub no_start: bool,
+    /// The machine is under a lease: it pauses at this time of CLOCK_BOOTTIME, unless AllowRun tells a
+    /// later one
+    #[arg(long, value_name = "NS", requires = "control_socket")]
+    pub run_until_boottime_ns: Option<u64>,
     /// Where to write why the machine stopped, as JSON
     #[arg(long, value_name = "PATH")]
     pub exit_file: Option<PathBuf>,

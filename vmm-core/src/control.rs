@@ -12,9 +12,9 @@ use api::listen::Listener;
 use api::serve::{self, Services};
 use api::vmm::vmm_server::{Vmm, VmmServer};
 use api::vmm::{
-    ConsoleInput, ConsoleOutput, GetDevicesRequest, GetDevicesResponse, GetVmmRequest,
-    PauseRequest, PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, ResumeRequest,
-    StartRequest, StopRequest, VmmInfo, VmmState,
+    AllowRunRequest, ConsoleInput, ConsoleOutput, GetDevicesRequest, GetDevicesResponse,
+    GetVmmRequest, PauseRequest, PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest,
+    ResumeRequest, StartRequest, StopRequest, VmmInfo, VmmState,
 };
 use faults::Faults;
 use nix::sys::signal::{SigSet, Signal};
@@ -184,11 +184,19 @@ impl Controls {
             first_console_byte_ms: first_byte.map_or(0, |after| (after.as_millis() as u64).max(1)),
             exits: status.exits(),
             sandbox: self.confinement.names(),
+            lease_ended: status.lease_ended(),
         }
     }
 
     async fn perform(&self, request: Lifecycle) -> Result<Response<VmmInfo>, Status> {
-        match tokio::time::timeout(REQUEST_DEADLINE, self.handle.request(request)).await {
+        self.answer(self.handle.request(request)).await
+    }
+
+    async fn answer(
+        &self,
+        request: impl Future<Output = Result<(), Refusal>> + Send,
+    ) -> Result<Response<VmmInfo>, Status> {
+        match tokio::time::timeout(REQUEST_DEADLINE, request).await {
             Ok(Ok(())) => Ok(Response::new(self.info())),
             Ok(Err(refusal)) => Err(refusal_status(&refusal)),
             Err(_) => Err(api::errors::status(
@@ -228,6 +236,14 @@ impl Vmm for Controls {
 
     async fn resume(&self, _: Request<ResumeRequest>) -> Result<Response<VmmInfo>, Status> {
         self.perform(Lifecycle::Resume).await
+    }
+
+    async fn allow_run(
+        &self,
+        request: Request<AllowRunRequest>,
+    ) -> Result<Response<VmmInfo>, Status> {
+        let until_ns = request.into_inner().until_boottime_ns;
+        self.answer(self.handle.allow_run(until_ns)).await
     }
 
     async fn reset(&self, _: Request<ResetRequest>) -> Result<Response<VmmInfo>, Status> {
@@ -340,6 +356,7 @@ async fn type_in(serial: Arc<SerialPort>, first: Vec<u8>, mut input: Streaming<C
 fn refusal_status(refusal: &Refusal) -> Status {
     let (code, reason) = match refusal {
         Refusal::State { .. } => (Code::FailedPrecondition, "WRONG_STATE"),
+        Refusal::NotLeased => (Code::FailedPrecondition, "NOT_LEASED"),
         Refusal::Busy => (Code::ResourceExhausted, "TOO_MANY_REQUESTS"),
         Refusal::Failed(_) => (Code::Internal, "MACHINE_FAILED"),
         Refusal::Gone => (Code::Unavailable, "MACHINE_GONE"),

@@ -18,13 +18,19 @@
 //! | Paused | refused | nothing | run -> Running | reboot, stays paused | refused | -> Stopped |
 //! | Stopped | refused | refused | refused | refused | refused | nothing |
 //!
+//! A machine under a lease runs until a moment that [`Handle::allow_run`] moves on. At its end the machine
+//! pauses by itself, and resumes by itself when a later moment is told, unless it was asked to pause
+//! meanwhile. Nothing makes it run in between.
+//!
 //! [`Supervisor`] owns the machine and its state. Everybody else holds a [`Handle`]: sends
 //! requests and reads snapshots.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
+use api::boottime;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 use vhost_user::log_limit::LogLimit;
@@ -35,6 +41,8 @@ use crate::vcpu::{Event, Report};
 
 /// Messages that may wait for the supervisor: all vCPUs' reports and some requests.
 const INBOX_CAPACITY: usize = 128;
+/// The end of a machine that is under no lease.
+const NEVER: u64 = u64::MAX;
 
 /// Where a machine is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +73,8 @@ pub enum Request {
     PowerButton,
     /// Switch off without asking the guest.
     Stop,
+    /// Look at the lease again.
+    HeedLease,
 }
 
 /// What a request leads to.
@@ -90,6 +100,11 @@ pub enum Refusal {
         /// What to do instead.
         remedy: &'static str,
     },
+    /// It is under no lease.
+    #[error(
+        "the machine is under no lease and runs without leave: start it with --run-until-boottime-ns"
+    )]
+    NotLeased,
     /// Too many requests wait.
     #[error("too many requests are waiting: try again later")]
     Busy,
@@ -120,7 +135,7 @@ impl State {
             })
         };
         match (self, request) {
-            (Self::Stopped, Request::Stop) => Ok(Action::Nothing),
+            (_, Request::HeedLease) | (Self::Stopped, Request::Stop) => Ok(Action::Nothing),
             (_, Request::Stop) => Ok(Action::Stop),
             (Self::Created, Request::Start) => Ok(Action::Boot),
             (Self::Created, _) => refused("start it first"),
@@ -154,6 +169,8 @@ pub struct Status {
     /// Set once there are vCPUs.
     exits: OnceLock<Arc<[AtomicU64]>>,
     stop_wanted: AtomicBool,
+    /// When vCPUs stand still, by `CLOCK_BOOTTIME`; or [`NEVER`].
+    run_until_ns: AtomicU64,
 }
 
 impl Status {
@@ -170,6 +187,17 @@ impl Status {
     /// Resets since the start of the process.
     pub fn resets(&self) -> u64 {
         self.resets.load(Ordering::SeqCst)
+    }
+
+    /// Whether it is under a lease that is over.
+    pub fn lease_ended(&self) -> bool {
+        self.left().is_some_and(|left| left.is_zero())
+    }
+
+    /// Until the lease's end, if it is under one.
+    fn left(&self) -> Option<Duration> {
+        let until_ns = self.run_until_ns.load(Ordering::SeqCst);
+        (until_ns != NEVER).then(|| boottime::left_until(until_ns))
     }
 
     /// Exits handled in user space, all vCPUs together.
@@ -199,6 +227,19 @@ impl Handle {
         let (reply, answer) = oneshot::channel();
         self.send(Message::Request(request, reply))?;
         answer.await.unwrap_or(Err(Refusal::Gone))
+    }
+
+    /// Lets the machine run until then, by `CLOCK_BOOTTIME`; ready when it does.
+    ///
+    /// # Errors
+    /// It is under no lease, or could not go on.
+    pub async fn allow_run(&self, until_ns: u64) -> Result<(), Refusal> {
+        let until = &self.status.run_until_ns;
+        if until.load(Ordering::SeqCst) == NEVER {
+            return Err(Refusal::NotLeased);
+        }
+        until.fetch_max(until_ns.min(NEVER - 1), Ordering::SeqCst);
+        self.request(Request::HeedLease).await
     }
 
     /// Has the machine stopped, without waiting for it.
@@ -244,14 +285,15 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    /// An empty inbox.
-    pub fn new() -> Self {
+    /// An empty inbox, of a machine that runs until then if it is under a lease.
+    pub fn new(run_until_ns: Option<u64>) -> Self {
         let (sender, receiver) = sync_channel(INBOX_CAPACITY);
         let status = Arc::new(Status {
             state: AtomicU8::new(State::Created as u8),
             resets: AtomicU64::new(0),
             exits: OnceLock::new(),
             stop_wanted: AtomicBool::new(false),
+            run_until_ns: AtomicU64::new(run_until_ns.map_or(NEVER, |until| until.min(NEVER - 1))),
         });
         Self {
             sender,
@@ -290,18 +332,14 @@ impl Inbox {
     }
 }
 
-impl Default for Inbox {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 /// Owns the machine and its state.
 pub struct Supervisor {
     machine: Machine,
     state: State,
     status: Arc<Status>,
     receiver: Receiver<Message>,
+    /// It is paused because its lease is over, and goes on with the next one.
+    awaits_lease: bool,
     /// The console's length when the guest was last reset.
     console_at_reset: u64,
     /// A guest can reset itself any number of times.
@@ -317,6 +355,7 @@ impl Supervisor {
             state: State::Created,
             status: inbox.status,
             receiver: inbox.receiver,
+            awaits_lease: false,
             console_at_reset: 0,
             complaints: LogLimit::new(),
         }
@@ -340,16 +379,38 @@ impl Supervisor {
 
     fn serve(&mut self) -> Outcome {
         loop {
-            let Ok(message) = self.receiver.recv() else {
-                return Outcome::StopRequest;
+            let patience = match self.status.left() {
+                Some(left) if self.state == State::Running => left.min(boottime::LOOK_INTERVAL),
+                _ => Duration::MAX,
             };
-            let result = match message {
-                Message::Request(request, reply) => self.answer(request, reply),
-                Message::Report(report) => self.react(report),
+            let result = match self.receiver.recv_timeout(patience) {
+                Ok(Message::Request(request, reply)) => {
+                    self.heed_lease().and_then(|()| self.answer(request, reply))
+                }
+                // Of a guest that ran: it is not heard any more once the machine has paused.
+                Ok(Message::Report(report)) => self.react(report).and_then(|()| self.heed_lease()),
+                Err(RecvTimeoutError::Timeout) => self.heed_lease(),
+                Err(RecvTimeoutError::Disconnected) => Err(Outcome::StopRequest),
             };
             if let Err(outcome) = result {
                 return outcome;
             }
+        }
+    }
+
+    /// Pauses at the lease's end, and goes on with the next one.
+    fn heed_lease(&mut self) -> Result<(), Outcome> {
+        match (self.state, self.status.lease_ended()) {
+            (State::Running, true) => {
+                warn!("the lease is over: the machine pauses until it is renewed");
+                self.awaits_lease = true;
+                self.perform(Action::Park)
+            }
+            (State::Paused, false) if self.awaits_lease => {
+                info!("the lease was renewed: the machine goes on");
+                self.perform(Action::Run)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -359,7 +420,17 @@ impl Supervisor {
         request: Request,
         reply: oneshot::Sender<Result<(), Refusal>>,
     ) -> Result<(), Outcome> {
+        if request == Request::Pause {
+            self.awaits_lease = false;
+        }
         let action = match self.state.on(request) {
+            Ok(Action::Run) if self.status.lease_ended() => {
+                let _ = reply.send(Err(Refusal::State {
+                    state: self.state.name(),
+                    remedy: "its lease is over, renew that first",
+                }));
+                return Ok(());
+            }
             Ok(action) => action,
             Err(refusal) => {
                 let _ = reply.send(Err(refusal));
@@ -423,13 +494,9 @@ impl Supervisor {
             Action::Nothing => Ok(()),
             Action::Press => self.machine.press_power_button(),
             Action::Stop => return Err(Outcome::StopRequest),
-            Action::Boot => self
-                .machine
-                .boot()
-                .and_then(|()| self.machine.run())
-                .map(|()| self.enter(State::Running)),
+            Action::Boot => self.machine.boot().and_then(|()| self.go()),
             Action::Park => self.machine.park().map(|()| self.enter(State::Paused)),
-            Action::Run => self.machine.run().map(|()| self.enter(State::Running)),
+            Action::Run => self.go(),
             Action::Reboot => self.reboot(),
         };
         result.map_err(|err| Outcome::VmmError(chain(&err)))
@@ -440,11 +507,22 @@ impl Supervisor {
         self.status.resets.fetch_add(1, Ordering::SeqCst);
         self.console_at_reset = self.machine.console().end();
         self.machine.boot()?;
-        if self.state == State::Running {
-            self.machine.run()
-        } else {
-            Ok(())
+        match self.state {
+            State::Running => self.go(),
+            _ => Ok(()),
         }
+    }
+
+    /// Lets the guest run, or has it wait for the lease.
+    fn go(&mut self) -> Result<(), MachineError> {
+        self.awaits_lease = self.status.lease_ended();
+        if self.awaits_lease {
+            self.enter(State::Paused);
+            return Ok(());
+        }
+        self.machine.run()?;
+        self.enter(State::Running);
+        Ok(())
     }
 
     fn enter(&mut self, state: State) {

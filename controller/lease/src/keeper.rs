@@ -87,6 +87,26 @@ impl Keeper {
         now >= self.over_at(host)
     }
 
+    /// Those of `hosts` that are lost. Cheapest when they are in order.
+    pub fn lost<'a>(
+        &self,
+        hosts: impl Iterator<Item = &'a String>,
+        now: Moment,
+    ) -> impl Iterator<Item = &'a String> {
+        let somebody_may_be = now >= self.began.after(self.longest);
+        let mut known = self.hosts.iter().peekable();
+        hosts.filter(move |host| {
+            if !somebody_may_be {
+                return false;
+            }
+            while known.next_if(|(id, _)| id < host).is_some() {}
+            match known.peek() {
+                Some((id, known)) if id == host => now >= known.over_at,
+                _ => self.is_lost(host, now),
+            }
+        })
+    }
+
     /// Nobody asks for this host any more.
     pub fn forget(&mut self, host: &str) {
         self.hosts.remove(host);

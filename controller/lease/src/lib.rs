@@ -98,9 +98,9 @@ impl Terms {
         all + all / DRIFT_PARTS
     }
 
-    /// How often a lease is to be renewed: four messages may be lost.
+    /// How often a lease is to be renewed: five messages may be lost. Every five seconds by default.
     pub fn renew_every(&self) -> Duration {
-        self.lease / 5
+        self.lease / 6
     }
 }
 

@@ -19,6 +19,7 @@ use lease::Restart;
 
 use crate::{
     autostart::Autostart,
+    epoch::{self, Superseded},
     faults::{Allowed, Faults, Knobs},
     host::{Host, HostError},
     image::Claims,
@@ -134,6 +135,9 @@ pub(crate) enum CallError {
     /// It may not be started here now.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// A newer leader was heard meanwhile.
+    #[error(transparent)]
+    Superseded(#[from] Superseded),
     /// The VM refused.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -149,7 +153,7 @@ impl CallError {
             Self::NotFound { .. } => Code::NotFound,
             Self::TooMany => Code::ResourceExhausted,
             // The next wish may well be of the present session.
-            Self::Lease(_) => Code::Unavailable,
+            Self::Lease(_) | Self::Superseded(_) => Code::Unavailable,
             Self::Refused(refusal) => refusal.code(),
             Self::Record(_) => Code::Internal,
         }
@@ -258,6 +262,7 @@ impl Agent {
                 Some(vm) => vm.clone(),
                 None if vms.len() >= MAX_VMS => return Err(CallError::TooMany),
                 None => {
+                    epoch::recheck()?;
                     let id = spec.id.clone();
                     let vm = Vm::create(self.env.clone(), spec)?;
                     vms.insert(id, vm.clone());

@@ -81,8 +81,10 @@ pub(crate) fn serve(cli: &Cli, state_dir: &Path) -> anyhow::Result<Option<tls::S
         );
         tokio::spawn(renew(own, credentials.clone()));
     }
-    Ok(Some(tls::Server::new(move || {
-        credentials.server(Clients::Controllers)
+    let known = credentials.clone();
+    let server = tls::Server::new(move || credentials.server(Clients::Controllers));
+    Ok(Some(server.watching(move |chain| {
+        known.watch_client(Clients::Controllers, chain)
     })))
 }
 

@@ -84,6 +84,9 @@ pub(crate) struct Cli {
     /// Send traces to this OpenTelemetry collector (OTLP over gRPC).
     #[arg(long, value_name = "http://HOST:PORT", env = "MORTISE_OTLP")]
     pub(crate) otlp: Option<String>,
+    /// Where an agent on trial says that it may stay; given by the process that watches over it.
+    #[arg(long, hide = true)]
+    pub(crate) trial_fd: Option<i32>,
 }
 
 /// Gets this host a certificate, and registers it with a controller.

@@ -5,6 +5,9 @@
 //! first epoch is seen.
 //!
 //! Looking (`Get...`, `List...`, `Watch...`) is free to all.
+//!
+//! Commands wait for their turn, and meanwhile a newer leader may be heard. So whoever carries one out asks
+//! again then: see [`Leader`].
 
 use std::{
     convert::Infallible,
@@ -12,7 +15,8 @@ use std::{
     future::{Ready, ready},
     io::{self, Write as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
 };
 
@@ -28,6 +32,58 @@ use crate::faults::Either;
 /// Decimal; the controller's `store::leader::EPOCH_METADATA`.
 const METADATA: &str = "mortise-epoch";
 const FILE: &str = "epoch";
+
+tokio::task_local! {
+    static LEADER: Leader;
+}
+
+/// Who gave a command.
+#[derive(Clone, Debug)]
+pub(crate) struct Leader {
+    epochs: Arc<Epochs>,
+    epoch: u64,
+}
+
+/// Another controller leads by the time that a command's turn has come.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the command is of epoch {epoch}; while it waited for its turn epoch {newest} was heard, which alone is obeyed now"
+)]
+pub(crate) struct Superseded {
+    /// Of the command.
+    pub(crate) epoch: u64,
+    /// As it is.
+    pub(crate) newest: u64,
+}
+
+impl Leader {
+    /// Who gave the command that this task carries out; `None` for what the host does by itself.
+    pub(crate) fn of_this_task() -> Option<Self> {
+        LEADER.try_with(Self::clone).ok()
+    }
+
+    /// # Errors
+    /// A newer one was heard.
+    pub(crate) fn still_leads(&self) -> Result<(), Superseded> {
+        let newest = *self.epochs.newest();
+        match self.epoch < newest {
+            true => Err(Superseded {
+                epoch: self.epoch,
+                newest,
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Asks again who leads, for the command that this task carries out. For who has got the lock that it
+/// waited for.
+///
+/// # Errors
+/// Another one does by now.
+pub(crate) fn recheck() -> Result<(), Superseded> {
+    Leader::of_this_task().map_or(Ok(()), |leader| leader.still_leads())
+}
 
 /// The highest epoch seen.
 #[derive(Debug)]
@@ -65,12 +121,13 @@ impl Epochs {
         }
     }
 
-    /// Whether a command may be obeyed. A higher epoch is on disk when this returns.
-    fn admit(&self, offered: Option<&str>) -> Result<(), Status> {
-        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Whether a command may be obeyed, and of which epoch it is; 0 for none. A higher one than before is on
+    /// disk when this returns.
+    fn admit(&self, offered: Option<&str>) -> Result<u64, Status> {
+        let mut newest = self.newest();
         let Some(text) = offered else {
             return match *newest {
-                0 => Ok(()),
+                0 => Ok(0),
                 newest => Err(self.refusal(
                     newest,
                     "names no epoch, so it comes from a controller with a store of its own",
@@ -91,7 +148,11 @@ impl Epochs {
             tracing::info!(epoch = offered, "another controller leads");
             *newest = offered;
         }
-        Ok(())
+        Ok(offered)
+    }
+
+    fn newest(&self) -> MutexGuard<'_, u64> {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn refusal(&self, newest: u64, why: &str) -> Status {
@@ -133,25 +194,30 @@ type Answer = Result<http::Response<Body>, Infallible>;
 impl<S> Service<http::Request<Body>> for Obedient<S>
 where
     S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
-    S::Future: Unpin,
+    S::Future: Send + 'static,
 {
     type Response = http::Response<Body>;
     type Error = Infallible;
-    type Future = Either<Ready<Answer>, S::Future>;
+    type Future = Either<Ready<Answer>, Pin<Box<dyn Future<Output = Answer> + Send>>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         self.inner.poll_ready(context)
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        if !is_look(request.uri().path()) {
-            let offered = request.headers().get(METADATA);
-            let offered = offered.map(|value| value.to_str().unwrap_or_default());
-            if let Err(status) = self.epochs.admit(offered) {
-                return Either::Left(ready(Ok(status.into_http())));
-            }
+        if is_look(request.uri().path()) {
+            return Either::Right(Box::pin(self.inner.call(request)));
         }
-        Either::Right(self.inner.call(request))
+        let offered = request.headers().get(METADATA);
+        let offered = offered.map(|value| value.to_str().unwrap_or_default());
+        match self.epochs.admit(offered) {
+            Ok(epoch) => {
+                let epochs = Arc::clone(&self.epochs);
+                let work = LEADER.scope(Leader { epochs, epoch }, self.inner.call(request));
+                Either::Right(Box::pin(work))
+            }
+            Err(status) => Either::Left(ready(Ok(status.into_http()))),
+        }
     }
 }
 
@@ -164,8 +230,62 @@ fn is_look(path: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Who leads with this epoch, as soon as that is heard.
+    pub(crate) fn leader(epochs: &Arc<Epochs>, epoch: u64) -> Leader {
+        epochs.admit(Some(&epoch.to_string())).unwrap();
+        let epochs = Arc::clone(epochs);
+        Leader { epochs, epoch }
+    }
+
+    /// Answers with the HTTP status 200 if whoever asks still leads when the other one was heard.
+    #[derive(Clone)]
+    struct Slow(Arc<Epochs>, &'static str);
+
+    impl Service<http::Request<Body>> for Slow {
+        type Response = http::Response<Body>;
+        type Error = Infallible;
+        type Future = Pin<Box<dyn Future<Output = Answer> + Send>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: http::Request<Body>) -> Self::Future {
+            let Self(epochs, other) = self.clone();
+            Box::pin(async move {
+                recheck().unwrap();
+                epochs.admit(Some(other)).unwrap();
+                let mut answer = http::Response::default();
+                if recheck().is_err() {
+                    *answer.status_mut() = http::StatusCode::CONFLICT;
+                }
+                Ok(answer)
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn command_that_waits_learns_of_a_newer_leader() {
+        let dir = tempfile::tempdir().unwrap();
+        let epochs = Epochs::open(dir.path()).unwrap();
+        assert_eq!(recheck(), Ok(()), "what nobody asked for is not refused");
+        for (other, status) in [
+            ("7", http::StatusCode::OK),
+            ("8", http::StatusCode::CONFLICT),
+        ] {
+            let request = http::Request::post("/mortise.node.v1.NodeAgent/ApplyVm")
+                .header(METADATA, "7")
+                .body(Body::empty())
+                .unwrap();
+            let slow = Slow(Arc::clone(&epochs), other);
+            let answer = epochs.guard(slow).call(request).await.unwrap();
+            assert_eq!(answer.status(), status, "{other}");
+        }
+        assert_eq!(recheck(), Ok(()));
+    }
 
     #[test]
     fn epochs_never_go_backwards_not_even_over_a_restart() {

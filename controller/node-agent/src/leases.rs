@@ -4,8 +4,8 @@
 //! lapse once nothing is left of the VMs that it stopped. Each VM's task does what a stage asks of it:
 //!
 //! ```text
-//! held until T      its device-blk may do I/O until T, by its own clock
-//! suspended         device-blk has stopped by itself; the VM is paused
+//! held until T      disks and NICs may be used and vCPUs may run until T, by their processes' own clocks
+//! suspended         all of these have stopped by themselves
 //! lapsed            vmm-core and the daemons are killed
 //! ```
 
@@ -79,6 +79,13 @@ pub(crate) enum LeaseError {
     },
 }
 
+/// There is one in an agent.
+impl PartialEq for Leases {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 impl Leases {
     /// Goes on with what an earlier agent of this boot left in `run_dir`. When there is nothing,
     /// although `has_leased_vms`, those have to go.
@@ -116,7 +123,7 @@ impl Leases {
         stage
     }
 
-    /// Until when devices may do I/O; zero when they may not.
+    /// Until when devices may do I/O and vCPUs may run; zero when they may not. Nobody is told more.
     pub(crate) fn io_until(&self) -> Moment {
         match self.stage() {
             Stage::Held { until } => until,

@@ -25,21 +25,27 @@ mod promised;
 mod record;
 mod service;
 mod spec;
+mod successor;
 mod tap;
 mod usage;
 mod versions;
 mod vm;
 mod volumes;
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use api::{
     listen::Listener,
     metrics::serve_http,
     node::{
-        devices_server::DevicesServer, faults_server::FaultsServer, leases_server::LeasesServer,
-        nics_server::NicsServer, node_agent_server::NodeAgentServer,
+        agents_server::AgentsServer, devices_server::DevicesServer, faults_server::FaultsServer,
+        leases_server::LeasesServer, nics_server::NicsServer, node_agent_server::NodeAgentServer,
     },
     serve,
 };
@@ -51,7 +57,8 @@ use crate::{
     cli::{Cli, JoinArgs},
     epoch::Epochs,
     faults::Partitioned,
-    service::Service,
+    service::{AgentsService, Service},
+    successor::Successor,
 };
 
 /// What still blocks a thread when the agent ends: storage that does not answer, for instance. VMs
@@ -62,16 +69,16 @@ fn main() -> ExitCode {
     if let Some(failed) = import::confine::enter_if_asked() {
         return failed;
     }
-    // It has none of the agent's own options, which are required.
-    let joins = std::env::args_os()
-        .nth(1)
-        .is_some_and(|word| word == "join");
-    let done = match joins {
-        true => {
+    // These have none of the agent's own options, which are required.
+    let word = std::env::args_os().nth(1).unwrap_or_default();
+    let done = match word.to_str() {
+        Some("join") => {
             let args = JoinArgs::parse_from(std::env::args_os().skip(1));
             to_end(certificate::join(&args))
         }
-        false => to_end(run(Cli::parse())),
+        Some(successor::PROBE) => successor::probe::run(std::env::args_os().skip(2)),
+        Some(successor::GUARD) => return successor::guard::run(std::env::args_os().skip(2)),
+        _ => serve_host(Cli::parse()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -82,17 +89,41 @@ fn main() -> ExitCode {
     }
 }
 
+/// Until the agent ends, or another binary takes its place.
+fn serve_host(cli: Cli) -> anyhow::Result<()> {
+    let dirs = directories(&cli)?;
+    let state_dir = dirs.state.clone();
+    let left = to_end(run(cli, dirs))?;
+    match left {
+        Left::Ended => Ok(()),
+        Left::Replaced => make_room(&state_dir),
+    }
+}
+
+/// Returns only if the next program cannot be executed.
+fn make_room(state_dir: &Path) -> anyhow::Result<()> {
+    let error = successor::make_room(state_dir);
+    Err(error).context("executing the guard of the new agent")
+}
+
+/// Why an agent serves no more.
+enum Left {
+    /// Somebody told it to end.
+    Ended,
+    /// Another binary is to take its place.
+    Replaced,
+}
+
 /// Dropping a runtime waits for whatever blocks one of its threads, however long; this does not.
-fn to_end(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+fn to_end<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = Runtime::new().context("starting threads")?;
     let ended = runtime.block_on(work);
     runtime.shutdown_timeout(END_WITHIN);
     ended
 }
 
-async fn run(cli: Cli) -> anyhow::Result<()> {
+async fn run(cli: Cli, dirs: Dirs) -> anyhow::Result<Left> {
     let telemetry = telemetry::init("node-agent", cli.otlp.as_deref())?;
-    let dirs = directories(&cli)?;
     api::limits::raise_open_files();
     // Bound first: an agent that cannot serve must not touch VMs.
     let listener = Listener::bind(&cli.listen)?;
@@ -104,6 +135,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         .transpose()?;
     let tls = certificate::serve(&cli, &dirs.state)?;
     let agent = Arc::new(Agent::open(&dirs, cli.underlay_address)?);
+    let successor = Successor::open(&dirs.state, &dirs.bin, cli.trial_fd);
     if let Some(listener) = metrics_listener {
         let (agent, runtime) = (agent.clone(), Handle::current());
         let render =
@@ -115,8 +147,12 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     tokio::spawn(agent.env.leases.clone().run(agent.clone()));
     let knobs = agent.env.knobs.clone();
     let epochs = Epochs::open(&dirs.state).context("reading whose commands to obey")?;
+    let agents = AgentsService::new(agent.clone(), successor.clone());
     let service = Service::new(agent);
     let services = serve::Services::new()
+        .with(telemetry::serve(
+            epochs.guard(Partitioned::new(AgentsServer::new(agents), &knobs)),
+        ))
         .with(telemetry::serve(epochs.guard(Partitioned::new(
             DevicesServer::new(service.clone()),
             &knobs,
@@ -137,10 +173,24 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             NodeAgentServer::new(service),
             &knobs,
         ))));
-    serve::on_all(vec![listener], tls, services, serve::terminated()).await?;
-    tracing::info!("ending; VMs go on running");
+    let terminated = serve::terminated();
+    let leaving = async {
+        tokio::select! {
+            () = terminated => {}
+            () = successor.leaving() => {}
+        }
+    };
+    serve::on_all(vec![listener], tls, services, leaving).await?;
+    let left = match successor.is_leaving() {
+        true => Left::Replaced,
+        false => Left::Ended,
+    };
+    match left {
+        Left::Ended => tracing::info!("ending; VMs go on running"),
+        Left::Replaced => tracing::info!("making room for another agent; VMs go on running"),
+    }
     tokio::task::block_in_place(|| telemetry.shutdown());
-    Ok(())
+    Ok(left)
 }
 
 /// Absolute: records and other processes' command lines name files in them.

@@ -296,6 +296,32 @@ fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, RecordErro
     })
 }
 
+/// Reads the records of all VMs and changes nothing: whether this version can.
+///
+/// # Errors
+/// When one cannot be read.
+pub(crate) fn read_all(state_dir: &Path) -> Result<(), RecordError> {
+    let dir = state_dir.join("vms");
+    if !dir.exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(&dir).map_err(io_error("reading", &dir))? {
+        let path = entry.map_err(io_error("reading", &dir))?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "json")
+        {
+            match load_json::<Record>(&path, VERSION) {
+                // Removed meanwhile.
+                Err(RecordError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                }
+                read => drop(read?),
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Replaces a record; on return it is durable.
 ///
 /// # Errors

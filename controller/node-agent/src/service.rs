@@ -1,5 +1,6 @@
 //! The gRPC handlers: they translate, and nothing else.
 
+mod agents;
 mod devices;
 mod disks;
 mod faults;
@@ -16,6 +17,8 @@ use api::{errors::invalid_field, validate};
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+
+pub(crate) use agents::AgentsService;
 
 use crate::{
     agent::{Agent, CallError},

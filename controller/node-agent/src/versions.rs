@@ -108,7 +108,7 @@ pub(crate) enum BinaryError {
         source: io::Error,
     },
     /// It does not say its version.
-    #[error("binary {path} did not answer --version within {VERSION_WITHIN:?}; name device-blk or device-net", path = .path.display())]
+    #[error("binary {path} did not answer --version within {VERSION_WITHIN:?}; correct the path", path = .path.display())]
     Silent {
         /// As given.
         path: PathBuf,
@@ -336,28 +336,8 @@ impl Versions {
         path: &Path,
         wanted: Option<DaemonKind>,
     ) -> Result<(DaemonKind, String), BinaryError> {
-        let asked = tokio::time::timeout(VERSION_WITHIN, first_line(program)).await;
-        let said = match asked {
-            Ok(Ok(said)) => said,
-            Ok(Err(source)) => {
-                return Err(BinaryError::Start {
-                    path: path.to_owned(),
-                    source,
-                });
-            }
-            Err(_) => {
-                return Err(BinaryError::Silent {
-                    path: path.to_owned(),
-                });
-            }
-        };
-        let known = [DaemonKind::Blk, DaemonKind::Net].into_iter();
-        let mut fitting = known.filter(|kind| wanted.is_none_or(|wanted| wanted == *kind));
-        let found = fitting.find_map(|kind| {
-            let version = said.strip_prefix(kind.program())?.strip_prefix(' ')?;
-            (!version.is_empty() && !version.contains(' ')).then(|| (kind, version.to_owned()))
-        });
-        found.ok_or_else(|| BinaryError::Foreign {
+        let said = said(program, path).await?;
+        daemon_in(&said, wanted).ok_or_else(|| BinaryError::Foreign {
             path: path.to_owned(),
             wanted: match wanted {
                 Some(kind) => kind.program().to_owned(),
@@ -368,7 +348,54 @@ impl Versions {
     }
 }
 
-fn check_file(path: &Path) -> Result<(), BinaryError> {
+/// Checks that `path` is a daemon of this kind, without keeping it.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) async fn says_its_version(path: &Path, kind: DaemonKind) -> Result<String, BinaryError> {
+    check_file(path)?;
+    let said = first_line(path).await?;
+    let found = daemon_in(&said, Some(kind)).map(|(_, version)| version);
+    found.ok_or_else(|| BinaryError::Foreign {
+        path: path.to_owned(),
+        wanted: kind.program().to_owned(),
+        said,
+    })
+}
+
+/// The first line that a program says with --version.
+///
+/// # Errors
+/// When it does not start, or says nothing in time.
+pub(crate) async fn first_line(path: &Path) -> Result<String, BinaryError> {
+    said(path, path).await
+}
+
+/// The same of `program`, which people know as `path`.
+async fn said(program: &Path, path: &Path) -> Result<String, BinaryError> {
+    let path = path.to_owned();
+    match tokio::time::timeout(VERSION_WITHIN, ask(program)).await {
+        Ok(Ok(said)) => Ok(said),
+        Ok(Err(source)) => Err(BinaryError::Start { path, source }),
+        Err(_) => Err(BinaryError::Silent { path }),
+    }
+}
+
+/// Which daemon says this of itself, and its version.
+fn daemon_in(said: &str, wanted: Option<DaemonKind>) -> Option<(DaemonKind, String)> {
+    let known = [DaemonKind::Blk, DaemonKind::Net].into_iter();
+    let mut fitting = known.filter(|kind| wanted.is_none_or(|wanted| wanted == *kind));
+    fitting.find_map(|kind| {
+        let version = said.strip_prefix(kind.program())?.strip_prefix(' ')?;
+        (!version.is_empty() && !version.contains(' ')).then(|| (kind, version.to_owned()))
+    })
+}
+
+/// Whether it is a program at all.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn check_file(path: &Path) -> Result<(), BinaryError> {
     let path = path.to_owned();
     let metadata = match fs::metadata(&path) {
         Ok(metadata) => metadata,
@@ -400,7 +427,7 @@ fn check_file(path: &Path) -> Result<(), BinaryError> {
 
 /// The first line that `program --version` says, at most 200 bytes of it. The program is killed when this
 /// is dropped.
-async fn first_line(program: &Path) -> io::Result<String> {
+async fn ask(program: &Path) -> io::Result<String> {
     let mut attempts = 0;
     let mut child = loop {
         let spawned = tokio::process::Command::new(program)

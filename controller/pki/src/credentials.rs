@@ -4,18 +4,27 @@
 use std::fmt;
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
 
 use rustls::client::ResolvesClientCert;
+use rustls::client::danger::ServerCertVerifier as _;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, RootCertStore, ServerConfig, SignatureScheme};
 
-use crate::material::Reread;
+use crate::material::{Reread, ends};
 use crate::verify::{OnlyControllers, Servers};
 use crate::{Expect, Files, Material, MaterialError};
 
 /// HTTP/2: gRPC speaks nothing else.
 const PROTOCOL: &[u8] = b"h2";
+/// How long a peer stays believed at most after its authority is not.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Says after how long to look again, or why a peer is believed no more.
+pub type Look = Box<dyn FnMut() -> Result<Duration, String> + Send>;
 
 /// What an end shows and believes, as it is now. Cheap to clone.
 #[derive(Clone)]
@@ -76,17 +85,7 @@ impl Credentials {
     /// When there is nothing to show or nobody to believe.
     pub fn server(&self, clients: Clients) -> io::Result<Arc<ServerConfig>> {
         let material = self.now();
-        let verifier =
-            WebPkiClientVerifier::builder_with_provider(roots(&material).into(), crate::provider());
-        let verifier = match clients {
-            Clients::Anybody => verifier.allow_unauthenticated(),
-            Clients::Controllers => verifier,
-        };
-        let verifier = verifier.build().map_err(io::Error::other)?;
-        let verifier = match clients {
-            Clients::Anybody => verifier,
-            Clients::Controllers => Arc::new(OnlyControllers(verifier)),
-        };
+        let verifier = believed(&material, clients)?;
         let mut config = ServerConfig::builder_with_provider(crate::provider())
             .with_safe_default_protocol_versions()
             .map_err(io::Error::other)?
@@ -94,6 +93,61 @@ impl Credentials {
             .with_cert_resolver(Arc::new(shown(&material)?));
         config.alpn_protocols = vec![PROTOCOL.to_vec()];
         Ok(Arc::new(config))
+    }
+
+    /// What tells whether a client that showed these certificates is still believed, and after how long to
+    /// look again: it is not when its certificate has ended or is not of an authority any more.
+    pub fn watch_client(&self, clients: Clients, chain: Vec<CertificateDer<'static>>) -> Look {
+        let verify = move |material: &Material, chain: &[CertificateDer<'static>]| {
+            let (leaf, others) = split(chain)?;
+            let verifier = believed(material, clients).map_err(|error| error.to_string())?;
+            let verified = verifier.verify_client_cert(leaf, others, UnixTime::now());
+            verified.map(drop).map_err(|error| error.to_string())
+        };
+        self.watch(chain, verify)
+    }
+
+    /// The same of a server that was asked for by this name.
+    pub fn watch_server(
+        &self,
+        expect: Expect,
+        chain: Vec<CertificateDer<'static>>,
+        asked: ServerName<'static>,
+    ) -> Look {
+        let verify = move |material: &Material, chain: &[CertificateDer<'static>]| {
+            let (leaf, others) = split(chain)?;
+            let verifier = Servers::new(roots(material), expect.clone());
+            let now = UnixTime::now();
+            let verified = verifier.verify_server_cert(leaf, others, &asked, &[], now);
+            verified.map(drop).map_err(|error| error.to_string())
+        };
+        self.watch(chain, verify)
+    }
+
+    /// `verify` costs a signature, so it is called when authorities changed.
+    fn watch(
+        &self,
+        chain: Vec<CertificateDer<'static>>,
+        verify: impl Fn(&Material, &[CertificateDer<'static>]) -> Result<(), String> + Send + 'static,
+    ) -> Look {
+        let credentials = self.clone();
+        let ends = chain.first().and_then(|leaf| ends(leaf));
+        let mut seen = self.now();
+        Box::new(move || {
+            let ends = ends.ok_or("its certificate does not say when it ends")?;
+            let left = ends.duration_since(SystemTime::now()).unwrap_or_default();
+            if left.is_zero() {
+                return Err("its certificate has expired".to_owned());
+            }
+            let now = credentials.now();
+            if !Arc::ptr_eq(&seen, &now) {
+                if seen.authorities != now.authorities {
+                    verify(&now, &chain)?;
+                }
+                seen = now;
+            }
+            Ok(left.min(LOOK_INTERVAL))
+        })
     }
 
     /// A client's end.
@@ -121,6 +175,30 @@ impl fmt::Debug for Credentials {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("Credentials")
     }
+}
+
+/// Which clients are let in.
+fn believed(material: &Material, clients: Clients) -> io::Result<Arc<dyn ClientCertVerifier>> {
+    let roots = roots(material).into();
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, crate::provider());
+    let verifier = match clients {
+        Clients::Anybody => verifier.allow_unauthenticated(),
+        Clients::Controllers => verifier,
+    };
+    let verifier = verifier.build().map_err(io::Error::other)?;
+    Ok(match clients {
+        Clients::Anybody => verifier,
+        Clients::Controllers => Arc::new(OnlyControllers(verifier)),
+    })
+}
+
+/// The peer's own certificate, and what leads to its authority.
+fn split<'a>(
+    chain: &'a [CertificateDer<'static>],
+) -> Result<(&'a CertificateDer<'static>, &'a [CertificateDer<'static>]), String> {
+    chain
+        .split_first()
+        .ok_or_else(|| "it showed no certificate".to_owned())
 }
 
 fn roots(material: &Material) -> RootCertStore {

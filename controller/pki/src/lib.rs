@@ -21,7 +21,7 @@ mod request;
 mod verify;
 
 pub use authority::{Authority, IssueError};
-pub use credentials::{Clients, Credentials, Held};
+pub use credentials::{Clients, Credentials, Held, Look};
 pub use material::{Files, Identity, Material, MaterialError, begins, fingerprint, pem};
 pub use name::Name;
 pub use request::Request;

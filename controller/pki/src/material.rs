@@ -205,6 +205,11 @@ fn validity(der: &[u8]) -> Option<(SystemTime, SystemTime)> {
     ))
 }
 
+/// Until when a certificate is valid.
+pub(crate) fn ends(der: &[u8]) -> Option<SystemTime> {
+    validity(der).map(|(_, ends)| ends)
+}
+
 /// From when on a certificate is valid.
 pub fn begins(der: &[u8]) -> Option<SystemTime> {
     validity(der).map(|(begins, _)| begins)

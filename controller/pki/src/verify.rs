@@ -105,7 +105,7 @@ impl ServerCertVerifier for Servers {
             (Expect::Host(id, after), Some(Name::Host(named))) if id == named => {
                 if begins(leaf).is_none_or(|begins| begins <= *after) {
                     return Err(refused(format!(
-                        "its certificate of hosts/{id} was withdrawn when the host was deleted; have it join again"
+                        "its certificate of hosts/{id} was withdrawn when the host was deleted or joined again; have it join again"
                     )));
                 }
             }

@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status};
 
 use super::{Api, caller, command_status, store_status};
 use crate::commands::{self, CommandError};
+use crate::host_upgrades;
 use crate::model::{self, prefix};
 use crate::reconciler::decode;
 
@@ -115,6 +116,7 @@ impl Api {
         }
         let operation = self.with_progress(stored.record);
         let operation = self.with_placement(operation).await;
+        let operation = self.with_hosts_progress(operation).await;
         Ok(self.with_volume_progress(operation).await)
     }
 
@@ -153,6 +155,22 @@ impl Api {
             && !stored.record.unplaced.is_empty()
         {
             metadata.progress = format!("no host can have it: {}", stored.record.unplaced);
+        }
+        operation
+    }
+
+    /// As [`Self::with_progress`], for an upgrade of hosts, whose record says how far each is.
+    async fn with_hosts_progress(&self, mut operation: Operation) -> Operation {
+        let metadata = operation.metadata.get_or_insert_default();
+        if operation.done || metadata.kind() != OperationKind::UpgradeHosts {
+            return operation;
+        }
+        if let Ok(Some(item)) = self.store.get(model::HOST_UPGRADE).await
+            && let Ok(record) = decode::<model::HostUpgradeRecord>(&item.key, &item.value)
+            && record.operation == operation.name
+        {
+            metadata.progress = host_upgrades::progress(&record);
+            metadata.findings = host_upgrades::findings(&record);
         }
         operation
     }

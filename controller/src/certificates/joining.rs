@@ -1,6 +1,6 @@
 //! Hosts that join with a token, and renew with the certificate they got.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use api::controller as pb;
 use api::listen::Address;
@@ -15,6 +15,8 @@ use crate::store::{SharedStore, StoreError, Transaction};
 
 /// Ids are in keys and certificates.
 const MAX_ID_BYTES: usize = 63;
+/// Certificates tell whole seconds: one that begins so long after what was withdrawn is a later one.
+const NEXT_BEGINS: Duration = Duration::from_secs(1);
 
 impl Certificates {
     /// Lets a host in: its record, its certificate, and the token's end are one transaction.
@@ -80,12 +82,18 @@ impl Certificates {
 
         let store = &self.0.store;
         let stored = store.get(&name).await?;
-        let withdrawn = withdrawn(store, &id).await?;
+        let mut withdrawn = withdrawn(store, &id).await?;
         let may_be_there = !named.is_empty() || repeated;
         if (stored.is_some() || withdrawn.is_some()) && !may_be_there {
             return Err(CertificateError::Known { host: name });
         }
-        let not_before = withdrawn.map(|withdrawn| withdrawn + Duration::from_secs(1));
+        let joins_again = stored.is_some() && !repeated;
+        if joins_again {
+            // What it had may be in other hands, which is why hosts join again.
+            let last_begins = withdrawn.map(|withdrawn| withdrawn + NEXT_BEGINS);
+            withdrawn = Some(last_begins.unwrap_or(UNIX_EPOCH).max(SystemTime::now()));
+        }
+        let not_before = withdrawn.map(|withdrawn| withdrawn + NEXT_BEGINS);
         let asked = &request.request;
         let (certificate, authority) =
             self.issue(asked, &Name::Host(id.clone()), lifetime, not_before)?;
@@ -112,6 +120,10 @@ impl Certificates {
         token.record.token.use_time = Some(model::now());
         token.record.key = key;
         let event = model::new_event(&name, "HOST_JOINED", record.address.clone());
+        if let Some(withdrawn) = withdrawn.filter(|_| joins_again) {
+            let time = prost_types::Timestamp::from(withdrawn);
+            transaction = transaction.put(withdrawn_key(&id), time.encode_to_vec());
+        }
         let transaction = transaction
             .put(&name, record.encode_to_vec())
             .put(
@@ -152,7 +164,9 @@ impl Certificates {
         if after.is_some() && begins <= after {
             return Err(CertificateError::Withdrawn { host });
         }
-        let (certificate, authority) = self.issue(request, &Name::Host(id), lifetime, None)?;
+        let not_before = after.map(|after| after + NEXT_BEGINS);
+        let (certificate, authority) =
+            self.issue(request, &Name::Host(id), lifetime, not_before)?;
         if record.authority != authority {
             record.authority = authority;
             let transaction = Transaction::new()
@@ -168,7 +182,7 @@ impl Certificates {
     }
 }
 
-/// Since when certificates of a host count, if it was deleted.
+/// Since when certificates of a host count, if it was deleted or joined again.
 ///
 /// # Errors
 /// When the store fails.

@@ -3,7 +3,8 @@
 //! ```text
 //! authorities/{number}       AuthorityRecord; numbers rise
 //! hostTokens/{token}         HostTokenRecord
-//! withdrawn/{host}           Timestamp: certificates of the host from before count no more
+//! withdrawn/{host}           Timestamp: certificates of the host from before count no more; it was
+//!                            deleted, or has joined again
 //! ```
 
 use api::controller as pb;

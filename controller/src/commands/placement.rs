@@ -42,7 +42,7 @@ impl Place {
         record.host = self.host.clone();
         record.placements += 1;
         record.unplaced.clear();
-        record.promised = Some(self.promised.clone());
+        record.promised = Some((&self.promised).into());
     }
 
     /// Adds the promise to a transaction.
@@ -136,7 +136,7 @@ pub async fn release(
         return Ok(transaction);
     };
     let reserved = reservation(store, &record.host).await?;
-    let next = reserved.record.minus(promised);
+    let next = reserved.record.minus(&promised.into());
     Ok(put_reservation(
         transaction,
         &record.host,

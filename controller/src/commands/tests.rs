@@ -56,7 +56,7 @@ fn seen(phase: node::VmPhase, generation: u64) -> Fleet {
     };
     Fleet {
         // Nobody chose a host for what these tests make.
-        hosts: [(String::new(), observed.into())].into(),
+        hosts: [("".into(), observed.into())].into(),
     }
 }
 

@@ -159,7 +159,7 @@ impl Scope {
         let vms = self.target_vms().map(|vm| vm.host.clone());
         let hosts: BTreeSet<String> = vms.filter(|host| !host.is_empty()).collect();
         match hosts.is_empty() {
-            true => fleet.hosts.keys().cloned().collect(),
+            true => fleet.hosts.keys().map(|id| id.to_string()).collect(),
             false => hosts,
         }
     }
@@ -259,7 +259,7 @@ mod tests {
             });
         }
         Fleet {
-            hosts: [("h".to_owned(), observed.into())].into(),
+            hosts: [("h".into(), observed.into())].into(),
         }
     }
 

@@ -19,7 +19,7 @@ fn many(count: usize) -> Desired {
         let revision = 1;
         desired
             .vms
-            .insert(name(number), Stored { record, revision });
+            .insert(name(number), Stored { record, revision }.into());
     }
     desired
 }
@@ -43,7 +43,7 @@ fn host(vms: &[(usize, u64)]) -> Arc<Observed> {
 
 fn fleet(host: Arc<Observed>) -> Arc<Fleet> {
     Arc::new(Fleet {
-        hosts: [("h0".to_owned(), host)].into(),
+        hosts: [("h0".into(), host)].into(),
     })
 }
 

@@ -49,7 +49,8 @@ pub struct HostRecord {
     /// SHA-256 of the authority that made its certificate; empty if ours did not.
     #[prost(string, tag = "20")]
     pub authority: String,
-    /// Certificates of it that were valid at this time already count no more: it was deleted then.
+    /// Certificates of it that were valid at this time already count no more: it was deleted then, or
+    /// joined again.
     #[prost(message, optional, tag = "21")]
     pub certificates_after: Option<prost_types::Timestamp>,
 }
@@ -94,6 +95,88 @@ pub struct ReservationRecord {
     /// How many VMs bear no more than so many on a daemon, written `DAEMON|BOUND`.
     #[prost(btree_map = "string, uint64", tag = "8")]
     pub bounds: BTreeMap<String, u64>,
+}
+
+/// What a host promised to one VM: stored as a [`ReservationRecord`] is, and without a tree's room for what
+/// there is one of.
+#[derive(Clone, PartialEq, Message)]
+pub struct PromiseRecord {
+    /// CPUs of the guest.
+    #[prost(uint64, tag = "1")]
+    pub vcpus: u64,
+    /// Its RAM.
+    #[prost(uint64, tag = "2")]
+    pub memory_bytes: u64,
+    /// One.
+    #[prost(uint64, tag = "3")]
+    pub vms: u64,
+    /// As in [`ReservationRecord`], and so on.
+    #[prost(message, repeated, tag = "4")]
+    pub labels: Vec<Counted>,
+    /// Device daemons.
+    #[prost(message, repeated, tag = "5")]
+    pub daemons: Vec<Counted>,
+    /// The same for its set of labels.
+    #[prost(message, repeated, tag = "6")]
+    pub daemon_labels: Vec<Counted>,
+    /// Sets of labels that it keeps away from.
+    #[prost(message, repeated, tag = "7")]
+    pub repels: Vec<Counted>,
+    /// Bounds on daemons.
+    #[prost(message, repeated, tag = "8")]
+    pub bounds: Vec<Counted>,
+}
+
+/// An entry of a map, as protobuf writes it.
+#[derive(Clone, PartialEq, Message)]
+pub struct Counted {
+    /// What is counted.
+    #[prost(string, tag = "1")]
+    pub key: String,
+    /// How many.
+    #[prost(uint64, tag = "2")]
+    pub count: u64,
+}
+
+impl From<&ReservationRecord> for PromiseRecord {
+    fn from(record: &ReservationRecord) -> Self {
+        let counted = |counts: &Counts| {
+            let entries = counts.iter().map(|(key, count)| Counted {
+                key: key.clone(),
+                count: *count,
+            });
+            entries.collect()
+        };
+        Self {
+            vcpus: record.vcpus,
+            memory_bytes: record.memory_bytes,
+            vms: record.vms,
+            labels: counted(&record.labels),
+            daemons: counted(&record.daemons),
+            daemon_labels: counted(&record.daemon_labels),
+            repels: counted(&record.repels),
+            bounds: counted(&record.bounds),
+        }
+    }
+}
+
+impl From<&PromiseRecord> for ReservationRecord {
+    fn from(record: &PromiseRecord) -> Self {
+        let counts = |counted: &[Counted]| {
+            let entries = counted.iter().map(|entry| (entry.key.clone(), entry.count));
+            entries.collect()
+        };
+        Self {
+            vcpus: record.vcpus,
+            memory_bytes: record.memory_bytes,
+            vms: record.vms,
+            labels: counts(&record.labels),
+            daemons: counts(&record.daemons),
+            daemon_labels: counts(&record.daemon_labels),
+            repels: counts(&record.repels),
+            bounds: counts(&record.bounds),
+        }
+    }
 }
 
 type Counts = BTreeMap<String, u64>;
@@ -241,6 +324,24 @@ pub fn host(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn promise_to_one_vm_is_stored_as_a_reservation_is() {
+        let one = ReservationRecord {
+            vcpus: 2,
+            memory_bytes: 1 << 30,
+            vms: 1,
+            labels: [("p:app=web".to_owned(), 1)].into(),
+            daemons: [("network m".to_owned(), 1), ("network n".to_owned(), 1)].into(),
+            daemon_labels: [("network n|p:app=web".to_owned(), 1)].into(),
+            repels: [("p:app=db".to_owned(), 1)].into(),
+            bounds: [("network n|4".to_owned(), 1)].into(),
+        };
+        let promise = PromiseRecord::from(&one);
+        assert_eq!(promise.encode_to_vec(), one.encode_to_vec());
+        let read = PromiseRecord::decode(one.encode_to_vec().as_slice()).unwrap();
+        assert_eq!(ReservationRecord::from(&read), one);
+    }
 
     #[test]
     fn what_is_given_back_leaves_nothing() {

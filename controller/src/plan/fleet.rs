@@ -56,8 +56,8 @@ impl Observed {
 /// Everything that was seen, by the hosts' ids.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Fleet {
-    /// Of hosts that there is a connection to.
-    pub hosts: BTreeMap<String, Arc<Observed>>,
+    /// Of hosts that there is a connection to. Whoever looks takes a copy, which costs a count for each.
+    pub hosts: BTreeMap<Arc<str>, Arc<Observed>>,
 }
 
 impl Fleet {
@@ -69,7 +69,7 @@ impl Fleet {
     /// Hosts that answer.
     pub fn connected(&self) -> impl Iterator<Item = (&str, &Observed)> {
         let hosts = self.hosts.iter().filter(|(_, seen)| seen.connected);
-        hosts.map(|(id, seen)| (id.as_str(), seen.as_ref()))
+        hosts.map(|(id, seen)| (id.as_ref(), seen.as_ref()))
     }
 
     /// The job of this id and the host that does it.
@@ -83,7 +83,7 @@ impl From<Observed> for Fleet {
     fn from(observed: Observed) -> Self {
         let id = observed.host.as_ref().map(|host| host.host_id.clone());
         Self {
-            hosts: [(id.unwrap_or_default(), Arc::new(observed))].into(),
+            hosts: [(id.unwrap_or_default().into(), Arc::new(observed))].into(),
         }
     }
 }

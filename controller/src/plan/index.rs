@@ -11,8 +11,8 @@ use crate::model::{VmRecord, VolumeRecord};
 /// See the module.
 #[derive(Debug, Clone, Default)]
 pub struct Index {
-    /// Names of VMs by their ids on hosts.
-    vms: HashMap<String, String>,
+    /// VMs by their ids on hosts.
+    vms: HashMap<String, Home>,
     /// The same of volumes.
     volumes: HashMap<String, String>,
     /// Names of VMs and volumes by their hosts' ids; those that have none are below the empty id.
@@ -21,6 +21,23 @@ pub struct Index {
     asked: HashMap<String, BTreeSet<String>>,
     /// Those that anything else may end.
     others: BTreeSet<String>,
+}
+
+/// Which VM it is, and where it is to be.
+#[derive(Debug, Clone)]
+struct Home {
+    name: String,
+    /// Id of the host that was chosen for it last; `None` if none ever was.
+    host: Option<String>,
+}
+
+impl Home {
+    fn of(name: &str, record: &VmRecord) -> Self {
+        Self {
+            name: name.to_owned(),
+            host: (record.placements > 0).then(|| record.host.clone()),
+        }
+    }
 }
 
 impl Index {
@@ -40,19 +57,25 @@ impl Index {
     }
 
     /// A VM's record changed.
-    pub fn vm(&mut self, name: &str, before: Option<&VmRecord>, after: Option<&VmRecord>) {
-        let of = |record: &VmRecord| (record.node_id.clone(), record.host.clone());
-        let (before, after) = (before.map(of), after.map(of));
-        if before == after {
+    pub fn vm<'a>(
+        &mut self,
+        name: &str,
+        before: Option<&'a VmRecord>,
+        after: Option<&'a VmRecord>,
+    ) {
+        let of = |record: &'a VmRecord| (&record.node_id, &record.host, record.placements > 0);
+        if before.map(of) == after.map(of) {
             return;
         }
-        if let Some((node_id, host)) = before {
-            self.vms.remove(&node_id);
-            leave(&mut self.placed, &host, name);
+        if let Some(record) = before {
+            self.vms.remove(&record.node_id);
+            leave(&mut self.placed, &record.host, name);
         }
-        if let Some((node_id, host)) = after {
-            self.vms.insert(node_id, name.to_owned());
-            self.placed.entry(host).or_default().insert(name.to_owned());
+        if let Some(record) = after {
+            self.vms
+                .insert(record.node_id.clone(), Home::of(name, record));
+            let placed = self.placed.entry(record.host.clone()).or_default();
+            placed.insert(name.to_owned());
         }
     }
 
@@ -100,7 +123,13 @@ impl Index {
 
     /// The VM of this id on hosts.
     pub fn vm_of(&self, node_id: &str) -> Option<&str> {
-        self.vms.get(node_id).map(String::as_str)
+        self.vms.get(node_id).map(|home| home.name.as_str())
+    }
+
+    /// Id of the host where the VM of this id on hosts is to be, empty if on none; `None` if nothing was
+    /// ever chosen for it.
+    pub fn home_of(&self, node_id: &str) -> Option<&str> {
+        self.vms.get(node_id)?.host.as_deref()
     }
 
     /// The volume of this id on hosts.

@@ -55,6 +55,8 @@ pub(super) fn outcome(
                 Some(stored) => vm_outcome(metadata, &stored.record, fleet.of(&stored.record.host)),
             }
         }
+        // By whoever exchanges hosts' agents.
+        pb::OperationKind::UpgradeHosts => None,
         // Their jobs are gone, or this controller is older than what stored them.
         _ => Some(Some(error(
             Code::Internal,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{Desired, Index};
 
-/// A part of everything. Networks and jobs are always looked at.
+/// A part of everything. Networks and the work of operations are always looked at.
 #[derive(Debug, Clone, Default)]
 pub struct Part {
     /// VMs and volumes, by name.

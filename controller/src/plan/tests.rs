@@ -47,10 +47,10 @@ fn desired(vms: Vec<VmRecord>, volumes: Vec<VolumeRecord>) -> Desired {
             .map(|record| {
                 (
                     record.vm.name.clone(),
-                    Stored {
+                    Box::new(Stored {
                         record,
                         revision: 1,
-                    },
+                    }),
                 )
             })
             .collect(),
@@ -527,7 +527,7 @@ fn job_of_no_operation_is_ended_and_forgotten() {
     }
 }
 
-fn host_seen(id: &str, observed: Observed) -> (String, std::sync::Arc<Observed>) {
+fn host_seen(id: &str, observed: Observed) -> (std::sync::Arc<str>, std::sync::Arc<Observed>) {
     let host = node::HostStatus {
         host_id: id.into(),
         ..Default::default()
@@ -536,7 +536,7 @@ fn host_seen(id: &str, observed: Observed) -> (String, std::sync::Arc<Observed>)
         host: Some(host),
         ..observed
     };
-    (id.to_owned(), std::sync::Arc::new(observed))
+    (id.into(), std::sync::Arc::new(observed))
 }
 
 /// Two hosts, of which the second has nothing.

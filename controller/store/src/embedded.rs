@@ -63,11 +63,17 @@ impl EmbeddedStore {
     /// # Panics
     /// When there is no memory.
     pub fn in_memory() -> Self {
-        Self::over(
-            File::in_memory().expect("memory keeps what it is given"),
-            LOG_LEN,
-        )
-        .expect("an empty store is in order")
+        Self::in_memory_with_log(LOG_LEN)
+    }
+
+    /// The same, where changes of the newest `log_len` revisions are kept: whoever watches and is late
+    /// finds them gone.
+    ///
+    /// # Panics
+    /// When there is no memory.
+    pub fn in_memory_with_log(log_len: u64) -> Self {
+        let file = File::in_memory().expect("memory keeps what it is given");
+        Self::over(file, log_len).expect("an empty store is in order")
     }
 
     fn open_with_log(path: &Path, log_len: u64) -> Result<Self, StoreError> {
@@ -116,9 +122,11 @@ impl EmbeddedStore {
 #[tonic::async_trait]
 impl Store for EmbeddedStore {
     async fn get(&self, key: &str) -> Result<Option<Item>, StoreError> {
-        let key = key.to_owned();
-        self.reading(move |transaction| tables::get(transaction, &key))
-            .await
+        self.tend_leases();
+        // A handful of pages, which the system has in memory: another thread would cost more than that.
+        self.inner
+            .file
+            .read(|transaction| tables::get(transaction, key))
     }
 
     async fn list(&self, range: Range) -> Result<Listing, StoreError> {

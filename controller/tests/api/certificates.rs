@@ -11,13 +11,15 @@ use std::time::SystemTime;
 use api::connect;
 use api::controller as pb;
 use api::controller::certificates_client::CertificatesClient;
+use api::controller::events_client::EventsClient;
 use api::controller::hosts_client::HostsClient;
+use api::controller::watch_events_response::Message;
 use api::errors::reason;
 use api::listen::Address;
 use api::tls;
 use pki::{Credentials, Expect, Files};
-use tonic::Code;
 use tonic::transport::Channel;
+use tonic::{Code, Streaming};
 
 use crate::harness::{PATIENCE, built, poll, poll_async};
 
@@ -78,6 +80,24 @@ impl Secured {
     async fn connected(&self) -> pb::Host {
         let one = |hosts: &Vec<pb::Host>| hosts.iter().any(|host| host.connected);
         poll_async("the host", || self.hosts(), one).await.remove(0)
+    }
+
+    /// A viewer's certificate and key in NAME.pem and NAME.key; who is believed, and when it ends.
+    async fn user(&self, dir: &Path, name: &str, lifetime_s: u32) -> (String, SystemTime) {
+        let made = pki::Request::new().unwrap();
+        let request = pb::IssueUserCertificateRequest {
+            user: name.into(),
+            roles: vec!["viewer".into()],
+            request: made.der,
+            lifetime_s,
+            ..Default::default()
+        };
+        let issued = self.certificates().issue_user_certificate(request).await;
+        let issued = issued.unwrap().into_inner();
+        std::fs::write(dir.join(format!("{name}.pem")), issued.chain).unwrap();
+        std::fs::write(dir.join(format!("{name}.key")), made.key_pem).unwrap();
+        let end = SystemTime::try_from(issued.expire_time.unwrap()).unwrap();
+        (issued.authorities, end)
     }
 
     /// By TLS, with the certificate in these files.
@@ -164,6 +184,13 @@ impl Machine {
         self.agent = Some(child);
     }
 
+    fn stop(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            agent.kill().unwrap();
+            agent.wait().unwrap();
+        }
+    }
+
     fn log(&self) -> PathBuf {
         self.dir.join("agent.log")
     }
@@ -187,6 +214,16 @@ impl Drop for Machine {
             let _ = agent.wait();
         }
     }
+}
+
+/// All events from now on.
+async fn watch(channel: Channel) -> Streaming<pb::WatchEventsResponse> {
+    let request = pb::WatchEventsRequest {
+        after_revision: u64::MAX,
+        ..Default::default()
+    };
+    let watching = EventsClient::new(channel).watch_events(request).await;
+    watching.unwrap().into_inner()
 }
 
 /// Waits until a log says something.
@@ -375,6 +412,96 @@ async fn expired_certificate_is_refused_and_a_new_one_is_taken_without_a_restart
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn host_that_joins_again_leaves_no_certificate_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let c = Secured::start(dir.path(), &[]).await;
+    let mut machine = Machine::new(dir.path(), "a");
+    let name = machine.joined(&c, &c.token("", 0).await);
+    machine.start();
+    c.connected().await;
+    let stolen = dir.path().join("stolen.pem");
+    std::fs::copy(machine.certificate(), &stolen).unwrap();
+    assert_eq!(machine.joined(&c, &c.token(&name, 0).await), name);
+
+    // Whoever has the old one gets no new one for it,
+    let files = Files {
+        identity: Some((stolen.clone(), stolen.clone())),
+        ..machine.files()
+    };
+    let mut renewing = CertificatesClient::new(c.remote(files).await);
+    let request = pki::Request::new().unwrap().der;
+    let request = pb::RenewHostCertificateRequest { request };
+    let refused = renewing.renew_host_certificate(request).await.unwrap_err();
+    assert!(refused.message().contains("counts no more"), "{refused}");
+    // and is not taken for the host, which is believed with its new one.
+    let answers = |hosts: &Vec<pb::Host>| hosts.iter().any(|host| host.connected);
+    poll_async("the host with its new certificate", || c.hosts(), answers).await;
+    machine.stop();
+    std::fs::copy(&stolen, machine.certificate()).unwrap();
+    machine.start();
+    says(
+        &dir.path().join("controller.log"),
+        "was withdrawn when the host was deleted or joined again",
+    );
+    let away = |hosts: &Vec<pb::Host>| hosts.iter().all(|host| !host.connected);
+    poll_async("the old certificate is refused", || c.hosts(), away).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_end_with_the_certificate_and_with_its_authority() {
+    let dir = tempfile::tempdir().unwrap();
+    let c = Secured::start(dir.path(), &[]).await;
+    let authorities = dir.path().join("authorities.pem");
+    let short = c.user(dir.path(), "short", 8).await;
+    let long = c.user(dir.path(), "long", 3600).await;
+    std::fs::write(&authorities, &short.0).unwrap();
+    let files = |name: &str| Files {
+        identity: Some((
+            dir.path().join(format!("{name}.pem")),
+            dir.path().join(format!("{name}.key")),
+        )),
+        authorities: authorities.clone(),
+    };
+    let mut ending = watch(c.remote(files("short")).await).await;
+    let mut going_on = watch(c.remote(files("long")).await).await;
+    // It ends by itself, and not before its certificate does.
+    let over = tokio::time::timeout(PATIENCE, async {
+        while let Ok(Some(_)) = ending.message().await {}
+    });
+    over.await.expect("the stream ends with its certificate");
+    // Certificates tell whole seconds.
+    assert!(SystemTime::now() + std::time::Duration::from_secs(1) >= short.1);
+    assert!(SystemTime::now() < long.1);
+
+    // The other one goes on until its authority is deleted.
+    let rotated = c
+        .certificates()
+        .rotate_authority(pb::RotateAuthorityRequest {})
+        .await;
+    rotated.unwrap();
+    let told = tokio::time::timeout(PATIENCE, async {
+        let event =
+            |message: &pb::WatchEventsResponse| matches!(message.message, Some(Message::Event(_)));
+        while !event(&going_on.message().await.unwrap().expect("it goes on")) {}
+    });
+    told.await.expect("events go on");
+    let first = c
+        .certificates()
+        .list_authorities(pb::ListAuthoritiesRequest {})
+        .await;
+    let first = first.unwrap().into_inner().authorities.remove(0);
+    let request = pb::DeleteAuthorityRequest {
+        name: first.name,
+        force: true,
+    };
+    c.certificates().delete_authority(request).await.unwrap();
+    let over = tokio::time::timeout(PATIENCE, async {
+        while let Ok(Some(_)) = going_on.message().await {}
+    });
+    over.await.expect("the stream ends with its authority");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn certificates_and_authorities_are_exchanged_under_running_connections() {
     let dir = tempfile::tempdir().unwrap();
     let c = Secured::start(dir.path(), &["--certificate-lifetime", "20"]).await;
@@ -416,8 +543,8 @@ async fn certificates_and_authorities_are_exchanged_under_running_connections() 
         force: false,
     };
     c.certificates().delete_authority(request).await.unwrap();
-    // The connection from before goes on, and a new one is of the new authority alone.
-    assert!(c.hosts().await[0].connected);
+    // Connections go on with what either end has renewed, and new ones are of the new authority alone.
+    c.connected().await;
     drop(c);
     let c = Secured::start(dir.path(), &["--certificate-lifetime", "20"]).await;
     assert_eq!(c.connected().await.name, host.name);

@@ -13,11 +13,13 @@ mod fleet;
 #[path = "../../node-agent/tests/processes/guest.rs"]
 mod guest;
 mod harness;
+mod host_upgrades;
 mod kill_orders;
 mod networks;
 mod operations;
 mod pools;
 mod replicas;
+mod schema;
 mod simulated;
 mod standalone;
 mod traces;

@@ -75,6 +75,22 @@ impl Host {
         self.state.lock().unwrap().traces.clone()
     }
 
+    /// A VM that runs here before any controller of the test is there.
+    pub(crate) fn runs_already(&self, spec: VmSpec) {
+        let status = VmStatus {
+            id: spec.id.clone(),
+            observed_generation: spec.generation,
+            phase: VmPhase::Running as i32,
+            ..Default::default()
+        };
+        self.change(|state| state.vms.insert(spec.id.clone(), (spec, status)));
+    }
+
+    /// A volume that is here before, too.
+    pub(crate) fn has_already(&self, volume: VolumeStatus) {
+        self.change(|state| state.volumes.insert(volume.id.clone(), volume));
+    }
+
     /// VMs stay in STARTING until this is called with `false`.
     pub(crate) fn hold_starts(&self, held: bool) {
         self.change(|state| {

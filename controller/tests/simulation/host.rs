@@ -21,16 +21,22 @@ pub(crate) struct Host {
     /// What its clock showed then, and how it goes: thousandths of the true speed.
     zero: Duration,
     rate: u32,
+    /// Devices stop at their own deadlines, without a word of the agent.
+    deadlines: bool,
     state: Mutex<State>,
 }
 
 struct State {
     /// Has power.
     is_up: bool,
-    /// Nothing of it moves, as if it were suspended.
-    is_frozen: bool,
+    /// How many faults hold all of it, as if it were suspended.
+    freezes: u32,
+    /// How many faults hold its agent alone; VMs and their devices go on.
+    agent_freezes: u32,
     /// Its agent lives.
     has_agent: bool,
+    /// Which of its agents, of all that ever lived here.
+    agent: u64,
     /// The agent's, which the next one finds in a file.
     lease: HostLease,
     /// Numbers sessions and copies.
@@ -60,16 +66,19 @@ pub(crate) struct Write {
 
 impl Host {
     /// `number` is part of its name, `rate` is 1000 for a clock that goes right.
-    pub(crate) fn new(number: usize, zero: Duration, rate: u32) -> Self {
+    pub(crate) fn new(number: usize, zero: Duration, rate: u32, deadlines: bool) -> Self {
         let id = format!("h{number}");
         Self {
             began: Instant::now(),
             zero,
             rate,
+            deadlines,
             state: Mutex::new(State {
                 is_up: true,
-                is_frozen: false,
+                freezes: 0,
+                agent_freezes: 0,
                 has_agent: true,
+                agent: 1,
                 lease: HostLease::new(format!("{id}-0")),
                 next: 1,
                 epoch: 0,
@@ -90,25 +99,55 @@ impl Host {
     /// Whether its agent takes calls.
     pub(crate) fn answers(&self) -> bool {
         let state = self.state();
-        state.is_up && !state.is_frozen && state.has_agent
+        state.is_moving() && state.has_moving_agent()
+    }
+
+    /// Which agent takes calls or would; another one knows nothing of what this one had begun.
+    pub(crate) fn agent(&self) -> u64 {
+        self.state().agent
     }
 
     pub(crate) fn is_frozen(&self) -> bool {
-        self.state().is_frozen
+        self.state().freezes > 0
     }
 
-    pub(crate) fn set_frozen(&self, is_frozen: bool) {
-        self.state().is_frozen = is_frozen;
+    /// SIGSTOP of everything, or a suspended machine.
+    pub(crate) fn freeze(&self) {
+        self.state().freezes += 1;
+    }
+
+    /// Whether it overslept the end of its lease.
+    pub(crate) fn thaw(&self) -> bool {
+        let now = self.now();
+        let mut state = self.state();
+        state.freezes -= 1;
+        state.is_moving() && state.has_overslept(now)
+    }
+
+    /// SIGSTOP of the agent alone.
+    pub(crate) fn freeze_agent(&self) {
+        self.state().agent_freezes += 1;
+    }
+
+    /// Whether it overslept the end of its host's lease, so that devices had to stop by themselves.
+    pub(crate) fn thaw_agent(&self) -> bool {
+        let now = self.now();
+        let mut state = self.state();
+        state.agent_freezes -= 1;
+        state.is_moving() && state.has_moving_agent() && state.has_overslept(now)
     }
 
     pub(crate) fn set_agent(&self, lives: bool) {
-        self.state().has_agent = lives;
+        let mut state = self.state();
+        state.has_agent = lives;
+        state.agent += 1;
     }
 
     /// Power goes: nothing is left of what ran.
     pub(crate) fn crash(&self) {
         let mut state = self.state();
         state.is_up = false;
+        state.agent += 1;
         for copy in state.vms.values_mut().filter(|copy| copy.is_active()) {
             copy.phase = VmPhase::Stopped;
             copy.stop_reason = "host-reboot".to_owned();
@@ -119,14 +158,14 @@ impl Host {
         let mut state = self.state();
         let session = state.new_session(&self.id);
         state.lease = HostLease::new(session);
-        (state.is_up, state.is_frozen, state.has_agent) = (true, false, true);
+        (state.is_up, state.has_agent) = (true, true);
     }
 
     /// What the agent's loop and its VMs' tasks do every now and then.
     pub(crate) fn tick(&self) {
         let now = self.now();
         let mut state = self.state();
-        if !state.is_up || state.is_frozen || !state.has_agent {
+        if !state.is_moving() || !state.has_moving_agent() {
             return;
         }
         let stage = state.lease.stage(now);
@@ -153,21 +192,29 @@ impl Host {
     pub(crate) fn running(&self) -> Vec<String> {
         let now = self.now();
         let state = self.state();
-        if !state.is_up || state.is_frozen {
+        if !state.is_moving() {
             return Vec::new();
         }
-        let running = state.vms.iter().filter(|(_, copy)| copy.may_write(now));
+        let running = state
+            .vms
+            .iter()
+            .filter(|(_, copy)| self.may_write(copy, now));
         running.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// It is let run, and use its disk.
+    fn may_write(&self, copy: &Copy, now: Moment) -> bool {
+        copy.phase == VmPhase::Running && (now < copy.io_until || !self.deadlines)
     }
 
     /// Requests that guests' disks begin now.
     pub(crate) fn writes(&self) -> Vec<Write> {
         let now = self.now();
         let state = self.state();
-        if !state.is_up || state.is_frozen {
+        if !state.is_moving() {
             return Vec::new();
         }
-        let writers = state.vms.values().filter(|copy| copy.may_write(now));
+        let writers = state.vms.values().filter(|copy| self.may_write(copy, now));
         writers
             .filter_map(|copy| {
                 let nbd = copy.spec.disks.first()?.nbd.as_ref()?;
@@ -198,14 +245,19 @@ impl Host {
         }
     }
 
-    pub(crate) fn renew(
-        &self,
-        request: &RenewLeaseRequest,
-        epoch: u64,
-    ) -> Result<RenewLeaseResponse, Status> {
+    /// What stands before everything that a leader asks for.
+    pub(crate) fn admit(&self, epoch: u64) -> Result<(), Status> {
+        let mut state = self.state();
+        if epoch < state.epoch {
+            return Err(Status::unavailable("somebody else leads"));
+        }
+        state.epoch = epoch;
+        Ok(())
+    }
+
+    pub(crate) fn renew(&self, request: &RenewLeaseRequest) -> RenewLeaseResponse {
         let now = self.now();
         let mut state = self.state();
-        state.admit(epoch)?;
         let term = |term_ms: u32| Duration::from_millis(term_ms.into());
         let renewal = Renewal {
             ticket: Ticket {
@@ -224,20 +276,19 @@ impl Host {
             false => state.lease.renew(&renewal, now).err(),
         };
         let ticket = state.lease.ticket(now);
-        Ok(RenewLeaseResponse {
+        RenewLeaseResponse {
             session: ticket.session,
             ticket_boottime_ns: ticket.at.as_nanos(),
             refusal: refusal
                 .map(|refused| refused.to_string())
                 .unwrap_or_default(),
             ..RenewLeaseResponse::default()
-        })
+        }
     }
 
-    pub(crate) fn told(&self, call: &Call, epoch: u64, server: &Server) -> Result<(), Status> {
+    pub(crate) fn told(&self, call: &Call, server: &Server) -> Result<(), Status> {
         let now = self.now();
         let mut state = self.state();
-        state.admit(epoch)?;
         match call {
             Call::ApplyVm(spec) => state.apply(spec, now, server),
             Call::DeleteVm(id) => {
@@ -275,12 +326,18 @@ impl State {
         format!("{host}-{}", self.next)
     }
 
-    fn admit(&mut self, epoch: u64) -> Result<(), Status> {
-        if epoch < self.epoch {
-            return Err(Status::unavailable("somebody else leads"));
-        }
-        self.epoch = epoch;
-        Ok(())
+    fn is_moving(&self) -> bool {
+        self.is_up && self.freezes == 0
+    }
+
+    fn has_moving_agent(&self) -> bool {
+        self.has_agent && self.agent_freezes == 0
+    }
+
+    /// A VM is still taken for running although its device had to stop by now.
+    fn has_overslept(&self, now: Moment) -> bool {
+        let running = |copy: &Copy| copy.phase == VmPhase::Running && now >= copy.io_until;
+        self.vms.values().any(running)
     }
 
     fn apply(&mut self, spec: &VmSpec, now: Moment, server: &Server) -> Result<(), Status> {
@@ -335,10 +392,6 @@ impl State {
 impl Copy {
     fn is_active(&self) -> bool {
         matches!(self.phase, VmPhase::Running | VmPhase::Paused)
-    }
-
-    fn may_write(&self, now: Moment) -> bool {
-        self.phase == VmPhase::Running && now < self.io_until
     }
 
     fn status(&self) -> VmStatus {

@@ -1,6 +1,7 @@
 //! One world: hosts, replicas of the controller, and the network between them.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -21,6 +22,8 @@ use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::Instant;
 use tonic::Status;
 
+use crate::frozen::while_thawed;
+use crate::hits::{Hit, Hits};
 use crate::host::{self, Host};
 use crate::linear::{self, Event};
 use crate::random::Random;
@@ -41,6 +44,8 @@ const TERMS: Terms = Terms {
 const LEADER_PERIOD: Duration = Duration::from_secs(2);
 /// As the production connection's.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Revisions that the store remembers: so few that a watch that breaks may be too late, or many.
+const LOG_LENS: [u64; 3] = [16, 64, 10_000];
 const TICK: Duration = Duration::from_millis(250);
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -48,12 +53,14 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 pub(crate) struct Settings {
     /// The disks' server looks at generations.
     pub(crate) fenced: bool,
+    /// Devices stop at their own deadlines.
+    pub(crate) deadlines: bool,
 }
 
 pub(crate) struct Outcome {
     pub(crate) violations: Vec<String>,
     pub(crate) log: Vec<String>,
-    pub(crate) refused_writes: u64,
+    pub(crate) hits: Hits,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -61,7 +68,7 @@ pub(crate) struct StoreFaults {
     pub(crate) full: bool,
     pub(crate) unreachable: bool,
     pub(crate) in_doubt: bool,
-    pub(crate) compacted: bool,
+    pub(crate) watches_break: bool,
 }
 
 pub(crate) struct World {
@@ -71,9 +78,12 @@ pub(crate) struct World {
     pub(crate) store: watch::Sender<StoreFaults>,
     pub(crate) slow: watch::Sender<bool>,
     pub(crate) history: Vec<Mutex<Vec<Event>>>,
+    pub(crate) hits: Hits,
     server: Server,
     /// How many faults cut a host off from a replica.
     cuts: watch::Sender<BTreeMap<(String, usize), i32>>,
+    /// Of all leaders so far.
+    newest_epoch: AtomicU64,
     violations: Mutex<Vec<String>>,
     log: Mutex<Vec<String>>,
     began: Instant,
@@ -81,22 +91,55 @@ pub(crate) struct World {
 
 /// A replica of the controller as the world sees it.
 pub(crate) struct Replica {
-    frozen: watch::Sender<i32>,
+    /// How many faults hold it.
+    freezes: watch::Sender<u32>,
     crashed: Notify,
+    /// The epoch in which it believes to lead.
+    leads: Mutex<Option<u64>>,
 }
 
 impl Replica {
-    /// Nothing gets in or out while it stands still.
-    pub(crate) async fn thawed(&self) {
-        let _ = self.frozen.subscribe().wait_for(|count| *count == 0).await;
+    fn new() -> Self {
+        Self {
+            freezes: watch::Sender::new(0),
+            crashed: Notify::new(),
+            leads: Mutex::new(None),
+        }
     }
 
-    pub(crate) fn freeze(&self, count: i32) {
-        self.frozen.send_modify(|frozen| *frozen += count);
+    /// Nothing gets in or out while it stands still.
+    pub(crate) async fn thawed(&self) {
+        let _ = self.freezes.subscribe().wait_for(|count| *count == 0).await;
+    }
+
+    /// SIGSTOP; the epoch in which it leads.
+    pub(crate) fn freeze(&self) -> Option<u64> {
+        self.freezes.send_modify(|count| *count += 1);
+        *self.leads.lock().unwrap()
+    }
+
+    pub(crate) fn thaw(&self) {
+        self.freezes.send_modify(|count| *count -= 1);
     }
 
     pub(crate) fn crash(&self) {
         self.crashed.notify_one();
+    }
+}
+
+/// While it leads; forgotten when it no longer believes so.
+struct Leading<'a>(&'a Replica);
+
+impl<'a> Leading<'a> {
+    fn new(replica: &'a Replica, epoch: u64) -> Self {
+        *replica.leads.lock().unwrap() = Some(epoch);
+        Self(replica)
+    }
+}
+
+impl Drop for Leading<'_> {
+    fn drop(&mut self) {
+        *self.0.leads.lock().unwrap() = None;
     }
 }
 
@@ -117,28 +160,27 @@ impl World {
         let random = Random::new(seed);
         let clocks = |number| {
             let zero = random.millis(0, 1 << 40);
-            Host::new(number, zero, 996 + random.below(9) as u32)
+            let rate = 996 + random.below(9) as u32;
+            Host::new(number, zero, rate, settings.deadlines)
         };
         let hosts = (0..HOSTS).map(clocks).collect();
+        let log_len = LOG_LENS[random.below(LOG_LENS.len() as u64) as usize];
         let world = Arc::new(Self {
             hosts,
             random,
-            replicas: (0..REPLICAS)
-                .map(|_| Replica {
-                    frozen: watch::Sender::new(0),
-                    crashed: Notify::new(),
-                })
-                .collect(),
+            replicas: (0..REPLICAS).map(|_| Replica::new()).collect(),
             store: watch::Sender::new(StoreFaults::default()),
             slow: watch::Sender::new(false),
             history: users::VMS.iter().map(|_| Mutex::default()).collect(),
+            hits: Hits::default(),
             server: Server::new(settings.fenced),
+            newest_epoch: AtomicU64::new(0),
             cuts: watch::Sender::new(BTreeMap::new()),
             violations: Mutex::default(),
             log: Mutex::default(),
             began: Instant::now(),
         });
-        let store: SharedStore = Arc::new(EmbeddedStore::in_memory());
+        let store: SharedStore = Arc::new(EmbeddedStore::in_memory_with_log(log_len));
         world.clone().begin(&store).await;
         let quiet = Instant::now() + CHAOS;
         tokio::spawn(chaos::run(world.clone(), quiet));
@@ -214,8 +256,9 @@ impl World {
     async fn keep_replica(self: Arc<Self>, store: SharedStore, replica: usize) {
         loop {
             let living = self.clone().replicate(store.clone(), replica);
+            let freezes = self.replicas[replica].freezes.subscribe();
             let mut tasks = tokio::task::JoinSet::new();
-            tasks.spawn(living);
+            tasks.spawn(while_thawed(living, freezes));
             self.replicas[replica].crashed.notified().await;
             tasks.shutdown().await;
             tokio::time::sleep(self.random.millis(100, 5_000)).await;
@@ -234,7 +277,9 @@ impl World {
         let store = self.clone().way_to(&store, replica);
         let hosts = Hosts::unconnected();
         let mut tasks = tokio::task::JoinSet::new();
-        tasks.spawn(hosts.clone().run(store.clone()));
+        let freezes = self.replicas[replica].freezes.subscribe();
+        let following = hosts.clone().run(store.clone());
+        tasks.spawn(while_thawed(following, freezes.clone()));
         for host in 0..HOSTS {
             let (world, hosts) = (self.clone(), hosts.clone());
             tasks.spawn(async move {
@@ -245,15 +290,19 @@ impl World {
             });
         }
         let candidate = Candidate::new(store, format!("replica {replica}"), LEADER_PERIOD);
-        candidate
-            .run(|term| self.clone().lead(term, hosts.clone(), replica))
-            .await;
+        let lead = |term| {
+            let leading = self.clone().lead(term, hosts.clone(), replica);
+            while_thawed(leading, freezes.clone())
+        };
+        candidate.run(lead).await;
     }
 
     /// What the controller's program does while it leads.
     async fn lead(self: Arc<Self>, term: Term, hosts: Hosts, replica: usize) {
         let epoch = term.epoch.number().unwrap_or_default();
         self.log(|| format!("replica {replica} leads, epoch {epoch}"));
+        let _leading = Leading::new(&self.replicas[replica], epoch);
+        self.newest_epoch.fetch_max(epoch, Ordering::Relaxed);
         let leases = Leases::new(TERMS);
         let reach: Arc<dyn Reach> = Arc::new(Network {
             world: self.clone(),
@@ -353,6 +402,10 @@ impl World {
         !is_cut && self.hosts[host].answers()
     }
 
+    pub(crate) fn newest_epoch(&self) -> u64 {
+        self.newest_epoch.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn cut(&self, host: &str, replicas: &[usize], count: i32) {
         self.cuts.send_modify(|cuts| {
             for replica in replicas {
@@ -383,10 +436,13 @@ impl World {
     }
 
     fn outcome(&self) -> Outcome {
+        let hits = Hits::default();
+        hits.take_in(&self.hits);
+        hits.add(Hit::StaleWrite, self.server.refused());
         Outcome {
+            hits,
             violations: self.violations.lock().unwrap().clone(),
             log: self.log.lock().unwrap().clone(),
-            refused_writes: self.server.refused(),
         }
     }
 }
@@ -401,7 +457,8 @@ struct Network {
 
 impl Network {
     /// Brings a request to a host and its answer back. What was sent arrives, even if nobody waits for
-    /// it any more: cut off, it is sent again and again.
+    /// it any more: cut off, it is sent again and again. Between the look at the leader's epoch and what
+    /// the agent then does, anything may happen to it.
     async fn ask<T: Send + 'static>(
         &self,
         host: &str,
@@ -412,13 +469,30 @@ impl Network {
         let index = found.ok_or_else(|| Status::not_found("no such host"))?;
         world.replicas[self.replica].thawed().await;
         let (answer, answered) = oneshot::channel();
-        let replica = self.replica;
+        let (replica, epoch) = (self.replica, self.epoch);
         tokio::spawn(async move {
             tokio::time::sleep(world.delay()).await;
             while !world.connects(index, replica) {
                 tokio::time::sleep(TICK).await;
             }
-            let done = act(&world, &world.hosts[index]);
+            let host = &world.hosts[index];
+            let done = match host.admit(epoch) {
+                Ok(()) => {
+                    let agent = host.agent();
+                    tokio::time::sleep(world.random.millis(0, 30)).await;
+                    if host.agent() == agent && !host.answers() {
+                        world.hits.count(Hit::CommandOverslept);
+                    }
+                    while host.agent() == agent && !host.answers() {
+                        tokio::time::sleep(TICK).await;
+                    }
+                    if host.agent() != agent {
+                        return world.hits.count(Hit::CommandLost);
+                    }
+                    act(&world, host)
+                }
+                Err(refused) => Err(refused),
+            };
             tokio::time::sleep(world.delay()).await;
             while !world.connects(index, replica) {
                 tokio::time::sleep(TICK).await;
@@ -437,10 +511,9 @@ impl Network {
 #[tonic::async_trait]
 impl Reach for Network {
     async fn tell(&self, host: &str, call: Call) -> Result<(), Status> {
-        let epoch = self.epoch;
         let words = format!("{host} is told {}", brief(&call));
         let told = self.ask(host, move |world, host| {
-            let done = host.told(&call, epoch, &world.server);
+            let done = host.told(&call, &world.server);
             world.log(|| format!("{words}: {done:?}"));
             done
         });
@@ -456,8 +529,7 @@ impl Reach for Network {
         host: &str,
         request: RenewLeaseRequest,
     ) -> Result<RenewLeaseResponse, Status> {
-        let epoch = self.epoch;
-        self.ask(host, move |_, host| host.renew(&request, epoch))
+        self.ask(host, move |_, host| Ok(host.renew(&request)))
             .await
     }
 }

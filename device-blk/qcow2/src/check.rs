@@ -25,6 +25,8 @@ const MAX_FINDINGS: usize = 20;
 const MAX_CLUSTERS: u64 = 1 << 28;
 /// How long those that use freed clusters are waited for.
 const QUIET_PATIENCE: Duration = Duration::from_secs(10);
+/// Runs of clusters whose counts are set between two looks whether the image may still be written.
+const RUNS_AT_ONCE: usize = 64;
 
 /// What to do about what is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,23 +68,30 @@ pub fn check(file: &File, repair: Repair) -> Result<CheckReport, Error> {
         header.check_writable()?;
         let l1 = read_l1(&storage, &header)?;
         let (allocator, _) = Allocator::open(storage, &header, &l1, Arc::new(Epochs::default()))?;
-        report.repaired_clusters = give_back(&allocator, &leaks)?;
+        report.repaired_clusters = give_back(&allocator, &leaks, &|| true)?;
     }
     Ok(report)
 }
 
 impl Image {
     /// Checks the top of the chain while it is used. Writes that need clusters wait meanwhile;
-    /// others do not.
+    /// others do not. Whether the image may be written is asked of `may_write` time and again.
     ///
     /// # Errors
-    /// As [`check`], or requests in flight do not end.
-    pub fn check(&self, repair: Repair) -> Result<CheckReport, Error> {
+    /// As [`check`], or requests in flight do not end, or the image may not be written any more.
+    pub fn check(
+        &self,
+        repair: Repair,
+        may_write: &dyn Fn() -> bool,
+    ) -> Result<CheckReport, Error> {
         let Some(live) = &self.live else {
             return Walk::run(&self.layers[0].storage).map(|(report, _)| report);
         };
         let _resizing = live.resizing.lock();
         let _all = live.ranges.take(0..u64::MAX);
+        if !may_write() {
+            return Err(late());
+        }
         live.allocator
             .settle(QUIET_PATIENCE)
             .map_err(Error::io("give reserved clusters back"))?;
@@ -93,14 +102,18 @@ impl Image {
         }
         let (mut report, leaks) = Walk::run(&live.storage)?;
         if repair == Repair::Leaks && report.corruptions == 0 {
-            report.repaired_clusters = give_back(&live.allocator, &leaks)?;
+            report.repaired_clusters = give_back(&live.allocator, &leaks, may_write)?;
         }
         Ok(report)
     }
 }
 
 /// Sets the counts of leaked clusters, those side by side at once.
-fn give_back(allocator: &Allocator, leaks: &[Leak]) -> Result<u64, Error> {
+fn give_back(
+    allocator: &Allocator,
+    leaks: &[Leak],
+    may_write: &dyn Fn() -> bool,
+) -> Result<u64, Error> {
     let mut runs: Vec<(Run, u64)> = Vec::new();
     for leak in leaks {
         match runs.last_mut() {
@@ -117,10 +130,21 @@ fn give_back(allocator: &Allocator, leaks: &[Leak]) -> Result<u64, Error> {
             }
         }
     }
-    allocator
-        .set_counts(&runs)
-        .map_err(Error::io("repair the reference counts"))?;
+    for runs in runs.chunks(RUNS_AT_ONCE) {
+        if !may_write() {
+            return Err(late());
+        }
+        allocator
+            .set_counts(runs)
+            .map_err(Error::io("repair the reference counts"))?;
+    }
     Ok(leaks.len() as u64)
+}
+
+fn late() -> Error {
+    Error::Invalid(
+        "the time is over that it may be written; check it again when that was extended".into(),
+    )
 }
 
 /// A cluster whose count is too high.

@@ -14,11 +14,12 @@ use tonic::Status;
 use super::Disk;
 use super::operations::GATE_PATIENCE;
 use crate::assembly::{block_bytes, refusal};
+use crate::engine::allowance::Allowance;
 use crate::image::qcow2::Backing;
 use crate::image::{
     Image, ImageError, OpenOptions, Qcow2Image, RawImage, SECTOR_BYTES, Task, lock,
 };
-use crate::jobs::copy::Fresh;
+use crate::jobs::copy::{Fresh, Pace};
 use crate::jobs::mirror::{Initial, Mirror};
 use crate::jobs::{Control, JobError, Work};
 use crate::tracking::Bitmap;
@@ -237,12 +238,14 @@ fn what_top_has(image: Arc<dyn Image>) -> Initial {
     })
 }
 
-/// Checks the top image.
+/// Checks the top image, once and as long as `allowance` lets it be written: what is repaired is written.
 pub(super) fn check(
     image: &dyn Image,
     repair_leaks: bool,
+    allowance: &Allowance,
     control: &Control,
 ) -> Result<(), JobError> {
+    Pace::new(0, allowance).wait_for_leave(control)?;
     let Some(qcow2) = image.as_qcow2() else {
         return Err(JobError::Failed("not a qcow2 image".into()));
     };
@@ -253,7 +256,7 @@ pub(super) fn check(
     };
     let report = qcow2
         .chain()
-        .check(repair)
+        .check(repair, &|| !allowance.is_over())
         .map_err(|error| JobError::Failed(chain_of(&error)))?;
     control.set_check(CheckResult {
         corruptions: report.corruptions,

@@ -208,12 +208,12 @@ impl Disk {
                 "repair_leaks: the disk is read-only",
             ));
         }
-        self.jobs.start(job_id, "check", || {
-            Ok(
-                Box::new(move |control: &Control| layers::check(&*image, repair_leaks, control))
-                    as Work,
-            )
-        })
+        let backend = Arc::clone(self.device.backend());
+        let work = move |control: &Control| {
+            layers::check(&*image, repair_leaks, backend.allowance(), control)
+        };
+        self.jobs
+            .start(job_id, "check", || Ok(Box::new(work) as Work))
     }
 
     /// Opens what a job is to write to.

@@ -7,6 +7,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use api::boottime;
+
 /// No time is so late.
 const ALWAYS: u64 = u64::MAX;
 
@@ -42,7 +44,7 @@ impl Allowance {
         // Later than any clock will be, but an end.
         let until_ns = until_ns.min(ALWAYS - 1);
         let before = self.until_ns.fetch_max(until_ns, Ordering::AcqRel);
-        before < until_ns && before <= boottime_ns()
+        before < until_ns && before <= boottime::now_ns()
     }
 
     /// As if its time had come.
@@ -55,19 +57,8 @@ impl Allowance {
     #[inline]
     pub(crate) fn is_over(&self) -> bool {
         let until_ns = self.until_ns.load(Ordering::Acquire);
-        until_ns != ALWAYS && boottime_ns() >= until_ns
+        until_ns != ALWAYS && boottime::now_ns() >= until_ns
     }
-}
-
-/// `CLOCK_BOOTTIME` in nanoseconds.
-fn boottime_ns() -> u64 {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: `now` is a valid buffer; this clock always exists.
-    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut now) };
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 #[cfg(test)]
@@ -81,7 +72,7 @@ mod tests {
         let allowance = Allowance::leased(0);
         assert!(allowance.is_leased() && allowance.is_over());
         let hour = 3_600_000_000_000;
-        let later = boottime_ns() + hour;
+        let later = boottime::now_ns() + hour;
         assert!(allowance.extend(later));
         assert!(!allowance.is_over());
         assert!(!allowance.extend(later - hour / 2));
@@ -92,7 +83,7 @@ mod tests {
     #[test]
     fn time_that_has_passed_allows_nothing() {
         let allowance = Allowance::leased(0);
-        allowance.extend(boottime_ns());
+        allowance.extend(boottime::now_ns());
         assert!(allowance.is_over());
         assert!(allowance.extend(u64::MAX));
         assert!(allowance.is_leased() && !allowance.is_over());

@@ -22,7 +22,7 @@ use crate::driver::Client;
 
 /// A manager: gRPC and the descriptor socket.
 pub(crate) struct Manager {
-    runtime: Runtime,
+    pub(crate) runtime: Runtime,
     client: DeviceDaemonClient<Channel>,
     disks: DisksClient<Channel>,
     pub(crate) place: Place,

@@ -18,6 +18,7 @@ mod job_faults;
 mod jobs;
 mod jobs_crash;
 mod layers;
+mod leased;
 mod lifecycle;
 mod limits;
 mod locks;

@@ -59,11 +59,13 @@ pub enum DropReason {
     Fragment,
     /// A rate limit, where frames cannot wait.
     RateLimit,
+    /// The time is over that the guest was allowed.
+    LeaseEnded,
 }
 
 impl DropReason {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Malformed,
         Self::MacSpoofed,
         Self::AddressSpoofed,
@@ -76,6 +78,7 @@ impl DropReason {
         Self::Ethertype,
         Self::Fragment,
         Self::RateLimit,
+        Self::LeaseEnded,
     ];
 
     /// As it is shown.
@@ -93,6 +96,7 @@ impl DropReason {
             Self::Ethertype => "ethertype",
             Self::Fragment => "fragment",
             Self::RateLimit => "rate_limit",
+            Self::LeaseEnded => "lease_ended",
         }
     }
 }

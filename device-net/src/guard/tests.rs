@@ -1,3 +1,4 @@
+use api::boottime;
 use api::device::NetLimit;
 
 use super::*;
@@ -149,4 +150,34 @@ fn policy_that_cannot_be_understood_changes_nothing() {
     assert!(error.to_string().contains("nowhere"), "{error}");
     assert_eq!(guard.policy(), Some(sound));
     assert!(guard.is_active());
+}
+
+#[test]
+fn frames_are_dropped_both_ways_while_the_lease_is_over() {
+    let guard = guard();
+    let frame = Frame {
+        head: &[0xff; 64],
+        bytes: &&[0xff; 64][..],
+        len_bytes: 64,
+        checksum_at: None,
+    };
+    assert!(!guard.is_leased());
+    guard.lease(u64::MAX);
+    assert!(guard.is_leased() && !guard.is_active());
+    guard.lease(0);
+    assert!(guard.is_active() && guard.is_over());
+    for direction in Direction::ALL {
+        let dropped = guard.check(direction, &frame, SECOND);
+        assert_eq!(dropped, Err(DropReason::LeaseEnded));
+        let drops: Vec<_> = guard.drops(direction).collect();
+        assert_eq!(drops, [("lease_ended", 1)]);
+        // One that was looked at before waits.
+        assert!(guard.admit(direction, 64, SECOND).is_err());
+    }
+    let soon = boottime::now_ns() + SECOND;
+    guard.extend_lease(soon);
+    assert!(!guard.is_active());
+    guard.extend_lease(0);
+    assert!(!guard.is_over(), "it is never shortened");
+    assert_eq!(guard.check(Direction::Ingress, &frame, SECOND), Ok(()));
 }

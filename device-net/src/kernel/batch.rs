@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use io_uring::{opcode, types};
 
+use super::packet::{self, TAG_ROOM_BYTES};
 use super::slots::Slots;
 use super::uring::{self, Uring};
 use crate::nic::header::{MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES};
@@ -18,7 +19,7 @@ pub(super) const SEND_SLOT_BYTES: usize = 2048;
 /// Frames in one call to receive them.
 const RECEIVE_SLOTS: usize = 32;
 const RECEIVE_SLOT_BYTES: usize =
-    (MAX_HEADER_LEN_BYTES + MAX_FRAME_LEN_BYTES).next_multiple_of(4096);
+    (MAX_HEADER_LEN_BYTES + MAX_FRAME_LEN_BYTES + TAG_ROOM_BYTES).next_multiple_of(4096);
 /// Reads in a call when the last one found no frames; each that finds none costs a little.
 const MIN_READS: usize = 2;
 
@@ -130,8 +131,18 @@ impl SendBatch {
     }
 }
 
+/// Where received frames come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Each read gives one as it is.
+    Reads,
+    /// Packet sockets, which tell a tag beside its frame.
+    Packets,
+}
+
 /// Frames that were received and not yet delivered.
 pub(super) struct ReceiveBatch {
+    source: Source,
     uring: Option<Uring>,
     slots: Slots,
     /// Header and frame in each slot; 0 for none.
@@ -146,9 +157,14 @@ pub(super) struct ReceiveBatch {
 impl ReceiveBatch {
     /// # Errors
     /// No memory.
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(source: Source) -> io::Result<Self> {
+        let uring = match source {
+            Source::Reads => uring::or_one_by_one(Uring::new(RECEIVE_SLOTS, None)),
+            Source::Packets => None,
+        };
         Ok(Self {
-            uring: uring::or_one_by_one(Uring::new(RECEIVE_SLOTS, None)),
+            source,
+            uring,
             slots: Slots::new(RECEIVE_SLOTS, RECEIVE_SLOT_BYTES)?,
             lens_bytes: [0; RECEIVE_SLOTS],
             next: 0,
@@ -220,6 +236,13 @@ impl ReceiveBatch {
                     self.uring = None;
                     failure = -libc::EAGAIN;
                     is_cut_short = true;
+                }
+            }
+            None if self.source == Source::Packets => {
+                let (slots, lens_bytes) = (&mut self.slots, &mut self.lens_bytes);
+                match packet::receive_many(fd, slots, wanted, lens_bytes) {
+                    Ok(count) => self.end = count,
+                    Err(error) => failure = -error.raw_os_error().unwrap_or(libc::EIO),
                 }
             }
             None => {
@@ -318,7 +341,7 @@ mod tests {
     #[test]
     fn frames_pass_in_order_with_and_without_a_ring() {
         let mut sender = SendBatch::new().unwrap();
-        let mut receiver = ReceiveBatch::new().unwrap();
+        let mut receiver = ReceiveBatch::new(Source::Reads).unwrap();
         round_trip(&mut sender, &mut receiver);
         sender.uring = None;
         receiver.uring = None;
@@ -337,7 +360,7 @@ mod tests {
         sender.flush(&near, |_, result| refused += usize::from(result.is_err()));
         assert_eq!(refused, 3);
 
-        let mut receiver = ReceiveBatch::new().unwrap();
+        let mut receiver = ReceiveBatch::new(Source::Reads).unwrap();
         let nothing = std::fs::File::options().write(true).open("/dev/null");
         assert!(receiver.receive(&nothing.unwrap().into()).is_err());
         assert_eq!(receiver.len(), 0);

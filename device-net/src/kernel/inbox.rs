@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use super::batch::ReceiveBatch;
+use super::batch::{ReceiveBatch, Source};
 use crate::nic::header::{
     Header, HeaderError, MAX_FRAME_LEN_BYTES, MAX_HEADER_LEN_BYTES, Offloads,
 };
@@ -29,11 +29,15 @@ pub(super) struct Inbox {
 impl Inbox {
     /// # Errors
     /// No memory.
-    pub(super) fn new(header_len_bytes: usize, offloads: Offloads) -> io::Result<Self> {
+    pub(super) fn new(
+        source: Source,
+        header_len_bytes: usize,
+        offloads: Offloads,
+    ) -> io::Result<Self> {
         Ok(Self {
             header_len_bytes,
             offloads,
-            batch: ReceiveBatch::new()?,
+            batch: ReceiveBatch::new(source)?,
             finished: VecDeque::new(),
         })
     }
@@ -166,7 +170,7 @@ mod tests {
         for bytes in sent {
             far.send(bytes).unwrap();
         }
-        let mut inbox = Inbox::new(MAX_HEADER_LEN_BYTES, offloads).unwrap();
+        let mut inbox = Inbox::new(Source::Reads, MAX_HEADER_LEN_BYTES, offloads).unwrap();
         let queue = near.into();
         while inbox.receive(&queue).unwrap() && inbox.len() == 0 {}
         let mut delivered = Vec::new();

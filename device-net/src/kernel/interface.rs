@@ -3,7 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::packet::{self, PacketSockets};
+use super::batch::Source;
+use super::packet::{self, PacketSockets, Tag};
 use super::tap::Tap;
 use crate::nic::header::{MAX_HEADER_LEN_BYTES, Offloads};
 
@@ -71,6 +72,48 @@ impl Interface {
         }
     }
 
+    /// Reads one frame of queue `pair`; returns the length of header and frame together, and a tag that belongs
+    /// into it.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is none.
+    ///
+    /// # Safety
+    /// Each of `iovecs` must be memory that may be written and that no reference covers.
+    pub(super) unsafe fn read_scattered(
+        &self,
+        pair: u16,
+        iovecs: &[libc::iovec],
+    ) -> io::Result<(usize, Option<Tag>)> {
+        match self {
+            Self::Tap(tap) => {
+                // SAFETY: the caller vouches for the iovecs.
+                let len_bytes = unsafe {
+                    libc::readv(
+                        tap.queue(pair).as_raw_fd(),
+                        iovecs.as_ptr(),
+                        iovecs.len() as libc::c_int,
+                    )
+                };
+                let len_bytes =
+                    usize::try_from(len_bytes).map_err(|_| io::Error::last_os_error())?;
+                Ok((len_bytes, None))
+            }
+            // SAFETY: as above.
+            Self::Packet(sockets) => unsafe {
+                packet::receive_scattered(sockets.queue(pair), iovecs)
+            },
+        }
+    }
+
+    /// Where frames of a batch come from.
+    pub(super) fn source(&self) -> Source {
+        match self {
+            Self::Tap(_) => Source::Reads,
+            Self::Packet(_) => Source::Packets,
+        }
+    }
+
     /// What frames for the driver may leave unfinished. Packet sockets know no such limit: what the
     /// driver cannot take is finished here.
     pub(crate) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
@@ -110,23 +153,4 @@ pub(super) fn send(queue: &OwnedFd, iovecs: &[libc::iovec]) -> io::Result<()> {
     usize::try_from(written)
         .map(drop)
         .map_err(|_| io::Error::last_os_error())
-}
-
-/// Reads one frame; returns the length of header and frame together.
-///
-/// # Errors
-/// `WouldBlock` when there is none.
-///
-/// # Safety
-/// Each of `iovecs` must be memory that may be written and that no reference covers.
-pub(super) unsafe fn receive(queue: &OwnedFd, iovecs: &[libc::iovec]) -> io::Result<usize> {
-    // SAFETY: the caller vouches for the iovecs.
-    let len_bytes = unsafe {
-        libc::readv(
-            queue.as_raw_fd(),
-            iovecs.as_ptr(),
-            iovecs.len() as libc::c_int,
-        )
-    };
-    usize::try_from(len_bytes).map_err(|_| io::Error::last_os_error())
 }

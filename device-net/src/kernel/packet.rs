@@ -1,8 +1,8 @@
 //! Packet sockets (AF_PACKET) on an interface of the host: the guest is on its wire, beside the
 //! host.
 //!
-//! Plain sockets with virtio-net headers (PACKET_VNET_HDR), read and written in batches by
-//! io_uring. Rejected were AF_XDP, which knows no offloads (a guest's 64 KiB segments would be cut
+//! Plain sockets with virtio-net headers (PACKET_VNET_HDR), written in batches by io_uring and read in
+//! batches by recvmmsg, which says what tag the kernel took off a frame: it is put back. Rejected were AF_XDP, which knows no offloads (a guest's 64 KiB segments would be cut
 //! here, one by one) and needs the interface's whole driver queue and a loaded program; and mapped
 //! rings (TPACKET_V3), whose fixed slots such frames do not fit into.
 //!
@@ -17,6 +17,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use super::slots::Slots;
 use crate::nic::MAX_QUEUE_PAIRS;
 
 /// The header before each frame: `struct virtio_net_hdr`.
@@ -31,7 +32,7 @@ const MAC_BYTES: usize = 6;
 pub(crate) const TAG_ROOM_BYTES: usize = 4;
 
 /// Where a tag is in a frame: behind both addresses.
-const TAG_AT: usize = 2 * MAC_BYTES;
+pub(super) const TAG_AT: usize = 2 * MAC_BYTES;
 
 /// One socket for each queue pair.
 #[derive(Debug)]
@@ -184,27 +185,105 @@ fn prepare(socket: &OwnedFd) -> io::Result<()> {
 /// # Errors
 /// `WouldBlock` when there is none.
 pub(super) fn receive(socket: &OwnedFd, slot: &mut [u8]) -> io::Result<usize> {
-    let mut iovec = libc::iovec {
+    let iovec = libc::iovec {
         iov_base: slot.as_mut_ptr().cast(),
         iov_len: slot.len() - TAG_ROOM_BYTES,
     };
+    // SAFETY: a buffer of ours and its length.
+    let (len, tag) = unsafe { receive_scattered(socket, &[iovec]) }?;
+    Ok(put_tag_back(slot, len, tag))
+}
+
+/// Reads one frame behind its header; returns the length of both, and the tag that the kernel took off.
+///
+/// # Errors
+/// `WouldBlock` when there is none.
+///
+/// # Safety
+/// Each of `iovecs` must be memory that may be written and that no reference covers.
+pub(super) unsafe fn receive_scattered(
+    socket: &OwnedFd,
+    iovecs: &[libc::iovec],
+) -> io::Result<(usize, Option<Tag>)> {
     let mut control = Control([0; CONTROL_BYTES]);
-    // SAFETY: plain data, valid when all zero.
-    let mut message: libc::msghdr = unsafe { mem::zeroed() };
-    message.msg_iov = &raw mut iovec;
-    message.msg_iovlen = 1;
-    message.msg_control = (&raw mut control).cast();
-    message.msg_controllen = CONTROL_BYTES;
-    // SAFETY: the message names live buffers of ours with their lengths.
+    let mut message = message(iovecs, &mut control);
+    // SAFETY: the message names live buffers with their lengths, as the caller vouches for.
     let len = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
     let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
     // SAFETY: the kernel filled the message in.
-    match unsafe { tag(&message) } {
-        Some(tag) if len >= HEADER_LEN_BYTES + TAG_AT => {
-            insert_tag(slot, len, tag);
-            Ok(len + TAG_ROOM_BYTES)
-        }
-        _ => Ok(len),
+    Ok((len, unsafe { tag(&message) }))
+}
+
+/// Reads up to `count` frames, each behind its header into a slot of its own, with the tags that the kernel
+/// took off them. Returns how many came; `lens_bytes` has the length of each with its header.
+///
+/// # Errors
+/// `WouldBlock` when there is none.
+pub(super) fn receive_many(
+    socket: &OwnedFd,
+    slots: &mut Slots,
+    count: usize,
+    lens_bytes: &mut [u32],
+) -> io::Result<usize> {
+    let count = count.min(MAX_AT_ONCE).min(lens_bytes.len());
+    let iovecs: [libc::iovec; MAX_AT_ONCE] = std::array::from_fn(|index| libc::iovec {
+        iov_base: slots.as_ptr(index.min(count - 1)).cast(),
+        iov_len: slots.slot_bytes() - TAG_ROOM_BYTES,
+    });
+    let mut controls = [const { Control([0; CONTROL_BYTES]) }; MAX_AT_ONCE];
+    let mut messages: [libc::mmsghdr; MAX_AT_ONCE] = {
+        let mut controls = controls.iter_mut();
+        std::array::from_fn(|index| libc::mmsghdr {
+            msg_hdr: message(
+                std::slice::from_ref(&iovecs[index]),
+                controls.next().expect("one for each message"),
+            ),
+            msg_len: 0,
+        })
+    };
+    // SAFETY: as many messages as are named, each with live buffers of ours and their lengths.
+    let came = unsafe {
+        libc::recvmmsg(
+            socket.as_raw_fd(),
+            messages.as_mut_ptr(),
+            count as libc::c_uint,
+            libc::MSG_DONTWAIT,
+            std::ptr::null_mut(),
+        )
+    };
+    let came = usize::try_from(came).map_err(|_| io::Error::last_os_error())?;
+    for (index, message) in messages[..came].iter().enumerate() {
+        // SAFETY: the kernel filled the message in.
+        let tag = unsafe { tag(&message.msg_hdr) };
+        let slot = slots.slot_mut(index);
+        lens_bytes[index] = put_tag_back(slot, message.msg_len as usize, tag) as u32;
+    }
+    Ok(came)
+}
+
+/// Frames received with one call at most.
+const MAX_AT_ONCE: usize = 32;
+
+/// A message with these buffers, and room for what the kernel says beside it.
+fn message(iovecs: &[libc::iovec], control: &mut Control) -> libc::msghdr {
+    // SAFETY: plain data, valid when all zero.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = iovecs.as_ptr().cast_mut();
+    message.msg_iovlen = iovecs.len();
+    message.msg_control = (&raw mut *control).cast();
+    message.msg_controllen = CONTROL_BYTES;
+    message
+}
+
+/// A tag that the kernel took off a frame: its ethertype and its value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tag([u16; 2]);
+
+impl Tag {
+    /// As it is in a frame.
+    pub(super) fn bytes(self) -> [u8; TAG_ROOM_BYTES] {
+        let [[a, b], [c, d]] = self.0.map(u16::to_be_bytes);
+        [a, b, c, d]
     }
 }
 
@@ -214,11 +293,9 @@ const CONTROL_BYTES: usize = 64;
 #[repr(C, align(8))]
 struct Control([u8; CONTROL_BYTES]);
 
-/// The tag that the kernel took off: its ethertype and its value.
-///
 /// # Safety
-/// recvmsg filled `message` in.
-unsafe fn tag(message: &libc::msghdr) -> Option<[u16; 2]> {
+/// The kernel filled `message` in.
+unsafe fn tag(message: &libc::msghdr) -> Option<Tag> {
     // SAFETY: as the caller says.
     let header = unsafe { libc::CMSG_FIRSTHDR(message).as_ref() }?;
     if (header.cmsg_level, header.cmsg_type) != (libc::SOL_PACKET, libc::PACKET_AUXDATA) {
@@ -235,22 +312,30 @@ unsafe fn tag(message: &libc::msghdr) -> Option<[u16; 2]> {
         true => data.tp_vlan_tpid,
         false => libc::ETH_P_8021Q as u16,
     };
-    has(libc::TP_STATUS_VLAN_VALID).then_some([ethertype, data.tp_vlan_tci])
+    has(libc::TP_STATUS_VLAN_VALID).then_some(Tag([ethertype, data.tp_vlan_tci]))
 }
 
-/// Puts a tag into the frame in the first `len` bytes of `slot`, and makes its header one of the longer frame.
-fn insert_tag(slot: &mut [u8], len: usize, tag: [u16; 2]) {
+/// Puts a tag back into header and frame in the first `len` bytes of `slot`, if there is one; how long they are
+/// then.
+fn put_tag_back(slot: &mut [u8], len: usize, tag: Option<Tag>) -> usize {
     let at = HEADER_LEN_BYTES + TAG_AT;
+    let Some(tag) = tag.filter(|_| len >= at) else {
+        return len;
+    };
     slot.copy_within(at..len, at + TAG_ROOM_BYTES);
-    for (bytes, value) in slot[at..].chunks_exact_mut(2).zip(tag) {
-        bytes.copy_from_slice(&value.to_be_bytes());
-    }
+    slot[at..at + TAG_ROOM_BYTES].copy_from_slice(&tag.bytes());
+    lengthen(&mut slot[..HEADER_LEN_BYTES]);
+    len + TAG_ROOM_BYTES
+}
+
+/// Makes `header` that of a frame which has got a tag.
+pub(super) fn lengthen(header: &mut [u8]) {
     // hdr_len and csum_start.
     for at in [2, 6] {
-        let value = u16::from_le_bytes([slot[at], slot[at + 1]]);
+        let value = u16::from_le_bytes([header[at], header[at + 1]]);
         if value != 0 {
             let value = value.saturating_add(TAG_ROOM_BYTES as u16);
-            slot[at..at + 2].copy_from_slice(&value.to_le_bytes());
+            header[at..at + 2].copy_from_slice(&value.to_le_bytes());
         }
     }
 }

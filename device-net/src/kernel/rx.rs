@@ -29,7 +29,7 @@ use filter::Direction as Way;
 use super::Shared;
 use super::alarm::Alarm;
 use super::inbox::Inbox;
-use super::interface;
+use super::packet::{self, TAG_AT, Tag};
 use super::window::{Room, Window};
 use crate::guard::{self, Guard, HEAD_LEN_BYTES, Mishap};
 use crate::nic::header::{
@@ -122,7 +122,11 @@ impl RxQueue {
             filter,
             filter_version,
             window: Window::new(header_len_bytes, has(features, VIRTIO_NET_F_MRG_RXBUF)),
-            inbox: Inbox::new(shared.interface.header_len_bytes(), offloads)?,
+            inbox: Inbox::new(
+                shared.interface.source(),
+                shared.interface.header_len_bytes(),
+                offloads,
+            )?,
             received_at: Instant::now(),
             shared,
             expects_large: false,
@@ -329,27 +333,52 @@ impl RxQueue {
             iov_base: self.overflow.as_mut_ptr().cast(),
             iov_len: self.overflow.len(),
         });
-        let queue = self.shared.interface.queue(self.pair);
+        let interface = &self.shared.interface;
         // SAFETY: header and overflow are ours and borrowed by nobody; the segments are guest
         // memory that the chains in the window keep mapped, and guest memory is never referenced.
-        let received = unsafe { interface::receive(queue, &self.iovecs) };
-        let received_bytes = match received {
+        let received = unsafe { interface.read_scattered(self.pair, &self.iovecs) };
+        let (received_bytes, tag) = match received {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
             result => result?,
         };
         let frame_len_bytes = received_bytes.saturating_sub(kernel_header_bytes);
         let len_bytes = self.header_len_bytes + frame_len_bytes;
         self.expects_large = len_bytes > LARGE_BYTES;
-        let large = Large {
+        let mut large = Large {
             header: Header::default(),
             len_bytes,
             in_window_bytes: in_window_bytes.min(len_bytes),
         };
+        if let Some(tag) = tag {
+            packet::lengthen(&mut bytes);
+            self.put_tag_back(&mut large, in_window_bytes, tag);
+        }
         match self.inspect_large(&bytes, large) {
             Ok(header) => self.large = Some(Large { header, ..large }),
             Err(reason) => self.counters().count_drop(reason),
         }
         Ok(true)
+    }
+
+    /// Puts a tag into a frame in the window, which has room for `room_bytes`, and in the overflow buffer.
+    #[cold]
+    fn put_tag_back(&mut self, large: &mut Large, room_bytes: usize, tag: Tag) {
+        let in_overflow_bytes = large.len_bytes - large.in_window_bytes;
+        let mut frame = vec![0; large.in_window_bytes.saturating_sub(self.header_len_bytes)];
+        self.window.read(self.header_len_bytes, &mut frame);
+        frame.extend_from_slice(&self.overflow[..in_overflow_bytes.min(self.overflow.len())]);
+        if frame.len() < TAG_AT {
+            return;
+        }
+        frame.splice(TAG_AT..TAG_AT, tag.bytes());
+        large.len_bytes = self.header_len_bytes + frame.len();
+        large.in_window_bytes = room_bytes.min(large.len_bytes);
+        let inside_bytes = large.in_window_bytes.saturating_sub(self.header_len_bytes);
+        let (inside, outside) = frame.split_at(inside_bytes);
+        self.window.write(self.header_len_bytes, inside);
+        // One that is longer than any frame is malformed, whatever is in it.
+        let outside = &outside[..outside.len().min(self.overflow.len())];
+        self.overflow[..outside.len()].copy_from_slice(outside);
     }
 
     fn inspect_large(

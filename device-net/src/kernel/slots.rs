@@ -54,6 +54,11 @@ impl Slots {
         self.count
     }
 
+    /// Of each.
+    pub(super) fn slot_bytes(&self) -> usize {
+        self.slot_bytes
+    }
+
     /// All of it, for the kernel.
     pub(super) fn as_iovec(&self) -> libc::iovec {
         libc::iovec {

@@ -18,6 +18,7 @@ use super::mac_table::PortNumber;
 use super::vlan::Vlans;
 use crate::guard::{Mishap, monotonic_ns};
 use crate::nic::state::NicState;
+use crate::nic::stats::DropReason;
 
 /// Frames of a switch that wait; any more are lost, as in any queue.
 const MAX_FRAMES: usize = 4096;
@@ -200,6 +201,14 @@ impl Detoured {
 
     fn go_on(self, switch: &Arc<Switch>) {
         let counters = &self.nic.stats[usize::from(self.pair)];
+        if self.nic.guard.is_too_late(self.way()) {
+            let counters = match self.way() {
+                Way::Egress => &counters.tx.0,
+                Way::Ingress => &counters.rx.0,
+            };
+            counters.count_drop(DropReason::Guarded);
+            return;
+        }
         let body = Single(&self.bytes);
         let (Onward::From(number, vlans) | Onward::To(number, vlans)) = &self.onward;
         let mut sender = Sender::new(switch, *number, vlans, GUEST_SHARE);

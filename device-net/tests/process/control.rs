@@ -22,7 +22,7 @@ use crate::traffic::{datagram, guest_address, host_socket};
 
 /// A manager: gRPC and the descriptor socket.
 pub(crate) struct Manager {
-    runtime: Runtime,
+    pub(crate) runtime: Runtime,
     client: DeviceDaemonClient<Channel>,
 }
 
@@ -35,7 +35,7 @@ impl Manager {
         Manager { runtime, client }
     }
 
-    fn attach(&mut self, request: AttachRequest) -> Result<Device, Status> {
+    pub(crate) fn attach(&mut self, request: AttachRequest) -> Result<Device, Status> {
         let attaching = self.client.attach(request);
         self.runtime
             .block_on(attaching)
@@ -50,7 +50,7 @@ impl Manager {
         self.runtime.block_on(detaching).map(drop)
     }
 
-    fn get(&mut self, id: &str) -> Device {
+    pub(crate) fn get(&mut self, id: &str) -> Device {
         let getting = self
             .client
             .get_device(GetDeviceRequest { id: id.to_owned() });
@@ -63,12 +63,12 @@ impl Manager {
     }
 }
 
-fn send(daemon: &Daemon, token: &str, fds: &[OwnedFd]) {
+pub(crate) fn send(daemon: &Daemon, token: &str, fds: &[OwnedFd]) {
     let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
     api::fds::send(&daemon.fds(), token, &fds, DEADLINE).unwrap();
 }
 
-fn reference(token: &str) -> FdRef {
+pub(crate) fn reference(token: &str) -> FdRef {
     FdRef {
         token: token.to_owned(),
     }
@@ -88,7 +88,7 @@ fn request(id: &str, tap_tokens: &[&str]) -> AttachRequest {
     }
 }
 
-fn managed() -> Option<(Daemon, Manager)> {
+pub(crate) fn managed() -> Option<(Daemon, Manager)> {
     if !enter_namespace() {
         return None;
     }

@@ -13,6 +13,7 @@ mod guest;
 mod host;
 mod hostile;
 mod injected;
+mod leased;
 mod packed;
 mod packet;
 mod queues;

@@ -7,14 +7,15 @@ use std::path::Path;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_USO,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_TCPV4,
     VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use crate::daemon::{Daemon, await_true};
 use crate::frame::{self, Parsed, UDP_CSUM_OFFSET, UDP_START};
-use crate::guest::{Guest, HEADER_LEN};
+use crate::guest::{Guest, HEADER_LEN, Received};
 use crate::host::{Wire, configure, enter_namespace, open_tap};
 use crate::traffic::payload;
 
@@ -279,6 +280,98 @@ fn vlans_are_tagged_on_the_wire_behind_a_packet_uplink() {
     plain.send(0, &with_tag(sent.clone(), Some(10)));
     plain.send(0, &sent);
     assert_eq!(take(&mut wire), sent);
+    assert!(daemon.terminate().success());
+}
+
+#[test]
+fn tags_of_frames_for_the_guest_are_kept_and_so_are_its_own() {
+    if !enter_namespace() {
+        return;
+    }
+    let mut wire = wire();
+    let daemon = Daemon::with_nic(NIC);
+    let mut guest = Guest::connect(&daemon.socket(), 1);
+    guest.supply(0, 64, 1536);
+    let tagged = |round: u8, vlan: Option<u16>| {
+        let frame = to_guest(frame::udp(PEER_MAC, PORTS, &payload(round, 900)));
+        with_tag(frame, vlan)
+    };
+    let from_peer =
+        |received: &Received| (received.frame[6..12] == PEER_MAC).then(|| received.frame.clone());
+    // With a priority; tagged twice; not at all; many that come together.
+    let double = with_tag(tagged(1, Some(30)), Some(20));
+    let mut frames = vec![tagged(0, Some(0xa00a)), double, tagged(2, None)];
+    frames.extend((3..20).map(|round| tagged(round, (round % 3 > 0).then_some(round.into()))));
+    for frame in &frames {
+        put(&mut wire, [0; WIRE_HEADER], frame);
+    }
+    for (round, frame) in frames.iter().enumerate() {
+        let received = guest.receive(|received, _| from_peer(received));
+        assert!(
+            received == *frame,
+            "frame {round}: {:02x?}",
+            &received[..22]
+        );
+    }
+    // What the kernel left to be finished is found behind the tag.
+    let unsummed = to_guest(frame::udp_to_be_summed(PEER_MAC, PORTS, &payload(7, 700)));
+    let mut header = unfinished(0);
+    for at in [2, 6] {
+        header[at] += 4;
+    }
+    put(&mut wire, header, &with_tag(unsummed.clone(), Some(10)));
+    let (received, received_header) =
+        guest.receive(|received, _| Some((from_peer(received)?, received.header)));
+    assert_eq!(received, with_tag(unsummed, Some(10)));
+    let csum_start = u16::from_le_bytes([received_header[6], received_header[7]]);
+    assert_eq!(csum_start, UDP_START + 4);
+    // Large ones: the first by way of the daemon's memory, the others into the guest's buffers at once.
+    let mut large = to_guest(frame::udp(PEER_MAC, PORTS, &payload(8, 9000)));
+    // What stands there is TCP, as far as anybody looks.
+    large[23] = libc::IPPROTO_TCP as u8;
+    large[46] = 0x50;
+    let mut header = unfinished(1000);
+    header[1] = VIRTIO_NET_HDR_GSO_TCPV4 as u8;
+    header[2..4].copy_from_slice(&58_u16.to_le_bytes());
+    header[6..8].copy_from_slice(&(UDP_START + 4).to_le_bytes());
+    header[8..10].copy_from_slice(&16_u16.to_le_bytes());
+    let able = [
+        VIRTIO_F_VERSION_1,
+        VIRTIO_RING_F_EVENT_IDX,
+        VIRTIO_NET_F_MRG_RXBUF,
+        VIRTIO_NET_F_GUEST_CSUM,
+        VIRTIO_NET_F_GUEST_TSO4,
+    ];
+    drop(guest);
+    let mut guest = Guest::connect_with(&daemon.socket(), 1, &able);
+    guest.supply(0, 64, 1536);
+    for round in 0..4 {
+        put(
+            &mut wire,
+            header,
+            &with_tag(large.clone(), Some(40 + round)),
+        );
+        let (received, received_header) =
+            guest.receive(|received, _| Some((from_peer(received)?, received.header)));
+        let expected = with_tag(large.clone(), Some(40 + round));
+        assert!(
+            received == expected,
+            "large frame {round}: {} bytes, {:02x?}",
+            received.len(),
+            &received[..50]
+        );
+        assert_eq!(
+            received_header[..WIRE_HEADER],
+            header,
+            "large frame {round}"
+        );
+    }
+    // Its own.
+    for vlan in [Some(10), None, Some(0x6fff)] {
+        let sent = with_tag(frame::udp(PEER_MAC, PORTS, &payload(9, 600)), vlan);
+        guest.send(0, &sent);
+        assert_eq!(take(&mut wire), sent);
+    }
     assert!(daemon.terminate().success());
 }
 

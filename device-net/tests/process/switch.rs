@@ -1,6 +1,7 @@
 //! Frames between guests on one switch.
 
 mod injected;
+mod kills;
 
 use std::path::PathBuf;
 use std::time::Instant;

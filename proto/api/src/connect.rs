@@ -15,7 +15,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
 use crate::listen::Address;
-use crate::tls;
+use crate::tls::{self, Lasting};
 
 /// Between two attempts within the deadline, at first and at most: a process that was just started
 /// listens in milliseconds, and guests may be waiting for it.
@@ -70,7 +70,10 @@ async fn over_tls(
     .await
 }
 
-async fn connect_tls(addr: String, tls: tls::Client) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+async fn connect_tls(
+    addr: String,
+    tls: tls::Client,
+) -> io::Result<TokioIo<Lasting<TlsStream<TcpStream>>>> {
     let host = addr
         .rsplit_once(':')
         .map_or(addr.as_str(), |(host, _)| host);
@@ -79,8 +82,11 @@ async fn connect_tls(addr: String, tls: tls::Client) -> io::Result<TokioIo<TlsSt
     let config = tls.config()?;
     let stream = TcpStream::connect(&addr).await?;
     stream.set_nodelay(true)?;
-    let stream = TlsConnector::from(config).connect(name, stream).await?;
-    Ok(TokioIo::new(stream))
+    let connecting = TlsConnector::from(config).connect(name.clone(), stream);
+    let stream = connecting.await?;
+    let look = tls.look(stream.get_ref().1.peer_certificates(), name);
+    let withdrawn = tls.withdrawn();
+    Ok(TokioIo::new(Lasting::new(stream, look, withdrawn)))
 }
 
 fn endpoint(addr: &str, address: &Address) -> Result<Endpoint, ConnectError> {

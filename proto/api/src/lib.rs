@@ -1,6 +1,7 @@
 //! What Mortise's processes say to one another: messages and services generated from
 //! `proto/api/proto`, and what every server of them shares.
 
+pub mod boottime;
 pub mod connect;
 pub mod daemon;
 pub mod dirs;
@@ -51,6 +52,10 @@ pub use mortise::device::v1 as device;
 pub use mortise::node::v1 as node;
 /// Of `mortise/vmm/v1/vmm.proto`: the control socket of `vmm-core`.
 pub use mortise::vmm::v1 as vmm;
+
+/// Rises when what controllers and agents say to one another changes so that a version before the last one
+/// would not understand it. Neighbours do: agents are exchanged one by one, under a running controller.
+pub const PROTOCOL: u32 = 1;
 
 /// All services' descriptors, for reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/mortise.bin"));

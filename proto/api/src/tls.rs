@@ -2,24 +2,62 @@
 //! certificates and authorities change without anybody being started again. What is in them is the crate
 //! `pki`'s to say.
 
+mod lasting;
+
 use std::fmt;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{AlertDescription, CertificateError, ClientConfig, ServerConfig};
+use tokio::sync::watch;
+
+pub(crate) use lasting::Lasting;
+
+/// Whether the other end of a connection is still believed: after how long to look again, or why it is not.
+pub type Look = Box<dyn FnMut() -> Result<Duration, String> + Send>;
+
+/// Completes when a connection is to be cut.
+pub(crate) type Withdrawn = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The certificates that the other end showed, its own first.
+pub type Chain = Vec<CertificateDer<'static>>;
+
+type Watch<P> = Option<Arc<dyn Fn(P) -> Look + Send + Sync>>;
 
 /// What a server shows and asks for, as it is now.
 #[derive(Clone)]
-pub struct Server(Arc<dyn Fn() -> io::Result<Arc<ServerConfig>> + Send + Sync>);
+pub struct Server {
+    config: Arc<dyn Fn() -> io::Result<Arc<ServerConfig>> + Send + Sync>,
+    watch: Watch<Chain>,
+}
 
 /// What a client shows and believes, as it is now.
 #[derive(Clone)]
-pub struct Client(Arc<dyn Fn() -> io::Result<Arc<ClientConfig>> + Send + Sync>);
+pub struct Client {
+    config: Arc<dyn Fn() -> io::Result<Arc<ClientConfig>> + Send + Sync>,
+    watch: Watch<(Chain, ServerName<'static>)>,
+    held: Option<watch::Receiver<()>>,
+}
 
 impl Server {
     /// Asks `config` for each connection.
     pub fn new(config: impl Fn() -> io::Result<Arc<ServerConfig>> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(config))
+        Self {
+            config: Arc::new(config),
+            watch: None,
+        }
+    }
+
+    /// Connections of clients that show a certificate last as long as what `watch` makes of it says.
+    #[must_use]
+    pub fn watching(self, watch: impl Fn(Chain) -> Look + Send + Sync + 'static) -> Self {
+        Self {
+            watch: Some(Arc::new(watch)),
+            ..self
+        }
     }
 
     /// For one connection.
@@ -27,14 +65,46 @@ impl Server {
     /// # Errors
     /// When there is nothing to show.
     pub fn config(&self) -> io::Result<Arc<ServerConfig>> {
-        (self.0)()
+        (self.config)()
+    }
+
+    /// What looks at a peer that showed these from now on.
+    pub(crate) fn look(&self, shown: Option<&[CertificateDer<'static>]>) -> Option<Look> {
+        let watch = self.watch.as_ref()?;
+        shown.map(|chain| watch(chain.to_vec()))
     }
 }
 
 impl Client {
     /// Asks `config` for each connection.
     pub fn new(config: impl Fn() -> io::Result<Arc<ClientConfig>> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(config))
+        Self {
+            config: Arc::new(config),
+            watch: None,
+            held: None,
+        }
+    }
+
+    /// Connections last as long as what `watch` makes of the server's certificates, and of the name that was
+    /// asked for, says.
+    #[must_use]
+    pub fn watching(
+        self,
+        watch: impl Fn((Chain, ServerName<'static>)) -> Look + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            watch: Some(Arc::new(watch)),
+            ..self
+        }
+    }
+
+    /// Connections end when the sender of this is dropped.
+    #[must_use]
+    pub fn while_held(self, held: watch::Receiver<()>) -> Self {
+        Self {
+            held: Some(held),
+            ..self
+        }
     }
 
     /// For one connection.
@@ -42,7 +112,25 @@ impl Client {
     /// # Errors
     /// When nobody can be believed.
     pub fn config(&self) -> io::Result<Arc<ClientConfig>> {
-        (self.0)()
+        (self.config)()
+    }
+
+    /// What looks at a server that showed these from now on.
+    pub(crate) fn look(
+        &self,
+        shown: Option<&[CertificateDer<'static>]>,
+        asked: ServerName<'static>,
+    ) -> Option<Look> {
+        let watch = self.watch.as_ref()?;
+        shown.map(|chain| watch((chain.to_vec(), asked)))
+    }
+
+    /// What ends a connection besides.
+    pub(crate) fn withdrawn(&self) -> Option<Withdrawn> {
+        let mut held = self.held.clone()?;
+        Some(Box::pin(
+            async move { while held.changed().await.is_ok() {} },
+        ))
     }
 }
 

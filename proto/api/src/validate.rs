@@ -10,6 +10,7 @@ mod disk;
 mod fault_experiments;
 mod fault_rules;
 mod fields;
+mod host_upgrades;
 mod leases;
 mod machine;
 mod net;
@@ -43,6 +44,7 @@ pub use fault_experiments::{
 };
 pub use fault_rules::{MAX_FAULT_TTL_MS, arm_faults_request, fault_id, fault_rule, fault_ttl};
 use fields::*;
+pub use host_upgrades::{HostSelection, upgrade_agent_request, upgrade_hosts_request};
 pub use leases::{allow_io_request, renew_lease_request};
 use machine::{Machine, NicFields, VhostUserFields};
 pub use networks::*;

@@ -43,6 +43,11 @@ pub(crate) struct Served {
 
 type Connections = Arc<Mutex<Vec<OwnedFd>>>;
 
+/// Where a host is reached.
+pub(crate) fn socket(dir: &Path, number: usize) -> PathBuf {
+    dir.join(format!("{number}.sock"))
+}
+
 impl Served {
     /// Serves a host on a socket in `dir`.
     pub(crate) fn start(dir: &Path, number: usize) -> Result<Self> {
@@ -51,7 +56,7 @@ impl Served {
             vms: Arc::default(),
             changed: watch::Sender::new(0),
         };
-        let socket = dir.join(format!("{number}.sock"));
+        let socket = socket(dir, number);
         let listener = UnixListener::bind(&socket)
             .with_context(|| format!("cannot listen on {}", socket.display()))?;
         let server = Server::builder()
@@ -74,11 +79,6 @@ impl Served {
             socket,
             connections,
         })
-    }
-
-    /// As the controller's command line has it.
-    pub(crate) fn address(&self) -> String {
-        format!("unix:{}", self.socket.display())
     }
 }
 

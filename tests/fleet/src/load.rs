@@ -21,6 +21,11 @@ pub(crate) fn vm_id(number: usize) -> String {
     format!("vm{number:06}")
 }
 
+/// It may restart anywhere: one of those that [`create`] makes.
+pub(crate) fn roams(name: &str) -> bool {
+    name.starts_with("projects/default/vms/vm")
+}
+
 /// Makes VMs `first..last`; answers when all are there.
 pub(crate) async fn create(channels: &[Channel], first: usize, last: usize) -> Result<Duration> {
     let begun = Instant::now();

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! host        a node agent without a host; thousands in this process
+//! agents      ten thousand, in processes of their own
 //! controller  the program under test, as a process
 //! load        what is asked of it
 //! ```
@@ -18,9 +19,11 @@ use clap::{Parser, ValueEnum};
 use serde::Serialize;
 use tonic::transport::Channel;
 
+use agents::Agents;
 use controller::{Controller, PATIENCE, Setup};
 use host::Served;
 
+mod agents;
 mod controller;
 mod host;
 mod load;
@@ -31,8 +34,14 @@ const DESCRIPTORS_PER_HOST: u64 = 5;
 #[derive(Debug, Parser)]
 struct Options {
     /// The controller's program.
-    #[arg(long, value_name = "FILE")]
-    controller: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "agents_in")]
+    controller: Option<PathBuf>,
+    /// Only serve hosts, on sockets in DIR, until stdin ends
+    #[arg(long, value_name = "DIR", hide = true)]
+    agents_in: Option<PathBuf>,
+    /// The number of the first of these
+    #[arg(long, default_value_t = 0, hide = true)]
+    first: usize,
     #[arg(long, default_value_t = 1_000)]
     hosts: usize,
     #[arg(long, default_value_t = 50_000)]
@@ -121,14 +130,13 @@ impl Report {
 #[tokio::main]
 async fn main() -> Result<()> {
     let options = Options::parse();
-    let most = options
-        .curve
-        .iter()
-        .copied()
-        .max()
-        .unwrap_or(0)
-        .max(options.hosts);
-    raise_descriptors(most as u64 * DESCRIPTORS_PER_HOST + 1024)?;
+    raise_descriptors(options.hosts as u64 * DESCRIPTORS_PER_HOST + 1024)?;
+    if let Some(dir) = &options.agents_in {
+        return agents::serve(dir, options.first, options.hosts).await;
+    }
+    // The controller has one for each host, and another one while it asks who that is.
+    let most = options.curve.iter().copied().max().unwrap_or(0);
+    raise_descriptors(most as u64 + most as u64 / 2 + 1024)?;
     let mut report = Report {
         store: options.store,
         hosts: options.hosts,
@@ -144,19 +152,27 @@ async fn main() -> Result<()> {
 /// Hosts and a controller that knows them.
 struct Site {
     setup: Setup,
+    /// Those of this process.
     hosts: Vec<Served>,
+    _agents: Option<Agents>,
     _etcd: Option<etcd::Cluster>,
     _dir: tempfile::TempDir,
 }
 
 impl Site {
-    fn new(options: &Options, hosts: usize) -> Result<Self> {
+    /// Hosts that are other processes' can do nothing of their own.
+    fn new(options: &Options, count: usize, elsewhere: bool) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let sockets = dir.path().join("hosts");
         std::fs::create_dir(&sockets)?;
-        let hosts: Vec<Served> = (0..hosts)
-            .map(|number| Served::start(&sockets, number))
-            .collect::<Result<_>>()?;
+        let (hosts, agents) = match elsewhere {
+            true => (Vec::new(), Some(Agents::start(&sockets, count)?)),
+            false => {
+                let hosts = (0..count).map(|number| Served::start(&sockets, number));
+                (hosts.collect::<Result<Vec<_>>>()?, None)
+            }
+        };
+        let addresses = (0..count).map(|number| agents::address(&sockets, number));
         let etcd = match options.store {
             Store::Embedded => None,
             Store::Etcd => Some(etcd::Cluster::start(ETCD_MEMBERS).context("there is no etcd")?),
@@ -164,12 +180,13 @@ impl Site {
         let endpoints = etcd.as_ref().map(etcd::Cluster::endpoints);
         Ok(Self {
             setup: Setup {
-                program: options.controller.clone(),
+                program: options.controller.clone().unwrap_or_default(),
                 dir: dir.path().to_owned(),
                 etcd: endpoints.unwrap_or_default(),
-                hosts: hosts.iter().map(Served::address).collect(),
+                hosts: addresses.collect(),
             },
             hosts,
+            _agents: agents,
             _etcd: etcd,
             _dir: dir,
         })
@@ -219,7 +236,7 @@ async fn channels(controller: &Controller) -> Result<Vec<Channel>> {
 /// The whole load at once, a host's death and a restart.
 async fn hold(options: &Options, report: &mut Report) -> Result<()> {
     let embedded = options.store == Store::Embedded;
-    let mut site = Site::new(options, options.hosts)?;
+    let mut site = Site::new(options, options.hosts, false)?;
     let controller = site.setup.start()?;
     let connections = channels(&controller).await?;
     site.connected(&connections[0], options.hosts).await?;
@@ -333,7 +350,9 @@ async fn death(site: &mut Site, channel: &Channel, report: &mut Report) -> Resul
     let dead = site.hosts.swap_remove(0);
     let name = dead.host.name();
     let filter = format!("status.host = \"{name}\"");
-    let there = load::list(channel, &filter).await?.len();
+    let there = load::list(channel, &filter).await?;
+    // Others stay, whatever becomes of their host.
+    let there = there.iter().filter(|vm| load::roams(&vm.name)).count();
     let mut events = events_client::EventsClient::new(channel.clone())
         .watch_events(WatchEventsRequest {
             after_revision: u64::MAX,
@@ -395,7 +414,7 @@ async fn running(site: &Site, wanted: usize) -> Result<Duration> {
 async fn curve(options: &Options, report: &mut Report) -> Result<()> {
     let mut costs: Vec<(usize, f64)> = Vec::new();
     for hosts in options.curve.iter().copied() {
-        let site = Site::new(options, hosts)?;
+        let site = Site::new(options, hosts, true)?;
         let controller = site.setup.start()?;
         let connections = channels(&controller).await?;
         site.connected(&connections[0], hosts).await?;

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use vhost_user::inflight::InflightRegion;
-use vhost_user::ring::{Ring, RingConfig, RingFormat};
+use vhost_user::ring::{Ring, RingConfig, RingFormat, Successor};
 
 use crate::input::Input;
 use crate::ring::{Guest, config, with_guest};
@@ -27,7 +27,11 @@ pub fn run(data: &[u8]) {
         file.write_all_at(&region[..len], 0).expect("it is memory");
         if let Some(mut ring) = start(&config, &file) {
             replay(&mut ring, guest);
-            assert_eq!(ring.finish().in_flight, 0, "all were completed");
+            assert_eq!(
+                ring.finish(Successor::Told).in_flight,
+                0,
+                "all were completed"
+            );
             let again = start(&config, &file);
             let left = again.map_or(0, |ring| ring.left_to_resubmit());
             assert_eq!(left, 0, "what was completed is forgotten");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vhost_user::driver::GuestMemory;
 use vhost_user::memory::MemoryTable;
-use vhost_user::ring::{Batch, DescChain, Ring, RingAddresses, RingConfig, Segment};
+use vhost_user::ring::{Batch, DescChain, Ring, RingAddresses, RingConfig, Segment, Successor};
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -159,7 +159,7 @@ impl<'a> Device<'a> {
         for chain in std::mem::take(&mut self.held) {
             self.ring.complete(chain, 1);
         }
-        let state = self.ring.finish();
+        let state = self.ring.finish(Successor::Told);
         assert_eq!(
             state.in_flight, state.left_to_resubmit,
             "all others were completed"

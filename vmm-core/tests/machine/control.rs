@@ -4,10 +4,12 @@ use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use crate::tiny_guest::{Code, DEADLINE, Vmm, kvm_is_usable, poll};
+use api::boottime;
 use api::vmm::vmm_client::VmmClient;
 use api::vmm::{
-    ConsoleInput, ConsoleOutput, DeviceConnection, GetVmmRequest, PauseRequest, PowerButtonRequest,
-    RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StartRequest, StopRequest, VmmState,
+    AllowRunRequest, ConsoleInput, ConsoleOutput, DeviceConnection, GetVmmRequest, PauseRequest,
+    PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StartRequest,
+    StopRequest, VmmInfo, VmmState,
 };
 use nix::sys::signal::{Signal, kill};
 use tonic::Streaming;
@@ -97,6 +99,9 @@ fn life_goes_from_created_to_stopped() {
         assert_eq!((info.state(), info.resets), (VmmState::Running, 1));
         wait_for_output(&mut client, info.exits + 10).await;
         client.power_button(PowerButtonRequest {}).await.unwrap();
+        let refused = client.allow_run(AllowRunRequest::default()).await;
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "{refused}");
         client.stop(StopRequest {}).await.unwrap();
     });
     let ended = vmm.wait();
@@ -105,6 +110,64 @@ fn life_goes_from_created_to_stopped() {
         ended.exit_file.contains("\"stop-request\"") && !ended.socket_left,
         "{ended:?}"
     );
+}
+
+#[test]
+fn machine_pauses_at_its_lease_s_end_and_goes_on_with_the_next_one() {
+    if !kvm_is_usable("machine_pauses_at_its_lease_s_end_and_goes_on_with_the_next_one") {
+        return;
+    }
+    let vmm = Vmm::start(&dots(), &["--run-until-boottime-ns", "1"]);
+    with_client(&vmm, async |mut client| {
+        let ended = until_lease_ended(&mut client).await;
+        assert_eq!(ended.exits, 0, "it ran without leave");
+        let refused = client.resume(ResumeRequest {}).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+        assert!(refused.message().contains("lease is over"), "{refused}");
+
+        while allow(&mut client, Duration::from_secs(1)).await.exits == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let ended = until_lease_ended(&mut client).await;
+        let info = client.reset(ResetRequest {}).await.unwrap().into_inner();
+        assert_eq!(info.state(), VmmState::Paused);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let later = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
+        assert_eq!(ended.exits, later.exits, "no vCPU executes guest code");
+
+        let info = allow(&mut client, DEADLINE).await;
+        assert_eq!((info.state(), info.lease_ended), (VmmState::Running, false));
+        wait_for_output(&mut client, later.exits + 10).await;
+        // An earlier moment takes nothing back, and one that was asked to pause stays so.
+        assert_eq!(
+            allow(&mut client, Duration::ZERO).await.state(),
+            VmmState::Running
+        );
+        client.pause(PauseRequest {}).await.unwrap();
+        let info = allow(&mut client, 2 * DEADLINE).await;
+        assert_eq!(info.state(), VmmState::Paused);
+        let info = client.resume(ResumeRequest {}).await.unwrap().into_inner();
+        assert_eq!(info.state(), VmmState::Running);
+        client.stop(StopRequest {}).await.unwrap();
+    });
+    assert!(vmm.wait().status.success());
+}
+
+async fn allow(client: &mut VmmClient<Channel>, time: Duration) -> VmmInfo {
+    let request = AllowRunRequest {
+        until_boottime_ns: boottime::now_ns() + time.as_nanos() as u64,
+    };
+    client.allow_run(request).await.unwrap().into_inner()
+}
+
+async fn until_lease_ended(client: &mut VmmClient<Channel>) -> VmmInfo {
+    loop {
+        let info = client.get_vmm(GetVmmRequest {}).await.unwrap().into_inner();
+        if info.lease_ended && info.state() == VmmState::Paused {
+            return info;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// Each thread confines itself as it begins, some after the control socket answers.

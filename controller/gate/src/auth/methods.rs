@@ -80,6 +80,7 @@ const METHODS: &[(&str, &[(&str, Need)])] = &[
             ("SetFaultSwitch", FAULT_INJECTOR),
         ],
     ),
+    ("HostUpgrades", &[("UpgradeHosts", ADMIN)]),
     (
         "Hosts",
         &[

@@ -4,7 +4,9 @@ use std::{io, path::PathBuf};
 
 use tonic::Code;
 
-use crate::{process::ProcessError, record::RecordError, tap::TapError, vm::DaemonError};
+use crate::{
+    epoch::Superseded, process::ProcessError, record::RecordError, tap::TapError, vm::DaemonError,
+};
 
 /// See the module.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +35,9 @@ pub(crate) enum NetworkError {
         /// The NIC.
         nic: String,
     },
+    /// A newer leader was heard while the command waited.
+    #[error(transparent)]
+    Superseded(#[from] Superseded),
     /// NICs are in it.
     #[error("network {id} is in use by {}; stop their VMs first", users.join(", "))]
     InUse {
@@ -260,7 +265,7 @@ impl NetworkError {
             Self::NotPermitted { .. } => Code::PermissionDenied,
             Self::Exists { .. } => Code::AlreadyExists,
             Self::NotABridge { .. } | Self::NoUnderlay => Code::InvalidArgument,
-            Self::Policy { .. } => Code::Unavailable,
+            Self::Policy { .. } | Self::Superseded(_) => Code::Unavailable,
             Self::Record(_) => Code::Internal,
             Self::Tap { source, .. } => source.code(),
             Self::Switch { code, .. } | Self::Port { code, .. } => *code,

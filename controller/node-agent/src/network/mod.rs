@@ -52,6 +52,7 @@ pub(crate) use port::{PortPlan, port_id};
 
 use self::{forwarding::Forwarding, ports::Ports, record::Pin, server::Server, switch::Switch};
 use crate::{
+    epoch,
     faults::Knobs,
     spec::Spec,
     vm::{DaemonError, daemon_metrics, error_chain, nics::Nics},
@@ -215,6 +216,7 @@ impl Networks {
             .clone();
         let id = spec.id.clone();
         let mut made = network.work.lock().await;
+        epoch::recheck()?;
         self.work_on(&network, &mut made, spec).await?;
         drop(made);
         Ok(self.status(&id, &network))
@@ -229,6 +231,7 @@ impl Networks {
             return Ok(());
         };
         let mut made = network.work.lock().await;
+        epoch::recheck()?;
         if let Some(spec) = made.spec.clone() {
             let own = [names::vxlan(id), names::uplink(id)];
             let mut users = network.ports.names();
@@ -351,6 +354,22 @@ impl Networks {
         let network = self.find(id)?;
         let dir = self.inner.run_dir.join(id);
         make::is_switched(&network.seen.borrow().spec).then(|| switch::Plan::control_socket(&dir))
+    }
+
+    /// The switches that serve NICs of a VM: where they answer, and what they call these NICs.
+    pub(crate) fn switched_nics(&self, vm: &str) -> Vec<(PathBuf, Vec<String>)> {
+        let table = self.table().clone();
+        let switches = table.iter().map(|(id, network)| {
+            let nics = network.ports.of_vm(vm);
+            let ids = nics.iter().map(|nic| port_id(vm, nic)).collect();
+            (
+                switch::Plan::control_socket(&self.inner.run_dir.join(id)),
+                ids,
+            )
+        });
+        switches
+            .filter(|(_, ids): &(_, Vec<_>)| !ids.is_empty())
+            .collect()
     }
 
     /// The switches that serve NICs of a VM.

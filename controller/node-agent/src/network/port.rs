@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use api::device::{NetConfig, Policy, Polling, SwitchPort};
 
-use crate::{spec::NicTuning, tap::fnv1a};
+use crate::{leases::Leases, spec::NicTuning, tap::fnv1a};
 
 /// Of an id, without the digits that make it unique: ids have 63 bytes.
 const MAX_READABLE_BYTES: usize = 50;
@@ -32,6 +32,8 @@ pub(crate) struct PortPlan {
     pub(crate) trunk_vlans: Vec<u32>,
     /// What may change while the VM runs.
     pub(crate) tuning: NicTuning,
+    /// Of a VM that runs under the host's lease.
+    pub(crate) leases: Option<Leases>,
 }
 
 /// What the daemon calls a NIC: readable, and unique among all VMs' NICs.
@@ -67,6 +69,11 @@ impl PortPlan {
             policy: told.policy.clone(),
             limits: Some(told.tuning.limits()),
             polling: Polling::Unspecified as i32,
+            leased: self.leases.is_some(),
+            io_until_boottime_ns: self
+                .leases
+                .as_ref()
+                .map_or(0, |leases| leases.io_until().as_nanos()),
             ..NetConfig::default()
         }
     }

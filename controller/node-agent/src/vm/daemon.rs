@@ -31,7 +31,7 @@ use super::{
     disk::{self, DiskError},
     disks::Disks,
     incarnation::{CALL_DEADLINE, Incarnation, Sockets, Standby, UP_WITHIN},
-    leased::is_ignorant,
+    leased::{allow_io, is_ignorant},
     nics::Nics,
     outage::StandIn,
     passt,
@@ -395,9 +395,10 @@ impl Plan {
             _ => Standby::start(self).await?,
         };
         let (process, info) = standby.take_over(self, &listeners).await?;
-        if let (Some(leases), DaemonKind::Blk) = (&self.leases, self.kind)
+        if let Some(leases) = &self.leases
             && let Err(error) = self.allow_io(leases.io_until()).await
             && is_ignorant(&error)
+            && self.kind == DaemonKind::Blk
         {
             process.kill().await;
             return Err(error);
@@ -456,14 +457,19 @@ impl Plan {
         self.knobs = knobs.clone();
     }
 
-    /// Its disks are used while the host's lease says so, if the VM needs that.
+    /// Its devices are used while the host's lease says so, if the VM needs that.
     pub(super) fn use_leases(&mut self, spec: &Spec, leases: &Leases) {
         self.leases = (spec.restart == Restart::Anywhere).then(|| leases.clone());
     }
 
-    /// Lets the daemon's disks be used until then.
+    /// Lets the daemon's devices be used until then. A third party's knows no leases: its guest does not
+    /// run.
     pub(super) async fn allow_io(&self, until: Moment) -> Result<(), DaemonError> {
-        Disks::of(&self.dir).allow_io(until.as_nanos()).await
+        if let DaemonKind::Passt(_) = self.kind {
+            return Ok(());
+        }
+        let socket = self.dir.join(format!("{}.sock", self.kind.stem()));
+        allow_io(&socket, self.kind.program(), Vec::new(), until).await
     }
 
     /// What goes wrong with a start on purpose.
@@ -614,6 +620,8 @@ impl Plan {
                         policy,
                         limits: Some(tuning.limits()),
                         link_down: tuning.link_down,
+                        leased: io_until.is_some(),
+                        io_until_boottime_ns: io_until.unwrap_or_default().as_nanos(),
                         ..NetConfig::default()
                     })
                 }

@@ -9,12 +9,11 @@ use std::{
 use api::{
     connect,
     device::{
-        AllowIoRequest, Bitmap, CancelJobRequest, CompleteJobRequest, Device, FdRef,
-        GetDeviceRequest, GetImageRequest, GetJobRequest, Image, Job, JobState, ListBitmapsRequest,
-        ListJobsRequest, ResizeRequest, SetLimitsRequest, SetPollingRequest, SnapshotRequest,
-        StartBackupRequest, StartCheckRequest, StartCommitRequest, StartMirrorRequest,
+        Bitmap, CancelJobRequest, CompleteJobRequest, Device, FdRef, GetDeviceRequest,
+        GetImageRequest, GetJobRequest, Image, Job, JobState, ListBitmapsRequest, ListJobsRequest,
+        ResizeRequest, SetLimitsRequest, SetPollingRequest, SnapshotRequest, StartBackupRequest,
+        StartCheckRequest, StartCommitRequest, StartMirrorRequest,
         device_daemon_client::DeviceDaemonClient, disks_client::DisksClient,
-        leases_client::LeasesClient,
     },
     fds,
 };
@@ -124,17 +123,6 @@ impl Disks {
         answer
             .map(|answer| answer.into_inner().bitmaps)
             .map_err(refused("ListBitmaps"))
-    }
-
-    /// Lets all leased disks be used until a moment of the boottime clock.
-    pub(super) async fn allow_io(&self, until_boottime_ns: u64) -> Result<(), DaemonError> {
-        let request = AllowIoRequest {
-            ids: Vec::new(),
-            until_boottime_ns,
-        };
-        let mut client = LeasesClient::new(self.channel().await?);
-        let answer = client.allow_io(with_deadline(request, CALL_DEADLINE)).await;
-        answer.map(drop).map_err(refused("AllowIo"))
     }
 
     /// Makes the disk larger.

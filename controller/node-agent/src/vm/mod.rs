@@ -56,7 +56,7 @@ pub(crate) use self::{
     vmm::{devices as vmm_devices, refresh_device},
 };
 use self::{
-    command::{Answer, Command, reply},
+    command::{Answer, Command, Commands, Order, reply},
     machine::Machine,
     restart::{Restarts, Wait},
     status::status_of,
@@ -135,7 +135,7 @@ impl Env {
 /// Handle of one VM's task. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Vm {
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<Order>,
     status: watch::Receiver<VmStatus>,
     spec: watch::Receiver<Arc<Spec>>,
     trace: Trace,
@@ -238,7 +238,7 @@ impl Vm {
         let program = wish.kind.program();
         let command = Command::Upgrade(Box::new(wish), answer);
         self.commands
-            .try_send(command)
+            .try_send(Order::new(command))
             .map_err(|error| match error {
                 mpsc::error::TrySendError::Full(_) => UpgradeError::Busy {
                     vm: vm.clone(),
@@ -254,7 +254,7 @@ impl Vm {
         let id = self.spec().id.clone();
         let (answer, answered) = oneshot::channel();
         self.commands
-            .try_send(command(answer))
+            .try_send(Order::new(command(answer)))
             .map_err(|error| match error {
                 mpsc::error::TrySendError::Full(_) => Refusal::Busy { id: id.clone() },
                 mpsc::error::TrySendError::Closed(_) => Refusal::Gone { id: id.clone() },
@@ -278,7 +278,7 @@ enum Next {
 struct Actor {
     env: Arc<Env>,
     record: Record,
-    commands: mpsc::Receiver<Command>,
+    commands: Commands,
     status: watch::Sender<VmStatus>,
     spec: watch::Sender<Arc<Spec>>,
     restarts: Restarts,
@@ -309,7 +309,7 @@ impl Actor {
             Self {
                 env,
                 record,
-                commands,
+                commands: Commands::of(commands),
                 status,
                 spec,
                 restarts: Restarts::default(),

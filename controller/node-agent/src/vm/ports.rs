@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use lease::Restart;
+
 use super::{
     Env,
     daemon::{mac, socket},
@@ -58,7 +60,10 @@ pub(super) fn joined_as_known(env: &Env, spec: &Spec) -> Spec {
 /// Makes those NICs ports whose networks have switches.
 pub(super) async fn attach(env: &Env, spec: &Spec, dir: &Path) -> Result<(), StartError> {
     for (network, nic) in switched(spec) {
-        let attached = env.networks.attach(network, plan(spec, nic, dir)).await;
+        let attached = env
+            .networks
+            .attach(network, plan(env, spec, nic, dir))
+            .await;
         attached.map_err(|source| StartError::Network {
             nic: nic.name.clone(),
             source: Box::new(source),
@@ -77,7 +82,7 @@ pub(super) fn expect(env: &Env, record: &Record) {
     }
     let spec = joined_as_known(env, &record.spec);
     for (network, nic) in switched(&spec) {
-        let plan = plan(&spec, nic, &env.vm_dir(&spec.id));
+        let plan = plan(env, &spec, nic, &env.vm_dir(&spec.id));
         env.networks.expect(network, plan);
     }
 }
@@ -96,7 +101,7 @@ fn join(nic: &mut Nic, place: Place) {
     };
 }
 
-fn plan(spec: &Spec, nic: &Nic, dir: &Path) -> PortPlan {
+fn plan(env: &Env, spec: &Spec, nic: &Nic, dir: &Path) -> PortPlan {
     PortPlan {
         vm: spec.id.clone(),
         nic: nic.name.clone(),
@@ -108,5 +113,6 @@ fn plan(spec: &Spec, nic: &Nic, dir: &Path) -> PortPlan {
         vlan: nic.vlan,
         trunk_vlans: nic.trunk_vlans.clone(),
         tuning: nic.tuning,
+        leases: (spec.restart == Restart::Anywhere).then(|| env.leases.clone()),
     }
 }

@@ -270,12 +270,14 @@ pub(super) async fn bring_up(
         rising.daemons.push(Daemon::up(plan, up));
     }
     ports::attach(env, spec, &dir).await?;
-    if spec.restart == Restart::Anywhere && !matches!(env.leases.stage(), Stage::Held { .. }) {
-        return Err(StartError::Lease(LeaseError::NotHeld));
-    }
+    let run_until = match (spec.restart, env.leases.stage()) {
+        (Restart::Anywhere, Stage::Held { until }) => Some(until),
+        (Restart::Anywhere, _) => return Err(StartError::Lease(LeaseError::NotHeld)),
+        _ => None,
+    };
     let started = Instant::now();
     rising.vmm = Some(
-        vmm::bring_up(&env.bin_dir, spec, &dir, &env.knobs)
+        vmm::bring_up(&env.bin_dir, spec, &dir, &env.knobs, run_until)
             .await?
             .keep(),
     );

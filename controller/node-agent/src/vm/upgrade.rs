@@ -34,6 +34,7 @@ use super::{
     machine::Machine,
 };
 use crate::{
+    epoch::Superseded,
     process::{Guard, Process},
     record::DaemonKind,
     spec::DiskSource,
@@ -158,6 +159,9 @@ pub(crate) enum UpgradeError {
         /// What happened.
         reason: String,
     },
+    /// A newer leader was heard meanwhile.
+    #[error(transparent)]
+    Superseded(#[from] Superseded),
     /// The VM ended meanwhile.
     #[error("VM {vm} was stopped meanwhile")]
     Gone {
@@ -174,7 +178,7 @@ impl UpgradeError {
             | Self::NoDaemon { .. }
             | Self::NoSwitch { .. }
             | Self::HasJob { .. } => Code::FailedPrecondition,
-            Self::Busy { .. } => Code::Unavailable,
+            Self::Busy { .. } | Self::Superseded(_) => Code::Unavailable,
             Self::Volume { source, .. } => source.code(),
             Self::NotUp(error) => error.code(),
             Self::NotAsExpected { .. } => Code::FailedPrecondition,

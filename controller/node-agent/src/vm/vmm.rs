@@ -11,11 +11,12 @@ use api::{
     connect,
     validate::SEED_DISK,
     vmm::{
-        DeviceHealth, GetDevicesRequest, GetVmmRequest, PauseRequest, PowerButtonRequest,
-        RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StopRequest, VmmInfo, VmmState,
-        vmm_client::VmmClient,
+        AllowRunRequest, DeviceHealth, GetDevicesRequest, GetVmmRequest, PauseRequest,
+        PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, ResumeRequest, StopRequest,
+        VmmInfo, VmmState, vmm_client::VmmClient,
     },
 };
+use lease::Moment;
 use serde::Deserialize;
 use tonic::{Code, transport::Channel};
 
@@ -102,12 +103,23 @@ pub(super) fn exit_note(dir: &Path) -> Option<ExitNote> {
     serde_json::from_slice(&std::fs::read(exit_file(dir)).ok()?).ok()
 }
 
-/// The command line of a spec's machine.
-pub(super) fn args(spec: &Spec, dir: &Path, knobs: &Knobs) -> Vec<OsString> {
+/// The command line of a spec's machine, which runs until then if that is said.
+pub(super) fn args(
+    spec: &Spec,
+    dir: &Path,
+    knobs: &Knobs,
+    run_until: Option<Moment>,
+) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec!["--control-socket".into(), vmm_socket(dir).into()];
     args.extend(knobs.daemon_args().map(Into::into));
     let mut option = |name: &str, value: OsString| args.extend([name.into(), value]);
     option("--id", spec.id.clone().into());
+    if let Some(until) = run_until {
+        option(
+            "--run-until-boottime-ns",
+            until.as_nanos().to_string().into(),
+        );
+    }
     option("--kernel", spec.kernel.clone().into());
     if let Some(initramfs) = &spec.initramfs {
         option("--initramfs", initramfs.clone().into());
@@ -177,8 +189,9 @@ pub(super) async fn bring_up(
     spec: &Spec,
     dir: &Path,
     knobs: &Knobs,
+    run_until: Option<Moment>,
 ) -> Result<Guard, VmmError> {
-    let args = args(spec, dir, knobs);
+    let args = args(spec, dir, knobs, run_until);
     let guard = Process::spawn(&bin_dir.join(PROGRAM), &args, &log(dir))?;
     let exited = guard.exited();
     tokio::select! {
@@ -240,6 +253,16 @@ pub(super) async fn resume(dir: &Path) -> Result<(), VmmError> {
     let mut client = client(dir, CALL_DEADLINE).await?;
     let resumed = client.resume(with_deadline(ResumeRequest {})).await;
     resumed.map(drop).map_err(refused("Resume"))
+}
+
+/// Lets vCPUs run until then, where they need leave.
+pub(super) async fn allow_run(dir: &Path, until: Moment) -> Result<(), VmmError> {
+    let mut client = client(dir, CALL_DEADLINE).await?;
+    let request = with_deadline(AllowRunRequest {
+        until_boottime_ns: until.as_nanos(),
+    });
+    let allowed = client.allow_run(request).await;
+    allowed.map(drop).map_err(refused("AllowRun"))
 }
 
 /// The devices, each with its last `max_outages` outages.
@@ -338,6 +361,7 @@ mod tests {
             &Spec::from_validated(&api),
             Path::new("/run/m"),
             &Knobs::default(),
+            None,
         );
         let wanted = "tag=share,type=fs,socket=/fs.sock,queues=2,config=hex:7400ff";
         assert!(args.iter().any(|arg| arg == wanted), "{args:?}");

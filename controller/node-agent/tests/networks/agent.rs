@@ -48,6 +48,10 @@ impl Agent {
         }
     }
 
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }

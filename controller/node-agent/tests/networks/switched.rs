@@ -1,6 +1,7 @@
 //! Networks whose datapath is a switch: one device-net for the NICs of all VMs. The VMs' machines are real
 //! ones without their NICs, which machines of these tests are cabled to instead.
 
+mod leased;
 mod vlans;
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
@@ -25,6 +26,7 @@ use crate::{
 };
 
 const DB_MAC: &str = "52:54:00:12:34:06";
+const LOG_MAC: &str = "52:54:00:12:34:07";
 
 /// 10.20.0.0/24 with two guests, `web` at .5 and `db` at .6.
 fn switched(kind: NetworkKind) -> NetworkSpec {

@@ -10,9 +10,10 @@ use api::{
     connect,
     device::{Device, GetDeviceRequest, device_daemon_client::DeviceDaemonClient},
     node::{
-        LeaseStage, Power, RenewLeaseRequest, RenewLeaseResponse, RestartPolicy, VmPhase, VmSpec,
-        leases_client::LeasesClient,
+        LeaseStage, NicSpec, Power, RenewLeaseRequest, RenewLeaseResponse, RestartPolicy, VmPhase,
+        VmSpec, leases_client::LeasesClient,
     },
+    vmm::{GetVmmRequest, VmmInfo, VmmState, vmm_client::VmmClient},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -22,7 +23,7 @@ use tonic::{Code, transport::Channel};
 
 use crate::{
     guest,
-    harness::{Agent, disk, gone, kill_hard, pid, spec},
+    harness::{Agent, disk, gone, kill_hard, may_make_taps, pid, spec},
 };
 
 /// Long enough for a loaded machine to come back to renewing it.
@@ -35,6 +36,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 struct Controller {
     client: LeasesClient<Channel>,
     ticket: RenewLeaseResponse,
+    grace_ms: u32,
 }
 
 impl Controller {
@@ -46,6 +48,7 @@ impl Controller {
         Self {
             client,
             ticket: ticket.unwrap().into_inner(),
+            grace_ms: GRACE_MS,
         }
     }
 
@@ -54,7 +57,7 @@ impl Controller {
             session: self.ticket.session.clone(),
             ticket_boottime_ns: self.ticket.ticket_boottime_ns,
             lease_ms: LEASE_MS,
-            grace_ms: GRACE_MS,
+            grace_ms: self.grace_ms,
             settle_ms: 5_000,
         };
         let answer = self.client.renew_lease(request).await;
@@ -87,10 +90,21 @@ fn roaming(agent: &Agent, controller: &Controller) -> VmSpec {
 }
 
 async fn device(agent: &Agent, id: &str) -> Device {
-    let socket = agent.vm_dir(id).join("blk.sock");
+    device_of(agent, id, "blk.sock", "root").await
+}
+
+async fn device_of(agent: &Agent, id: &str, socket: &str, name: &str) -> Device {
+    let socket = agent.vm_dir(id).join(socket);
     let channel = connect::unix(&socket, PATIENCE).await.unwrap();
-    let request = GetDeviceRequest { id: "root".into() };
+    let request = GetDeviceRequest { id: name.into() };
     let answer = DeviceDaemonClient::new(channel).get_device(request).await;
+    answer.unwrap().into_inner()
+}
+
+async fn vmm(agent: &Agent, id: &str) -> VmmInfo {
+    let socket = agent.vm_dir(id).join("vmm.sock");
+    let channel = connect::unix(&socket, PATIENCE).await.unwrap();
+    let answer = VmmClient::new(channel).get_vmm(GetVmmRequest {}).await;
     answer.unwrap().into_inner()
 }
 
@@ -179,6 +193,96 @@ async fn disk_of_a_frozen_host_stops_by_itself_and_its_vm_goes_at_the_thaw() {
         })
         .await;
     assert_eq!(lost.stop_reason, "lease-lost");
+}
+
+/// The VM's tap, which outlives an agent that is killed: it goes before the test and after.
+struct Tap(&'static str);
+
+impl Tap {
+    fn of_nobody_else(name: &'static str) -> Self {
+        let tap = Self(name);
+        tap.remove();
+        tap
+    }
+
+    fn remove(&self) {
+        let mut command = std::process::Command::new("ip");
+        // It fails when there is none.
+        let _ = command.args(["link", "del", self.0]).output();
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+#[tokio::test]
+async fn all_of_a_frozen_host_s_vm_stops_by_itself_and_goes_on_with_the_next_lease() {
+    let _tap = Tap::of_nobody_else("mt-roam-0");
+    let mut agent = Agent::start().await;
+    let mut controller = Controller::of(&agent).await;
+    // It is not to be lost, however long the thaw takes.
+    controller.grace_ms = 10 * 60 * 1000;
+    controller.renew().await;
+    let mut vm = roaming(&agent, &controller);
+    if may_make_taps() {
+        vm.nics = vec![NicSpec {
+            name: "nic0".into(),
+            ..NicSpec::default()
+        }];
+    }
+    let is_stopped = async |agent: &Agent| {
+        let vmm = vmm(agent, "roam").await;
+        let mut stopped = vec![
+            vmm.lease_ended && vmm.state() == VmmState::Paused,
+            device(agent, "roam").await.io_stopped,
+        ];
+        if may_make_taps() {
+            let nic = device_of(agent, "roam", "net.sock", "nic0").await;
+            stopped.push(nic.io_stopped);
+        }
+        stopped
+    };
+    agent.apply(&vm).await.unwrap();
+    controller
+        .keep_until(&mut agent, "roam", VmPhase::Running)
+        .await;
+    let running = is_stopped(&agent).await;
+    assert!(running.iter().all(|stopped| !stopped), "{running:?}");
+
+    agent.freeze();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let stopped = is_stopped(&agent).await;
+        if stopped.iter().all(|stopped| *stopped) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "something goes on: {stopped:?}");
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+    // The guest leaves its vCPU with each thing that it does.
+    let exits = vmm(&agent, "roam").await.exits;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(vmm(&agent, "roam").await.exits, exits);
+
+    agent.thaw();
+    while controller.renew().await.stage() != LeaseStage::Held {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+    controller
+        .keep_until(&mut agent, "roam", VmPhase::Running)
+        .await;
+    let deadline = Instant::now() + PATIENCE;
+    while vmm(&agent, "roam").await.exits < exits + 100 {
+        controller.renew().await;
+        assert!(Instant::now() < deadline, "the guest does not go on");
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+    let running = is_stopped(&agent).await;
+    assert!(running.iter().all(|stopped| !stopped), "{running:?}");
 }
 
 #[tokio::test]

@@ -5,9 +5,9 @@ use std::{pin::Pin, time::Duration};
 use api::{
     listen, serve,
     vmm::{
-        ConsoleInput, ConsoleOutput, GetDevicesRequest, GetDevicesResponse, GetVmmRequest,
-        PauseRequest, PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest, ResumeRequest,
-        StartRequest, StopRequest, VmmInfo, VmmState,
+        AllowRunRequest, ConsoleInput, ConsoleOutput, GetDevicesRequest, GetDevicesResponse,
+        GetVmmRequest, PauseRequest, PowerButtonRequest, RefreshDeviceConfigRequest, ResetRequest,
+        ResumeRequest, StartRequest, StopRequest, VmmInfo, VmmState,
         vmm_server::{Vmm, VmmServer},
     },
 };
@@ -67,6 +67,10 @@ impl Vmm for NoMachine {
     }
 
     async fn resume(&self, _: Request<ResumeRequest>) -> Result<Response<VmmInfo>, Status> {
+        no_machine()
+    }
+
+    async fn allow_run(&self, _: Request<AllowRunRequest>) -> Result<Response<VmmInfo>, Status> {
         no_machine()
     }
 

@@ -104,7 +104,7 @@ async fn check(store: &SharedStore, seed: u64) -> u64 {
         let record: HostRecord = decode(&item.key, &item.value).unwrap();
         let there = vms.iter().filter(|vm| vm.host == record.id());
         let sum = there.fold(ReservationRecord::default(), |sum, vm| {
-            sum.plus(vm.promised.as_ref().unwrap())
+            sum.plus(&vm.promised.as_ref().unwrap().into())
         });
         let promised = reservation(store, record.id()).await.unwrap().record;
         assert_eq!(promised, sum, "seed {seed}, {}", record.name);

@@ -14,8 +14,8 @@ use redb::{BackendError, Database, ReadTransaction, ReadableDatabase, StorageBac
 
 use super::StoreError;
 
-/// Pages kept in memory; the whole state of some ten thousand VMs.
-const CACHE_BYTES: usize = 64 << 20;
+/// Pages kept in memory: the upper ones of the trees, and what is written now. The system keeps the others.
+const CACHE_BYTES: usize = 16 << 20;
 
 /// See the module.
 pub(super) struct File {

@@ -36,6 +36,17 @@ pub(crate) enum HostCommand {
         #[command(flatten)]
         wait: WaitArgs,
     },
+    /// Exchange the agents and daemons of many hosts for another version, some hosts at a time
+    #[command(after_help = "Examples:
+  vmctl host upgrade --all --agent-binary /opt/mortise/2.1/node-agent
+  vmctl host upgrade --selector rack=r7 --agent-binary /opt/mortise/2.1/node-agent \\
+                     --device-blk /opt/mortise/2.1/device-blk --max-unavailable 2
+  vmctl host upgrade h1 h2 --agent-binary /opt/mortise/2.1/node-agent --validate-only
+
+PATHs are on the hosts. VMs and their daemons run on while an agent is exchanged. A new agent that does not
+start, hangs, or does not find the host as well as it was gives its place back to the old one, and no further
+host begins. Ctrl-C ends the waiting alone; vmctl op cancel ends the upgrade after the hosts under way.")]
+    Upgrade(HostUpgradeArgs),
     /// Let new hosts in
     Token {
         #[command(subcommand)]
@@ -49,6 +60,43 @@ pub(crate) enum HostCommand {
         #[arg(long)]
         force: bool,
     },
+}
+
+/// `vmctl host upgrade`
+#[derive(Debug, Args)]
+pub(crate) struct HostUpgradeArgs {
+    /// The hosts, in the order in which they are taken
+    #[arg(value_name = "HOST", required_unless_present_any = ["all", "selector"])]
+    pub(crate) hosts: Vec<String>,
+    /// All hosts that have this label; repeat for those that have several
+    #[arg(long, value_name = "KEY=VALUE", conflicts_with_all = ["hosts", "all"])]
+    pub(crate) selector: Vec<String>,
+    /// All hosts
+    #[arg(long, conflicts_with = "hosts")]
+    pub(crate) all: bool,
+    /// The node-agent to use, on each host [default: agents stay]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) agent_binary: Option<String>,
+    /// The device-blk to use, on each host [default: these stay]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) device_blk: Option<String>,
+    /// The device-net to use, on each host [default: these stay]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) device_net: Option<String>,
+    /// Hosts unavailable at one time, those of the fleet that do not answer included
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_unavailable: u32,
+    /// Devices at risk at one time on each host while its daemons are exchanged
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_devices_unavailable: u32,
+    /// How long a new agent has to come up and be found well [default: 60]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=600))]
+    pub(crate) confirm: Option<u32>,
+    /// Have every host check the binaries, and change nothing
+    #[arg(long)]
+    pub(crate) validate_only: bool,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
 }
 
 /// `vmctl host token ...`

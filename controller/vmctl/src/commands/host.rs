@@ -12,6 +12,8 @@ use crate::client::Channel;
 use crate::placement::{host_name, pair};
 use crate::{client, json, output};
 
+mod upgrade;
+
 /// Runs one command.
 pub(crate) async fn run(global: &Global, command: HostCommand) -> anyhow::Result<ExitCode> {
     let channel = client::connect(global).await?;
@@ -48,6 +50,7 @@ pub(crate) async fn run(global: &Global, command: HostCommand) -> anyhow::Result
             let operation = answer.map_err(client::failed)?.into_inner();
             drained(global, &channel, operation, wait.no_wait, &host).await?;
         }
+        HostCommand::Upgrade(args) => upgrade::run(global, &channel, args).await?,
         HostCommand::Token { command } => token(global, &channel, command).await?,
         HostCommand::Delete { host, force } => {
             let request = pb::DeleteHostRequest {

@@ -43,7 +43,8 @@ pub(crate) async fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCo
         Ok(Outcome::RunsOn) => Ok(ExitCode::SUCCESS),
         Ok(Outcome::Stopped(status)) => {
             if args.rm {
-                delete(global, &channel, &name, false).await?;
+                // It was seen stopped; its record may still want it to run for a moment.
+                delete(global, &channel, &name, true).await?;
             }
             conclude(&name, &status)
         }

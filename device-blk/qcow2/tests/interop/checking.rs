@@ -75,12 +75,47 @@ fn image_in_use_is_checked_and_goes_on() {
         .unwrap();
     let image_again = open(&path);
     drop(image);
-    let report = image_again.check(Repair::Leaks).unwrap();
+    let report = image_again.check(Repair::Leaks, &|| true).unwrap();
     assert_eq!(report.corruptions, 0, "{report:?}");
     assert!(report.repaired_clusters >= 1, "{report:?}");
     image_again.write(4 << 20, &&vec![2; 1 << 20][..]).unwrap();
     image_again.settle().unwrap();
     qemu::assert_clean(&path);
+}
+
+#[test]
+fn image_that_may_not_be_written_any_more_keeps_its_leaks() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("late.qcow2");
+    drop(File::create_new(&path).unwrap());
+    let options = qcow2::CreateOptions {
+        capacity_bytes: 16 << 20,
+        cluster_bytes: 4096,
+        ..qcow2::CreateOptions::default()
+    };
+    qcow2::create(&file(&path), &options).unwrap();
+    let leaked = file(&path);
+    let block = first_block(&leaked);
+    leaked
+        .write_all_at(&1_u16.to_be_bytes(), block + 2 * 1000)
+        .unwrap();
+    let leaks = || {
+        check(&file(&path), Repair::Nothing)
+            .unwrap()
+            .leaked_clusters
+    };
+    assert_eq!(leaks(), 1);
+    let image = open(&path);
+    // Over from the start, and by the time that something is to be repaired.
+    for looks in [0_u32, 1] {
+        let left = std::cell::Cell::new(looks);
+        let may_write = || left.replace(left.get().saturating_sub(1)) > 0;
+        let late = image.check(Repair::Leaks, &may_write).unwrap_err();
+        assert!(matches!(late, qcow2::Error::Invalid(_)), "{late}");
+        assert_eq!(leaks(), 1);
+    }
+    let report = image.check(Repair::Leaks, &|| true).unwrap();
+    assert_eq!((report.repaired_clusters, leaks()), (1, 0));
 }
 
 #[test]
@@ -110,7 +145,7 @@ fn image_is_checked_while_it_is_written_and_discarded() {
     let checked = std::sync::Arc::clone(&image);
     std::thread::spawn(move || {
         for _ in 0..50 {
-            match checked.check(Repair::Leaks) {
+            match checked.check(Repair::Leaks, &|| true) {
                 Ok(report) => assert_eq!(report.corruptions, 0, "{report:?}"),
                 Err(error) => assert!(matches!(error, qcow2::Error::Invalid(_)), "{error}"),
             }

@@ -15,7 +15,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
-use crate::tls;
+use crate::tls::{self, Lasting};
 
 /// Connections that one server holds: a host's controllers, people and their consoles.
 pub(super) const MAX_CONNECTIONS: usize = 256;
@@ -23,6 +23,9 @@ pub(super) const MAX_CONNECTIONS: usize = 256;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// For both ends to show who they are.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection by TLS, for as long as the client's certificate is believed.
+pub(super) type Secured = Lasting<TlsStream<Admitted<TcpStream>>>;
 
 /// What connections come from.
 pub(super) trait Accept {
@@ -82,7 +85,7 @@ pub(super) async fn admit<L: Accept>(
 pub(super) async fn secure(
     mut connections: mpsc::Receiver<io::Result<Admitted<TcpStream>>>,
     tls: tls::Server,
-    admitted: mpsc::Sender<io::Result<TlsStream<Admitted<TcpStream>>>>,
+    admitted: mpsc::Sender<io::Result<Secured>>,
 ) {
     let mut handshakes = JoinSet::new();
     loop {
@@ -99,7 +102,7 @@ pub(super) async fn secure(
 async fn shake_hands(
     connection: Admitted<TcpStream>,
     tls: tls::Server,
-    admitted: mpsc::Sender<io::Result<TlsStream<Admitted<TcpStream>>>>,
+    admitted: mpsc::Sender<io::Result<Secured>>,
 ) {
     let peer = connection.stream.peer_addr();
     let peer = peer.map(|peer| peer.to_string()).unwrap_or_default();
@@ -112,7 +115,10 @@ async fn shake_hands(
     };
     let handshake = TlsAcceptor::from(config).accept(connection);
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
-        Ok(Ok(stream)) => drop(admitted.send(Ok(stream)).await),
+        Ok(Ok(stream)) => {
+            let look = tls.look(stream.get_ref().1.peer_certificates());
+            drop(admitted.send(Ok(Lasting::new(stream, look, None))).await);
+        }
         Ok(Err(error)) => {
             let why = tls::distrust(&error).unwrap_or_else(|| error.to_string());
             tracing::warn!(peer, why, "refused a connection");

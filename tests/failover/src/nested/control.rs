@@ -1,4 +1,4 @@
-//! What tells hosts what to do: etcd, two controllers; and the server of the shared disk.
+//! What tells hosts what to do: etcd, two controllers with one authority; and the server of the shared disk.
 
 use std::fs::File;
 use std::future::Future;
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use api::controller as pb;
+use api::controller::certificates_client::CertificatesClient;
 use api::controller::hosts_client::HostsClient;
 use api::controller::pools_client::PoolsClient;
 use api::controller::vms_client::VmsClient;
@@ -21,7 +22,7 @@ use tonic::transport::Channel;
 
 use super::Settings;
 use super::ground;
-use super::host::AGENT_PORT;
+use super::host::Invitation;
 
 /// A busy machine renews late; and a host that pauses its VM for nothing would spoil the story.
 const LEASE_MS: u32 = 15_000;
@@ -30,6 +31,8 @@ const SETTLE_MS: u32 = 10_000;
 const PROJECT: &str = "projects/default";
 const CONTROLLERS: usize = 2;
 const ETCD_MEMBERS: usize = 3;
+/// Of the first one, for TLS.
+const CONTROLLER_PORT: usize = 7070;
 const DISK_PORT: u16 = 10_809;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(20);
@@ -54,11 +57,11 @@ impl Drop for Control {
 }
 
 impl Control {
-    /// Starts etcd and controllers, which look for hosts at these addresses.
+    /// Starts etcd and controllers.
     ///
     /// # Errors
     /// When something does not come up.
-    pub fn start(settings: &Settings, dir: &Path, hosts: &[String]) -> Result<Self> {
+    pub fn start(settings: &Settings, dir: &Path) -> Result<Self> {
         let etcd = etcd::Cluster::start(ETCD_MEMBERS).context("the variable ETCD names no etcd")?;
         let mut control = Self {
             runtime: Runtime::new()?,
@@ -69,18 +72,18 @@ impl Control {
             etcd,
         };
         for number in 0..CONTROLLERS {
-            control.start_controller(number, hosts)?;
+            control.start_controller(number)?;
         }
         Ok(control)
     }
 
-    fn start_controller(&mut self, number: usize, hosts: &[String]) -> Result<()> {
+    fn start_controller(&mut self, number: usize) -> Result<()> {
         let socket = self.dir.join(format!("controller{number}.sock"));
         let mut command = Command::new(self.settings.bin_dir.join("controller"));
         command
             .args(["--etcd", &self.etcd.endpoints().join(",")])
             .args(["--listen", &format!("unix:{}", socket.display())])
-            .arg("--insecure")
+            .args(["--listen", &secure_address(number)])
             .args(["--host-lease-ms", &LEASE_MS.to_string()])
             .args(["--host-grace-ms", &GRACE_MS.to_string()])
             .args(["--host-settle-ms", &SETTLE_MS.to_string()])
@@ -88,9 +91,6 @@ impl Control {
             .arg(self.dir.join(format!("state{number}")))
             .arg("--run-dir")
             .arg(self.dir.join(format!("run{number}")));
-        for host in hosts {
-            command.args(["--node", &format!("{host}:{AGENT_PORT}")]);
-        }
         self.spawn(command, &format!("demo-controller{number}.log"))?;
         let channel = self
             .runtime
@@ -157,6 +157,25 @@ impl Control {
             Some(error) => Err(error),
             None => bail!("there is no controller"),
         }
+    }
+
+    /// What lets one host in.
+    ///
+    /// # Errors
+    /// When the controllers refuse.
+    pub fn invite(&self) -> Result<Invitation> {
+        let made = self.ask(|channel| async move {
+            let request = pb::CreateHostTokenRequest::default();
+            let made = CertificatesClient::new(channel)
+                .create_host_token(request)
+                .await?;
+            Ok(made.into_inner())
+        })?;
+        Ok(Invitation {
+            token: made.secret,
+            ca_hash: made.ca_hash,
+            controllers: (0..CONTROLLERS).map(secure_address).collect(),
+        })
     }
 
     /// Hosts that answer the controllers: their names, with their addresses.
@@ -298,6 +317,11 @@ impl Control {
         })?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
+}
+
+/// Where a controller speaks TLS.
+fn secure_address(number: usize) -> String {
+    format!("https://{}:{}", ground::ADDRESS, CONTROLLER_PORT + number)
 }
 
 fn name(id: &str) -> String {

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 /// Where the agent listens.
 pub const AGENT_PORT: u16 = 7071;
+const AGENT: &str = "/usr/bin/node-agent";
 const EVENTS: &str = "/dev/ttyS1";
 const STATE_DISK: &str = "/dev/vda";
 const STATE: &str = "/mnt";
@@ -33,13 +34,35 @@ const DEVICE_PATIENCE: Duration = Duration::from_secs(60);
 pub struct Order {
     /// Its own.
     pub address: String,
+    /// What it joins with, when it has not yet.
+    pub invitation: Option<Invitation>,
     /// A disk that is not its own any more, which it is to try: `HOST:PORT/EXPORT@GENERATION`.
     pub stale: Option<String>,
+}
+
+/// What lets a host into the fleet, once.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Invitation {
+    /// The token's secret.
+    pub token: String,
+    /// SHA-256 of the authority, by which it knows the controllers.
+    pub ca_hash: String,
+    /// Where these speak TLS: `https://HOST:PORT`.
+    pub controllers: Vec<String>,
 }
 
 impl fmt::Display for Order {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "fleet.address={}", self.address)?;
+        if let Some(invitation) = &self.invitation {
+            let Invitation {
+                token,
+                ca_hash,
+                controllers,
+            } = invitation;
+            write!(f, " fleet.token={token} fleet.ca_hash={ca_hash}")?;
+            write!(f, " fleet.controllers={}", controllers.join(","))?;
+        }
         match &self.stale {
             Some(disk) => write!(f, " fleet.stale={disk}"),
             None => Ok(()),
@@ -55,6 +78,13 @@ impl Order {
         };
         Self {
             address: value("fleet.address").unwrap_or_default(),
+            invitation: value("fleet.token").map(|token| Invitation {
+                token,
+                ca_hash: value("fleet.ca_hash").unwrap_or_default(),
+                controllers: value("fleet.controllers")
+                    .map(|all| all.split(',').map(str::to_owned).collect())
+                    .unwrap_or_default(),
+            }),
             stale: value("fleet.stale"),
         }
     }
@@ -115,9 +145,12 @@ pub fn run() -> Result<()> {
     ip(&format!("addr add {}/24 dev eth0", order.address))?;
     ip("link set eth0 up")?;
     let state = Path::new(STATE).join("agent");
-    let mut agent = Command::new("/usr/bin/node-agent")
-        .args(["--listen", &format!("{}:{AGENT_PORT}", order.address)])
-        .arg("--insecure")
+    let listen = format!("https://{}:{AGENT_PORT}", order.address);
+    if let Some(invitation) = &order.invitation {
+        join(invitation, &listen, &state)?;
+    }
+    let mut agent = Command::new(AGENT)
+        .args(["--listen", &listen])
         .arg("--state-dir")
         .arg(&state)
         .args(["--run-dir", "/run/mortise"])
@@ -151,6 +184,27 @@ pub fn run() -> Result<()> {
             events.write_all(line.as_bytes())?;
             (told, told_at) = (Some(seen), Instant::now());
         }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+}
+
+/// Gets the host its certificate; the network may have just come up.
+fn join(invitation: &Invitation, address: &str, state: &Path) -> Result<()> {
+    let deadline = Instant::now() + DEVICE_PATIENCE;
+    loop {
+        let mut command = Command::new(AGENT);
+        command.args(["join", "--address", address, "--state-dir"]);
+        command
+            .arg(state)
+            .args(["--token", &invitation.token])
+            .args(["--ca-hash", &invitation.ca_hash]);
+        for controller in &invitation.controllers {
+            command.args(["--controller", controller]);
+        }
+        if command.stdin(Stdio::null()).status()?.success() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "no controller lets the host in");
         std::thread::sleep(LOOK_INTERVAL);
     }
 }
@@ -258,6 +312,14 @@ mod tests {
     fn order_survives_the_command_line() {
         let order = Order {
             address: "10.77.0.2".into(),
+            invitation: Some(Invitation {
+                token: "mt-0a1b".into(),
+                ca_hash: "5f".into(),
+                controllers: vec![
+                    "https://10.77.0.1:7070".into(),
+                    "https://10.77.0.1:7071".into(),
+                ],
+            }),
             stale: Some("10.77.0.1:10809/roam@3".into()),
         };
         let cmdline = format!("quiet {order} panic=-1");

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::ground;
-use super::host::{Order, Seen};
+use super::host::{Invitation, Order, Seen};
 use super::{Ended, Settings};
 
 const STATE_BYTES: u64 = 192 << 20;
@@ -73,14 +73,15 @@ impl Machine {
         self.dir.join(name)
     }
 
-    /// Switches it on.
+    /// Switches it on, to join or with a disk to try; see [`Order`].
     ///
     /// # Errors
     /// When QEMU cannot be started.
-    pub fn start(&mut self, stale: Option<String>) -> Result<()> {
+    pub fn start(&mut self, invitation: Option<Invitation>, stale: Option<String>) -> Result<()> {
         self.boots += 1;
         let order = Order {
             address: self.address(),
+            invitation,
             stale,
         };
         let log_name = format!("demo-host{}-boot{}.log", self.number, self.boots);

@@ -43,18 +43,18 @@ const STAYING: &str = "stay";
 pub fn run(settings: &Settings, step: &mut dyn FnMut(&str)) -> Result<Report> {
     // Sockets' paths are short.
     let dir = tempfile::Builder::new().prefix("fo").tempdir()?;
-    step("booting two emulated hosts");
+    step("starting a 3-member etcd, two controllers and the server of a shared disk");
+    let mut control = Control::start(settings, dir.path())?;
+    let image = dir.path().join("shared.img");
+    let disk_address = control.serve_disk(&image, VOLUME, BLOCKS * BLOCK_LEN as u64)?;
+    step("booting two emulated hosts, each of which joins with a token");
     let mut hosts = Vec::new();
     for number in 0..2 {
         let mut host = Machine::new(settings, dir.path(), number)?;
-        host.start(None)?;
+        host.start(Some(control.invite()?), None)?;
         hosts.push(host);
     }
-    step("starting a 3-member etcd, two controllers and the server of a shared disk");
     let addresses: Vec<String> = hosts.iter().map(Machine::address).collect();
-    let mut control = Control::start(settings, dir.path(), &addresses)?;
-    let image = dir.path().join("shared.img");
-    let disk_address = control.serve_disk(&image, VOLUME, BLOCKS * BLOCK_LEN as u64)?;
     let names = until("both hosts", || {
         for host in &mut hosts {
             host.seen()?;
@@ -108,7 +108,7 @@ pub fn run(settings: &Settings, step: &mut dyn FnMut(&str)) -> Result<Report> {
     );
 
     step(&format!("{} returns", names[lost]));
-    hosts[lost].start(Some(format!("{disk_address}/{VOLUME}@{GENERATION}")))?;
+    hosts[lost].start(None, Some(format!("{disk_address}/{VOLUME}@{GENERATION}")))?;
     let attempt = until("the returned host's attempt on the disk", || {
         let seen = hosts[lost].seen()?;
         ran_twice |= seen.vms.iter().any(|vm| vm == ROAMING);
@@ -231,7 +231,7 @@ fn names(control: &Control, addresses: &[String]) -> Result<Option<Vec<String>>>
     let connected = control.connected()?;
     let name = |address: &String| {
         let mut hosts = connected.iter();
-        hosts.find_map(|(name, at)| at.starts_with(&format!("{address}:")).then(|| name.clone()))
+        hosts.find_map(|(name, at)| at.contains(&format!("//{address}:")).then(|| name.clone()))
     };
     Ok(addresses.iter().map(name).collect())
 }

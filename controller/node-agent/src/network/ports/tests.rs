@@ -20,6 +20,7 @@ fn plan(nic: &str) -> PortPlan {
         vlan: 0,
         trunk_vlans: Vec::new(),
         tuning: NicTuning::default(),
+        leases: None,
     }
 }
 
