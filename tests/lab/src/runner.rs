@@ -10,7 +10,7 @@ use crate::initramfs::{self, Tool};
 use crate::inside::{self, Events};
 use crate::job::{Event, Job, Site};
 use crate::kvm::Ground;
-use crate::nested::{self, Cable, HostPanic, Neighbour, RunDir};
+use crate::nested::{self, Cable, HostLost, Neighbour, RunDir};
 use crate::progress::step;
 use crate::workspace::{self, Binary};
 use crate::wrappers;
@@ -193,7 +193,7 @@ impl Run<'_> {
                 loop {
                     let job = make(kit.nested_site());
                     match nested::run(&kit.artifacts, &options, &job, &mut on_event) {
-                        Err(error) if error.is::<HostPanic>() && boots < NESTED_BOOTS => {
+                        Err(error) if error.is::<HostLost>() && boots < NESTED_BOOTS => {
                             step(format_args!("{error}; going on in another"));
                             boots += 1;
                         }

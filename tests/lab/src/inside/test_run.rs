@@ -28,7 +28,7 @@ const LONG_TEST_LIMIT: Duration = Duration::from_secs(1800);
 const OUTPUT_LEN: u64 = 16 << 10;
 
 /// Emulated SVM loses a processor's state at a switch between worlds now and then: the nested
-/// host's kernel dies of it (see [`crate::nested::HostPanic`]), or a guest does, at any time and
+/// host's kernel dies of it (see [`crate::nested::HostLost`]), or a guest does, at any time and
 /// without a word. What is our own doing happens again, so a test may have other tries.
 const EMULATION_FAILED: &str =
     "a guest ran into a triple fault, as guests of emulated SVM do now and then";
@@ -56,6 +56,12 @@ const LEFT_INTERFACES: &[&str] = &["mt-", "mb-", "mu-", "mx-"];
 /// Whether a test needs a neighbour.
 pub(crate) fn needs_two_hosts(name: &str) -> bool {
     name.starts_with(TWO_HOSTS_PREFIX)
+}
+
+/// A host that ran a test would have given it up, and told, some time ago.
+pub(crate) fn longest_silence(long: bool) -> Duration {
+    let limit = if long { LONG_TEST_LIMIT } else { TEST_LIMIT };
+    limit + Duration::from_secs(120)
 }
 
 /// Runs each test `times_left` times or until it fails; the long ones only if asked.

@@ -26,6 +26,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::artifacts::Artifacts;
 use crate::initramfs::{self, Tool};
+use crate::inside::test_run;
 use crate::job::{Event, Job};
 use crate::workspace;
 
@@ -97,39 +98,57 @@ pub(crate) fn run(
     let mut machine = Machine::start(artifacts, options, &initrd, Some(&socket))?;
     let console = machine.console(&log, options.show_console)?;
     let deadline = Instant::now() + options.timeout;
-    let outcome = follow(listener, &mut machine, deadline, &mut on_event);
-    if outcome.is_ok() {
+    let longest_silence = match job {
+        Job::Tests { long, .. } => test_run::longest_silence(*long),
+        _ => options.timeout,
+    };
+    let outcome = follow(
+        listener,
+        &mut machine,
+        deadline,
+        longest_silence,
+        &mut on_event,
+    );
+    if matches!(outcome, Ok(Some(_))) {
         // Normally it powers itself off right after the last event.
         machine.wait_until(Instant::now() + Duration::from_secs(10));
     }
     drop(machine);
     let _ = console.join();
-    if outcome.is_err() && shows_panic(&log) {
-        let kept = log.with_extension("panicked.log");
-        fs::rename(&log, &kept)?;
-        return Err(HostPanic { console: kept }.into());
-    }
-    outcome.with_context(|| format!("nested host; its console: {}", log.display()))
+    let (extension, how) = match outcome {
+        Ok(Some(code)) => return Ok(code),
+        Ok(None) => ("silent.log", "stands still"),
+        Err(_) if shows_panic(&log) => ("panicked.log", "had a panic of its own kernel"),
+        Err(error) => {
+            return Err(error.context(format!("nested host; its console: {}", log.display())));
+        }
+    };
+    let console = log.with_extension(extension);
+    fs::rename(&log, &console)?;
+    Err(HostLost { how, console }.into())
 }
 
-/// The nested host's own kernel died, which no program in it can be blamed for. Seen once: a vCPU
-/// thread took a page fault without the kernel's GS base, as if emulated SVM had not restored it.
+/// The nested host itself failed, which no program in it can be blamed for: emulated SVM does not
+/// always restore a processor's state. Seen: a vCPU thread that took a page fault without the
+/// kernel's GS base, and a host that stood still, its tests' deadlines with it.
 #[derive(Debug)]
-pub(crate) struct HostPanic {
+pub(crate) struct HostLost {
+    how: &'static str,
     console: PathBuf,
 }
 
-impl fmt::Display for HostPanic {
+impl fmt::Display for HostLost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { how, console } = self;
         write!(
             f,
-            "the nested host's own kernel died; its console: {}",
-            self.console.display()
+            "the nested host {how}; its console: {}",
+            console.display()
         )
     }
 }
 
-impl std::error::Error for HostPanic {}
+impl std::error::Error for HostLost {}
 
 fn shows_panic(console: &Path) -> bool {
     fs::read(console).is_ok_and(|text| {
@@ -176,12 +195,14 @@ impl Drop for Neighbour {
     }
 }
 
+/// The job's exit code; None when nothing was heard for `longest_silence`.
 fn follow(
     listener: UnixListener,
     machine: &mut Machine,
     deadline: Instant,
+    longest_silence: Duration,
     on_event: &mut impl FnMut(&Event),
-) -> Result<i32> {
+) -> Result<Option<i32>> {
     let (sender, events) = mpsc::sync_channel(64);
     thread::spawn(move || {
         let Ok((stream, _)) = listener.accept() else {
@@ -194,9 +215,11 @@ fn follow(
             }
         }
     });
+    let mut last_heard = Instant::now();
     loop {
         match events.recv_timeout(Duration::from_millis(200)) {
             Ok(line) => {
+                last_heard = Instant::now();
                 let Ok(event) = serde_json::from_str::<Event>(line.trim()) else {
                     continue;
                 };
@@ -204,12 +227,15 @@ fn follow(
                 if let Event::End { code, error } = event {
                     return match error {
                         Some(error) => bail!("{error}"),
-                        None => Ok(code),
+                        None => Ok(Some(code)),
                     };
                 }
             }
             Err(RecvTimeoutError::Timeout) if Instant::now() > deadline => {
                 bail!("not done in time; killed")
+            }
+            Err(RecvTimeoutError::Timeout) if last_heard.elapsed() > longest_silence => {
+                return Ok(None);
             }
             Err(RecvTimeoutError::Timeout) if machine.is_running() => {}
             Err(_) => bail!("it ended before the job did"),
