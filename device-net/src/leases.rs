@@ -14,7 +14,10 @@ use crate::guard::Guard;
 use crate::nic::ServedNic;
 
 /// See the module's description.
-pub(crate) struct LeaseService(pub(crate) Arc<DeviceTable>);
+pub(crate) struct LeaseService {
+    pub(crate) table: Arc<DeviceTable>,
+    pub(crate) clock: Arc<Clock>,
+}
 
 #[tonic::async_trait]
 impl Leases for LeaseService {
@@ -24,7 +27,8 @@ impl Leases for LeaseService {
     ) -> Result<Response<AllowIoResponse>, Status> {
         let request = request.into_inner();
         validate::allow_io_request(&request)?;
-        blocking(&self.0, move |table| {
+        let clock = Arc::clone(&self.clock);
+        blocking(&self.table, move |table| {
             let mut nics = table.all_attached::<ServedNic>();
             match request.ids.is_empty() {
                 true => nics.retain(|(_, nic)| nic.state().guard.is_leased()),
@@ -45,6 +49,8 @@ impl Leases for LeaseService {
                 }
                 nic.state().guard.extend_lease(request.until_boottime_ns);
             }
+            // The new end may come before the clock's next look.
+            clock.look();
             Ok(AllowIoResponse {
                 devices: nics.len() as u32,
             })
@@ -85,6 +91,12 @@ impl Clock {
         watched.guards.push(Arc::downgrade(guard));
         self.more.notify_one();
         Ok(())
+    }
+
+    /// Has the thread look at leases now.
+    fn look(&self) {
+        let _watched = self.watched();
+        self.more.notify_one();
     }
 
     fn run(&self) {

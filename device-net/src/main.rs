@@ -91,9 +91,10 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
         .then(|| Faults::start(Kind::Net))
         .transpose()?;
     let faults_of_nics = faults.clone();
-    let leases = Arc::<Clock>::default();
+    let clock = Arc::<Clock>::default();
+    let clock_of_nics = Arc::clone(&clock);
     let table = DeviceTable::new("device-net", achieved.into_names(), inbox, move |parts| {
-        nic::attach(parts, faults_of_nics.as_ref(), &leases)
+        nic::attach(parts, faults_of_nics.as_ref(), &clock_of_nics)
     });
     for (port, interface) in uplinks {
         switch::connect_uplink(&port, interface)
@@ -109,7 +110,10 @@ fn serve(args: cli::Args) -> anyhow::Result<()> {
     }
     sweeper.dismiss();
     let nics = NicsServer::new(NicService::new(table.clone()));
-    let leases = LeasesServer::new(LeaseService(table.clone()));
+    let leases = LeasesServer::new(LeaseService {
+        table: table.clone(),
+        clock,
+    });
     Ok(daemon::run(
         &table,
         Services::new()

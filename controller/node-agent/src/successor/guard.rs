@@ -88,7 +88,15 @@ fn exchange(state_dir: &Path, args: &[OsString]) -> anyhow::Result<()> {
                 Verdict::Failed(_) => trial.kill(),
                 Verdict::Confirmed | Verdict::Terminated => trial.end(),
             }
-            verdict
+            match verdict {
+                // Whoever wants the agent to end does not ask which one it is just then.
+                Verdict::Failed(why) if trial.is_terminated() => {
+                    eprintln!("node-agent: guard: the new agent is rolled back: {why}");
+                    Verdict::Terminated
+                }
+                Verdict::Confirmed if trial.is_terminated() => Verdict::Terminated,
+                verdict => verdict,
+            }
         }
         Err(error) => Verdict::Failed(format!("it could not be started: {error}")),
     };
@@ -137,6 +145,8 @@ struct Trial {
     ended: Option<String>,
     begun: Instant,
     signals: SignalFd,
+    /// Somebody wants the agent to end.
+    terminated: bool,
     /// While its other end may be open.
     pipe: Option<File>,
 }
@@ -157,6 +167,7 @@ impl Trial {
             ended: None,
             begun: Instant::now(),
             signals,
+            terminated: false,
             pipe: Some(pipe.into()),
         })
     }
@@ -242,13 +253,12 @@ impl Trial {
         }
     }
 
-    /// Takes what arrived, and tells whether the agent is to end.
+    /// Takes what arrived, and tells whether the agent is to end, now or when somebody said so earlier.
     fn is_terminated(&mut self) -> bool {
-        let mut terminated = false;
         while let Ok(Some(signal)) = self.signals.read_signal() {
-            terminated |= signal.ssi_signo != Signal::SIGCHLD as u32;
+            self.terminated |= signal.ssi_signo != Signal::SIGCHLD as u32;
         }
-        terminated
+        self.terminated
     }
 
     /// Until something happens, or a moment has passed.
