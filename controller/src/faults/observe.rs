@@ -308,6 +308,18 @@ impl Seen {
                 },
             );
         }
+        self.join_outages();
+    }
+
+    /// A device that was lost again before it completed anything was away until the later outage ended.
+    fn join_outages(&mut self) {
+        let mut later_ended_ms = 0.0;
+        for outage in self.outages.values_mut().rev() {
+            if outage.ended_ms == 0.0 {
+                outage.ended_ms = later_ended_ms;
+            }
+            later_ended_ms = outage.ended_ms;
+        }
     }
 
     fn longest_outage_ms(&self, now_ms: f64) -> f64 {
@@ -473,6 +485,35 @@ mod tests {
         assert_eq!(seen(outage(4, None)).ended_ms, 0.0, "it lasts");
         assert_eq!(seen(outage(4, Some(12_000))).ended_ms.round(), 1012.0);
         assert_eq!(seen(outage(0, None)).ended_ms.round(), 1010.0);
+    }
+
+    #[test]
+    fn an_outage_without_a_completion_ends_with_the_next_one() {
+        let mut seen = Seen::default();
+        for (number, began_ms, ended_ms) in [(1, 10.0, 20.0), (2, 30.0, 0.0), (3, 40.0, 0.0)] {
+            let outage = Outage {
+                began_ms,
+                ended_ms,
+                in_flight: 1,
+                ..Default::default()
+            };
+            seen.outages.insert(number, outage);
+        }
+        seen.join_outages();
+        let ends = |seen: &Seen| {
+            seen.outages
+                .values()
+                .map(|o| o.ended_ms)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            ends(&seen),
+            [20.0, 0.0, 0.0],
+            "the newest lasts, so does the one before"
+        );
+        seen.outages.get_mut(&3).unwrap().ended_ms = 55.0;
+        seen.join_outages();
+        assert_eq!(ends(&seen), [20.0, 55.0, 55.0]);
     }
 
     #[test]

@@ -31,6 +31,13 @@ pub struct QueueProgress {
     pub in_flight: Option<u16>,
 }
 
+impl QueueProgress {
+    /// Requests that the backend has taken and not completed, as far as this can be known.
+    pub(super) fn taken(&self) -> u16 {
+        self.in_flight.unwrap_or(self.due)
+    }
+}
+
 /// A driver's session to look at. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Watched {

@@ -50,6 +50,8 @@ struct Awaited {
     since: Instant,
     /// Where each ring was before it.
     marks: Vec<QueueProgress>,
+    /// Whether the lost backend left requests in flight.
+    left_some: bool,
 }
 
 struct Served {
@@ -216,12 +218,14 @@ impl Keeper {
         control.health.replaying = false;
         let incarnation = control.health.incarnations;
         control.outages.replayed(incarnation);
+        let left_some = control.outages.newest_in_flight() > 0;
         drop(control);
         self.awaited = marks
-            .filter(|marks| marks.iter().any(|queue| queue.due > 0))
+            .filter(|marks| left_some || marks.iter().any(|queue| queue.due > 0))
             .map(|marks| Awaited {
                 since: Instant::now(),
                 marks,
+                left_some,
             });
     }
 
@@ -236,12 +240,7 @@ impl Keeper {
             return;
         };
         drop(control);
-        let now = watched.progress(&self.wiring.memory);
-        let has_moved = |mark: &QueueProgress| {
-            let queue = now.iter().find(|queue| queue.index == mark.index);
-            queue.is_some_and(|queue| queue.used_idx != mark.used_idx)
-        };
-        if awaited.marks.iter().any(has_moved) {
+        if awaited.is_over(&watched.progress(&self.wiring.memory)) {
             control = self.shared.lock();
             control.outages.completed();
             self.awaited = None;
@@ -358,6 +357,8 @@ impl Keeper {
 
     /// The connection is of no use any more: its rings stand still, and another is made.
     fn lose(&mut self, error: &(dyn Error + 'static)) {
+        // It may have completed something since the last look.
+        self.look_for_completion();
         let lived = self
             .connected
             .take()
@@ -402,7 +403,7 @@ impl Keeper {
         watched
             .progress(&self.wiring.memory)
             .iter()
-            .map(|queue| u32::from(queue.in_flight.unwrap_or(queue.due)))
+            .map(|queue| u32::from(queue.taken()))
             .sum()
     }
 
@@ -496,6 +497,18 @@ enum Ended {
 }
 
 impl Awaited {
+    /// Whether a ring moved, or nothing is left that could move one: what seemed to be in flight may have
+    /// been published just before the loss, and the driver may ask for nothing more.
+    fn is_over(&self, now: &[QueueProgress]) -> bool {
+        let has_moved = |mark: &QueueProgress| {
+            let queue = now.iter().find(|queue| queue.index == mark.index);
+            queue.is_some_and(|queue| queue.used_idx != mark.used_idx)
+        };
+        self.marks.iter().any(has_moved)
+            || now.iter().all(|queue| queue.due == 0)
+            || (self.left_some && now.iter().all(|queue| queue.taken() == 0))
+    }
+
     /// The longer it takes, the less it matters when exactly it ends.
     fn look_at(&self) -> Instant {
         let waited = self.since.elapsed();
@@ -528,4 +541,47 @@ fn with_causes(error: &(dyn Error + 'static)) -> String {
         cause = error.source();
     }
     message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn awaited(left_some: bool, marks: &[QueueProgress]) -> Awaited {
+        Awaited {
+            since: Instant::now(),
+            marks: marks.to_vec(),
+            left_some,
+        }
+    }
+
+    fn queue(used_idx: u16, due: u16, in_flight: Option<u16>) -> QueueProgress {
+        QueueProgress {
+            index: 0,
+            avail_idx: used_idx.wrapping_add(due),
+            used_idx,
+            due,
+            in_flight,
+        }
+    }
+
+    #[test]
+    fn outage_with_requests_due_ends_when_a_ring_moves() {
+        let awaited = awaited(false, &[queue(7, 2, Some(0))]);
+        assert!(!awaited.is_over(&[queue(7, 2, Some(0))]));
+        assert!(!awaited.is_over(&[queue(7, 2, Some(2))]));
+        assert!(awaited.is_over(&[queue(8, 1, Some(1))]));
+    }
+
+    #[test]
+    fn outage_ends_when_what_was_in_flight_had_been_published() {
+        // An idle driver never makes the ring move again.
+        assert!(awaited(true, &[queue(7, 0, Some(1))]).is_over(&[queue(7, 0, Some(0))]));
+        // Buffers for packets are always due.
+        let waiting = awaited(true, &[queue(7, 64, Some(1))]);
+        assert!(!waiting.is_over(&[queue(7, 64, Some(1))]));
+        assert!(waiting.is_over(&[queue(7, 64, Some(0))]));
+        let unknown = awaited(true, &[queue(7, 3, None)]);
+        assert!(!unknown.is_over(&[queue(7, 3, None)]));
+    }
 }

@@ -28,7 +28,8 @@ pub struct Outage {
     pub connected_after: Option<Duration>,
     /// All rings run again, or would if the driver used them.
     pub replayed_after: Option<Duration>,
-    /// A used index moved. Stays `None` where nothing was to be completed.
+    /// A used index moved, or all that was in flight turned out to be completed. Stays `None` where nothing
+    /// was to be completed, and when the backend was lost again before.
     pub first_completion_after: Option<Duration>,
     /// The connection that ended it.
     pub incarnation: u64,
@@ -90,6 +91,11 @@ impl OutageLog {
         if let Some(outage) = self.outages.back_mut() {
             outage.first_completion_after = after;
         }
+    }
+
+    /// Requests in flight when the newest one began.
+    pub(super) fn newest_in_flight(&self) -> u32 {
+        self.outages.back().map_or(0, |outage| outage.in_flight)
     }
 
     /// Since when nobody serves.
