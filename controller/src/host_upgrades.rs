@@ -20,6 +20,7 @@ use api::node::{AgentUpgrade, AgentUpgradeState, UpgradeAgentRequest, VmPhase};
 use api::validate::{DEVICE_PROGRAMS, UpgradeTarget};
 use futures_util::future::join_all;
 use prost::Message as _;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
@@ -50,9 +51,9 @@ const EXCHANGE_WITHIN: Duration = Duration::from_secs(90);
 
 /// Does what is wanted while this controller leads; ends when it leads no more.
 pub async fn run(store: SharedStore, hosts: Hosts) {
-    let clocks = Clocks::default();
+    let notes = Notes::default();
     loop {
-        match follow(&store, &hosts, &clocks).await {
+        match follow(&store, &hosts, &notes).await {
             Ok(()) => {}
             Err(StoreError::Deposed) => return,
             Err(error) => {
@@ -63,36 +64,68 @@ pub async fn run(store: SharedStore, hosts: Hosts) {
     }
 }
 
-/// Since when something is waited for, by this controller. The next one gives each its whole time again.
+/// What this controller alone knows of an upgrade. The next one gives each wait its whole time again.
 #[derive(Default)]
-struct Clocks(Mutex<BTreeMap<String, Instant>>);
+struct Notes {
+    /// Since when something is waited for.
+    clocks: Mutex<BTreeMap<String, Instant>>,
+    /// Hosts that are being told. They check binaries first, and trials of others must not wait for that.
+    tellings: Mutex<BTreeMap<String, JoinHandle<Result<AgentUpgrade, Status>>>>,
+}
 
-impl Clocks {
+impl Notes {
     fn since(&self, what: &str) -> Duration {
-        let mut all = self.lock();
-        let begun = all.entry(what.to_owned()).or_insert_with(Instant::now);
+        let mut clocks = lock(&self.clocks);
+        let begun = clocks.entry(what.to_owned()).or_insert_with(Instant::now);
         begun.elapsed()
     }
 
     fn has(&self, what: &str) -> bool {
-        self.lock().contains_key(what)
+        lock(&self.clocks).contains_key(what)
     }
 
     fn forget(&self, what: &str) {
-        self.lock().remove(what);
+        lock(&self.clocks).remove(what);
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Instant>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn clear(&self) {
+        lock(&self.clocks).clear();
+        lock(&self.tellings).clear();
+    }
+
+    /// Tells a host, unless it is being told. What it answered, as soon as it has.
+    async fn tell(
+        &self,
+        node: &Node,
+        host: &str,
+        record: &HostUpgradeRecord,
+    ) -> Option<Result<AgentUpgrade, Status>> {
+        let answered = {
+            let mut tellings = lock(&self.tellings);
+            let telling = tellings.entry(host.to_owned()).or_insert_with(|| {
+                let (node, request) = (node.clone(), request(record));
+                tokio::spawn(async move { node.upgrade_agent(request).await })
+            });
+            match telling.is_finished() {
+                true => tellings.remove(host)?,
+                false => return None,
+            }
+        };
+        let panicked = |error| Status::internal(format!("telling the host: {error}"));
+        Some(answered.await.unwrap_or_else(|error| Err(panicked(error))))
     }
 }
 
-async fn follow(store: &SharedStore, hosts: &Hosts, clocks: &Clocks) -> Result<(), StoreError> {
+fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn follow(store: &SharedStore, hosts: &Hosts, notes: &Notes) -> Result<(), StoreError> {
     let revision = *store.revision().borrow();
     let mut changes = store.watch(HOST_UPGRADE, revision).await?;
     loop {
         let Some(item) = store.get(HOST_UPGRADE).await? else {
-            clocks.lock().clear();
+            notes.clear();
             match changes.recv().await {
                 Some(Ok(_)) => continue,
                 Some(Err(StoreError::Compacted { .. })) | None => return Ok(()),
@@ -106,7 +139,7 @@ async fn follow(store: &SharedStore, hosts: &Hosts, clocks: &Clocks) -> Result<(
             record: &record,
             revision: item.revision,
         };
-        match upgrade.step(clocks).await {
+        match upgrade.step(notes).await {
             // Somebody cancelled it meanwhile.
             Ok(()) | Err(StoreError::Conflict { .. }) => {}
             Err(error) => return Err(error),
@@ -138,14 +171,18 @@ enum Turn {
 }
 
 impl Upgrade<'_> {
-    async fn step(&self, clocks: &Clocks) -> Result<(), StoreError> {
+    async fn step(&self, notes: &Notes) -> Result<(), StoreError> {
         let down = self.down();
         let mut after = self.record.clone();
         match waves::next(self.record, &down) {
-            Next::Over => return self.finish().await,
-            Next::Blocked(down) => self.blocked(&mut after, &down, clocks),
+            Next::Over => {
+                self.finish().await?;
+                notes.clear();
+                return Ok(());
+            }
+            Next::Blocked(down) => self.blocked(&mut after, &down, notes),
             Next::Begin(places) => {
-                clocks.forget("blocked");
+                notes.forget("blocked");
                 for place in places {
                     self.begin(&mut after.hosts[place]);
                 }
@@ -156,7 +193,7 @@ impl Upgrade<'_> {
         let under_way = both.filter(|(before, _)| waves::is_under_way(before.stage()));
         let mut driving = Vec::new();
         for (_, progress) in under_way {
-            driving.push(self.drive(progress, clocks));
+            driving.push(self.drive(progress, notes));
         }
         for driven in join_all(driving).await {
             driven?;
@@ -184,8 +221,8 @@ impl Upgrade<'_> {
     }
 
     /// Says what is in the way, and gives up after a time.
-    fn blocked(&self, after: &mut HostUpgradeRecord, down: &[String], clocks: &Clocks) {
-        let waited = clocks.since("blocked");
+    fn blocked(&self, after: &mut HostUpgradeRecord, down: &[String], notes: &Notes) {
+        let waited = notes.since("blocked");
         let names = down.join(", ");
         let max = self.record.max_unavailable;
         let first = after
@@ -216,10 +253,10 @@ impl Upgrade<'_> {
         });
     }
 
-    async fn drive(&self, progress: &mut HostProgress, clocks: &Clocks) -> Result<(), StoreError> {
+    async fn drive(&self, progress: &mut HostProgress, notes: &Notes) -> Result<(), StoreError> {
         let turn = match progress.stage() {
-            UpgradeStage::Agent => self.agent(progress, clocks).await?,
-            _ => self.daemons(progress, clocks).await?,
+            UpgradeStage::Agent => self.agent(progress, notes).await?,
+            _ => self.daemons(progress, notes).await?,
         };
         match turn {
             Turn::Stays(note) => progress.note = note,
@@ -244,17 +281,17 @@ impl Upgrade<'_> {
         Ok(())
     }
 
-    async fn agent(&self, progress: &HostProgress, clocks: &Clocks) -> Result<Turn, StoreError> {
+    async fn agent(&self, progress: &HostProgress, notes: &Notes) -> Result<Turn, StoreError> {
         let host = &progress.host;
         let told = format!("told {host}");
-        let is_told = clocks.has(&told);
+        let is_told = notes.has(&told);
         let within = match is_told {
             true => self.confirm() + EXCHANGE_WITHIN,
             false => BUSY_WITHIN,
         };
         let waited = match is_told {
-            true => clocks.since(&told),
-            false => clocks.since(host),
+            true => notes.since(&told),
+            false => notes.since(host),
         };
         let patient = |why: String| match waited > within {
             true => Turn::Fails(format!("not done within {within:?}: {why}")),
@@ -265,13 +302,10 @@ impl Upgrade<'_> {
         };
         let answer = match node.get_agent_upgrade().await {
             Ok(known) if known.upgrade_id == self.record.id() => Ok(known),
-            Ok(_) => {
-                let answer = node.upgrade_agent(request(self.record)).await;
-                if answer.is_ok() {
-                    clocks.since(&told);
-                }
-                answer
-            }
+            Ok(_) => match notes.tell(&node, host, self.record).await {
+                Some(answer) => answer,
+                None => return Ok(patient("it checks the binary".to_owned())),
+            },
             Err(status) => Err(status),
         };
         let seen = match answer {
@@ -285,7 +319,7 @@ impl Upgrade<'_> {
             }
             Err(status) => return Ok(Turn::Fails(api::errors::explain(&status))),
         };
-        clocks.since(&told);
+        notes.since(&told);
         Ok(match seen.state() {
             AgentUpgradeState::RolledBack => {
                 Turn::Fails(format!("its agent was rolled back: {}", seen.error))
@@ -359,15 +393,15 @@ impl Upgrade<'_> {
     }
 
     /// Each kind is an operation of its own, which waits and rolls back as those of users do.
-    async fn daemons(&self, progress: &HostProgress, clocks: &Clocks) -> Result<Turn, StoreError> {
+    async fn daemons(&self, progress: &HostProgress, notes: &Notes) -> Result<Turn, StoreError> {
         let host = &progress.host;
         let observed = self.hosts.observed(host);
         let away = format!("away {host}");
         let mut is_lost = false;
         if observed.connected {
-            clocks.forget(&away);
+            notes.forget(&away);
         } else {
-            is_lost = clocks.since(&away) > BUSY_WITHIN;
+            is_lost = notes.since(&away) > BUSY_WITHIN;
             if !is_lost {
                 return Ok(Turn::Stays("it does not answer".to_owned()));
             }

@@ -51,6 +51,7 @@ use api::{
 };
 use clap::Parser;
 use tokio::runtime::{Handle, Runtime};
+use tokio::sync::watch;
 
 use crate::{
     agent::{Agent, Dirs},
@@ -173,15 +174,17 @@ async fn run(cli: Cli, dirs: Dirs) -> anyhow::Result<Left> {
             NodeAgentServer::new(service),
             &knobs,
         ))));
-    let terminated = serve::terminated();
+    let told_to_end = told_to_end();
     let leaving = async {
+        let mut told_to_end = told_to_end.clone();
         tokio::select! {
-            () = terminated => {}
+            _ = told_to_end.wait_for(|told| *told) => {}
             () = successor.leaving() => {}
         }
     };
     serve::on_all(vec![listener], tls, services, leaving).await?;
-    let left = match successor.is_leaving() {
+    // Whoever stops the service while the agent is exchanged wants no other agent.
+    let left = match successor.is_leaving() && !*told_to_end.borrow() {
         true => Left::Replaced,
         false => Left::Ended,
     };
@@ -191,6 +194,17 @@ async fn run(cli: Cli, dirs: Dirs) -> anyhow::Result<Left> {
     }
     tokio::task::block_in_place(|| telemetry.shutdown());
     Ok(left)
+}
+
+/// True as soon as somebody tells this process to end, however late that is.
+fn told_to_end() -> watch::Receiver<bool> {
+    let (sender, told) = watch::channel(false);
+    let terminated = serve::terminated();
+    tokio::spawn(async move {
+        terminated.await;
+        sender.send_replace(true);
+    });
+    told
 }
 
 /// Absolute: records and other processes' command lines name files in them.

@@ -169,14 +169,14 @@ impl Successor {
         described(status)
     }
 
-    /// Checks what was asked for, and begins it.
+    /// Checks what was asked for, and begins it unless `busy` says then what would have to begin anew.
     ///
     /// # Errors
     /// When it cannot be, with nothing changed.
     pub(crate) async fn upgrade(
         &self,
         request: &UpgradeAgentRequest,
-        busy: Option<String>,
+        busy: impl Future<Output = Option<String>>,
     ) -> Result<AgentUpgrade, ExchangeError> {
         if let Some(known) = self.known(request)? {
             return Ok(known);
@@ -197,7 +197,7 @@ impl Successor {
         if request.validate_only {
             return Ok(described(answer));
         }
-        if let Some(what) = busy {
+        if let Some(what) = busy.await {
             return Err(ExchangeError::Busy { what });
         }
         let exchange = self.exchange(request, &candidate);

@@ -88,8 +88,8 @@ impl Agents for AgentsService {
             let within = wished.min(left).as_millis();
             request.confirm_within_ms = u32::try_from(within).unwrap_or(u32::MAX);
         }
-        let busy = self.busy().await;
-        Ok(Response::new(self.successor.upgrade(&request, busy).await?))
+        let upgrade = self.successor.upgrade(&request, self.busy());
+        Ok(Response::new(upgrade.await?))
     }
 
     async fn get_agent_upgrade(

@@ -1,5 +1,6 @@
 //! What an agent says of exchanges; the exchange itself is a test of real processes.
 
+use std::future::{Ready, ready};
 use std::os::unix::fs::PermissionsExt as _;
 
 use super::*;
@@ -36,6 +37,11 @@ impl Place {
     }
 }
 
+/// A host that may be left alone.
+fn idle() -> Ready<Option<String>> {
+    ready(None)
+}
+
 #[tokio::test]
 async fn binary_is_asked_before_anything_is_touched() {
     let place = Place::new();
@@ -50,7 +56,7 @@ async fn binary_is_asked_before_anything_is_touched() {
         ("exit 1", "may be older than this way of upgrading"),
     ] {
         let request = place.program(probe);
-        let refused = successor.upgrade(&request, None).await.unwrap_err();
+        let refused = successor.upgrade(&request, idle()).await.unwrap_err();
         assert!(refused.to_string().contains(problem), "{refused}");
     }
     for (path, problem) in [
@@ -62,7 +68,7 @@ async fn binary_is_asked_before_anything_is_touched() {
             binary: path.into(),
             ..place.program("exit 0")
         };
-        let refused = successor.upgrade(&request, None).await.unwrap_err();
+        let refused = successor.upgrade(&request, idle()).await.unwrap_err();
         assert!(refused.to_string().contains(problem), "{refused}");
     }
     assert!(!successor.is_leaving());
@@ -78,22 +84,26 @@ async fn neighbour_is_taken_unless_it_is_only_checked_or_the_host_is_busy() {
         validate_only: true,
         ..request.clone()
     };
-    let checked = successor.upgrade(&only_checked, Some("a job".into())).await;
+    let checked = successor
+        .upgrade(&only_checked, ready(Some("a job".into())))
+        .await;
     assert_eq!(checked.unwrap().state(), AgentUpgradeState::Checked);
-    let busy = successor.upgrade(&request, Some("a job".into())).await;
+    let busy = successor
+        .upgrade(&request, ready(Some("a job".into())))
+        .await;
     assert_eq!(busy.unwrap_err().code(), Code::Unavailable);
     assert!(!successor.is_leaving());
-    let begun = successor.upgrade(&request, None).await.unwrap();
+    let begun = successor.upgrade(&request, idle()).await.unwrap();
     assert_eq!(begun.state(), AgentUpgradeState::Exchanging);
     assert_eq!((begun.to_version.as_str(), begun.protocol), ("2.0.0", 6));
     assert!(successor.is_leaving());
-    let again = successor.upgrade(&request, None).await.unwrap();
+    let again = successor.upgrade(&request, idle()).await.unwrap();
     assert_eq!(again.state(), AgentUpgradeState::Exchanging);
     let other = UpgradeAgentRequest {
         upgrade_id: "u2".into(),
         ..request
     };
-    let refused = successor.upgrade(&other, None).await.unwrap_err();
+    let refused = successor.upgrade(&other, idle()).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable);
     // Whoever begins on that without a guard was left alone in the middle.
     let next = place.successor().status();
