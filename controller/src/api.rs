@@ -312,6 +312,11 @@ fn command_status(error: CommandError) -> Status {
                 &metadata,
             )
         }
+        CommandError::TooManyHosts { found, most } => {
+            let (found, most) = (found.to_string(), most.to_string());
+            let metadata = [("found", found.as_str()), ("most", &most)];
+            status(Code::InvalidArgument, "TOO_MANY_HOSTS", message, &metadata)
+        }
         CommandError::NotCancellable { operation } => {
             let metadata = [("operation", operation.as_str())];
             status(

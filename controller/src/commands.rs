@@ -590,6 +590,16 @@ pub enum CommandError {
         /// Its name.
         operation: String,
     },
+    /// More than one upgrade can be about.
+    #[error(
+        "{found} hosts are more than the {most} of one upgrade; name them by a label (--selector), group after group"
+    )]
+    TooManyHosts {
+        /// Meant.
+        found: usize,
+        /// Possible.
+        most: usize,
+    },
     /// Only starts can be taken back.
     #[error("{operation} cannot be cancelled; wait for it, then undo what it did")]
     NotCancellable {

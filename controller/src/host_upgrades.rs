@@ -46,6 +46,8 @@ const BUSY_WITHIN: Duration = Duration::from_secs(600);
 const BLOCKED_WITHIN: Duration = Duration::from_secs(600);
 /// What a new agent has when the request does not say; as agents have it.
 const DEFAULT_CONFIRM: Duration = Duration::from_secs(60);
+/// What is kept of what one stage of a host comes to, in bytes. Operations of its devices have the rest.
+const LONGEST_FINDING: usize = 200;
 /// For two agents to end and two to begin, in addition to what a new one has to be confirmed.
 const EXCHANGE_WITHIN: Duration = Duration::from_secs(90);
 
@@ -264,7 +266,7 @@ impl Upgrade<'_> {
                 // The record is one for all hosts, and a store's values are bounded.
                 progress.ran.clear();
                 progress.problem_before.clear();
-                progress.findings.extend(finding);
+                progress.findings.extend(finding.as_deref().map(shortened));
                 progress.note.clear();
                 progress.set_stage(match progress.stage() {
                     UpgradeStage::Agent => UpgradeStage::Daemons,
@@ -274,7 +276,7 @@ impl Upgrade<'_> {
             Turn::Fails(why) => {
                 progress.ran.clear();
                 tracing::warn!(host = progress.host, why, "a host's upgrade failed");
-                progress.note = why;
+                progress.note = shortened(&why);
                 progress.set_stage(UpgradeStage::Failed);
             }
         }
@@ -580,6 +582,14 @@ fn request(record: &HostUpgradeRecord) -> UpgradeAgentRequest {
         device_blk: record.device_blk.clone(),
         device_net: record.device_net.clone(),
         validate_only: false,
+    }
+}
+
+/// All hosts' words are in one value of the store, which is bounded.
+fn shortened(words: &str) -> String {
+    match words.len() <= LONGEST_FINDING {
+        true => words.to_owned(),
+        false => format!("{}…", &words[..words.floor_char_boundary(LONGEST_FINDING)]),
     }
 }
 

@@ -12,10 +12,13 @@ use crate::model::{self, HOST_UPGRADE, HostProgress, HostRecord, HostUpgradeReco
 use crate::reconciler::decode;
 use crate::store::{Range, SharedStore, Transaction};
 
+/// How far each is, is in one value of the store; etcd takes 1.5 MiB.
+const MAX_HOSTS: usize = 1_000;
+
 /// Wants agents and daemons of hosts exchanged.
 ///
 /// # Errors
-/// When there is no such host, or another upgrade is under way.
+/// When there is no such host, there are too many, or another upgrade is under way.
 pub async fn upgrade_hosts(
     store: &SharedStore,
     selection: &HostSelection,
@@ -34,6 +37,7 @@ pub async fn upgrade_hosts(
             });
         }
         let ids = selected_hosts(store, selection).await?;
+        few_enough(&ids)?;
         let mut operation = new_operation(&ids);
         let transaction = key.begin(Transaction::new(), &mut operation);
         let hosts = ids.into_iter().map(|host| HostProgress {
@@ -93,6 +97,16 @@ pub async fn selected_hosts(
     }
 }
 
+fn few_enough(ids: &[String]) -> Result<(), CommandError> {
+    match ids.len() {
+        0..=MAX_HOSTS => Ok(()),
+        found => Err(CommandError::TooManyHosts {
+            found,
+            most: MAX_HOSTS,
+        }),
+    }
+}
+
 /// The answer to a request that hosts only checked.
 pub fn checked_upgrade(
     ids: &[String],
@@ -144,4 +158,20 @@ fn has_labels(record: &HostRecord, wanted: &BTreeMap<String, String>) -> bool {
         let reported = reported.and_then(|inventory| inventory.labels.get(key));
         record.spec.labels.get(key).or(reported) == Some(value)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_upgrade_is_of_as_many_hosts_as_one_value_holds() {
+        let hosts = vec!["h".to_owned(); MAX_HOSTS + 1];
+        assert!(few_enough(&hosts[1..]).is_ok());
+        let refused = few_enough(&hosts).unwrap_err().to_string();
+        assert!(
+            refused.contains("1001 hosts are more than the 1000"),
+            "{refused}"
+        );
+    }
 }

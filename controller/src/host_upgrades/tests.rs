@@ -76,3 +76,11 @@ fn host_is_well_when_it_is_itself_and_has_no_new_problem() {
     seen.connected = false;
     assert!(is_host_well(&as_before, &seen).is_err());
 }
+
+#[test]
+fn findings_of_a_host_are_shortened_between_characters() {
+    assert_eq!(shortened("short"), "short");
+    let long = shortened(&format!("a{}", "é".repeat(LONGEST_FINDING)));
+    assert_eq!(long.len(), LONGEST_FINDING - 1 + "…".len());
+    assert!(long.ends_with("é…"), "{long}");
+}
