@@ -6,7 +6,7 @@ use std::process::Command;
 use guest::plan::{End, Job, Plan};
 use serde_json::Value;
 
-use super::fleet::{Fleet, wait_until};
+use super::fleet::{Fleet, LogsOfFailure, wait_until};
 use crate::process::Process;
 use crate::site;
 
@@ -191,6 +191,7 @@ fn kills_of_the_agent_beside_those_of_a_daemon_pass() {
 #[ignore = "long: half a minute of verified writes"]
 fn a_clock_that_jumps_disturbs_nobody() {
     let dir = tempfile::tempdir().expect("a folder");
+    let _logs = LogsOfFailure(dir.path());
     let path = |name: &str| dir.path().join(name);
     let address = format!("unix:{}", path("agent.sock").display());
     let mut agent = Process::spawn(

@@ -249,13 +249,26 @@ pub(super) fn kill(pid: i32, signal: i32) {
 impl Drop for Fleet {
     /// The agent outlives its controller by design, so it is ended here.
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            print_logs(self.dir.path());
-        }
+        print_logs_of_failure(self.dir.path());
         let _ = self.vmctl(&["vm", "stop", "web", "--force"]);
         if let Some(pid) = pid_of("node-agent", self.dir.path()) {
             kill(pid, libc::SIGTERM);
         }
+    }
+}
+
+/// Prints the logs of processes below a folder as it goes out of scope, if the test failed.
+pub(super) struct LogsOfFailure<'a>(pub(super) &'a Path);
+
+impl Drop for LogsOfFailure<'_> {
+    fn drop(&mut self) {
+        print_logs_of_failure(self.0);
+    }
+}
+
+fn print_logs_of_failure(dir: &Path) {
+    if std::thread::panicking() {
+        print_logs(dir);
     }
 }
 
