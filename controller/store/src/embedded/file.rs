@@ -15,7 +15,7 @@ use redb::{BackendError, Database, ReadTransaction, ReadableDatabase, StorageBac
 use super::StoreError;
 
 /// Pages kept in memory: the upper ones of the trees, and what is written now. The system keeps the others.
-const CACHE_BYTES: usize = 16 << 20;
+const CACHE_BYTES: usize = 8 << 20;
 
 /// See the module.
 pub(super) struct File {
