@@ -91,6 +91,12 @@ impl Control {
             .arg(self.dir.join(format!("state{number}")))
             .arg("--run-dir")
             .arg(self.dir.join(format!("run{number}")));
+        // The first one makes the authority; its key is in etcd, sealed with what only controllers have.
+        if number > 0 {
+            command
+                .arg("--ca-secret")
+                .arg(self.dir.join("state0").join("ca-secret"));
+        }
         self.spawn(command, &format!("demo-controller{number}.log"))?;
         let channel = self
             .runtime
