@@ -6,7 +6,8 @@
 //!
 //! - packets come in numbers: a driver that waits for an answer to one is not to wait for the nap as well;
 //! - they come so slowly that the nap is longer than what a wake-up takes;
-//! - the timer wakes the thread in time: how late it comes is measured.
+//! - the timer wakes the thread in time: how late it comes is measured, and forgotten bit by bit while it is
+//!   not used, so that a bad moment of the machine does not end the naps for good.
 
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,8 @@ const MIN_NAP_NS: u64 = 9_000;
 const MAX_NAP_NS: u64 = 50_000;
 /// How late a timer comes until it was measured.
 const USUAL_DELAY_NS: u64 = 5_000;
+/// Of what it came later than that, one part in so many is forgotten at an idle moment without a nap.
+const FORGET_PARTS: u64 = 512;
 
 /// One thread's experience.
 #[derive(Debug)]
@@ -72,6 +75,9 @@ impl Pace {
         let gather_ns = BATCH * self.usual_ns / self.usual_packets;
         let nap_ns = gather_ns.min(MAX_NAP_NS).saturating_sub(self.delay_ns);
         self.napped = nap_ns >= MIN_NAP_NS;
+        if !self.napped {
+            self.delay_ns -= self.delay_ns.saturating_sub(USUAL_DELAY_NS) / FORGET_PARTS;
+        }
         self.napped.then(|| Duration::from_nanos(nap_ns))
     }
 
@@ -131,6 +137,26 @@ mod tests {
             }
         }
         assert!((1..20).contains(&naps), "{naps}");
+    }
+
+    #[test]
+    fn naps_come_back_when_the_timer_is_in_time_again() {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(now);
+        let mut naps = [0; 2];
+        for round in 0..4_000 {
+            let is_late = round < 2_000;
+            now += Duration::from_micros(30);
+            pace.served(100);
+            if let Some(nap) = pace.nap(now) {
+                naps[usize::from(!is_late)] += 1;
+                let delay_us = if is_late { 60 } else { 5 };
+                pace.woke(nap, nap + Duration::from_micros(delay_us));
+            }
+        }
+        let [late, in_time] = naps;
+        assert!(late < 100, "{late} naps although the timer is late");
+        assert!(in_time > 1_000, "{in_time} naps when it no longer is");
     }
 
     #[test]
